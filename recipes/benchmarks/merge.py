@@ -1,0 +1,243 @@
+"""Does the cost of a merge depend on the number of tasks?
+
+    python recipes/benchmarks/merge.py
+    python recipes/benchmarks/merge.py --quick --json merge.json
+
+One rank-16 adapter is merged into a float32 layer of n = d = 2048, k = 64, p = 16 that has T tasks, with the joint
+basis, the new coefficients of all tasks and the drift certificate. Three questions:
+
+1. Is the work on n- and d-sized matrices the same at any T? Every operation of a whole merge that reads or writes a
+   tensor with a side of n is timed as it is dispatched; the rest of the merge runs too, but is not counted.
+2. How much longer does the whole merge take with more tasks?
+3. How much faster is it than the plain way: reconstruct the factors of all T updates, stack them beside the new
+   adapter's, alternate between both sides with an SVD of the n-sized stack each time, and project all updates on the
+   result? That is done in float64 and without a certificate, and with an R factor instead of the stack where that is
+   smaller (the singular values and left vectors are the same). Both must give the same updates.
+
+The tasks of a layer share directions of decaying weight, and the new adapter is half inside the basis, half new.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from _report import Row, argument_parser, interleaved, medians, report
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from share_hf.subspace import (
+    LayerSubspace,
+    LowRankUpdate,
+    SubspaceSettings,
+    TaskRecords,
+    merge_into_layer,
+    thin_svd_of_update,
+)
+from share_hf.subspace.layer import update_norms
+
+
+SETTINGS = SubspaceSettings(num_components=64, pseudo_rank=16)
+NEW_RANK = 16
+FEATURES = 2048
+QUICK_FEATURES = 1024  # of the comparison with --quick
+TASKS = (10, 100, 1_000, 10_000)
+COMPARED_TASKS = {100: 50, 1_000: 100}  # T -> how many times faster the merge should be
+JOINT_ITERATIONS = 3
+CHECKED_TASKS = 25
+
+
+def main() -> None:
+    parser = argument_parser(__doc__, repeats=9)
+    options = parser.parse_args()
+    features = QUICK_FEATURES if options.quick else FEATURES
+    rows = [
+        *growth_rows(FEATURES, 3 if options.quick else options.repeats),
+        *comparison_rows(features, 3 if options.quick else options.repeats),
+    ]
+    report("Merging task T + 1 into one layer (k = 64, p = 16, joint basis, with certificate)", rows, options.json)
+
+
+def growth_rows(features: int, repeats: int) -> list[Row]:
+    """How the parts of a merge grow with the number of tasks."""
+    layers = {tasks: layer_with_tasks(features, tasks) for tasks in TASKS}
+    adapter = new_adapter(layers[TASKS[0]])
+
+    def merge(tasks: int) -> Callable[[], object]:
+        return lambda: merge_into_layer(layers[tasks], {"new": adapter}, SETTINGS)
+
+    whole = medians(interleaved({f"{tasks}": merge(tasks) for tasks in TASKS}, repeats=repeats))
+    sized: dict[int, list[TimedOperations]] = {tasks: [] for tasks in (TASKS[0], TASKS[-1])}
+    for _ in range(repeats):
+        for tasks, runs in sized.items():
+            with TimedOperations(side=features) as timed:
+                merge(tasks)()
+            runs.append(timed)
+    few, many = (median(run.seconds for run in runs) for runs in sized.values())
+    operations_few, operations_many = (runs[0].count for runs in sized.values())
+
+    size = f"n = d = {features}"
+    rows = [Row(f"whole merge, T = {tasks:,}, {size}", 1e3 * whole[f"{tasks}"], "ms") for tasks in TASKS]
+    rows += [
+        Row(f"its n- and d-sized part, T = 10, {size}", 1e3 * few, "ms"),
+        Row(f"its n- and d-sized part, T = 10,000, {size}", 1e3 * many, "ms"),
+        Row.at_most("operations of that part, T = 10,000 over T = 10", operations_many / operations_few, "x", 1),
+        Row.at_most("n- and d-sized part, T = 10,000 over T = 10", many / few, "x", 1.25),
+        Row.at_most("whole merge, T = 1,000 over T = 10", whole["1000"] / whole["10"], "x", 4),
+        Row.at_most("whole merge, T = 10,000 over T = 10", whole["10000"] / whole["10"], "x", 25),
+    ]
+    return rows
+
+
+def comparison_rows(features: int, repeats: int) -> list[Row]:
+    """The merge beside reconstruct-and-SVD: time and result."""
+    rows = []
+    for tasks, times_faster in COMPARED_TASKS.items():
+        layer = layer_with_tasks(features, tasks)
+        adapter = new_adapter(layer)
+        merge = {"merge": lambda: merge_into_layer(layer, {"new": adapter}, SETTINGS)}  # noqa: B023
+        ours = interleaved(merge, repeats=repeats)["merge"]
+        start = time.perf_counter()
+        expected = reconstruct_and_decompose(layer, adapter)
+        plain = time.perf_counter() - start
+        ours += interleaved(merge, repeats=repeats)["merge"]
+        merged, _ = merge["merge"]()
+
+        where = f"T = {tasks:,}, n = d = {features}"
+        rows += [
+            Row(f"reconstruct-and-SVD, {where}", plain, "s"),
+            Row(f"merge, {where}", median(ours), "s"),
+            Row.at_least(f"times faster, {where}", plain / median(ours), "x", times_faster),
+            Row.at_most(f"largest relative difference of an update, {where}", difference(merged, expected), "", 1e-6),
+        ]
+    return rows
+
+
+def layer_with_tasks(features: int, tasks: int) -> LayerSubspace:
+    """A float32 layer of `tasks` tasks that use the directions of its basis with decaying weight."""
+    generator = torch.Generator().manual_seed(tasks)
+    k, p = SETTINGS.num_components, SETTINGS.pseudo_rank
+    decay = torch.arange(1, k + 1).rsqrt()[:, None]
+    basis_out, basis_in = (torch.linalg.qr(normal(generator, features, k).double()).Q.float() for _ in range(2))
+    coefficients_out, coefficients_in = (decay * normal(generator, tasks, k, p) for _ in range(2))
+    # As learned, the updates were a little larger: compression has cost them some of their norm.
+    norms = update_norms(coefficients_out, coefficients_in) * (1 + 0.1 * torch.rand(tasks, generator=generator))
+    nothing = torch.zeros(tasks, dtype=torch.float64)
+    drifted = nothing + 0.4
+    return LayerSubspace(
+        tasks=tuple(f"task_{i}" for i in range(tasks)),
+        basis_out=basis_out,
+        basis_in=basis_in,
+        coefficients_out=coefficients_out,
+        coefficients_in=coefficients_in,
+        records=TaskRecords(norms, nothing, drifted, drifted),
+        spectrum_out=decay[:, 0].double(),
+        spectrum_in=decay[:, 0].double(),
+    )
+
+
+def new_adapter(layer: LayerSubspace) -> LowRankUpdate:
+    """A rank-16 adapter, half of it in the directions of the layer's tasks."""
+    generator = torch.Generator().manual_seed(0)
+    decay = torch.arange(1, SETTINGS.num_components + 1).rsqrt()[:, None]
+    factors = []
+    for basis in (layer.basis_out, layer.basis_in):
+        inside = basis @ (decay * normal(generator, len(decay), NEW_RANK))
+        outside = normal(generator, len(basis), NEW_RANK)
+        factors.append(inside + outside * inside.norm() / outside.norm())
+    return LowRankUpdate(*factors)
+
+
+@dataclass(frozen=True)
+class DenseResult:
+    """Factors (tasks, n, p) and (tasks, d, p) of the checked tasks' updates after the plain merge."""
+
+    out_factors: Tensor
+    in_factors: Tensor
+
+
+def reconstruct_and_decompose(layer: LayerSubspace, adapter: LowRankUpdate) -> DenseResult:
+    """The plain way: everything at n x p, and an SVD of the n-sized stack for each half-step."""
+    basis_out, basis_in = layer.basis_out.double(), layer.basis_in.double()
+    out_factors = torch.cat([basis_out @ layer.coefficients_out.double(), balanced(adapter).out_factor[None]])
+    in_factors = torch.cat([basis_in @ layer.coefficients_in.double(), balanced(adapter).in_factor[None]])
+    norms = torch.cat([layer.records.norms, balanced(adapter).dense().norm()[None]])
+
+    new_in = leading_directions(stack(in_factors, out_factors, norms))
+    for _ in range(JOINT_ITERATIONS):
+        new_out = leading_directions(stack(out_factors, new_in.T @ in_factors, norms))
+        new_in = leading_directions(stack(in_factors, new_out.T @ out_factors, norms))
+
+    # The coefficients of all tasks, the checked ones among them.
+    coefficients_out, coefficients_in = new_out.T @ out_factors, new_in.T @ in_factors
+    checked = checked_tasks(len(out_factors))
+    return DenseResult(new_out @ coefficients_out[checked], new_in @ coefficients_in[checked])
+
+
+def stack(factors: Tensor, others: Tensor, norms: Tensor) -> Tensor:
+    """(n, tasks p): left factors of the weighted updates ``X_i Y_i^T / ‖ΔW_i‖``, with the size of Y_i in them."""
+    size = torch.linalg.qr(others, mode="r").R
+    return ((factors @ size.mT) / norms[:, None, None]).transpose(0, 1).flatten(1)
+
+
+def leading_directions(stacked: Tensor) -> Tensor:
+    """The leading k left singular vectors of (n, columns)."""
+    if stacked.shape[1] > stacked.shape[0]:
+        triangle = torch.linalg.qr(stacked.T, mode="r").R
+        return torch.linalg.svd(triangle, full_matrices=False).Vh[: SETTINGS.num_components].T
+    return torch.linalg.svd(stacked, full_matrices=False).U[:, : SETTINGS.num_components]
+
+
+def balanced(adapter: LowRankUpdate) -> LowRankUpdate:
+    return thin_svd_of_update(adapter).balanced_factors()
+
+
+def difference(merged: LayerSubspace, expected: DenseResult) -> float:
+    """Largest relative difference of an update, over the checked tasks."""
+    worst = 0.0
+    for position, i in enumerate(checked_tasks(len(merged.tasks)).tolist()):
+        out_factor = merged.basis_out.double() @ merged.coefficients_out[i].double()
+        in_factor = merged.basis_in.double() @ merged.coefficients_in[i].double()
+        dense = expected.out_factors[position] @ expected.in_factors[position].T
+        worst = max(worst, float((out_factor @ in_factor.T - dense).norm() / dense.norm()))
+    return worst
+
+
+def checked_tasks(count: int) -> Tensor:
+    """Positions of some tasks, the first and the new one among them."""
+    return torch.linspace(0, count - 1, CHECKED_TASKS).round().long()
+
+
+class TimedOperations(TorchDispatchMode):
+    """Counts and times the operations with an operand or a result that has a side of a given length."""
+
+    def __init__(self, *, side: int) -> None:
+        super().__init__()
+        self.side = side
+        self.seconds = 0.0
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
+    ) -> Any:
+        start = time.perf_counter()
+        result = function(*arguments, **(options or {}))
+        elapsed = time.perf_counter() - start
+        involved = tree_leaves((arguments, options, result))
+        if any(isinstance(value, Tensor) and self.side in value.shape for value in involved):
+            self.seconds += elapsed
+            self.count += 1
+        return result
+
+
+def normal(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=generator)
+
+
+if __name__ == "__main__":
+    main()

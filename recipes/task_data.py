@@ -1,0 +1,126 @@
+"""What both stream recipes need beside the Trainer: data of any form, YAML beside flags, and LoRA baselines."""
+
+from __future__ import annotations
+
+import copy
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from datasets import Dataset, DatasetDict, load_dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers.trainer_callback import ProgressCallback
+
+from share_hf.continual import ContinualMetrics
+from share_hf.continual.progress import StreamProgressCallback
+
+
+FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv"}
+SPLITS = ("train", "validation", "test")
+
+
+def load_task(place: str, train_examples: int | None = None) -> DatasetDict:
+    """Data of a task from a jsonl or csv file, a folder of `train`, `validation`, `test` files, or a `datasets` id.
+
+    Without a test split, a tenth of the training data is held out for it.
+    """
+    path = Path(place)
+    if path.is_dir():
+        found = {split: file for split in SPLITS for file in path.glob(f"{split}.*") if file.suffix in FORMATS}
+        if "train" not in found:
+            raise ValueError(f"{path}: no train.jsonl, train.json or train.csv in it, expected a training split")
+        kind = FORMATS[found["train"].suffix]
+        data = load_dataset(kind, data_files={split: str(file) for split, file in found.items()})
+    elif path.suffix in FORMATS:
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file")
+        data = load_dataset(FORMATS[path.suffix], data_files={"train": str(path)})
+    else:
+        data = load_dataset(place)
+    if not {"test", "validation"} & set(data):
+        data = data["train"].train_test_split(test_size=0.1, seed=0)
+    if train_examples is not None:
+        data["train"] = data["train"].select(range(min(train_examples, len(data["train"]))))
+    return data
+
+
+def parse_tasks(arguments: list[str]) -> dict[str, str]:
+    """`name=place` arguments as a dict, in their order."""
+    tasks: dict[str, str] = {}
+    for argument in arguments:
+        name, separator, place = argument.partition("=")
+        if not separator or not place:
+            raise ValueError(f"--tasks has {argument!r}, expected name=path or name=dataset-id")
+        if name in tasks:
+            raise ValueError(f"--tasks has {name!r} twice, expected each task once")
+        tasks[name] = place
+    return tasks
+
+
+def flags_with_config(argv: list[str] | None = None) -> list[str]:
+    """Command-line flags after those of `--config file.yaml`, so that a flag overrides the file."""
+    argv = sys.argv[1:] if argv is None else argv
+    if "--config" not in argv:
+        return argv
+    position = argv.index("--config")
+    values: dict[str, Any] = yaml.safe_load(Path(argv[position + 1]).read_text())
+    flags: list[str] = []
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            value = [f"{key}={item}" for key, item in value.items()]
+        flags += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return [*flags, *argv[:position], *argv[position + 2 :]]
+
+
+def train_loras(
+    model: PreTrainedModel,
+    args: TrainingArguments,
+    lora_config: LoraConfig,
+    tasks: Mapping[str, DatasetDict],
+    score: Callable[[Trainer, str, Dataset], float],
+    *,
+    sequential: bool,
+    prepare: Callable[[PeftModel, str], None] = lambda model, task: None,
+    **trainer_kwargs: Any,
+) -> ContinualMetrics:
+    """The baselines: a LoRA of its own for each task, or one LoRA trained on all tasks in their order.
+
+    Args:
+        model: The base model.
+        args: Of every task's training.
+        lora_config: Of every LoRA.
+        tasks: The stream.
+        score: Scores the active adapter on a task.
+        sequential: One LoRA for all tasks.
+        prepare: Called before a task is trained or scored.
+        trainer_kwargs: For the Trainer.
+    """
+    metrics = ContinualMetrics(tasks=list(tasks), baseline=[None] * len(tasks))
+    names = {task: "sequential" if sequential else task for task in tasks}
+    first = names[next(iter(tasks))]
+    peft_model = get_peft_model(model, copy.deepcopy(lora_config), adapter_name=first)
+    for position, (task, data) in enumerate(tasks.items()):
+        started = time.monotonic()
+        set_seed(args.seed + 2 * position)
+        if names[task] not in peft_model.peft_config:
+            peft_model.add_adapter(names[task], copy.deepcopy(lora_config))
+        peft_model.set_adapter(names[task])
+        prepare(peft_model, task)
+        trainer = Trainer(model=peft_model, args=args, train_dataset=data["train"], **trainer_kwargs)
+        progress = StreamProgressCallback()
+        progress.title = f"{task} [lora]"
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(progress)
+        trainer.train()
+        row: list[float | None] = [None] * len(tasks)
+        for j, seen in enumerate(list(tasks)[: position + 1]):
+            peft_model.set_adapter(names[seen])
+            prepare(peft_model, seen)
+            row[j] = score(trainer, seen, tasks[seen].get("test", tasks[seen].get("validation")))
+        metrics.matrix.append(row)
+        progress.task_line(metrics, "sequential" if sequential else "lora", time.monotonic() - started)
+    return metrics

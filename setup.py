@@ -1,0 +1,84 @@
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+ROOT = Path(__file__).resolve().parent
+
+
+def read_version() -> str:
+    """The version in share_hf/version.py, read as text: importing the package would need its dependencies."""
+    path = ROOT / "share_hf" / "version.py"
+    found = re.search(r'^__version__ = "([^"]+)"$', path.read_text(encoding="utf-8"), re.MULTILINE)
+    if found is None:
+        raise RuntimeError(f'{path}: no line of the form `__version__ = "1.2.3"`')
+    return found.group(1)
+
+
+def read_long_description() -> str:
+    path = ROOT / "README.md"
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+# Ranges only. The exact versions that are tested together are in .github/constraints.txt.
+install_requires = [
+    "accelerate>=1.10",
+    "datasets>=3.0",
+    "huggingface_hub>=1.0",
+    "jinja2",  # the model card's template
+    "peft>=0.21",
+    "safetensors>=0.5",
+    "torch>=2.4",
+    "tqdm",
+    "transformers>=5.0",
+]
+
+extras_require = {
+    "quantization": ["bitsandbytes>=0.45"],
+    "deepspeed": ["deepspeed>=0.16"],
+    "plots": ["matplotlib>=3.8"],
+    "trl": ["trl>=1.0"],
+}
+extras_require["all"] = sorted({requirement for extra in extras_require.values() for requirement in extra})
+extras_require["tests"] = [
+    "hypothesis",
+    "matplotlib>=3.8",
+    "pytest>=8.0",
+    "pytest-timeout",
+    "pytest-xdist",
+    "PyYAML",
+    "ruff",
+    "tensorboard",
+]
+
+setup(
+    name="share-hf",
+    version=read_version(),
+    description="Continual learning with shared LoRA subspaces (Share) for the Hugging Face stack",
+    long_description=read_long_description(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    keywords="continual learning, LoRA, parameter-efficient fine-tuning, low-rank adapters, subspace, merging",
+    packages=[*find_packages(include=["share_hf", "share_hf.*"]), "share_hf.model_cards"],
+    package_dir={"share_hf": "share_hf", "share_hf.model_cards": "model_cards"},
+    package_data={"share_hf": ["py.typed"], "share_hf.model_cards": ["*.jinja"]},
+    zip_safe=False,  # type checkers look for py.typed on disk
+    python_requires=">=3.10",
+    install_requires=install_requires,
+    extras_require=extras_require,
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)

@@ -1,0 +1,9 @@
+"""Continual learning in the Trainer: phases, the stream and its state, metrics, and a callback for other Trainers."""
+
+from .arguments import ShareTrainingArguments
+from .callback import ShareCallback
+from .metrics import ContinualMetrics
+from .trainer import ShareTrainer
+
+
+__all__ = ["ContinualMetrics", "ShareCallback", "ShareTrainer", "ShareTrainingArguments"]

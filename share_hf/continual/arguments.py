@@ -1,0 +1,75 @@
+"""Arguments of a stream of tasks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from transformers import TrainingArguments
+
+
+Method = Literal["share", "coefficients"]
+
+
+@dataclass
+class ShareTrainingArguments(TrainingArguments):
+    """
+    Arguments of [`ShareTrainer`]: those of [`~transformers.TrainingArguments`], which apply to every phase, and what
+    a phase may have of its own.
+
+    Args:
+        method (`Literal["share", "coefficients"]`, *optional*, defaults to `"share"`):
+            How a task is learned once there is a subspace: with temporary factors and a merge (Sec. 3.2.2), or by its
+            coefficients alone in the frozen basis.
+        num_init_tasks (`int`, *optional*, defaults to `2`):
+            How many tasks, the first ones, are trained as free factors of rank p, as a LoRA is, before others build on
+            the subspace that they span.
+        init_learning_rate (`float`, *optional*): Learning rate of the init phase; `learning_rate` if not given.
+        finetune_learning_rate (`float`, *optional*): Of the finetune phase; `learning_rate` if not given.
+        init_num_train_epochs (`float`, *optional*): Epochs of the init phase; `num_train_epochs` if not given.
+        finetune_num_train_epochs (`float`, *optional*, defaults to `0`):
+            Epochs in which a task's coefficients are trained after its merge (Sec. 3.2.3).
+        evaluate_seen_tasks (`bool`, *optional*, defaults to `True`):
+            Whether all tasks learned so far are evaluated after each task.
+        evaluate_before (`bool`, *optional*, defaults to `False`):
+            Whether each task is also evaluated before it is learned: with the model alone, and with the adapter of the
+            task before it, as forward transfer needs.
+        score_metric (`str`, *optional*):
+            The metric that is a task's score, higher better; `"accuracy"` if it is measured, or else minus the loss.
+    """
+
+    method: Method = field(
+        default="share",
+        metadata={"help": "How a task is learned in the subspace: 'share' (temporary factors) or 'coefficients'."},
+    )
+    num_init_tasks: int = field(
+        default=2, metadata={"help": "How many tasks are trained as a LoRA before others build on their subspace."}
+    )
+    init_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the init phase; learning_rate if not given."}
+    )
+    finetune_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the finetune phase; learning_rate if not given."}
+    )
+    init_num_train_epochs: float | None = field(
+        default=None, metadata={"help": "Epochs of the init phase; num_train_epochs if not given."}
+    )
+    finetune_num_train_epochs: float = field(
+        default=0.0, metadata={"help": "Epochs of training a task's coefficients after its merge."}
+    )
+    evaluate_seen_tasks: bool = field(
+        default=True, metadata={"help": "Evaluate all tasks learned so far after each task."}
+    )
+    evaluate_before: bool = field(
+        default=False, metadata={"help": "Evaluate each task also before it is learned, for forward transfer."}
+    )
+    score_metric: str | None = field(
+        default=None, metadata={"help": "The metric that is a task's score; accuracy, or minus the loss."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_init_tasks < 1:
+            raise ValueError(f"num_init_tasks is {self.num_init_tasks}, expected at least 1: a subspace needs a task")
+        if self.finetune_num_train_epochs < 0:
+            raise ValueError(f"finetune_num_train_epochs is {self.finetune_num_train_epochs}, expected 0 or more")

@@ -1,0 +1,94 @@
+"""Adapt and merge inside a Trainer that is not ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import PeftModel
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..hub.names import check_task_name
+from ..hub.state import SubspaceState
+from ..shared_subspace import SharedSubspace
+from ..subspace import MergeReport
+from ..tuner.state import is_share_model, state_of
+from .phases import begin_phase, describe_task, take_merged
+
+
+class ShareCallback(TrainerCallback):
+    """
+    Learns one task in any [`~transformers.Trainer`] and merges it into the subspace of the model.
+
+    Pass it in `callbacks=[...]`: the task is set up when the Trainer is made, before the optimizer exists, and merged
+    when training ends. A model with a subspace is adapted (Sec. 3.2.2); one without trains the first task as a LoRA
+    and starts the subspace from it.
+
+    Args:
+        task (`str`):
+            Name of the new task.
+        subspace ([`SharedSubspace`], *optional*):
+            The subspace so far; taken from the model if not given, and then without what is known of drift.
+
+    Attributes:
+        subspace ([`SharedSubspace`]): The subspace, with the task in it when training has ended.
+        report ([`~share_hf.subspace.MergeReport`]): What the merge did, None until then.
+
+    Example:
+        ```py
+        >>> model = get_peft_model(base_model, ShareConfig())
+        >>> callback = ShareCallback("mrpc")
+        >>> Trainer(model=model, train_dataset=mrpc, callbacks=[callback]).train()
+        >>> callback.subspace.save_pretrained("share-subspace")
+        ```
+    """
+
+    def __init__(self, task: str, subspace: SharedSubspace | None = None) -> None:
+        check_task_name(task, subspace.tasks if subspace is not None else ())
+        self.task = task
+        self.subspace = subspace
+        self.report: MergeReport | None = None
+        self._entered = False
+
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PeftModel | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not is_share_model(model):
+            raise ValueError(
+                f"ShareCallback needs a PeftModel of a ShareConfig, found {type(model).__name__}: wrap the model with "
+                "get_peft_model(model, ShareConfig()) or SharedSubspace.apply(model) first"
+            )
+        known: SubspaceState = self.subspace.state if self.subspace is not None else state_of(model)
+        check_task_name(self.task, known.tasks)
+        self.subspace = SharedSubspace(known)
+        config = model.peft_config[model.active_adapter]
+        self._phase = "adapt" if known.tasks else "init"
+        begin_phase(model, known, self.task, self._phase, config)
+        self._entered = True
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not self._entered:
+            raise RuntimeError(
+                "ShareCallback was added after the Trainer was made, expected it in "
+                "Trainer(..., callbacks=[ShareCallback(...)]): it sets the task up before the optimizer exists"
+            )
+        if self.report is not None:
+            raise RuntimeError(f"task {self.task!r} is merged already, make a new Trainer and callback for another")
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PeftModel | None = None,
+        **kwargs: Any,
+    ) -> None:
+        info = describe_task(model, self.task, self._phase)
+        merged, self.report = take_merged(model, self.subspace.state, self.task, info)
+        self.subspace = SharedSubspace(merged)

@@ -1,0 +1,112 @@
+"""Classification tasks with different labels on one model.
+
+PEFT keeps one head shape for all adapters, so the model has the labels of the largest task. What a smaller one does
+not have is masked where the head is computed, so neither loss nor prediction ever sees it; in the head that is kept,
+its bias rules it out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from datasets import ClassLabel, Dataset
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from ..tuner.state import NEVER_PREDICTED
+
+
+LABEL_COLUMNS = ("label", "labels")
+
+
+def count_labels(
+    task: str, train: Dataset, evaluation: Dataset | None, num_labels: int
+) -> tuple[int, list[str] | None]:
+    """Number of labels of a classification task, and their names if the data set knows them.
+
+    Raises:
+        ValueError: If the model has fewer labels, or the evaluation data has one that is never seen in training.
+    """
+    column = next((name for name in LABEL_COLUMNS if name in train.column_names), None)
+    if column is None:
+        raise ValueError(f"task {task!r} has columns {train.column_names}, expected one of {LABEL_COLUMNS}")
+    if evaluation is not None and column not in evaluation.column_names:
+        raise ValueError(
+            f"task {task!r} has columns {evaluation.column_names} in its evaluation data, expected {column!r}"
+        )
+    labels = list(train.with_format(None)[column])
+    for label in labels:
+        if not isinstance(label, int) or not 0 <= label < num_labels:
+            raise ValueError(
+                f"task {task!r} has label {label!r}, expected integers under num_labels = {num_labels} of the model"
+            )
+    seen = set(labels)
+    if evaluation is not None and (unseen := sorted(set(evaluation.with_format(None)[column]) - seen)):
+        raise ValueError(
+            f"task {task!r} has label {unseen[0]!r} in its evaluation data, expected one of those it is trained on: "
+            f"{sorted(seen)}"
+        )
+    feature = train.features[column]
+    if isinstance(feature, ClassLabel):
+        return len(feature.names), list(feature.names)
+    return max(seen) + 1, None
+
+
+class LabelMask:
+    """Sets the outputs of a classification head past a task's own labels to the lowest number there is.
+
+    The task is that of the active adapter, unless `of_task` says otherwise.
+
+    Args:
+        model: With a `ModulesToSaveWrapper` around its head.
+        num_labels: By task, its number of labels; of other tasks nothing is masked.
+    """
+
+    def __init__(self, model: nn.Module, num_labels: Mapping[str, int]) -> None:
+        self._num_labels = num_labels
+        self._task: str | None = None
+        self._handles = [
+            module.register_forward_hook(self._mask)
+            for name, module in model.named_modules()
+            if isinstance(module, ModulesToSaveWrapper) and name.rpartition(".")[2] in ("classifier", "score")
+        ]
+
+    @property
+    def attached(self) -> bool:
+        """Whether the model has a head that the mask knows."""
+        return bool(self._handles)
+
+    @contextmanager
+    def of_task(self, task: str) -> Iterator[None]:
+        """Within the block, the labels are those of this task, whatever adapter is active."""
+        before, self._task = self._task, task
+        try:
+            yield
+        finally:
+            self._task = before
+
+    def _mask(self, module: ModulesToSaveWrapper, args: tuple[Any, ...], logits: Tensor) -> Tensor:
+        num_labels = self._num_labels.get(self._task or module.active_adapters[0])
+        if num_labels is None or num_labels >= logits.shape[-1]:
+            return logits
+        beyond = torch.arange(logits.shape[-1], device=logits.device) >= num_labels
+        return logits.masked_fill(beyond, torch.finfo(logits.dtype).min)
+
+
+def rule_out_labels(head: Mapping[str, Tensor], num_labels: int, of_model: int) -> dict[str, Tensor]:
+    """A task's head of which the labels past its own are never predicted, whatever loads it.
+
+    Args:
+        head: Weights by name; a last layer without a bias cannot rule anything out, and stays.
+        num_labels: Of the task.
+        of_model: Outputs of the model's head.
+    """
+    ruled = dict(head)
+    for name, bias in head.items():
+        weight = head.get(f"{name.rpartition('.')[0]}.weight")
+        if name.endswith("bias") and weight is not None and len(bias) == len(weight) == of_model:
+            ruled[name] = bias.masked_fill(torch.arange(of_model) >= num_labels, NEVER_PREDICTED)
+    return ruled

@@ -1,0 +1,110 @@
+"""Scores over a stream of tasks, with the definitions of GEM (Lopez-Paz & Ranzato 2017, Sec. 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class ContinualMetrics:
+    """The matrix ``R[i][j]``, score on task j after learning task i, and what follows from it. Higher is better.
+
+    Args:
+        score: What the scores are, such as `"accuracy"`.
+        tasks: In the order they were learned.
+        matrix: One row a learned task; an entry is None where it was not measured.
+        baseline: Score ``b_j`` of the model before any task was learned, None where it was not measured.
+        learned_by: By task, the phase that trained it.
+        drift: By task, its estimated drift after the last step.
+        parameters: By phase, how many numbers were trained.
+    """
+
+    score: str = "accuracy"
+    tasks: list[str] = field(default_factory=list)
+    matrix: list[list[float | None]] = field(default_factory=list)
+    baseline: list[float | None] = field(default_factory=list)
+    drift: dict[str, float] = field(default_factory=dict)
+    parameters: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def average(self) -> float | None:
+        """Mean score over the tasks learned so far, after the last of them."""
+        return _mean(self.matrix[-1][: len(self.matrix)]) if self.matrix else None
+
+    @property
+    def backward_transfer(self) -> float | None:
+        """``BWT = mean_j<T (R[T][j] - R[j][j])``: negative where tasks got worse after they were learned."""
+        last = len(self.matrix) - 1
+        return _mean([_difference(self.matrix[last][j], self.matrix[j][j]) for j in range(last)])
+
+    @property
+    def forgetting(self) -> float | None:
+        """Mean over old tasks of the best score they ever had before the last step, minus the score after it."""
+        last = len(self.matrix) - 1
+        losses = []
+        for j in range(last):
+            earlier = [row[j] for row in self.matrix[j:last] if row[j] is not None]
+            losses.append(_difference(max(earlier, default=None), self.matrix[last][j]))
+        return _mean(losses)
+
+    @property
+    def forward_transfer(self) -> float | None:
+        """``FWT = mean_j>1 (R[j-1][j] - b_j)``: what the newest task's adapter does for the next task, unseen."""
+        seen = range(1, len(self.matrix))
+        return _mean([_difference(self.matrix[j - 1][j], self.baseline[j]) for j in seen])
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as JSON."""
+        return {
+            "score": self.score,
+            "tasks": list(self.tasks),
+            "matrix": [list(row) for row in self.matrix],
+            "baseline": list(self.baseline),
+            "average": self.average,
+            "forgetting": self.forgetting,
+            "backward_transfer": self.backward_transfer,
+            "forward_transfer": self.forward_transfer,
+            "drift": dict(self.drift),
+            "parameters": dict(self.parameters),
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ContinualMetrics:
+        return cls(
+            score=values["score"],
+            tasks=list(values["tasks"]),
+            matrix=[list(row) for row in values["matrix"]],
+            baseline=list(values["baseline"]),
+            drift=dict(values["drift"]),
+            parameters=dict(values["parameters"]),
+        )
+
+    def table(self) -> str:
+        """The matrix and the summary as text."""
+        width = max([len(task) for task in self.tasks] + [6]) + 2
+        lines = ["after".ljust(width) + "".join(task.rjust(width) for task in self.tasks)]
+        if any(value is not None for value in self.baseline):
+            lines.append("(before)".ljust(width) + "".join(_cell(value, width) for value in self.baseline))
+        for task, row in zip(self.tasks, self.matrix, strict=False):
+            lines.append(task.ljust(width) + "".join(_cell(value, width) for value in row))
+        summary = [
+            f"{name.replace('_', ' ')} {value:.3f}"
+            for name in ("average", "forgetting", "backward_transfer", "forward_transfer")
+            if (value := getattr(self, name)) is not None
+        ]
+        return "\n".join([*lines, f"{self.score}: " + ", ".join(summary)])
+
+
+def _cell(value: float | None, width: int) -> str:
+    return ("-" if value is None else f"{value:.3f}").rjust(width)
+
+
+def _difference(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a - b
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None

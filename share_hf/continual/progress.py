@@ -1,0 +1,63 @@
+"""What a person sees of a stream: one progress bar for the phase at work, one line for each task that is done."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .metrics import ContinualMetrics
+
+
+class StreamProgressCallback(TrainerCallback):
+    """Shows the task, its phase and the loss on a bar that goes away, and keeps a line for each finished task."""
+
+    def __init__(self) -> None:
+        self.title = ""
+        self._bar: tqdm | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            self._bar = tqdm(total=state.max_steps, desc=self.title, leave=False, dynamic_ncols=True, unit="step")
+            self._bar.update(state.global_step)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._bar is not None:
+            self._bar.update(state.global_step - self._bar.n)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self._bar is not None and logs and "loss" in logs:
+            self._bar.set_postfix_str(f"loss {float(logs['loss']):.3f}")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def task_line(self, metrics: ContinualMetrics, learned_by: str, seconds: float) -> None:
+        """Print what became of the newest task, and of those before it."""
+        j = len(metrics.matrix) - 1
+        task, row = metrics.tasks[j], metrics.matrix[j]
+        before = metrics.baseline[j] if j < len(metrics.baseline) else None
+        parts = [f"{j + 1:3d} {task:<16s} {learned_by:<12s}"]
+        if row[j] is not None:
+            parts.append(f"{metrics.score} " + (f"{before:.3f} -> " if before is not None else "") + f"{row[j]:.3f}")
+        if j and metrics.average is not None:
+            parts.append(f"average {metrics.average:.3f}  forgetting {metrics.forgetting or 0.0:+.3f}")
+        parts.append(f"drift {max(metrics.drift.values(), default=0.0):.3f}")
+        parts.append(f"{seconds:.0f} s")
+        tqdm.write("  ".join(parts))

@@ -1,0 +1,79 @@
+"""`stream_state.json`: how far a stream of tasks has come, so that it can be continued after any interruption."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..hub.files import read_json, write_atomically
+
+
+STREAM_STATE_FILE = "stream_state.json"
+
+Stage = Literal["learn", "finetune", "evaluate"]
+
+
+@dataclass(frozen=True)
+class StreamState:
+    """Position in a stream.
+
+    Args:
+        position: How many tasks are done.
+        task: The task in work, None between tasks.
+        stage: What is being done with it.
+        steps: Length of the subspace's lineage when the stage began. A saved subspace that is one step longer has the
+            result of the stage in it.
+        trained_steps: Steps of the optimizer in the phases that are done.
+        metrics: `ContinualMetrics` so far.
+    """
+
+    position: int = 0
+    task: str | None = None
+    stage: Stage = "learn"
+    steps: int = 0
+    trained_steps: int = 0
+    metrics: dict[str, Any] | None = None
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / STREAM_STATE_FILE, json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> StreamState | None:
+        """The state in a folder, None if no stream was begun there.
+
+        Raises:
+            ValueError: If the file is damaged.
+        """
+        path = folder / STREAM_STATE_FILE
+        if not path.is_file():
+            return None
+        try:
+            return cls(**read_json(path))
+        except TypeError as error:
+            raise ValueError(f"{path}: not a stream state ({error})") from error
+
+
+def newest_whole_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint of a Trainer run that was written to its end; a killed run may leave a torn one.
+
+    The Trainer writes `trainer_state.json` last.
+    """
+    checkpoints = [
+        path
+        for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if path.name.rpartition("-")[2].isdigit() and _is_json(path / "trainer_state.json")
+    ]
+    return max(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        read_json(path)
+    except ValueError:
+        return False
+    return True

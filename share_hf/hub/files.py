@@ -1,0 +1,189 @@
+"""Reading files that may be anything, and writing them so that a crash leaves the old tree or the new one."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+MAX_JSON_BYTES = 64 * 2**20
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ValueError: If the file is missing, too large, not JSON or not an object.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    if (size := path.stat().st_size) > MAX_JSON_BYTES:
+        raise ValueError(f"{path}: {size} bytes, expected at most {MAX_JSON_BYTES}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a {type(content).__name__}, expected a JSON object")
+    return content
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, each finite.
+
+    Raises:
+        ValueError: If the file is missing, is not a whole safetensors file, or a tensor has NaN or infinite entries.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"{path}: {name!r} has NaN or infinite entries, expected finite numbers")
+    return tensors
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file whose bytes depend only on the tensors."""
+    save_file({name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}, path, {"format": "pt"})
+    path.chmod(0o666 & ~_umask())
+
+
+def expect_tensor(path: Path, tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
+    """The float32 tensor of this name and shape.
+
+    Raises:
+        ValueError: Naming the file, the tensor, what was found and what was expected.
+    """
+    if name not in tensors:
+        raise ValueError(f"{path}: {name!r} is missing, expected a tensor of shape {shape}")
+    tensor = tensors[name]
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{path}: {name!r} has shape {tuple(tensor.shape)}, expected {shape}")
+    if tensor.dtype != torch.float32:
+        raise ValueError(f"{path}: {name!r} is {tensor.dtype}, expected torch.float32")
+    return tensor
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def replacing_folder(folder: Path, entries: Collection[str]) -> Iterator[Path]:
+    """A scratch folder beside `folder` that takes its place when the block ends without an error.
+
+    The old folder is there until the new one is whole and on disk: it is renamed aside, the new one into place, what
+    else it held moved over, and only then deleted. `recover_folder` finishes what a crash in between left. There may
+    be one writer at a time, and any number of readers.
+
+    Args:
+        folder: The folder to replace, or to create.
+        entries: Names in it that belong to what is written; all others stay.
+    """
+    folder = _real(folder)
+    if Path.cwd().is_relative_to(folder):
+        raise ValueError(f"{folder} is or holds the current folder and would be replaced, expected another folder")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file, expected a folder, or none yet")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    recover_folder(folder, entries)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.new-", dir=folder.parent))
+    try:
+        yield scratch
+        _flush(scratch)
+        scratch.chmod(folder.stat().st_mode & 0o7777 if folder.exists() else 0o777 & ~_umask())
+        if folder.exists():
+            folder.rename(_aside(folder))
+        scratch.rename(folder)
+        _flush_folder(folder.parent)
+        recover_folder(folder, entries)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def restore_folder(folder: Path) -> None:
+    """Undo a replacement that was cut off between its renames. A reader may do no more: a writer may be at work."""
+    folder = _real(folder)
+    if not folder.exists() and _aside(folder).exists():
+        with suppress(OSError):  # the writer was faster
+            _aside(folder).rename(folder)
+
+
+def recover_folder(folder: Path, entries: Collection[str]) -> None:
+    """Finish or undo a replacement that was cut off: no tree is lost, nor what else its folder held."""
+    folder = _real(folder)
+    for scratch in folder.parent.glob(f".{glob.escape(folder.name)}.new-*"):
+        shutil.rmtree(scratch, ignore_errors=True)
+    restore_folder(folder)
+    aside = _aside(folder)
+    if not aside.exists():
+        return
+    for path in aside.iterdir():
+        if path.name not in entries and not (folder / path.name).exists():
+            path.rename(folder / path.name)
+    shutil.rmtree(aside)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a text file as a whole."""
+    scratch = path.with_name(f".{path.name}.new-{os.getpid()}")
+    scratch.write_text(text, encoding="utf-8")
+    with scratch.open("rb") as file:
+        os.fsync(file.fileno())
+    scratch.replace(path)
+    _flush_folder(path.parent)
+
+
+def _real(folder: Path) -> Path:
+    """The folder itself where `folder` is a link to it or a relative path: it has a name and a parent."""
+    return Path(os.path.realpath(folder))
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
+def _flush(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

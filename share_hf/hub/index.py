@@ -1,0 +1,124 @@
+"""`share_config.json`: what a tree holds, and the checksums that tell whether it still does.
+
+Fields: `format_version`; `kind` ("tree", or "checkpoint" for the folder of a `PeftModel`, which has the bases but not
+the layout of a tree); `share_hf_version`; `base_model_name_or_path`; `settings` (the fields of
+`SubspaceSettings`); `modules` (module -> `shape` [n, d] and `num_components` [k_out, k_in]); `tasks` (names in the
+order they were learned); `default_task`; `lineage` (one object a step); `sha256` (path in the tree -> checksum, of
+every file that loading depends on); `digest` (checksum of all the other fields).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ..subspace import SubspaceSettings
+from ..version import __version__
+from .files import read_json, sha256_of, write_json
+from .names import check_task_name
+
+
+INDEX_FILE = "share_config.json"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ModuleEntry:
+    """A target module: (n, d) of its weight, (k_out, k_in) of its basis."""
+
+    shape: tuple[int, int]
+    num_components: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class TreeIndex:
+    """The content of `share_config.json`."""
+
+    base_model_name_or_path: str | None
+    settings: SubspaceSettings
+    modules: Mapping[str, ModuleEntry]
+    tasks: tuple[str, ...]
+    kind: Literal["tree", "checkpoint"] = "tree"
+    default_task: str | None = None
+    lineage: tuple[Mapping[str, Any], ...] = ()
+    sha256: Mapping[str, str] = field(default_factory=dict)
+
+
+def write_index(folder: Path, index: TreeIndex) -> None:
+    """Write `share_config.json`, last of all files, with the digest of its content."""
+    content = {**asdict(index), "format_version": FORMAT_VERSION, "share_hf_version": __version__}
+    content["digest"] = _digest(content)
+    write_json(folder / INDEX_FILE, content)
+
+
+def read_index(folder: Path) -> TreeIndex:
+    """Read and check `share_config.json`.
+
+    Raises:
+        ValueError: If it is damaged, was edited, or belongs to a newer format; naming what was found and expected.
+    """
+    path = folder / INDEX_FILE
+    content = read_json(path)
+    version = content.get("format_version")
+    if not isinstance(version, int) or version < 1:
+        raise ValueError(f"{path}: format_version is {version!r}, expected {FORMAT_VERSION}")
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"{path}: format_version is {version}, expected at most {FORMAT_VERSION}: the tree was written by a newer "
+            "share_hf, upgrade with `pip install -U share-hf`"
+        )
+    digest = content.pop("digest", None)
+    if digest != _digest(content):
+        raise ValueError(
+            f"{path}: digest is {digest!r}, expected {_digest(content)!r}: the file was edited or damaged"
+        )
+    try:
+        tasks, default_task = content["tasks"], content["default_task"]
+        if not isinstance(tasks, list):
+            raise ValueError(f"tasks is {tasks!r}, expected a list")
+        for i, task in enumerate(tasks):
+            check_task_name(task, tasks[:i])
+        if default_task is not None and default_task not in tasks:
+            raise ValueError(f"default_task is {default_task!r}, expected one of {tasks}")
+        return TreeIndex(
+            base_model_name_or_path=content["base_model_name_or_path"],
+            settings=SubspaceSettings.from_dict(content["settings"]),
+            modules={
+                name: ModuleEntry(tuple(entry["shape"]), tuple(entry["num_components"]))
+                for name, entry in content["modules"].items()
+            },
+            tasks=tuple(tasks),
+            kind=content["kind"],
+            default_task=default_task,
+            lineage=tuple(content["lineage"]),
+            sha256=dict(content["sha256"]),
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: a field is missing or of the wrong type ({error!r})") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def check_file(folder: Path, index: TreeIndex, relative: str) -> None:
+    """Compare the checksum of a file of the tree with the index.
+
+    Raises:
+        ValueError: If it is missing or is not the file that was saved.
+    """
+    path = folder / relative
+    if relative not in index.sha256:
+        raise ValueError(f"{folder / INDEX_FILE}: sha256 has no entry for {relative!r}")
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file, but {INDEX_FILE} lists it")
+    if (found := sha256_of(path)) != index.sha256[relative]:
+        raise ValueError(
+            f"{path}: sha256 is {found}, expected {index.sha256[relative]}: the file was truncated or edited"
+        )
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,395 @@
+"""The subspace as its users hold it: made from adapters, extended, applied to a model, exported, saved."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import _get_in_out_features
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+from .hub.adapters import LoraAdapter, read_lora, write_lora
+from .hub.files import replacing_folder
+from .hub.names import check_task_name
+from .hub.state import SubspaceState, TaskInfo, merge_tasks
+from .hub.tree import lora_of, read_tree, write_tree
+from .subspace import BasisKind, MergeReport, SubspaceSettings
+from .tuner.state import load_tasks, missing_labels, share_config_for
+
+
+logger = logging.get_logger(__name__)
+
+Adapters = Mapping[str, str | os.PathLike] | Sequence[str | os.PathLike]
+
+
+@dataclass(frozen=True)
+class TaskReport:
+    """A task in numbers.
+
+    Args:
+        name: Its name.
+        learned_by: The phase that trained it, or `"adapter"`.
+        parameters: Numbers in its coefficients.
+        bytes: Size of its coefficients and head in float32.
+        drift: Estimated drift since it was learned, over all layers.
+        drift_bound: Certified bound on its drift in any one layer.
+    """
+
+    name: str
+    learned_by: str
+    parameters: int
+    bytes: int
+    drift: float
+    drift_bound: float
+
+
+@dataclass(frozen=True)
+class SubspaceReport:
+    """A subspace in numbers.
+
+    Args:
+        tasks: In the order they were learned.
+        modules: Number of adapted modules.
+        num_components: Smallest and largest number of directions of a layer, over both sides.
+        pseudo_rank: Rank p of a task's update.
+        basis_bytes: Size of all bases in float32.
+        explained_variance: Mean over modules.
+        lora_bytes: What the tasks would take as LoRAs of rank p, for comparison.
+    """
+
+    tasks: tuple[TaskReport, ...]
+    modules: int
+    num_components: tuple[int, int]
+    pseudo_rank: int
+    basis_bytes: int
+    explained_variance: float
+    lora_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON."""
+        return asdict(self)
+
+
+class SharedSubspace:
+    """
+    One low-rank subspace a layer, and the coefficients of any number of tasks in it.
+
+    Made by [`~SharedSubspace.from_adapters`], [`~SharedSubspace.from_pretrained`] or a
+    [`ShareTrainer`]; extended by [`~SharedSubspace.add_adapters`]. Whatever fails leaves it as it was.
+
+    Example:
+        ```py
+        >>> from share_hf import SharedSubspace
+
+        >>> subspace = SharedSubspace.from_adapters({"mrpc": "adapters/mrpc", "sst2": "adapters/sst2"})
+        >>> subspace.add_adapters({"rte": "adapters/rte"}).drift
+        >>> model = subspace.apply(base_model)
+        >>> subspace.save_pretrained("share-subspace")
+        ```
+    """
+
+    def __init__(self, state: SubspaceState) -> None:
+        self._state = state
+
+    @property
+    def state(self) -> SubspaceState:
+        """Everything the subspace holds, as an immutable value."""
+        return self._state
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks, in the order they were learned."""
+        return tuple(self._state.tasks)
+
+    @property
+    def settings(self) -> SubspaceSettings:
+        """k, p and how merges work."""
+        return self._state.settings
+
+    @property
+    def base_model_name_or_path(self) -> str | None:
+        """The model the subspace belongs to."""
+        return self._state.base_model_name_or_path
+
+    @classmethod
+    def from_adapters(
+        cls,
+        adapters: Adapters,
+        *,
+        num_components: int = 32,
+        pseudo_rank: int = 8,
+        basis: BasisKind = "joint",
+        center: bool = False,
+        explained_variance: float | None = None,
+        drift_tolerance: float | None = None,
+        max_components: int | None = None,
+        token: str | bool | None = None,
+        progress: bool = True,
+    ) -> SharedSubspace:
+        """
+        Build a subspace from LoRA adapters of one base model (Sec. 3.2.1). Needs no data and no gradients.
+
+        Args:
+            adapters (`Mapping[str, str]` or `Sequence[str]`):
+                Folders or hub ids of plain LoRAs, of any ranks and scales; by task name, or in a list, where the last
+                part of each is its task's name.
+            num_components (`int`, *optional*, defaults to `32`): Cap k on the directions of a layer, on each side.
+            pseudo_rank (`int`, *optional*, defaults to `8`): Rank p of a task.
+            basis (`Literal["joint", "factor"]`, *optional*, defaults to `"joint"`):
+                Weigh all updates equally, or take the paper's stack of LoRA factors.
+            center (`bool`, *optional*, defaults to `False`): Subtract the mean column first; `"factor"` only.
+            explained_variance (`float`, *optional*): Take the fewest directions that explain this fraction.
+            drift_tolerance (`float`, *optional*): Largest relative drift that merges may add up to.
+            max_components (`int`, *optional*): How far layers may grow for it.
+            token (`str` or `bool`, *optional*): For the hub.
+            progress (`bool`, *optional*, defaults to `True`): Whether to show progress bars.
+
+        Raises:
+            ValueError: If a name, an adapter or a setting is unusable; naming what was found and expected.
+        """
+        settings = SubspaceSettings(
+            num_components=num_components,
+            pseudo_rank=pseudo_rank,
+            basis=basis,
+            center=center,
+            explained_variance=explained_variance,
+            drift_tolerance=drift_tolerance,
+            max_components=max_components,
+        )
+        subspace = cls(SubspaceState(settings=settings))
+        subspace.add_adapters(adapters, token=token, progress=progress)
+        return subspace
+
+    def add_adapters(
+        self, adapters: Adapters, *, token: str | bool | None = None, progress: bool = True
+    ) -> MergeReport:
+        """
+        Add tasks that arrive as LoRA adapters (Sec. 3.2.3). The other tasks stay, within the drift that is reported.
+
+        Args:
+            adapters: As for [`~SharedSubspace.from_adapters`].
+            token (`str` or `bool`, *optional*): For the hub.
+            progress (`bool`, *optional*, defaults to `True`): Whether to show progress bars.
+
+        Returns:
+            [`~share_hf.subspace.MergeReport`]: The drift of every task, layer by layer.
+
+        Raises:
+            ValueError: As for [`~SharedSubspace.from_adapters`]; also if an adapter belongs to another base model.
+            DriftToleranceError: If the tolerated drift cannot be met; the subspace is as before.
+        """
+        located = _by_name(adapters)
+        if not located:
+            raise ValueError("no adapters given, expected at least one")
+        for i, name in enumerate(located):
+            check_task_name(name, [*self.tasks, *list(located)[:i]])
+        loras = {}
+        for name, location in tqdm(
+            located.items(), desc="Reading adapters", unit="adapter", leave=False, disable=not progress
+        ):
+            loras[name] = read_lora(location if isinstance(location, str) else Path(location), token=token)
+        state = replace(self._state, base_model_name_or_path=self._common_base(loras))
+        infos = {name: TaskInfo(target=lora.target, head=lora.head) for name, lora in loras.items()}
+        self._state, report = merge_tasks(
+            state, {name: lora.updates for name, lora in loras.items()}, infos, progress=progress
+        )
+        return report
+
+    def remove_task(self, name: str) -> None:
+        """Forget a task: its coefficients and head. The basis and the other tasks stay as they are."""
+        self._check_known(name)
+        layers = {
+            module: layer.without_task(name) if name in layer.tasks else layer
+            for module, layer in self._state.layers.items()
+        }
+        self._state = replace(
+            self._state,
+            layers=layers,
+            tasks={task: info for task, info in self._state.tasks.items() if task != name},
+            default_task=None if self._state.default_task == name else self._state.default_task,
+        ).with_step(removed=name)
+
+    def export_lora(self, task: str, folder: str | os.PathLike) -> None:
+        """
+        Write a task as a plain PEFT LoRA of rank p, for use without share_hf.
+
+        Args:
+            task (`str`): A task of the subspace.
+            folder (`str`): Where to write `adapter_config.json` and `adapter_model.safetensors`.
+        """
+        self._check_known(task)
+        with replacing_folder(Path(folder), ("adapter_config.json", "adapter_model.safetensors")) as scratch:
+            write_lora(scratch, lora_of(self._state, task), self.settings.pseudo_rank)
+
+    def apply(self, model: nn.Module, tasks: Sequence[str] | None = None, *, trainable: bool = False) -> PeftModel:
+        """
+        Inject tasks into their base model.
+
+        Args:
+            model (`torch.nn.Module`): The base model, without adapters.
+            tasks (`Sequence[str]`, *optional*): The tasks to load; all of them if not given. The first is active.
+            trainable (`bool`, *optional*, defaults to `False`): Whether the active task's coefficients are trained.
+
+        Returns:
+            `PeftModel`: With one adapter a task and one basis a layer.
+
+        Raises:
+            ValueError: If a task is unknown, or a layer of the model has another shape; the model is as it was.
+        """
+        names = list(self.tasks if tasks is None else tasks)
+        if not names:
+            raise ValueError("no tasks to apply, expected at least one")
+        for name in names:
+            self._check_known(name)
+        self._check_fits(model, names)
+        base_name = getattr(model, "name_or_path", None) or self.base_model_name_or_path
+        configs = {name: share_config_for(self._state, name, trainable=trainable) for name in names}
+        for config in configs.values():
+            config.base_model_name_or_path = base_name
+        peft_model = get_peft_model(model, configs[names[0]], adapter_name=names[0])
+        for name in names[1:]:
+            peft_model.add_adapter(name, configs[name])
+        load_tasks(peft_model, self._state, names)
+        return peft_model if trainable else peft_model.eval()
+
+    def report(self) -> SubspaceReport:
+        """Sizes, k, explained variance and drift."""
+        layers = self._state.layers.values()
+        components = [k for layer in layers for k in layer.num_components] or [0]
+        tasks = tuple(self._task_report(task) for task in self.tasks)
+        p = self.settings.pseudo_rank
+        lora_numbers = sum(len(layer.tasks) * p * sum(layer.shape) for layer in layers)
+        return SubspaceReport(
+            tasks=tasks,
+            modules=len(self._state.layers),
+            num_components=(min(components), max(components)),
+            pseudo_rank=p,
+            basis_bytes=sum(4 * (layer.basis_out.numel() + layer.basis_in.numel()) for layer in layers),
+            explained_variance=sum(layer.explained_variance() for layer in layers) / max(1, len(self._state.layers)),
+            lora_bytes=4 * lora_numbers,
+        )
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """
+        Write the subspace as a tree that loads on disk and on the hub. A crash leaves the old tree or the new one.
+
+        Args:
+            folder (`str`): Where to write; other files in it stay.
+        """
+        write_tree(self._state, Path(folder))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder_or_repo: str | os.PathLike,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        local_files_only: bool = False,
+    ) -> SharedSubspace:
+        """
+        Load a subspace that [`~SharedSubspace.save_pretrained`] wrote.
+
+        Args:
+            folder_or_repo (`str`): A folder, or the id of a hub repository.
+            revision (`str`, *optional*): Branch, tag or commit of a repository.
+            token (`str` or `bool`, *optional*): For a private repository.
+            cache_dir (`str`, *optional*): Where to keep downloads.
+            local_files_only (`bool`, *optional*, defaults to `False`): Use the cache only.
+
+        Raises:
+            ValueError: If a file is missing, damaged, edited or of a newer format, or `revision` is given for a
+                folder; naming what was found and expected.
+        """
+        folder = Path(folder_or_repo)
+        is_place = (
+            folder.is_absolute() or isinstance(folder_or_repo, Path) or os.fspath(folder_or_repo).startswith(".")
+        )
+        if is_place or folder.exists():
+            if revision is not None:
+                raise ValueError(
+                    f"revision is {revision!r} but {folder} is a local folder, which has no revisions; its tasks are "
+                    f"in {folder}/tasks"
+                )
+            return cls(read_tree(folder))
+        downloaded = snapshot_download(
+            os.fspath(folder_or_repo),
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            allow_patterns=["*.json", "*.safetensors", "README.md"],
+        )
+        return cls(read_tree(Path(downloaded)))
+
+    def __repr__(self) -> str:
+        k, p = self.settings.num_components, self.settings.pseudo_rank
+        return f"SharedSubspace({len(self.tasks)} tasks, {len(self._state.layers)} modules, k={k}, p={p})"
+
+    def _check_known(self, task: str) -> None:
+        if task not in self._state.tasks:
+            raise ValueError(f"no task {task!r} in the subspace, it has {list(self.tasks)}")
+
+    def _common_base(self, loras: Mapping[str, LoraAdapter]) -> str | None:
+        """The base model of the subspace and of adapters to add; one that does not name its own fits any."""
+        base = self._state.base_model_name_or_path or None
+        for name, lora in loras.items():
+            found = lora.base_model_name_or_path or None
+            if base is not None and found not in (base, None):
+                raise ValueError(f"adapter {name!r} belongs to base model {found!r}, expected {base!r}")
+            base = base or found
+        return base
+
+    def _check_fits(self, model: nn.Module, tasks: Sequence[str]) -> None:
+        if isinstance(model, PeftModel) or getattr(model, "peft_config", None):
+            raise ValueError("model has adapters already, expected the base model")
+        modules = dict(model.named_modules())
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
+        for task in tasks:
+            for module, layer in self._state.layers_of(task).items():
+                if module not in modules:
+                    raise ValueError(f"task {task!r} adapts {module!r}, which {type(model).__name__} does not have")
+                in_features, out_features = _get_in_out_features(modules[module])
+                if (out_features, in_features) != layer.shape:
+                    raise ValueError(
+                        f"{module!r} has shape {(out_features, in_features)}, the subspace expects {layer.shape}"
+                    )
+            head = self._state.tasks[task].head
+            for name, stored in head.items():
+                missing_labels(task, name, stored, shapes.get(name), head)
+
+    def _task_report(self, task: str) -> TaskReport:
+        layers = self._state.layers_of(task).values()
+        parameters = sum(self.settings.pseudo_rank * sum(layer.num_components) for layer in layers)
+        head: Mapping[str, Tensor] = self._state.tasks[task].head
+        bounds = [float(layer.records.drift_bounds[layer.index(task)]) for layer in layers]
+        return TaskReport(
+            name=task,
+            learned_by=self._state.tasks[task].learned_by,
+            parameters=parameters,
+            bytes=4 * parameters + sum(tensor.numel() * tensor.element_size() for tensor in head.values()),
+            drift=self._state.drift_of(task),
+            drift_bound=max(bounds, default=0.0),
+        )
+
+
+def _by_name(adapters: Adapters) -> dict[str, str | os.PathLike]:
+    if isinstance(adapters, Mapping):
+        return dict(adapters)
+    if isinstance(adapters, (str, os.PathLike)):
+        raise ValueError(f"adapters is {adapters!r}, expected a list of folders or hub ids, or a dict by task name")
+    named: dict[str, str | os.PathLike] = {}
+    for location in adapters:
+        name = Path(location).name
+        if name in named:
+            raise ValueError(f"two adapters are called {name!r}, expected a dict that gives each its task name")
+        named[name] = location
+    return named

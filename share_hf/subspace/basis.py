@@ -1,0 +1,148 @@
+"""The two ways to choose the directions of a layer: the paper's, and one that does not depend on the factorization.
+
+Both take an `UpdateStack` and return orthonormal directions in its coordinates, each completed to a full basis of
+them: what comes after the first k is what a merge discards, and the drift certificate is computed from it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .settings import SubspaceSettings
+from .stack import UpdateStack
+
+
+# Alternating half-steps of the joint basis converge fast; after three of each the objective is stationary to 1e-4.
+JOINT_ITERATIONS = 3
+
+
+@dataclass(frozen=True)
+class Directions:
+    """Orthonormal directions of one side of a layer, in the coordinates of a stack, best first.
+
+    Args:
+        vectors: (q, q), all of them; the first `kept` are the basis.
+        spectrum: (q,), singular values of the stack along them, descending.
+        kept: How many are the basis.
+    """
+
+    vectors: Tensor
+    spectrum: Tensor
+    kept: int
+
+    @property
+    def basis(self) -> Tensor:
+        """(q, kept)."""
+        return self.vectors[:, : self.kept]
+
+    @property
+    def discarded(self) -> Tensor:
+        """(q, q - kept)."""
+        return self.vectors[:, self.kept :]
+
+    def keep(self, kept: int) -> Directions:
+        """The same directions, cut elsewhere."""
+        return Directions(self.vectors, self.spectrum, kept)
+
+
+def choose_directions(stack: UpdateStack, settings: SubspaceSettings, cap: int) -> tuple[Directions, Directions]:
+    """Output and input directions of a layer, at most `cap` of them on each side.
+
+    With `settings.explained_variance`, the fewest that reach it, but no fewer than the layer has; always cut to
+    numerical rank.
+    """
+    if settings.basis == "factor":
+        sides = _factor_directions(stack, settings, cap), _factor_directions(stack.mirrored, settings, cap)
+        return sides
+    return _joint_directions(stack, settings, cap)
+
+
+def _factor_directions(stack: UpdateStack, settings: SubspaceSettings, cap: int) -> Directions:
+    columns = stack.factor_columns()
+    if settings.center:
+        columns = columns - columns.mean(dim=1, keepdim=True)
+    # The triangular factor has the singular values of the stack and at most q rows, however many tasks there are.
+    triangle = torch.linalg.qr(columns.T, mode="r").R
+    _, spectrum, right_t = torch.linalg.svd(triangle, full_matrices=True)
+    coordinates = columns.shape[0]
+    spectrum = torch.nn.functional.pad(spectrum, (0, coordinates - len(spectrum)))
+    noise = max(columns.shape) * torch.finfo(torch.float64).eps * spectrum[0] if coordinates else 0.0
+    kept = min(int((spectrum > noise).sum()), cap)
+    if settings.explained_variance is not None and kept:
+        share = spectrum.square().cumsum(0) / spectrum.square().sum()
+        reached = int((share < settings.explained_variance).sum()) + 1
+        kept = min(kept, max(reached, min(stack.rotation_out.shape[1], cap)))
+    return Directions(right_t.T, spectrum, kept)
+
+
+def _joint_directions(stack: UpdateStack, settings: SubspaceSettings, cap: int) -> tuple[Directions, Directions]:
+    problem = _JointProblem(stack)
+    rank_out, rank_in = min(problem.start_out.kept, cap), min(problem.start_in.kept, cap)
+    if settings.explained_variance is None:
+        return problem.solve(rank_out, rank_in)
+    least_out, least_in = (min(rotation.shape[1], cap) for rotation in (stack.rotation_out, stack.rotation_in))
+
+    def solve(k: int) -> tuple[Directions, Directions]:
+        return problem.solve(min(rank_out, max(k, least_out)), min(rank_in, max(k, least_in)))
+
+    fewest = problem.fewest_nested(settings.explained_variance)
+    best = solve(fewest)
+    # The one-sided start reaches the threshold later than the optimum: try with fewer.
+    for k in range(fewest - 1, max(0, min(least_out, least_in) - 1), -1):
+        fewer = solve(k)
+        if problem.explained(*fewer) < settings.explained_variance:
+            break
+        best = fewer
+    return best
+
+
+class _JointProblem:
+    """``max Σ w_i² ‖P_out^T ΔW_i P_in‖²`` over orthonormal P_out, P_in of given sizes."""
+
+    def __init__(self, stack: UpdateStack) -> None:
+        self.stack, self.mirrored = stack, stack.mirrored
+        self.moment_out, self.moment_in = self.stack.second_moment(), self.mirrored.second_moment()
+        self.start_out, self.start_in = _eigen_directions(self.moment_out), _eigen_directions(self.moment_in)
+
+    def solve(self, kept_out: int, kept_in: int) -> tuple[Directions, Directions]:
+        """Alternating half-steps, each exact, from the one-sided directions of the input side."""
+        out, in_ = self.start_out.keep(kept_out), self.start_in.keep(kept_in)
+        if kept_out >= self.start_out.kept and kept_in >= self.start_in.kept:
+            return out, in_
+        for _ in range(JOINT_ITERATIONS):
+            out = self._half_step(self.stack, self.moment_out, in_, kept_out)
+            in_ = self._half_step(self.mirrored, self.moment_in, out, kept_in)
+        return out, in_
+
+    @staticmethod
+    def _half_step(stack: UpdateStack, moment: Tensor, other: Directions, kept: int) -> Directions:
+        return _eigen_directions(stack.second_moment_within(moment, other.basis, other.discarded)).keep(kept)
+
+    def explained(self, out: Directions, in_: Directions) -> float:
+        """Fraction of ``Σ w_i² ‖ΔW_i‖²`` inside both bases."""
+        total = torch.trace(self.moment_out)
+        within = self.stack.second_moment_within(self.moment_out, in_.basis, in_.discarded)
+        return float(torch.trace(out.basis.T @ within @ out.basis) / total) if total > 0 else 1.0
+
+    def fewest_nested(self, threshold: float) -> int:
+        """Smallest k for which the first k one-sided directions of both sides explain `threshold`."""
+        limit = max(self.start_out.kept, self.start_in.kept)
+        for k in range(1, limit):
+            out, in_ = (side.keep(min(k, side.kept)) for side in (self.start_out, self.start_in))
+            if self.explained(out, in_) >= threshold:
+                return k
+        return limit
+
+
+def _eigen_directions(moment: Tensor) -> Directions:
+    """Eigenvectors of a second moment, best first, kept to numerical rank.
+
+    An eigenvalue carries the square of a singular value, so what is under 1e-7 of the largest is rounding error.
+    """
+    values, vectors = torch.linalg.eigh(moment)
+    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+    noise = 8 * len(values) * torch.finfo(torch.float64).eps * (values[0] if len(values) else 0.0)
+    return Directions(vectors, values.sqrt(), int((values > noise).sum()))

@@ -1,0 +1,124 @@
+"""Low-rank updates and their compact singular value decomposition.
+
+An update of a linear layer with n outputs and d inputs is kept as its factors, ``ΔW = out_factor @ in_factor.T``; the
+(n, d) matrix itself is never formed. For a LoRA adapter, ``out_factor = s B`` and ``in_factor = A^T`` with the scale
+``s`` folded in, so that adapters of different alpha, rank or scaling rule mix correctly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LowRankUpdate:
+    """``ΔW = out_factor @ in_factor.T``.
+
+    Args:
+        out_factor: (n, r), any floating dtype.
+        in_factor: (d, r).
+    """
+
+    out_factor: Tensor
+    in_factor: Tensor
+
+    def __post_init__(self) -> None:
+        if self.out_factor.ndim != 2 or self.in_factor.ndim != 2:
+            raise ValueError(
+                f"factors are {tuple(self.out_factor.shape)} and {tuple(self.in_factor.shape)}, expected matrices"
+            )
+        if self.out_factor.shape[1] != self.in_factor.shape[1]:
+            raise ValueError(
+                f"out_factor has {self.out_factor.shape[1]} columns and in_factor {self.in_factor.shape[1]}, expected "
+                "as many"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n, d) of the update."""
+        return self.out_factor.shape[0], self.in_factor.shape[0]
+
+    def dense(self) -> Tensor:
+        """The (n, d) matrix, for tests and for merging into a weight."""
+        return self.out_factor @ self.in_factor.T
+
+
+@dataclass(frozen=True)
+class CompactUpdate:
+    """``ΔW = left @ diag(singular_values) @ right.T``, float64, cut to numerical rank ρ.
+
+    Args:
+        left: (n, ρ), orthonormal columns.
+        singular_values: (ρ,), descending.
+        right: (d, ρ), orthonormal columns.
+    """
+
+    left: Tensor
+    singular_values: Tensor
+    right: Tensor
+
+    @property
+    def norm(self) -> Tensor:
+        """Frobenius norm ``‖ΔW‖`` as a 0-d tensor."""
+        return self.singular_values.square().sum().sqrt()
+
+    def balanced_factors(self) -> LowRankUpdate:
+        """``(U √S, V √S)``: the same update with its weight shared evenly by both factors."""
+        root = self.singular_values.sqrt()
+        return LowRankUpdate(self.left * root, self.right * root)
+
+
+def thin_svd_of_update(update: LowRankUpdate) -> CompactUpdate:
+    """Compact SVD of an update from the QR of its factors, without forming the (n, d) matrix.
+
+    The result does not depend on how the update was factored: ``(B M)(M^-1 A)`` gives the same one. Everything is in
+    float64. An update below the rounding error of its own factors, ``‖ΔW‖ <= max(n, d) eps ‖B‖ ‖A‖``, has rank 0 (a
+    fresh LoRA, whose B is zero).
+
+    Raises:
+        ValueError: If a factor has NaN or infinite entries.
+    """
+    out_factor, in_factor = update.out_factor.double(), update.in_factor.double()
+    for name, factor in (("out_factor", out_factor), ("in_factor", in_factor)):
+        if not torch.isfinite(factor).all():
+            raise ValueError(f"{name} has NaN or infinite entries, expected finite numbers")
+    basis_out, core_out = torch.linalg.qr(out_factor)
+    basis_in, core_in = torch.linalg.qr(in_factor)
+    left, singular_values, right_t = torch.linalg.svd(core_out @ core_in.T, full_matrices=False)
+    noise = max(update.shape) * torch.finfo(torch.float64).eps * core_out.norm() * core_in.norm()
+    rank = int((singular_values > noise).sum())
+    return CompactUpdate(basis_out @ left[:, :rank], singular_values[:rank], basis_in @ right_t[:rank].T)
+
+
+def truncated_balanced_factors(out_factor: Tensor, in_factor: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Best rank-`rank` factors of ``out_factor @ in_factor.T`` (Eckart-Young), split evenly.
+
+    Args:
+        out_factor: (..., k_out, r) float64.
+        in_factor: (..., k_in, r) float64.
+        rank: Columns of the result; zero columns fill up where the product has a smaller rank.
+
+    Returns:
+        ``U √S`` (..., k_out, rank), ``V √S`` (..., k_in, rank), and the Frobenius norm (...) of what was cut off.
+    """
+    left, singular_values, right_t = torch.linalg.svd(out_factor @ in_factor.mT, full_matrices=False)
+    kept = singular_values[..., :rank]
+    root = kept.sqrt().unsqueeze(-2)
+    padding = (0, rank - kept.shape[-1])
+    return (
+        torch.nn.functional.pad(left[..., :rank] * root, padding),
+        torch.nn.functional.pad(right_t[..., :rank, :].mT * root, padding),
+        singular_values[..., rank:].square().sum(-1).sqrt(),
+    )
+
+
+def significant_weights(norms: Tensor) -> Tensor:
+    """Weights ``w_i = 1 / ‖ΔW_i‖`` (tasks,), 0 for an update that is zero or far below its layer's largest.
+
+    The weights keep a loud task from buying the basis; an update under 1e-7 of the largest is noise in float32.
+    """
+    floor = 1e-7 * norms.max() if norms.numel() else norms.new_zeros(())
+    return torch.where(norms > floor, 1 / norms, torch.zeros_like(norms))

@@ -1,0 +1,226 @@
+"""One layer's shared subspace and the coefficients of its tasks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .factors import LowRankUpdate, significant_weights, truncated_balanced_factors
+from .stack import TASKS_PER_CHUNK
+
+
+@dataclass(frozen=True)
+class TaskRecords:
+    """What a layer remembers of its tasks beside their coefficients, each (tasks,) float64.
+
+    Args:
+        norms: ``‖ΔW_i‖`` as learned. It fixes the task's weight and is the denominator of its drift.
+        rank_errors: Relative error that no basis can remove: what a rank over p lost when the task was added.
+        drift_bounds: Sum of the relative drifts since the task was learned, its own compression error included. A
+            rigorous bound on ``‖ΔW_i' - ΔW_i‖ / ‖ΔW_i‖``.
+        drift_estimates: Root of the sum of their squares. Close to the true drift, but no bound.
+    """
+
+    norms: Tensor
+    rank_errors: Tensor
+    drift_bounds: Tensor
+    drift_estimates: Tensor
+
+    @classmethod
+    def undrifted(cls, norms: Tensor) -> TaskRecords:
+        """Records of tasks that are stored exactly as learned."""
+        zeros = torch.zeros_like(norms)
+        return cls(norms, zeros, zeros, zeros)
+
+    def select(self, index: Tensor) -> TaskRecords:
+        return TaskRecords(
+            self.norms[index], self.rank_errors[index], self.drift_bounds[index], self.drift_estimates[index]
+        )
+
+    def append(self, other: TaskRecords) -> TaskRecords:
+        return TaskRecords(
+            torch.cat([self.norms, other.norms]),
+            torch.cat([self.rank_errors, other.rank_errors]),
+            torch.cat([self.drift_bounds, other.drift_bounds]),
+            torch.cat([self.drift_estimates, other.drift_estimates]),
+        )
+
+
+@dataclass(frozen=True)
+class LayerSubspace:
+    """Basis of one layer and its tasks in it: ``ΔW_i = (basis_out ε_out,i)(basis_in ε_in,i)^T``.
+
+    An immutable value: a merge returns a new one. The dtype of the basis (float32 as stored) is that of everything
+    a merge writes; a merge computes in float64 whatever it is.
+
+    Args:
+        tasks: Names of the tasks that adapt this layer, in the order they were added.
+        basis_out: (n, k_out), orthonormal columns (β in the paper).
+        basis_in: (d, k_in), orthonormal columns (α in the paper).
+        coefficients_out: (tasks, k_out, p).
+        coefficients_in: (tasks, k_in, p).
+        records: Norms and drift of the tasks.
+        spectrum_out: (k_out,) float64, singular values of the weighted stack of updates along `basis_out` when the
+            basis was last changed.
+        spectrum_in: (k_in,) float64, likewise for `basis_in`.
+    """
+
+    tasks: tuple[str, ...]
+    basis_out: Tensor
+    basis_in: Tensor
+    coefficients_out: Tensor
+    coefficients_in: Tensor
+    records: TaskRecords
+    spectrum_out: Tensor
+    spectrum_in: Tensor
+
+    @classmethod
+    def empty(
+        cls,
+        out_features: int,
+        in_features: int,
+        pseudo_rank: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> LayerSubspace:
+        """A layer without directions and tasks; merging into it is the paper's initialization (Sec. 3.2.1)."""
+        return cls.from_basis(
+            torch.zeros(out_features, 0, dtype=dtype, device=device),
+            torch.zeros(in_features, 0, dtype=dtype, device=device),
+            pseudo_rank,
+        )
+
+    @classmethod
+    def from_basis(cls, basis_out: Tensor, basis_in: Tensor, pseudo_rank: int) -> LayerSubspace:
+        """A layer with a basis, (n, k_out) and (d, k_in) orthonormal, of unknown spectrum and without tasks."""
+        k_out, k_in = basis_out.shape[1], basis_in.shape[1]
+        return cls(
+            tasks=(),
+            basis_out=basis_out,
+            basis_in=basis_in,
+            coefficients_out=basis_out.new_zeros(0, k_out, pseudo_rank),
+            coefficients_in=basis_in.new_zeros(0, k_in, pseudo_rank),
+            records=TaskRecords.undrifted(basis_out.new_zeros(0, dtype=torch.float64)),
+            spectrum_out=basis_out.new_zeros(k_out, dtype=torch.float64),
+            spectrum_in=basis_in.new_zeros(k_in, dtype=torch.float64),
+        )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n, d): outputs and inputs of the layer."""
+        return self.basis_out.shape[0], self.basis_in.shape[0]
+
+    @property
+    def num_components(self) -> tuple[int, int]:
+        """(k_out, k_in)."""
+        return self.basis_out.shape[1], self.basis_in.shape[1]
+
+    @property
+    def pseudo_rank(self) -> int:
+        return self.coefficients_out.shape[2]
+
+    def index(self, task: str) -> int:
+        """Position of `task` in this layer.
+
+        Raises:
+            ValueError: If the layer has no such task.
+        """
+        try:
+            return self.tasks.index(task)
+        except ValueError:
+            raise ValueError(f"no task {task!r} in this layer, it has {list(self.tasks)}") from None
+
+    def update_of(self, task: str) -> LowRankUpdate:
+        """The task's update as rank-p factors ``(β ε_out, α ε_in)``: a LoRA of ``B = out_factor, A = in_factor^T``."""
+        i = self.index(task)
+        return LowRankUpdate(self.basis_out @ self.coefficients_out[i], self.basis_in @ self.coefficients_in[i])
+
+    def explained_variance(self) -> float:
+        """Mean over tasks of ``‖C_i‖² / ‖ΔW_i‖²`` with ``C_i = ε_out ε_in^T``: 1 where nothing was lost."""
+        weights = significant_weights(self.records.norms)
+        if not weights.any():
+            return 1.0
+        energy = update_norms(self.coefficients_out, self.coefficients_in).square() * weights.square()
+        return float(energy.sum() / (weights > 0).sum())
+
+    def with_task(self, task: str, coefficients_out: Tensor, coefficients_in: Tensor) -> LayerSubspace:
+        """The layer with a task learned inside its basis, which stays as it is; an existing one is replaced.
+
+        The coefficients are stored as they are and count as learned: norm from now, no drift.
+        """
+        kept = self.without_task(task) if task in self.tasks else self
+        new_out = coefficients_out.to(self.coefficients_out).unsqueeze(0)
+        new_in = coefficients_in.to(self.coefficients_in).unsqueeze(0)
+        position = self.tasks.index(task) if task in self.tasks else len(self.tasks)
+        added = replace(
+            kept,
+            tasks=(*kept.tasks, task),
+            coefficients_out=torch.cat([kept.coefficients_out, new_out]),
+            coefficients_in=torch.cat([kept.coefficients_in, new_in]),
+            records=kept.records.append(TaskRecords.undrifted(update_norms(new_out, new_in))),
+        )
+        order = list(range(len(kept.tasks)))
+        order.insert(position, len(kept.tasks))
+        return added.select(order)
+
+    def without_task(self, task: str) -> LayerSubspace:
+        """The layer without `task`; the basis and the other tasks stay as they are."""
+        gone = self.index(task)
+        return self.select([i for i in range(len(self.tasks)) if i != gone])
+
+    def select(self, order: list[int]) -> LayerSubspace:
+        """The layer with the tasks at these positions, in this order."""
+        index = torch.tensor(order, dtype=torch.long, device=self.basis_out.device)
+        return replace(
+            self,
+            tasks=tuple(self.tasks[i] for i in order),
+            coefficients_out=self.coefficients_out[index],
+            coefficients_in=self.coefficients_in[index],
+            records=self.records.select(index),
+        )
+
+    def balanced(self, task: str) -> tuple[Tensor, Tensor]:
+        """The task's coefficients rebalanced by the SVD of ``C = ε_out ε_in^T``: the same update, evenly split.
+
+        Returns:
+            (k_out, p) and (k_in, p) in the basis' dtype: where training on the coefficients starts from.
+        """
+        i = self.index(task)
+        out, in_, _ = truncated_balanced_factors(
+            self.coefficients_out[i].double().contiguous(),
+            self.coefficients_in[i].double().contiguous(),
+            self.pseudo_rank,
+        )
+        return out.to(self.basis_out.dtype), in_.to(self.basis_in.dtype)
+
+    def to(self, device: torch.device | str) -> LayerSubspace:
+        """The layer on another device."""
+        records = TaskRecords(
+            self.records.norms.to(device),
+            self.records.rank_errors.to(device),
+            self.records.drift_bounds.to(device),
+            self.records.drift_estimates.to(device),
+        )
+        return replace(
+            self,
+            basis_out=self.basis_out.to(device),
+            basis_in=self.basis_in.to(device),
+            coefficients_out=self.coefficients_out.to(device),
+            coefficients_in=self.coefficients_in.to(device),
+            records=records,
+            spectrum_out=self.spectrum_out.to(device),
+            spectrum_in=self.spectrum_in.to(device),
+        )
+
+
+def update_norms(coefficients_out: Tensor, coefficients_in: Tensor) -> Tensor:
+    """``‖ε_out ε_in^T‖`` (tasks,) float64 of stacked coefficients (tasks, k, p), in an orthonormal basis."""
+    squared = torch.zeros(len(coefficients_out), dtype=torch.float64, device=coefficients_out.device)
+    for start in range(0, len(squared), TASKS_PER_CHUNK):
+        span = slice(start, start + TASKS_PER_CHUNK)
+        out, in_ = coefficients_out[span].double(), coefficients_in[span].double()
+        squared[span] = ((out.mT @ out) * (in_.mT @ in_)).sum((-2, -1))
+    return squared.clamp_min(0).sqrt()

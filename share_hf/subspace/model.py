@@ -1,0 +1,96 @@
+"""Merging into all layers of a model at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from tqdm.auto import tqdm
+
+from .factors import LowRankUpdate
+from .layer import LayerSubspace
+from .merge import DriftToleranceError, LayerMergeReport, merge_into_layer
+from .settings import SubspaceSettings
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did to a model.
+
+    Args:
+        new_tasks: Tasks that were added.
+        layers: By module, what happened there.
+        drift: By task, its relative change by this merge over all layers, ``‖ΔW' - ΔW‖ / ‖ΔW‖``; for a new task, its
+            own compression error.
+    """
+
+    new_tasks: tuple[str, ...]
+    layers: Mapping[str, LayerMergeReport]
+    drift: Mapping[str, float]
+
+    @property
+    def max_drift(self) -> float:
+        """Largest drift of a task that was there before."""
+        return max((drift for task, drift in self.drift.items() if task not in self.new_tasks), default=0.0)
+
+    @property
+    def max_drift_bound(self) -> float:
+        """Largest certified drift since learning, over tasks and layers."""
+        return max((bound for layer in self.layers.values() for bound in layer.drift_bound.values()), default=0.0)
+
+    @property
+    def changed_layers(self) -> int:
+        """Layers whose basis changed."""
+        return sum(layer.basis_changed for layer in self.layers.values())
+
+
+def merge_into_layers(
+    layers: Mapping[str, LayerSubspace],
+    updates: Mapping[str, Mapping[str, LowRankUpdate]],
+    settings: SubspaceSettings,
+    *,
+    progress: bool = False,
+) -> tuple[dict[str, LayerSubspace], MergeReport]:
+    """Merge new tasks into every layer they adapt; a layer that is seen for the first time is initialized.
+
+    Args:
+        layers: By module; not changed.
+        updates: Task -> module -> update. A task need not be in every layer.
+        settings: Of every layer.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        ValueError: As `merge_into_layer`, naming the module.
+        DriftToleranceError: Likewise.
+    """
+    by_module: dict[str, dict[str, LowRankUpdate]] = {}
+    for task, modules in updates.items():
+        for module, update in modules.items():
+            by_module.setdefault(module, {})[task] = update
+    merged, reports = dict(layers), {}
+    for module, new in tqdm(by_module.items(), desc="Merging", unit="layer", leave=False, disable=not progress):
+        layer = layers.get(module)
+        if layer is None:
+            first = next(iter(new.values()))
+            layer = LayerSubspace.empty(*first.shape, settings.pseudo_rank, device=first.out_factor.device)
+        try:
+            merged[module], reports[module] = merge_into_layer(layer, new, settings)
+        except DriftToleranceError as error:
+            raise DriftToleranceError(f"{module!r}: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"{module!r}: {error}") from error
+    return merged, MergeReport(tuple(updates), reports, _drift_over_layers(merged, reports))
+
+
+def _drift_over_layers(
+    layers: Mapping[str, LayerSubspace], reports: Mapping[str, LayerMergeReport]
+) -> dict[str, float]:
+    drifted: dict[str, torch.Tensor] = {}
+    total: dict[str, torch.Tensor] = {}
+    for module, layer in layers.items():
+        for task, energy in zip(layer.tasks, layer.records.norms.square().cpu(), strict=True):
+            drift = reports[module].drift[task] if module in reports else 0.0
+            drifted[task] = drifted.get(task, 0.0) + energy * drift**2
+            total[task] = total.get(task, 0.0) + energy
+    return {task: float((drifted[task] / total[task]).sqrt()) if total[task] > 0 else 0.0 for task in total}

@@ -1,0 +1,73 @@
+"""What a subspace is allowed to look like: how many directions, of which kind, and how far a task may drift."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+
+BasisKind = Literal["joint", "factor"]
+
+
+@dataclass(frozen=True)
+class SubspaceSettings:
+    """Settings of every layer of a shared subspace.
+
+    Args:
+        num_components: Cap k on the directions of a layer's basis, on each side. A layer has fewer while fewer
+            directions have been seen.
+        pseudo_rank: Columns p of a task's coefficients: the rank of its update. At most `num_components`.
+        basis: `"joint"` (default) weighs every task's update equally and does not depend on how it was factored;
+            `"factor"` is the paper's basis, from the stacked LoRA factors as they are (Sec. 3.2.1).
+        center: Subtract the mean column before the decomposition, as the paper does. `"factor"` only: the mean is not
+            kept, and depends on signs that mean nothing.
+        explained_variance: If given, a layer takes the smallest number of directions that explains this fraction of
+            its tasks' variance, at most `num_components`. In (0, 1].
+        drift_tolerance: If given, the largest relative drift ``‖ΔW' - ΔW‖ / ‖ΔW‖`` that merges may add up to in any
+            task and layer, as certified by the drift bound. A layer grows past `num_components` to stay under it.
+        max_components: How far a layer may grow for `drift_tolerance`; `None` for as far as its numerical rank.
+
+    Raises:
+        ValueError: If a value is out of range, or two contradict each other.
+    """
+
+    num_components: int = 32
+    pseudo_rank: int = 8
+    basis: BasisKind = "joint"
+    center: bool = False
+    explained_variance: float | None = None
+    drift_tolerance: float | None = None
+    max_components: int | None = None
+
+    def __post_init__(self) -> None:
+        check_dimensions(self.num_components, self.pseudo_rank)
+        if self.basis not in ("joint", "factor"):
+            raise ValueError(f"basis is {self.basis!r}, expected 'joint' or 'factor'")
+        if self.center and self.basis != "factor":
+            raise ValueError("center=True needs basis='factor': the joint basis has no columns to take a mean of")
+        if self.explained_variance is not None and not 0 < self.explained_variance <= 1:
+            raise ValueError(f"explained_variance is {self.explained_variance}, expected a fraction in (0, 1]")
+        if self.drift_tolerance is not None and not self.drift_tolerance > 0:
+            raise ValueError(f"drift_tolerance is {self.drift_tolerance}, expected a positive number")
+        if self.max_components is not None and self.max_components < self.num_components:
+            raise ValueError(
+                f"max_components is {self.max_components}, expected at least num_components = {self.num_components}"
+            )
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> SubspaceSettings:
+        """Settings from the fields this class has; other keys are ignored."""
+        return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
+
+
+def check_dimensions(num_components: int, pseudo_rank: int) -> None:
+    """Refuse k and p that no layer can have.
+
+    Raises:
+        ValueError: If k or p is not a positive integer, or p > k.
+    """
+    for name, value in (("num_components", num_components), ("pseudo_rank", pseudo_rank)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} is {value!r}, expected a positive integer")
+    if pseudo_rank > num_components:
+        raise ValueError(f"pseudo_rank is {pseudo_rank}, expected at most num_components = {num_components}")

@@ -1,0 +1,140 @@
+"""Configuration of the SHARE tuner."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from peft.config import PeftConfig
+
+from ..subspace import BasisKind, SubspaceSettings, check_dimensions
+
+
+Phase = Literal["coefficients", "adapt", "init"]
+
+
+class ShareType(str):
+    """The PEFT type of this tuner: a plain string with the `value` that transformers reads from PEFT's own enum."""
+
+    @property
+    def value(self) -> str:
+        return str(self)
+
+
+SHARE = ShareType("SHARE")
+
+
+@dataclass
+class ShareConfig(PeftConfig):
+    """
+    Configuration of a task in a shared subspace (Share, https://huggingface.co/papers/2602.06043).
+
+    All tasks of a model share one basis a layer; a task is the coefficients of its update in it, two matrices of k x p
+    numbers a layer. The adapter's name is the task's name.
+
+    Args:
+        num_components (`int`, *optional*, defaults to `32`):
+            Cap k on the directions of a layer's basis, on the output and on the input side.
+        pseudo_rank (`int`, *optional*, defaults to `8`):
+            Rank p of a task's update in each layer. At most `num_components`.
+        num_temporary (`int`, *optional*):
+            Number φ of leading basis vectors that are trained as temporary factors while a new task is learned. Less
+            than `num_components`; `num_components // 4` if not given.
+        target_modules (`Union[list[str], str]`, *optional*):
+            Names of the modules to adapt, a regex, or `"all-linear"`, as for LoRA.
+        exclude_modules (`Union[list[str], str]`, *optional*):
+            Names of modules not to adapt, or a regex.
+        layers_to_transform (`Union[list[int], int]`, *optional*):
+            Indices of the layers to adapt.
+        layers_pattern (`Union[list[str], str]`, *optional*):
+            Name of the `nn.ModuleList` that `layers_to_transform` counts in.
+        modules_to_save (`list[str]`, *optional*):
+            Modules, such as a classification head, that are trained as a whole and kept with their task.
+        basis (`Literal["joint", "factor"]`, *optional*, defaults to `"joint"`):
+            How a merge chooses the basis: weighing all tasks' updates equally, or from the stacked LoRA factors as in
+            the paper.
+        explained_variance (`float`, *optional*):
+            Use the fewest directions that explain this fraction of the tasks' variance.
+        drift_tolerance (`float`, *optional*):
+            Largest relative drift of any task that merges may add up to; layers grow to meet it.
+        max_components (`int`, *optional*):
+            How far layers may grow for `drift_tolerance`.
+        init_std (`float`, *optional*, defaults to `0.05`):
+            Standard deviation σ of a new task's coefficients.
+        fan_in_fan_out (`bool`, *optional*, defaults to `False`):
+            Whether the target layers store their weight as (in, out), as GPT-2's `Conv1D` does.
+        phase (`Literal["coefficients", "adapt", "init"]`, *optional*, defaults to `"coefficients"`):
+            What of the task is trained: its coefficients in the frozen basis; coefficients and temporary factors
+            (Sec. 3.2.2); or, before there is a subspace, free factors of rank p, as in LoRA. Set by the trainer.
+
+    Raises:
+        ValueError: If a value is out of range, or two contradict each other.
+    """
+
+    num_components: int = field(default=32, metadata={"help": "Cap on the directions of a layer's basis (k)."})
+    pseudo_rank: int = field(default=8, metadata={"help": "Rank of a task's update in each layer (p)."})
+    num_temporary: int | None = field(
+        default=None,
+        metadata={"help": "Leading basis vectors trained as temporary factors (φ); num_components // 4 if not given."},
+    )
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names of the modules to adapt, a regex, or 'all-linear'."}
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names of modules not to adapt, or a regex."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the layers to adapt."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the module list that layers_to_transform counts in."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules trained as a whole and kept with their task, such as a head."}
+    )
+    basis: BasisKind = field(
+        default="joint", metadata={"help": "How a merge chooses the basis: 'joint', or 'factor' as in the paper."}
+    )
+    explained_variance: float | None = field(
+        default=None, metadata={"help": "Use the fewest directions that explain this fraction of the variance."}
+    )
+    drift_tolerance: float | None = field(
+        default=None, metadata={"help": "Largest relative drift of any task that merges may add up to."}
+    )
+    max_components: int | None = field(
+        default=None, metadata={"help": "How far layers may grow to meet drift_tolerance."}
+    )
+    init_std: float = field(default=0.05, metadata={"help": "Standard deviation of a new task's coefficients (σ)."})
+    fan_in_fan_out: bool = field(
+        default=False, metadata={"help": "Whether the target layers store their weight as (in, out), as Conv1D does."}
+    )
+    phase: Phase = field(
+        default="coefficients",
+        metadata={"help": "What of the task is trained: 'coefficients', 'adapt' or 'init'. Set by the trainer."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = SHARE
+        check_dimensions(self.num_components, self.pseudo_rank)
+        if self.num_temporary is None:
+            self.num_temporary = max(1, self.num_components // 4)
+        if not 1 <= self.num_temporary < max(2, self.num_components):
+            raise ValueError(
+                f"num_temporary is {self.num_temporary}, expected at least 1 and less than num_components = "
+                f"{self.num_components}"
+            )
+        if not self.init_std > 0:
+            raise ValueError(f"init_std is {self.init_std}, expected a positive number: zero has no gradient")
+        if self.phase not in ("coefficients", "adapt", "init"):
+            raise ValueError(f"phase is {self.phase!r}, expected 'coefficients', 'adapt' or 'init'")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern is given without layers_to_transform, expected both")
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(value := getattr(self, name), list):
+                setattr(self, name, set(value))
+        self.subspace_settings()
+
+    def subspace_settings(self, **overrides: Any) -> SubspaceSettings:
+        """The part of the configuration that merges need."""
+        return SubspaceSettings.from_dict({**vars(self), **overrides})

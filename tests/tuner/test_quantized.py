@@ -1,0 +1,255 @@
+"""Tasks on 4-bit and 8-bit base models of bitsandbytes, on the CPU."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+from share_hf.tuner import share_layers
+
+from .cases import (
+    LLAMA,
+    P,
+    assert_differ,
+    gradients,
+    learn,
+    logits,
+    task_parameters,
+    trainable,
+    update_by_hand,
+    with_random_bases,
+    with_tasks,
+)
+
+
+bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed", exc_type=ImportError)
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """A way to quantize, and how near the forward is to that of the dequantized weights (relative)."""
+
+    options: dict[str, Any]
+    layer_type: str
+    error: float
+
+
+QUANTIZATIONS = {
+    "nf4": Quantization(
+        dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32), "Linear4bit", 0.02
+    ),
+    "fp4-nested-bfloat16": Quantization(
+        dict(load_in_4bit=True, bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16),
+        "Linear4bit",
+        0.05,
+    ),
+    "int8": Quantization(dict(load_in_8bit=True), "Linear8bitLt", 0.1),
+}
+
+each_quantization = pytest.mark.parametrize("quantization", QUANTIZATIONS.values(), ids=QUANTIZATIONS)
+four_bit = pytest.mark.parametrize(
+    "quantization", [q for q in QUANTIZATIONS.values() if "load_in_4bit" in q.options], ids=lambda q: ""
+)
+
+
+@pytest.fixture
+def load(tiny_model_folder: Callable[[str], Path]) -> Callable[[Quantization], PreTrainedModel]:
+    def load(quantization: Quantization) -> PreTrainedModel:
+        config = BitsAndBytesConfig(**quantization.options)
+        model = AutoModelForCausalLM.from_pretrained(
+            tiny_model_folder("llama"), quantization_config=config, dtype=torch.float32
+        )
+        assert type(model.model.layers[0].self_attn.o_proj) is getattr(bnb.nn, quantization.layer_type)
+        return model.eval()
+
+    return load
+
+
+def dequantized_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The weights that a quantized model stands for, by the name of their module in the base model."""
+    weights = {}
+    for name, module in model.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+        elif isinstance(module, bnb.nn.Linear8bitLt):
+            scales = module.weight.SCB if module.weight.SCB is not None else module.state.SCB
+            weight = bnb.functional.int8_vectorwise_dequant(module.weight.data, scales)
+        else:
+            continue
+        weights[name.removesuffix(".base_layer")] = weight.float()
+    return weights
+
+
+def assert_near(found: Tensor, expected: Tensor, error: float) -> None:
+    """Near in norm; an unrelated tensor would be off by 1 and more."""
+    assert (found - expected).norm() <= error * expected.norm()
+
+
+@each_quantization
+@pytest.mark.parametrize("phase", ["coefficients", "adapt", "init"])
+@pytest.mark.parametrize("evaluated", ["never", "before-it-was-adapted", "since-it-was-adapted"])
+def test_output_and_gradients_are_those_of_the_dequantized_model_even_after_an_evaluation(
+    quantization: Quantization,
+    phase: str,
+    evaluated: str,
+    load: Callable[[Quantization], PreTrainedModel],
+    tiny_model: Callable[[str], PreTrainedModel],
+) -> None:
+    base, plain = load(quantization), tiny_model("llama")
+    loaded = dequantized_weights(base)
+    if evaluated == "before-it-was-adapted":
+        logits(base, LLAMA.batch())
+    model = with_tasks(base, LLAMA, "one", phase=phase)
+    for name, weight in dequantized_weights(base).items():
+        assert_near(weight, loaded[name], 0.005)  # bitsandbytes may have rounded the scales
+        plain.get_submodule(name).weight.data = weight
+    reference = with_tasks(plain, LLAMA, "one", phase=phase)
+    if evaluated == "since-it-was-adapted":
+        logits(model, LLAMA.batch())
+    expected = gradients(reference, LLAMA.batch())
+    found = gradients(model, LLAMA.batch())
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        assert gradient.dtype == torch.float32
+        assert_near(gradient, expected[name], 3 * quantization.error)
+    assert_near(logits(model.eval(), LLAMA.batch()), logits(reference.eval(), LLAMA.batch()), quantization.error)
+
+
+@each_quantization
+def test_evaluations_before_and_after_training_agree_with_what_was_trained(
+    quantization: Quantization, load: Callable[[Quantization], PreTrainedModel]
+) -> None:
+    model = get_peft_model(load(quantization), LLAMA.config(), adapter_name="one").eval()
+    first = logits(model, LLAMA.batch())
+    before = {name: tensor.clone() for name, tensor in model.named_parameters() if not tensor.requires_grad}
+    losses = learn(model, LLAMA.batch(), steps=8)
+    assert losses[-1] < losses[0]
+    second = logits(model, LLAMA.batch())
+    assert_differ(second, first)
+    model.train()
+    assert_near(logits(model, LLAMA.batch()), second, quantization.error)  # int8 rounds otherwise in train mode
+    with model.eval().disable_adapter():
+        assert torch.equal(logits(model, LLAMA.batch()), first)
+    for name, tensor in model.named_parameters():
+        if name in before:
+            assert torch.equal(tensor, before[name])
+
+
+@each_quantization
+def test_what_is_trained_and_the_basis_are_float32(
+    quantization: Quantization, load: Callable[[Quantization], PreTrainedModel]
+) -> None:
+    model = get_peft_model(load(quantization), LLAMA.config(phase="adapt"), adapter_name="one")
+    assert {parameter.dtype for parameter in trainable(model).values()} == {torch.float32}
+    assert set(trainable(model)) == set(task_parameters(model, "one"))
+    assert {layer.share_basis_out.dtype for layer in share_layers(model).values()} == {torch.float32}
+    assert all(layer.quantization_backend is not None for layer in share_layers(model).values())
+
+
+@each_quantization
+@pytest.mark.parametrize("safe_merge", [False, True])
+def test_a_merge_requantizes_the_sum_of_weight_and_update(
+    quantization: Quantization, safe_merge: bool, load: Callable[[Quantization], PreTrainedModel]
+) -> None:
+    model = with_tasks(load(quantization), LLAMA, "one", "two")
+    logits(model, LLAMA.batch())
+    sums = {
+        name: layer.get_base_weight().double() + update_by_hand(layer, "one") + update_by_hand(layer, "two")
+        for name, layer in share_layers(model).items()
+    }
+    merged = model.merge_and_unload(safe_merge=safe_merge, adapter_names=["one", "two"])
+    assert not share_layers(merged)
+    kept = with_tasks(merged, LLAMA, "probe")
+    for name, layer in share_layers(kept).items():
+        assert type(layer.base_layer) is getattr(bnb.nn, quantization.layer_type)
+        assert_near(layer.get_base_weight().double(), sums[name], 0.15)
+    assert torch.isfinite(logits(kept, LLAMA.batch())).all()
+
+
+@each_quantization
+def test_unmerging_comes_back_up_to_quantization(
+    quantization: Quantization, load: Callable[[Quantization], PreTrainedModel]
+) -> None:
+    model = with_tasks(load(quantization), LLAMA, "one")
+    before = {name: layer.get_base_weight().clone() for name, layer in share_layers(model).items()}
+    model.merge_adapter()
+    model.unmerge_adapter()
+    for name, layer in share_layers(model).items():
+        assert_near(layer.get_base_weight(), before[name], 0.25)
+
+
+@each_quantization
+def test_a_safe_merge_of_a_broken_task_leaves_the_quantized_weights(
+    quantization: Quantization, load: Callable[[Quantization], PreTrainedModel]
+) -> None:
+    model = with_tasks(load(quantization), LLAMA, "one")
+    before = {name: layer.base_layer.weight.clone() for name, layer in share_layers(model).items()}
+    next(iter(task_parameters(model, "one").values())).data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="The adapter one seems to be broken"):
+        model.merge_adapter(safe_merge=True)
+    for name, layer in share_layers(model).items():
+        assert torch.equal(layer.base_layer.weight, before[name])
+
+
+@each_quantization
+def test_a_task_is_saved_and_loaded_on_a_quantized_base(
+    quantization: Quantization, load: Callable[[Quantization], PreTrainedModel], tmp_path: Path
+) -> None:
+    model = with_random_bases(with_tasks(load(quantization), LLAMA, "one"))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(load(quantization), tmp_path / "one")
+    assert torch.equal(logits(loaded, LLAMA.batch()), logits(model, LLAMA.batch()))
+
+
+@each_quantization
+def test_a_mixed_batch_on_a_quantized_base_gives_each_sample_its_task(
+    quantization: Quantization, load: Callable[[Quantization], PreTrainedModel]
+) -> None:
+    model = with_tasks(load(quantization), LLAMA, "one", "two")
+    names = ["two", "__base__", "one", "two"]
+    found = logits(model, LLAMA.batch(), adapter_names=names)
+    for i, name in enumerate(names):
+        alone = {"input_ids": LLAMA.batch()["input_ids"][i : i + 1]}
+        if name == "__base__":
+            with model.disable_adapter():
+                expected = logits(model, alone)
+        else:
+            model.set_adapter(name)
+            expected = logits(model, alone)
+        assert_near(found[i : i + 1], expected, quantization.error)
+
+
+@each_quantization
+def test_a_model_prepared_for_k_bit_training_trains_with_checkpointing(
+    quantization: Quantization, load: Callable[[Quantization], PreTrainedModel]
+) -> None:
+    base = prepare_model_for_kbit_training(load(quantization), gradient_checkpointing_kwargs={"use_reentrant": False})
+    model = get_peft_model(base, LLAMA.config(phase="adapt"))
+    losses = learn(model, LLAMA.batch(), steps=8)
+    assert losses[-1] < losses[0]
+
+
+@four_bit
+def test_no_4bit_layer_of_the_model_repacks_its_weight_in_an_evaluation(
+    quantization: Quantization, load: Callable[[Quantization], PreTrainedModel]
+) -> None:
+    base = load(quantization)
+    weights = {
+        name: module.weight.data.clone()
+        for name, module in base.named_modules()
+        if isinstance(module, bnb.nn.Linear4bit)
+    }
+    model = get_peft_model(base, LLAMA.config(target_modules=["q_proj"], pseudo_rank=P)).eval()
+    logits(model, LLAMA.batch())
+    found = copy.deepcopy(model).unload()
+    for name, weight in weights.items():
+        assert torch.equal(found.get_submodule(name).weight.data, weight)
