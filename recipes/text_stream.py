@@ -138,12 +138,12 @@ def lora_baseline(
     """The accuracy matrix of LoRAs at the learning rate of free factors, each task's labels masked as ours are."""
     args.learning_rate = args.init_learning_rate or args.learning_rate
     rank = script.pseudo_rank
-    masks: list[LabelMask] = []
+    labels_of_adapter: dict[str, int] = {}
 
     def prepare(peft_model: PeftModel, task: str) -> None:
-        if not masks:
-            masks.append(LabelMask(peft_model))
-        masks[0].num_labels = num_labels[task]
+        if not labels_of_adapter:
+            LabelMask(peft_model, labels_of_adapter)
+        labels_of_adapter[peft_model.active_adapter] = num_labels[task]
 
     def score(trainer: Trainer, task: str, data: Any) -> float:
         prediction = trainer.predict(data)

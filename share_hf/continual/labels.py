@@ -68,16 +68,9 @@ class LabelMask:
     def __init__(self, model: nn.Module, num_labels: Mapping[str, int]) -> None:
         self._num_labels = num_labels
         self._task: str | None = None
-        self._handles = [
-            module.register_forward_hook(self._mask)
-            for name, module in model.named_modules()
-            if isinstance(module, ModulesToSaveWrapper) and name.rpartition(".")[2] in ("classifier", "score")
-        ]
-
-    @property
-    def attached(self) -> bool:
-        """Whether the model has a head that the mask knows."""
-        return bool(self._handles)
+        for name, module in model.named_modules():
+            if isinstance(module, ModulesToSaveWrapper) and name.rpartition(".")[2] in ("classifier", "score"):
+                module.register_forward_hook(self._mask)
 
     @contextmanager
     def of_task(self, task: str) -> Iterator[None]:
