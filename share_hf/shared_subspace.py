@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import CommitInfo
 from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import _get_in_out_features
 from torch import Tensor, nn
@@ -16,9 +16,13 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from .hub.adapters import LoraAdapter, read_lora, write_lora
+from .hub.card import CardOptions
 from .hub.files import replacing_folder
 from .hub.names import check_task_name
-from .hub.state import SubspaceState, TaskInfo, merge_tasks
+from .hub.push import PushOptions, push_state
+from .hub.reconcile import reconcile, without_task
+from .hub.remote import RemoteTree, is_local
+from .hub.state import SubspaceState, TaskInfo, initialization_of, merge_tasks
 from .hub.tree import lora_of, read_tree, write_tree
 from .subspace import BasisKind, MergeReport, SubspaceSettings
 from .tuner.state import load_tasks, missing_labels, share_config_for
@@ -95,28 +99,32 @@ class SharedSubspace:
         ```
     """
 
-    def __init__(self, state: SubspaceState) -> None:
-        self._state = state
+    def __init__(self, state: SubspaceState, *, rest: RemoteTree | None = None) -> None:
+        self._held = state
+        self._rest = rest
 
     @property
     def state(self) -> SubspaceState:
-        """Everything the subspace holds, as an immutable value."""
-        return self._state
+        """Everything the subspace holds, as an immutable value; what was left in its repository is downloaded."""
+        if self._rest is not None:
+            self._rest.fetch()
+            self._held, self._rest = read_tree(self._rest.folder), None
+        return self._held
 
     @property
     def tasks(self) -> tuple[str, ...]:
         """Names of the tasks, in the order they were learned."""
-        return tuple(self._state.tasks)
+        return tuple(self._held.tasks) if self._rest is None else self._rest.index.tasks
 
     @property
     def settings(self) -> SubspaceSettings:
         """k, p and how merges work."""
-        return self._state.settings
+        return self._held.settings
 
     @property
     def base_model_name_or_path(self) -> str | None:
         """The model the subspace belongs to."""
-        return self._state.base_model_name_or_path
+        return self._held.base_model_name_or_path
 
     @classmethod
     def from_adapters(
@@ -195,26 +203,33 @@ class SharedSubspace:
             located.items(), desc="Reading adapters", unit="adapter", leave=False, disable=not progress
         ):
             loras[name] = read_lora(location if isinstance(location, str) else Path(location), token=token)
-        state = replace(self._state, base_model_name_or_path=self._common_base(loras))
-        infos = {name: TaskInfo(target=lora.target, head=lora.head) for name, lora in loras.items()}
-        self._state, report = merge_tasks(
+        state = replace(self.state, base_model_name_or_path=self._common_base(loras))
+        infos = {
+            name: TaskInfo(target=lora.target, head=lora.head, initialization=initialization_of(lora.updates))
+            for name, lora in loras.items()
+        }
+        self._held, report = merge_tasks(
             state, {name: lora.updates for name, lora in loras.items()}, infos, progress=progress
         )
         return report
 
+    def update_from(self, other: SharedSubspace) -> None:
+        """
+        Take in what another writer of this subspace has done since the two were one: new tasks, and removed ones.
+
+        Args:
+            other ([`SharedSubspace`]): Stays as it is.
+
+        Raises:
+            ValueError: If it belongs to another base model, has other settings, or another task of a new task's name;
+                the subspace is as before.
+        """
+        self._held = reconcile(self.state, other.state)
+
     def remove_task(self, name: str) -> None:
         """Forget a task: its coefficients and head. The basis and the other tasks stay as they are."""
         self._check_known(name)
-        layers = {
-            module: layer.without_task(name) if name in layer.tasks else layer
-            for module, layer in self._state.layers.items()
-        }
-        self._state = replace(
-            self._state,
-            layers=layers,
-            tasks={task: info for task, info in self._state.tasks.items() if task != name},
-            default_task=None if self._state.default_task == name else self._state.default_task,
-        ).with_step(removed=name)
+        self._held = without_task(self.state, name)
 
     def export_lora(self, task: str, folder: str | os.PathLike) -> None:
         """
@@ -226,7 +241,7 @@ class SharedSubspace:
         """
         self._check_known(task)
         with replacing_folder(Path(folder), ("adapter_config.json", "adapter_model.safetensors")) as scratch:
-            write_lora(scratch, lora_of(self._state, task), self.settings.pseudo_rank)
+            write_lora(scratch, lora_of(self._holding([task]), task), self.settings.pseudo_rank)
 
     def apply(self, model: nn.Module, tasks: Sequence[str] | None = None, *, trainable: bool = False) -> PeftModel:
         """
@@ -248,42 +263,103 @@ class SharedSubspace:
             raise ValueError("no tasks to apply, expected at least one")
         for name in names:
             self._check_known(name)
-        self._check_fits(model, names)
+        state = self._holding(names)
+        _check_fits(model, state, names)
         base_name = getattr(model, "name_or_path", None) or self.base_model_name_or_path
-        configs = {name: share_config_for(self._state, name, trainable=trainable) for name in names}
+        configs = {name: share_config_for(state, name, trainable=trainable) for name in names}
         for config in configs.values():
             config.base_model_name_or_path = base_name
         peft_model = get_peft_model(model, configs[names[0]], adapter_name=names[0])
         for name in names[1:]:
             peft_model.add_adapter(name, configs[name])
-        load_tasks(peft_model, self._state, names)
+        load_tasks(peft_model, state, names)
         return peft_model if trainable else peft_model.eval()
 
     def report(self) -> SubspaceReport:
         """Sizes, k, explained variance and drift."""
-        layers = self._state.layers.values()
+        state = self.state
+        layers = state.layers.values()
         components = [k for layer in layers for k in layer.num_components] or [0]
-        tasks = tuple(self._task_report(task) for task in self.tasks)
+        tasks = tuple(_task_report(state, task) for task in self.tasks)
         p = self.settings.pseudo_rank
         lora_numbers = sum(len(layer.tasks) * p * sum(layer.shape) for layer in layers)
         return SubspaceReport(
             tasks=tasks,
-            modules=len(self._state.layers),
+            modules=len(layers),
             num_components=(min(components), max(components)),
             pseudo_rank=p,
             basis_bytes=sum(4 * (layer.basis_out.numel() + layer.basis_in.numel()) for layer in layers),
-            explained_variance=sum(layer.explained_variance() for layer in layers) / max(1, len(self._state.layers)),
+            explained_variance=sum(layer.explained_variance() for layer in layers) / max(1, len(layers)),
             lora_bytes=4 * lora_numbers,
         )
 
-    def save_pretrained(self, folder: str | os.PathLike) -> None:
+    def save_pretrained(self, folder: str | os.PathLike, *, card_template: str | os.PathLike | None = None) -> None:
         """
         Write the subspace as a tree that loads on disk and on the hub. A crash leaves the old tree or the new one.
 
         Args:
             folder (`str`): Where to write; other files in it stay.
+            card_template (`str`, *optional*): A Jinja template of your own for the model card.
         """
-        write_tree(self._state, Path(folder))
+        template = None if card_template is None else Path(card_template)
+        write_tree(self.state, Path(folder), card=CardOptions(template=template))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        create_pr: bool = False,
+        default_task: str | None = None,
+        branch_tolerance: float = 0.05,
+        card_template: str | os.PathLike | None = None,
+        max_attempts: int = 5,
+    ) -> CommitInfo:
+        """
+        Publish the subspace: one commit on `main`, a branch for each task, a tag for the newest step.
+
+        Files that the repository has already are not uploaded again. If somebody else pushed tasks since this subspace
+        was loaded, both sides' tasks are merged, here and there.
+
+        Args:
+            repo_id (`str`): The repository, created if need be.
+            commit_message (`str`, *optional*): Of the commit on `main`; tells the new tasks if not given.
+            commit_description (`str`, *optional*): Of that commit.
+            private (`bool`, *optional*): Whether a repository that is created is private.
+            token (`str` or `bool`, *optional*): For the hub.
+            create_pr (`bool`, *optional*, defaults to `False`):
+                Open a pull request instead. Branches and tags are written by the next push after it is merged.
+            default_task (`str`, *optional*):
+                The task whose LoRA is at the root of `main`; the newest, unless an earlier push chose one.
+            branch_tolerance (`float`, *optional*, defaults to `0.05`):
+                Relative drift since a task's branch was written from which it is written again.
+            card_template (`str`, *optional*): A Jinja template of your own for the model card.
+            max_attempts (`int`, *optional*, defaults to `5`):
+                How often to merge and push again while others push at the same time.
+
+        Returns:
+            [`~huggingface_hub.CommitInfo`]: The commit on `main`, or of the pull request.
+
+        Raises:
+            ValueError: If the repository holds something that this subspace cannot be merged with; nothing has
+                changed then.
+            PushConflictError: If the attempts ran out; nothing has changed then.
+        """
+        options = PushOptions(
+            commit_message=commit_message,
+            commit_description=commit_description,
+            private=private,
+            create_pr=create_pr,
+            default_task=default_task,
+            branch_tolerance=branch_tolerance,
+            card_template=None if card_template is None else Path(card_template),
+            max_attempts=max_attempts,
+        )
+        self._held, commit = push_state(self.state, repo_id, token=token, options=options)
+        return commit
 
     @classmethod
     def from_pretrained(
@@ -296,51 +372,55 @@ class SharedSubspace:
         local_files_only: bool = False,
     ) -> SharedSubspace:
         """
-        Load a subspace that [`~SharedSubspace.save_pretrained`] wrote.
+        Load a subspace that [`~SharedSubspace.save_pretrained`] or [`~SharedSubspace.push_to_hub`] wrote.
+
+        Of a repository at a task's revision, the bases and this task are downloaded; other tasks when they are asked
+        for.
 
         Args:
             folder_or_repo (`str`): A folder, or the id of a hub repository.
-            revision (`str`, *optional*): Branch, tag or commit of a repository.
+            revision (`str`, *optional*): A task, a step (`step-0007-mrpc`), or another branch, tag or commit.
             token (`str` or `bool`, *optional*): For a private repository.
             cache_dir (`str`, *optional*): Where to keep downloads.
             local_files_only (`bool`, *optional*, defaults to `False`): Use the cache only.
 
         Raises:
-            ValueError: If a file is missing, damaged, edited or of a newer format, or `revision` is given for a
-                folder; naming what was found and expected.
+            ValueError: If a file is missing, damaged, edited or of a newer format, if there is no such revision, or
+                one is given for a folder; naming what was found and expected.
         """
-        folder = Path(folder_or_repo)
-        is_place = (
-            folder.is_absolute() or isinstance(folder_or_repo, Path) or os.fspath(folder_or_repo).startswith(".")
-        )
-        if is_place or folder.exists():
+        if is_local(folder_or_repo):
+            folder = Path(folder_or_repo)
             if revision is not None:
                 raise ValueError(
                     f"revision is {revision!r} but {folder} is a local folder, which has no revisions; its tasks are "
                     f"in {folder}/tasks"
                 )
             return cls(read_tree(folder))
-        downloaded = snapshot_download(
-            os.fspath(folder_or_repo),
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            allow_patterns=["*.json", "*.safetensors", "README.md"],
+        tree = RemoteTree.open(
+            os.fspath(folder_or_repo), revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
-        return cls(read_tree(Path(downloaded)))
+        tasks = [revision] if revision in tree.index.tasks else None
+        tree.fetch(tasks)
+        return cls(read_tree(tree.folder, tasks), rest=None if tasks is None else tree)
 
     def __repr__(self) -> str:
         k, p = self.settings.num_components, self.settings.pseudo_rank
-        return f"SharedSubspace({len(self.tasks)} tasks, {len(self._state.layers)} modules, k={k}, p={p})"
+        return f"SharedSubspace({len(self.tasks)} tasks, {len(self._held.layers)} modules, k={k}, p={p})"
+
+    def _holding(self, tasks: Sequence[str]) -> SubspaceState:
+        """A state with at least these tasks, all that is needed to work with them."""
+        if self._rest is not None and (more := [task for task in tasks if task not in self._held.tasks]):
+            self._rest.fetch(more)
+            self._held = read_tree(self._rest.folder, [*self._held.tasks, *more])
+        return self._held
 
     def _check_known(self, task: str) -> None:
-        if task not in self._state.tasks:
+        if task not in self.tasks:
             raise ValueError(f"no task {task!r} in the subspace, it has {list(self.tasks)}")
 
     def _common_base(self, loras: Mapping[str, LoraAdapter]) -> str | None:
         """The base model of the subspace and of adapters to add; one that does not name its own fits any."""
-        base = self._state.base_model_name_or_path or None
+        base = self.base_model_name_or_path or None
         for name, lora in loras.items():
             found = lora.base_model_name_or_path or None
             if base is not None and found not in (base, None):
@@ -348,37 +428,39 @@ class SharedSubspace:
             base = base or found
         return base
 
-    def _check_fits(self, model: nn.Module, tasks: Sequence[str]) -> None:
-        if isinstance(model, PeftModel) or getattr(model, "peft_config", None):
-            raise ValueError("model has adapters already, expected the base model")
-        modules = dict(model.named_modules())
-        shapes = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
-        for task in tasks:
-            for module, layer in self._state.layers_of(task).items():
-                if module not in modules:
-                    raise ValueError(f"task {task!r} adapts {module!r}, which {type(model).__name__} does not have")
-                in_features, out_features = _get_in_out_features(modules[module])
-                if (out_features, in_features) != layer.shape:
-                    raise ValueError(
-                        f"{module!r} has shape {(out_features, in_features)}, the subspace expects {layer.shape}"
-                    )
-            head = self._state.tasks[task].head
-            for name, stored in head.items():
-                missing_labels(task, name, stored, shapes.get(name), head)
 
-    def _task_report(self, task: str) -> TaskReport:
-        layers = self._state.layers_of(task).values()
-        parameters = sum(self.settings.pseudo_rank * sum(layer.num_components) for layer in layers)
-        head: Mapping[str, Tensor] = self._state.tasks[task].head
-        bounds = [float(layer.records.drift_bounds[layer.index(task)]) for layer in layers]
-        return TaskReport(
-            name=task,
-            learned_by=self._state.tasks[task].learned_by,
-            parameters=parameters,
-            bytes=4 * parameters + sum(tensor.numel() * tensor.element_size() for tensor in head.values()),
-            drift=self._state.drift_of(task),
-            drift_bound=max(bounds, default=0.0),
-        )
+def _task_report(state: SubspaceState, task: str) -> TaskReport:
+    layers = state.layers_of(task).values()
+    parameters = sum(state.settings.pseudo_rank * sum(layer.num_components) for layer in layers)
+    head: Mapping[str, Tensor] = state.tasks[task].head
+    bounds = [float(layer.records.drift_bounds[layer.index(task)]) for layer in layers]
+    return TaskReport(
+        name=task,
+        learned_by=state.tasks[task].learned_by,
+        parameters=parameters,
+        bytes=4 * parameters + sum(tensor.numel() * tensor.element_size() for tensor in head.values()),
+        drift=state.drift_of(task),
+        drift_bound=max(bounds, default=0.0),
+    )
+
+
+def _check_fits(model: nn.Module, state: SubspaceState, tasks: Sequence[str]) -> None:
+    if isinstance(model, PeftModel) or getattr(model, "peft_config", None):
+        raise ValueError("model has adapters already, expected the base model")
+    modules = dict(model.named_modules())
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
+    for task in tasks:
+        for module, layer in state.layers_of(task).items():
+            if module not in modules:
+                raise ValueError(f"task {task!r} adapts {module!r}, which {type(model).__name__} does not have")
+            in_features, out_features = _get_in_out_features(modules[module])
+            if (out_features, in_features) != layer.shape:
+                raise ValueError(
+                    f"{module!r} has shape {(out_features, in_features)}, the subspace expects {layer.shape}"
+                )
+        head = state.tasks[task].head
+        for name, stored in head.items():
+            missing_labels(task, name, stored, shapes.get(name), head)
 
 
 def _by_name(adapters: Adapters) -> dict[str, str | os.PathLike]:

@@ -27,6 +27,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from tests.hub_server.fixtures import hub, hub_server  # noqa: F401
+
 
 VOCABULARY = 64
 HIDDEN = 64

@@ -1,8 +1,8 @@
 """Continual learning in the Trainer: phases, the stream and its state, metrics, and a callback for other Trainers."""
 
+from ..hub.metrics import ContinualMetrics
 from .arguments import ShareTrainingArguments
 from .callback import ShareCallback
-from .metrics import ContinualMetrics
 from .trainer import ShareTrainer
 
 

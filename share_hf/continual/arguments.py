@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import TrainingArguments
+from transformers.trainer_utils import HubStrategy
+
+from ..tuner import ShareConfig
 
 
 Method = Literal["share", "coefficients"]
@@ -73,3 +76,28 @@ class ShareTrainingArguments(TrainingArguments):
             raise ValueError(f"num_init_tasks is {self.num_init_tasks}, expected at least 1: a subspace needs a task")
         if self.finetune_num_train_epochs < 0:
             raise ValueError(f"finetune_num_train_epochs is {self.finetune_num_train_epochs}, expected 0 or more")
+        if self.push_to_hub:
+            if self.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
+                raise ValueError(
+                    f"hub_strategy is {self.hub_strategy.value!r}, expected 'every_save' (a push after every task) or "
+                    "'end': the checkpoints of a phase stay where it is trained"
+                )
+            if self.hub_revision not in (None, "main"):
+                raise ValueError(f"hub_revision is {self.hub_revision!r}, expected none: branches are tasks")
+
+
+def training_facts(args: ShareTrainingArguments, config: ShareConfig) -> dict[str, Any]:
+    """What the model card tells of how tasks are trained."""
+    return {
+        "method": args.method,
+        "num_init_tasks": args.num_init_tasks,
+        "learning_rate": args.learning_rate,
+        "init_learning_rate": args.init_learning_rate or args.learning_rate,
+        "num_train_epochs": args.num_train_epochs,
+        "finetune_num_train_epochs": args.finetune_num_train_epochs,
+        "train_batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "optimizer": str(getattr(args.optim, "value", args.optim)),
+        "seed": args.seed,
+        "num_temporary": config.num_temporary,
+        "init_std": config.init_std,
+    }

@@ -11,7 +11,7 @@ from typing import Literal
 
 from peft import PeftModel
 
-from ..hub.state import LearnedBy, SubspaceState, TaskInfo, merge_tasks, with_learned_coefficients
+from ..hub.state import LearnedBy, SubspaceState, TaskInfo, initialization_of, merge_tasks, with_learned_coefficients
 from ..subspace import MergeReport
 from ..tuner.config import ShareConfig
 from ..tuner.model import share_layers
@@ -79,4 +79,8 @@ def describe_task(
 ) -> TaskInfo:
     """What is known of a task that the model was just trained on."""
     target = target_of(model.peft_config[task])
-    return TaskInfo(learned_by=learned_by, target=target, head=head_of(model, task), labels=labels)
+    # Only free factors start from a random A, as those of a LoRA do.
+    sketch = initialization_of(updates_of(model, task)) if learned_by == "init" else None
+    return TaskInfo(
+        learned_by=learned_by, target=target, head=head_of(model, task), labels=labels, initialization=sketch
+    )

@@ -7,7 +7,7 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .metrics import ContinualMetrics
+from ..hub.metrics import ContinualMetrics
 
 
 class StreamProgressCallback(TrainerCallback):

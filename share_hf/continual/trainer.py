@@ -12,24 +12,26 @@ from pathlib import Path
 from typing import Any, get_args
 
 from datasets import Dataset
+from huggingface_hub import CommitInfo
 from peft import PeftModel, TaskType, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, Trainer, set_seed
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import HubStrategy, TrainOutput
 from transformers.utils import logging
 
+from ..hub.metrics import ContinualMetrics
 from ..hub.names import check_task_name
+from ..hub.reconcile import combined_metrics
 from ..hub.state import LearnedBy, SubspaceState
 from ..hub.tree import read_tree, write_tree
 from ..shared_subspace import Adapters, SharedSubspace
 from ..subspace import MergeReport
 from ..tuner import ShareConfig
 from ..tuner.state import load_bases, load_tasks, share_config_for
-from .arguments import Method, ShareTrainingArguments
+from .arguments import Method, ShareTrainingArguments, training_facts
 from .inputs import EVALUATION_SPLITS, TRAIN_SPLIT, TaskData, accuracy, config_for, split_data
 from .labels import LabelMask, count_labels, rule_out_labels
-from .metrics import ContinualMetrics
 from .phases import PLACEHOLDER, TrainingPhase, begin_phase, describe_task, take_coefficients, take_merged
 from .progress import StreamProgressCallback
 from .stream_state import STREAM_STATE_FILE, Stage, StreamState, newest_whole_checkpoint
@@ -67,6 +69,8 @@ class ShareTrainer(Trainer):
             A subspace to continue. Its tasks stay.
         adapters (`Mapping[str, str]` or `Sequence[str]`, *optional*):
             LoRA adapters to initialize the subspace from instead (Sec. 3.2.1).
+        dataset_ids (`Mapping[str, str]`, *optional*):
+            By task, the hub id of its data set, for the model card.
         task_scorer (`Callable`, *optional*):
             Called with model, task name and evaluation data instead of the Trainer's own evaluation; returns metrics.
         **kwargs:
@@ -85,6 +89,7 @@ class ShareTrainer(Trainer):
         *,
         subspace: SharedSubspace | None = None,
         adapters: Adapters | None = None,
+        dataset_ids: Mapping[str, str] | None = None,
         task_scorer: TaskScorer | None = None,
         **kwargs: Any,
     ) -> None:
@@ -113,7 +118,8 @@ class ShareTrainer(Trainer):
         peft_model = self._with_adapters(model)
         self._label_mask = LabelMask(peft_model, self._num_labels)
         self._task_scorer = task_scorer
-        self._continual = ContinualMetrics()
+        self._dataset_ids = dict(dataset_ids or {})
+        self._continual = ContinualMetrics(training=training_facts(args, self.share_config))
         self._merge_report: MergeReport | None = None
         self._begun = False
         self._resumed_folder: Path | None = None
@@ -129,7 +135,8 @@ class ShareTrainer(Trainer):
     @property
     def subspace(self) -> SharedSubspace:
         """The subspace as learned so far."""
-        return SharedSubspace(replace(self._subspace_state, metrics=self.metrics if self._continual.matrix else {}))
+        state = self._subspace_state
+        return SharedSubspace(replace(state, metrics=combined_metrics(state.metrics, self.metrics, state.tasks)))
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -169,6 +176,10 @@ class ShareTrainer(Trainer):
                 continue
             stage = begun.stage if begun.task == name else None
             outputs += self._learn(name, *self.tasks[name], resumed_stage=stage)
+            if self.args.push_to_hub and self.args.hub_strategy == HubStrategy.EVERY_SAVE:
+                self._push_while_training()
+        if self.args.push_to_hub:
+            self.push_to_hub()
         steps = sum(output.global_step for output in outputs)
         loss = sum(output.global_step * output.training_loss for output in outputs)
         return TrainOutput(steps, loss / max(steps, 1), self.metrics)
@@ -211,6 +222,57 @@ class ShareTrainer(Trainer):
         learned = [task for task in self.tasks if task in self._subspace_state.tasks]
         return {task: self._evaluate_task(task) for task in learned if self.tasks[task][1] is not None}
 
+    def push_to_hub(
+        self,
+        commit_message: str | None = None,
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> CommitInfo | None:
+        """
+        Publish the subspace to `hub_model_id`, as [`SharedSubspace.push_to_hub`] does.
+
+        Tasks that somebody else pushed meanwhile are merged, and are adapters of the model from then on.
+
+        Args:
+            commit_message (`str`, *optional*): Of the commit; tells the new tasks if not given.
+            blocking (`bool`, *optional*, defaults to `True`): Only `True`: a push may change the subspace.
+            token (`str`, *optional*): `hub_token` if not given.
+            revision (`str`, *optional*): Only `"main"`: branches are tasks.
+            private (`bool`, *optional*): `hub_private_repo` if not given.
+            **kwargs: As for [`SharedSubspace.push_to_hub`].
+
+        Returns:
+            `CommitInfo`: The commit, None on processes other than the first.
+        """
+        if not blocking or revision not in (None, "main"):
+            raise ValueError(f"blocking is {blocking} and revision {revision!r}, expected True and None")
+        token = token if token is not None else self.args.hub_token
+        private = private if private is not None else self.args.hub_private_repo
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        commit = None
+        if self.is_world_process_zero():
+            subspace = self.subspace
+            commit = subspace.push_to_hub(
+                self.hub_model_id, commit_message=commit_message, token=token, private=private, **kwargs
+            )
+            if subspace.state.lineage != self._subspace_state.lineage:
+                self._load_subspace(subspace.state)
+                self._save_subspace()
+        return commit
+
+    def _push_while_training(self) -> None:
+        try:
+            self.push_to_hub()
+        except ValueError:
+            raise
+        except Exception as error:  # whatever ails the network, the stream goes on
+            logger.warning("The subspace was not pushed (%s); the push after the next task catches up.", error)
+
     # ---- One task --------------------------------------------------------------------------------------------------
 
     def _learn(
@@ -232,7 +294,7 @@ class ShareTrainer(Trainer):
             self._take(name, "finetune")
         self._note_stage(name, "evaluate")
         self._evaluate_after(name)
-        self._save_subspace()
+        self._save_subspace(figures=True)
         self._save_stream(self._stream_state(self._position_of(name) + 1))
         if self.is_world_process_zero() and not self.args.disable_tqdm:
             learned_by = self._subspace_state.tasks[name].learned_by
@@ -275,6 +337,7 @@ class ShareTrainer(Trainer):
         args = self.args
         self.args = copy.copy(args)
         self.args.output_dir = str(self._output_dir / PHASES_FOLDER / f"{position + 1:04d}-{name}-{phase}")
+        self.args.push_to_hub = False  # what goes to the hub is the subspace, not the checkpoints of a phase
         if phase == "init":
             self.args.learning_rate = args.init_learning_rate or args.learning_rate
             self.args.num_train_epochs = args.init_num_train_epochs or args.num_train_epochs
@@ -292,6 +355,9 @@ class ShareTrainer(Trainer):
         names = self._label_names.get(name)
         learned_by: LearnedBy = state.tasks[name].learned_by if phase == "finetune" else phase
         info = describe_task(self.model, name, learned_by, tuple(names) if names else None)
+        info = replace(info, dataset=self._dataset_ids.get(name))
+        if phase == "finetune":
+            info = replace(info, initialization=state.tasks[name].initialization)
         if name in self._num_labels:
             of_model = self.model.get_base_model().config.num_labels
             info = replace(info, head=rule_out_labels(info.head, self._num_labels[name], of_model))
@@ -379,6 +445,11 @@ class ShareTrainer(Trainer):
             if task in evaluated and self.tasks[task][1] is not None:
                 row[j] = self._score(self._evaluate_task(task))
         continual.matrix.append(row)
+        own = row[continual.tasks.index(name)]
+        if own is not None:
+            tasks = self._subspace_state.tasks
+            scored = replace(tasks[name], scores={continual.score: own})
+            self._subspace_state = replace(self._subspace_state, tasks={**tasks, name: scored})
         continual.drift = {task: self._subspace_state.drift_of(task) for task in self._subspace_state.tasks}
         logs = {name: getattr(continual, name) for name in ("average", "forgetting", "backward_transfer")}
         logs |= {f"{continual.score}/{task}": value for task, value in zip(continual.tasks, row, strict=True)}
@@ -439,9 +510,9 @@ class ShareTrainer(Trainer):
         if self.args.should_save:
             stream.save(self._output_dir)
 
-    def _save_subspace(self) -> None:
+    def _save_subspace(self, *, figures: bool = False) -> None:
         if self.args.should_save:
-            write_tree(self.subspace.state, self._output_dir / SUBSPACE_FOLDER)
+            write_tree(self.subspace.state, self._output_dir / SUBSPACE_FOLDER, figures=figures)
         self.accelerator.wait_for_everyone()
 
     def _begin(self) -> None:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import TemplateError
+from yaml import YAMLError
 
+from ..subspace import audit_layers
 from ..version import __version__
 from .figures import CAPTIONS
-from .state import SubspaceState
+from .state import SubspaceState, scores_of, step_tags
 
 
 _AUTO_CLASSES = {
@@ -23,11 +28,86 @@ _AUTO_CLASSES = {
 }
 
 
-def write_card(state: SubspaceState, folder: Path, repo_id: str = "org/share-subspace") -> None:
-    """Write `README.md` for the tree that is in `folder`."""
-    facts = _facts(state, folder, repo_id)
-    card = ModelCard.from_template(_card_data(state), template_path=str(_template()), **facts)
-    card.save(folder / "README.md")
+GENERATED_BEGIN = "<!-- share_hf: generated from here; what stands outside is kept when the card is written again -->"
+GENERATED_END = "<!-- share_hf: generated to here -->"
+
+# Layers that the audit of a card looks at: enough for two sentences, and as quick in a large model as in a small one.
+AUDITED_LAYERS = 8
+
+
+@dataclass(frozen=True)
+class CardOptions:
+    """How a model card is written.
+
+    Args:
+        repo_id: The repository that the snippets name.
+        template: A Jinja template to use instead of the package's own; it is given the same variables.
+        existing: The card so far. Its text outside the generated part stays, and so do its other metadata.
+        audit: What to say of the audit; found out if not given.
+    """
+
+    repo_id: str = "org/share-subspace"
+    template: Path | None = None
+    existing: str | None = None
+    audit: tuple[str, ...] | None = None
+
+
+def write_card(state: SubspaceState, folder: Path, options: CardOptions) -> None:
+    """Write `README.md` for the tree that is in `folder`.
+
+    Raises:
+        ValueError: If the template is missing or no template of a card, or the metadata so far cannot be read.
+    """
+    template = options.template or _template()
+    if not template.is_file():
+        raise ValueError(f"{template}: no such model card template")
+    data, facts = _card_data(state), _facts(state, folder, options)
+    try:
+        generated = ModelCard.from_template(data, template_path=str(template), **facts).text
+    except (TemplateError, TypeError) as error:
+        raise ValueError(f"{template}: not a usable model card template ({error})") from error
+    before, owned, after = _outside(options.existing)
+    text = f"{before}{GENERATED_BEGIN}\n\n{generated.strip()}\n\n{GENERATED_END}{after}"
+    card = ModelCard(f"---\n{_joined(owned, data).to_yaml()}\n---\n\n{text.strip()}\n")
+    (folder / "README.md").write_text(str(card), encoding="utf-8")
+
+
+def audit_sentences(state: SubspaceState) -> tuple[str, ...]:
+    """What can be said of whether the tasks share a subspace; nothing of fewer than two."""
+    if len(state.tasks) < 2:
+        return ()
+    sketches = {
+        task: None if info.initialization is None else torch.tensor(info.initialization)
+        for task, info in state.tasks.items()
+    }
+    return audit_layers(state.layers, sketches, max_layers=AUDITED_LAYERS).sentences()
+
+
+def _outside(existing: str | None) -> tuple[str, ModelCardData | None, str]:
+    """What a card has before the generated part, its metadata, and what it has after."""
+    if existing is None:
+        return "", None, ""
+    try:
+        card = ModelCard(existing)
+    except (ValueError, TypeError, YAMLError) as error:
+        raise ValueError(f"README.md: the metadata of the model card cannot be read ({error})") from error
+    before, begin, rest = card.text.partition(GENERATED_BEGIN)
+    if not begin:
+        return f"{card.text.strip()}\n\n", card.data, ""
+    _, _, after = rest.partition(GENERATED_END)
+    return before, card.data, after
+
+
+def _joined(owned: ModelCardData | None, data: ModelCardData) -> ModelCardData:
+    """The owner's metadata with those of the tree: ours where both have a field, both where it is a list."""
+    if owned is None:
+        return data
+    fields = {name: value for name, value in owned.to_dict().items() if name != "model-index"}
+    for name, value in data.to_dict().items():
+        if name in ("tags", "datasets") and isinstance(fields.get(name), list):
+            value = list(dict.fromkeys([*fields[name], *value]))
+        fields[name] = value
+    return ModelCardData(**fields)
 
 
 def _template() -> Path:
@@ -41,57 +121,69 @@ def _template() -> Path:
 
 
 def _card_data(state: SubspaceState) -> ModelCardData:
-    score = state.metrics.get("score", "score")
-    results = [
-        EvalResult(
-            task_type="text-classification" if state.tasks[task].labels else "text-generation",
-            dataset_type=task,
-            dataset_name=task,
-            metric_type=score,
-            metric_value=value,
-        )
-        for task in state.tasks
-        if (value := _scores(state, task)[1]) is not None
-    ]
+    results = []
+    for task, info in state.tasks.items():
+        name, learned, now = scores_of(state, task)
+        score = learned if now is None else now
+        if score is not None:
+            results.append(
+                EvalResult(
+                    task_type="text-classification" if info.labels else "text-generation",
+                    dataset_type=info.dataset or task,
+                    dataset_name=task,
+                    metric_type=name,
+                    metric_value=score,
+                )
+            )
     base = state.base_model_name_or_path
     return ModelCardData(
         base_model=base if base and not Path(base).is_absolute() else None,
         library_name="peft",
         tags=["share", "lora", "continual-learning", "base_model:adapter"],
+        datasets=list(dict.fromkeys(info.dataset for info in state.tasks.values() if info.dataset)) or None,
         model_name="share-subspace",
         eval_results=results or None,
     )
 
 
-def _facts(state: SubspaceState, folder: Path, repo_id: str) -> dict[str, Any]:
+def _facts(state: SubspaceState, folder: Path, options: CardOptions) -> dict[str, Any]:
     """What the template says beside the metadata."""
     default_task = state.root_task or ""
     target = state.tasks[default_task].target if default_task else {}
     auto_class, base_class = _AUTO_CLASSES.get(target.get("task_type"), ("AutoPeftModel", "AutoModel"))
+    example_task = next(iter(state.tasks), "")
     heads = [
-        f", num_labels={n}" if (n := _num_labels(state, tasks)) else "" for tasks in ([default_task], state.tasks)
+        f", num_labels={n}" if (n := _num_labels(state, tasks)) else ""
+        for tasks in ([default_task], [example_task], state.tasks)
     ]
     bytes_of = {task: (folder / f"tasks/{task}/adapter_model.safetensors").stat().st_size for task in state.tasks}
     figures = [{"path": f"figures/{name}", "caption": text} for name, text in CAPTIONS.items()]
     return {
         "title": f"Shared subspace of {len(state.tasks)} tasks",
-        "repo_id": repo_id,
+        "repo_id": options.repo_id,
         "base_model": state.base_model_name_or_path or "the base model",
         "default_task": default_task,
         "auto_class": auto_class,
         "base_class": base_class,
         "head_argument": heads[0],
-        "head_argument_of_all": heads[1],
+        "example_task": example_task,
+        "example_head_argument": heads[1],
+        "newest_task": next(reversed(state.tasks), ""),
+        "head_argument_of_all": heads[2],
         "kilobytes_per_task": _kilobytes(max(bytes_of.values(), default=0)),
         "basis_kilobytes": _kilobytes((folder / "subspace.safetensors").stat().st_size),
         "tasks": [_task_row(state, task, bytes_of[task]) for task in state.tasks],
-        "score_name": state.metrics.get("score", "score"),
+        "score_name": _score_name(state),
         "matrix": _matrix(state),
         "metrics": {
             name: _number(state.metrics.get(name))
             for name in ("average", "forgetting", "backward_transfer", "forward_transfer")
         },
         "figures": [figure for figure in figures if (folder / figure["path"]).is_file()],
+        "steps": step_tags(state.lineage, tuple(state.tasks)),
+        "audit": audit_sentences(state) if options.audit is None else options.audit,
+        "training": state.metrics.get("training") or {},
+        "datasets": {task: info.dataset for task, info in state.tasks.items() if info.dataset},
         "num_layers": len(state.layers),
         "num_components": state.settings.num_components,
         "pseudo_rank": state.settings.pseudo_rank,
@@ -101,7 +193,7 @@ def _facts(state: SubspaceState, folder: Path, repo_id: str) -> dict[str, Any]:
 
 
 def _task_row(state: SubspaceState, task: str, size: int) -> dict[str, Any]:
-    learned, now = _scores(state, task)
+    _, learned, now = scores_of(state, task)
     return {
         "name": task,
         "learned_by": state.tasks[task].learned_by,
@@ -112,14 +204,9 @@ def _task_row(state: SubspaceState, task: str, size: int) -> dict[str, Any]:
     }
 
 
-def _scores(state: SubspaceState, task: str) -> tuple[float | None, float | None]:
-    """A task's score when learned and now, from the accuracy matrix."""
-    names, matrix = state.metrics.get("tasks", []), state.metrics.get("matrix", [])
-    if task not in names:
-        return None, None
-    j = names.index(task)
-    column = [row[j] for row in matrix[j:] if row[j] is not None]
-    return (column[0], column[-1]) if column else (None, None)
+def _score_name(state: SubspaceState) -> str:
+    names = {scores_of(state, task)[0] for task in state.tasks}
+    return names.pop() if len(names) == 1 else "score"
 
 
 def _matrix(state: SubspaceState) -> dict[str, Any] | None:

@@ -42,7 +42,22 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
+    """Write JSON that a person and a diff can read: a line for each field, and for each entry of a field."""
+    path.write_text(_lines(content, depth=2) + "\n", encoding="utf-8")
+
+
+def _lines(value: Any, depth: int, indent: str = "") -> str:
+    if not depth or not value or not isinstance(value, (Mapping, list, tuple)):
+        return json.dumps(value, sort_keys=True, allow_nan=False)
+    inner = indent + "  "
+    if isinstance(value, Mapping):
+        entries = [f"{json.dumps(name)}: {_lines(value[name], depth - 1, inner)}" for name in sorted(value)]
+    elif isinstance(value[0], (Mapping, list, tuple)):
+        entries = [_lines(entry, depth - 1, inner) for entry in value]
+    else:
+        return json.dumps(value, allow_nan=False)
+    opening, closing = "{}" if isinstance(value, Mapping) else "[]"
+    return f"{opening}\n{inner}" + f",\n{inner}".join(entries) + f"\n{indent}{closing}"
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -3,8 +3,9 @@
 Fields: `format_version`; `kind` ("tree", or "checkpoint" for the folder of a `PeftModel`, which has the bases but not
 the layout of a tree); `share_hf_version`; `base_model_name_or_path`; `settings` (the fields of
 `SubspaceSettings`); `modules` (module -> `shape` [n, d] and `num_components` [k_out, k_in]); `tasks` (names in the
-order they were learned); `default_task`; `lineage` (one object a step); `sha256` (path in the tree -> checksum, of
-every file that loading depends on); `digest` (checksum of all the other fields).
+order they were learned); `default_task`; `lineage` (one object a step); `branches` (task -> its drift when its branch
+on the hub was last written); `sha256` (path in the tree -> checksum, of every file that loading depends on; of a task,
+its `metrics.json`, which has the checksums of the others); `digest` (checksum of all the other fields).
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class TreeIndex:
     kind: Literal["tree", "checkpoint"] = "tree"
     default_task: str | None = None
     lineage: tuple[Mapping[str, Any], ...] = ()
+    branches: Mapping[str, float] = field(default_factory=dict)
     sha256: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -94,8 +96,9 @@ def read_index(folder: Path) -> TreeIndex:
             tasks=tuple(tasks),
             kind=content["kind"],
             default_task=default_task,
-            lineage=tuple(content["lineage"]),
-            sha256=dict(content["sha256"]),
+            lineage=_lineage(content["lineage"]),
+            branches={task: float(drift) for task, drift in content["branches"].items()},
+            sha256={relative: str(checksum) for relative, checksum in content["sha256"].items()},
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: a field is missing or of the wrong type ({error!r})") from error
@@ -103,21 +106,31 @@ def read_index(folder: Path) -> TreeIndex:
         raise ValueError(f"{path}: {error}") from error
 
 
-def check_file(folder: Path, index: TreeIndex, relative: str) -> None:
-    """Compare the checksum of a file of the tree with the index.
+def check_file(folder: Path, sha256: Mapping[str, str], relative: str, *, listed_in: str = INDEX_FILE) -> None:
+    """Compare the checksum of a file with the one that is noted for it.
+
+    Args:
+        folder: Of a tree.
+        sha256: Checksums by path.
+        relative: Path of the file in the folder.
+        listed_in: Where the checksums are from.
 
     Raises:
         ValueError: If it is missing or is not the file that was saved.
     """
     path = folder / relative
-    if relative not in index.sha256:
-        raise ValueError(f"{folder / INDEX_FILE}: sha256 has no entry for {relative!r}")
+    if relative not in sha256:
+        raise ValueError(f"{folder / listed_in}: sha256 has no entry for {relative!r}")
     if not path.is_file():
-        raise ValueError(f"{path}: no such file, but {INDEX_FILE} lists it")
-    if (found := sha256_of(path)) != index.sha256[relative]:
-        raise ValueError(
-            f"{path}: sha256 is {found}, expected {index.sha256[relative]}: the file was truncated or edited"
-        )
+        raise ValueError(f"{path}: no such file, but {listed_in} lists it")
+    if (found := sha256_of(path)) != sha256[relative]:
+        raise ValueError(f"{path}: sha256 is {found}, expected {sha256[relative]}: the file was truncated or edited")
+
+
+def _lineage(entries: Any) -> tuple[Mapping[str, Any], ...]:
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) and "id" in entry for entry in entries):
+        raise ValueError("lineage is no list of steps, each with an id")
+    return tuple(entries)
 
 
 def _digest(content: Mapping[str, Any]) -> str:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import Tensor
 
-from ..subspace import LayerSubspace, LowRankUpdate, MergeReport, SubspaceSettings, merge_into_layers
+from ..subspace import (
+    LayerSubspace,
+    LowRankUpdate,
+    MergeReport,
+    SubspaceSettings,
+    initialization_sketch,
+    merge_into_layers,
+)
 from .basis_file import StoredBasis
 
 
@@ -23,8 +32,10 @@ class TaskInfo:
         learned_by: The phase that trained it, or `"adapter"` if it arrived as a LoRA.
         target: Which modules it adapts: the fields of its PEFT configuration in `adapters.TARGET_FIELDS`.
         head: Weights of its `modules_to_save` by name in the base model.
-        scores: Its score when learned and since, and whatever else its trainer noted.
+        scores: Its score when learned, by metric.
         labels: Names of its labels, for a classification task.
+        dataset: Hub id of the data set it was learned from.
+        initialization: Sketch of the A it was trained from, see `subspace.audit`; None where it is not known.
     """
 
     learned_by: LearnedBy = "adapter"
@@ -32,6 +43,8 @@ class TaskInfo:
     head: Mapping[str, Tensor] = field(default_factory=dict)
     scores: Mapping[str, float] = field(default_factory=dict)
     labels: tuple[str, ...] | None = None
+    dataset: str | None = None
+    initialization: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -45,7 +58,8 @@ class SubspaceState:
         base_model_name_or_path: The model the subspace belongs to.
         default_task: The task that the root of the tree stands for; the newest if not chosen.
         metrics: What the trainer measured over the stream, as JSON.
-        lineage: One entry for each step that changed the subspace, as JSON.
+        lineage: One entry for each step that changed the subspace, as JSON. Its `id` stands for the step and all
+            before it, so that two subspaces have in common what the entries they share made.
     """
 
     settings: SubspaceSettings
@@ -61,9 +75,17 @@ class SubspaceState:
         """The default task, or the newest."""
         return self.default_task or next(reversed(self.tasks), None)
 
-    def with_step(self, **facts: Any) -> SubspaceState:
-        """The state with one more entry in its lineage."""
-        return replace(self, lineage=(*self.lineage, {"step": len(self.lineage) + 1, **facts}))
+    def with_step(self, *, changed: Iterable[str] = (), **facts: Any) -> SubspaceState:
+        """The state with one more entry in its lineage, about these tasks of it."""
+        before = self.lineage[-1]["id"] if self.lineage else ""
+        digest = hashlib.sha256(json.dumps([before, facts], sort_keys=True).encode())
+        for task in changed:
+            for layer in self.layers_of(task).values():
+                i = layer.index(task)
+                for side in (layer.coefficients_out[i], layer.coefficients_in[i]):
+                    digest.update(side.float().cpu().contiguous().numpy().tobytes())
+        entry = {"step": len(self.lineage) + 1, **facts, "id": digest.hexdigest()[:16]}
+        return replace(self, lineage=(*self.lineage, entry))
 
     def layers_of(self, task: str) -> dict[str, LayerSubspace]:
         """The layers that a task adapts."""
@@ -104,7 +126,7 @@ def merge_tasks(
     layers, report = merge_into_layers(state.layers, updates, state.settings, progress=progress)
     # In the order that a tree is read back, so that sums over layers round as they would for a loaded subspace.
     merged = replace(state, layers=dict(sorted(layers.items())), tasks={**state.tasks, **infos})
-    return merged.with_step(merged=list(updates), max_drift=report.max_drift), report
+    return merged.with_step(changed=updates, merged=list(updates), max_drift=report.max_drift), report
 
 
 def with_learned_coefficients(
@@ -122,4 +144,42 @@ def with_learned_coefficients(
         module: layer.with_task(task, *coefficients[module]) if module in coefficients else layer
         for module, layer in state.layers.items()
     }
-    return replace(state, layers=layers, tasks={**state.tasks, task: info}).with_step(learned=task)
+    return replace(state, layers=layers, tasks={**state.tasks, task: info}).with_step(changed=[task], learned=task)
+
+
+def added_by(entry: Mapping[str, Any]) -> list[str]:
+    """The tasks that a step of a lineage added, or trained further."""
+    return list(entry.get("merged", [])) + ([entry["learned"]] if "learned" in entry else [])
+
+
+def scores_of(state: SubspaceState, task: str) -> tuple[str, float | None, float | None]:
+    """What a task's score is, when it was learned, and now; None where it was not measured."""
+    names, matrix = state.metrics.get("tasks", []), state.metrics.get("matrix", [])
+    if task in names:
+        j = names.index(task)
+        column = [row[j] for row in matrix[j:] if j < len(row) and row[j] is not None]
+        if column:
+            return state.metrics.get("score", "score"), column[0], column[-1]
+    for name, score in state.tasks[task].scores.items():
+        return name, score, None
+    return "score", None, None
+
+
+def step_tags(lineage: Iterable[Mapping[str, Any]], tasks: Sequence[str]) -> dict[str, str]:
+    """By task, the tag that stands for the state right after it was learned.
+
+    Its number is how many tasks had been learned with it, those counted that were removed since.
+    """
+    count, numbers = 0, {}
+    for entry in (*lineage, {"merged": tasks}):
+        for name in added_by(entry):
+            if name not in numbers:
+                count += 1
+                numbers[name] = count
+        numbers.pop(entry.get("removed"), None)
+    return {task: f"step-{numbers[task]:04d}-{task}" for task in tasks}
+
+
+def initialization_of(updates: Mapping[str, LowRankUpdate]) -> tuple[float, ...]:
+    """A sketch of the A that an adapter was trained from, short enough for JSON."""
+    return tuple(round(entry, 3) for entry in initialization_sketch(updates).tolist())

@@ -6,13 +6,14 @@ subspace.safetensors                     the bases, once for all tasks
 adapter_config.json, adapter_model.safetensors   a plain LoRA of the default task, for any PEFT
 tasks/<task>/adapter_config.json         peft_type SHARE
 tasks/<task>/adapter_model.safetensors   the task's coefficients and head
-tasks/<task>/metrics.json                its scores, and the norm and drift of each layer, which merges need
+tasks/<task>/metrics.json                its scores, the norm and drift of each layer, which merges need, and checksums
 metrics.json, figures/*.png              the stream's accuracy matrix, drift and spectra
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor
 from ..subspace import LayerSubspace, SubspaceSettings, TaskRecords
 from .adapters import PEFT_PREFIX, TARGET_FIELDS, LoraAdapter, write_adapter, write_lora
 from .basis_file import SUBSPACE_FILE, StoredBasis, basis_tensors, read_bases
-from .card import write_card
+from .card import CardOptions, write_card
 from .figures import write_figures
 from .files import (
     expect_tensor,
@@ -36,6 +37,7 @@ from .files import (
     write_tensors,
 )
 from .index import INDEX_FILE, ModuleEntry, TreeIndex, check_file, read_index, write_index
+from .metrics import ContinualMetrics
 from .state import SubspaceState, TaskInfo
 
 
@@ -54,25 +56,79 @@ TREE_ENTRIES = (
     "figures",
 )
 
-_CERTIFICATE = ("norm", "rank_error", "drift_bound", "drift_estimate")
+# What a task's metrics hold of each layer, in this order.
+CERTIFICATE_COLUMNS = ("norm", "rank_error", "drift_bound", "drift_estimate")
+
+# What in a tree depends on its default task.
+ROOT_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, CARD_FILE, INDEX_FILE)
+
+_StoredTask = dict[str, tuple[Tensor, Tensor, list[float]]]
 
 
 def task_folder(task: str) -> str:
     return f"tasks/{task}"
 
 
-def write_tree(state: SubspaceState, folder: Path) -> None:
-    """Write the whole tree, or on a crash none of it. Other files in the folder stay."""
+def write_tree(
+    state: SubspaceState,
+    folder: Path,
+    *,
+    card: CardOptions | None = None,
+    branches: Mapping[str, float] | None = None,
+    figures: bool = True,
+) -> None:
+    """Write the whole tree, or on a crash none of it. Other files in the folder stay.
+
+    Args:
+        state: What to write.
+        folder: Where.
+        card: How to write the model card, whose text outside the generated part is kept in any case.
+        branches: Of `share_config.json`.
+        figures: Whether to draw them, which takes longer than all the rest of a small tree.
+    """
+    card = card or CardOptions()
+    if card.existing is None and (folder / CARD_FILE).is_file():
+        card = replace(card, existing=(folder / CARD_FILE).read_text(encoding="utf-8"))
     with replacing_folder(folder, TREE_ENTRIES) as scratch:
-        _write_loadable(state, scratch)
+        write_tensors(scratch / SUBSPACE_FILE, basis_tensors(state.bases()))
+        for task in state.tasks:
+            _write_task(state, task, scratch)
         write_json(scratch / METRICS_FILE, state.metrics)
-        write_figures(state, scratch / "figures")
-        write_card(state, scratch)
-        write_index(scratch, _index_of(state, scratch))
+        if figures:
+            write_figures(state, scratch / "figures")
+        write_root(state, scratch, card=card, branches=branches)
 
 
-def read_tree(folder: Path) -> SubspaceState:
-    """Read and check the whole tree.
+def write_root(
+    state: SubspaceState,
+    folder: Path,
+    *,
+    card: CardOptions,
+    branches: Mapping[str, float] | None = None,
+    unchanged: Mapping[str, str] | None = None,
+) -> None:
+    """Write what in a tree depends on the default task: root adapter, model card and index. The rest is there.
+
+    Args:
+        state: With the default task.
+        folder: Of the tree.
+        card: How to write the model card.
+        branches: Of `share_config.json`.
+        unchanged: Checksums of the rest, where they are known.
+    """
+    if state.root_task is not None:
+        write_lora(folder, lora_of(state, state.root_task), state.settings.pseudo_rank)
+    write_card(state, folder, card)
+    write_index(folder, _index_of(state, folder, branches or {}, unchanged or {}))
+
+
+def read_tree(folder: Path, tasks: Collection[str] | None = None) -> SubspaceState:
+    """Read and check a tree.
+
+    Args:
+        folder: Of the tree.
+        tasks: Only these of its tasks, and then without the metrics of the stream; the files of others are not
+            touched. All if not given.
 
     Raises:
         ValueError: If a file is missing, damaged, edited or of a newer format; naming file, tensor, what was found and
@@ -84,38 +140,51 @@ def read_tree(folder: Path) -> SubspaceState:
             raise ValueError(f"{folder}: no such folder")
         found = folder.stat()
         try:
-            return _read_whole(folder)
+            return _read_whole(folder, tasks)
         except (ValueError, OSError, RuntimeError):
             now = folder.stat() if folder.is_dir() else None
             if now is not None and (now.st_ino, now.st_mtime_ns) == (found.st_ino, found.st_mtime_ns):
                 raise  # unlike where a writer replaced the tree meanwhile
 
 
-def _read_whole(folder: Path) -> SubspaceState:
+def _read_whole(folder: Path, wanted: Collection[str] | None) -> SubspaceState:
     index = read_index(folder)
-    if index.kind != "tree":
-        raise ValueError(
-            f"{folder}: the checkpoint of a PeftModel, expected a tree of SharedSubspace.save_pretrained; load it "
-            "with PeftModel.from_pretrained"
-        )
+    expect_tree(folder, index)
     bases = read_bases(folder / SUBSPACE_FILE)
     _check_bases(folder / SUBSPACE_FILE, bases, index)
-    check_file(folder, index, SUBSPACE_FILE)
+    check_file(folder, index.sha256, SUBSPACE_FILE)
     tasks, stored = {}, {}
     for task in index.tasks:
-        tasks[task], stored[task] = _read_task(folder, index, task, bases)
+        if wanted is None or task in wanted:
+            tasks[task], stored[task] = _read_task(folder, index, task, bases)
     layers = {module: _layer(module, basis, index.settings, stored) for module, basis in bases.items()}
-    metrics = read_json(folder / METRICS_FILE)
-    check_file(folder, index, METRICS_FILE)
+    metrics: dict[str, Any] = {}
+    if wanted is None:
+        metrics = read_json(folder / METRICS_FILE)
+        check_file(folder, index.sha256, METRICS_FILE)
+        _check_metrics(folder / METRICS_FILE, metrics)
     return SubspaceState(
         settings=index.settings,
         layers=layers,
         tasks=tasks,
         base_model_name_or_path=index.base_model_name_or_path,
-        default_task=index.default_task,
+        default_task=index.default_task if index.default_task in tasks else None,
         metrics=metrics,
         lineage=index.lineage,
     )
+
+
+def expect_tree(folder: Path, index: TreeIndex) -> None:
+    """Refuse what is no tree.
+
+    Raises:
+        ValueError: If it is the checkpoint of a model.
+    """
+    if index.kind != "tree":
+        raise ValueError(
+            f"{folder}: the checkpoint of a PeftModel, expected a tree of SharedSubspace.save_pretrained; load it "
+            "with PeftModel.from_pretrained"
+        )
 
 
 def lora_of(state: SubspaceState, task: str) -> LoraAdapter:
@@ -156,36 +225,34 @@ def share_adapter_config(state: SubspaceState, task: str) -> dict[str, Any]:
     }
 
 
-def _write_loadable(state: SubspaceState, folder: Path) -> None:
-    write_tensors(folder / SUBSPACE_FILE, basis_tensors(state.bases()))
-    for task in state.tasks:
-        place = folder / task_folder(task)
-        write_adapter(place, share_adapter_config(state, task), share_adapter_tensors(state, task))
-        write_json(place / METRICS_FILE, _task_metrics(state, task))
-    if state.root_task is not None:
-        write_lora(folder, lora_of(state, state.root_task), state.settings.pseudo_rank)
-
-
-def _task_metrics(state: SubspaceState, task: str) -> dict[str, Any]:
+def _write_task(state: SubspaceState, task: str, folder: Path) -> None:
+    place = folder / task_folder(task)
+    write_adapter(place, share_adapter_config(state, task), share_adapter_tensors(state, task))
     info = state.tasks[task]
     certificate = {}
     for module, layer in state.layers_of(task).items():
         i, records = layer.index(task), layer.records
         values = (records.norms, records.rank_errors, records.drift_bounds, records.drift_estimates)
-        certificate[module] = dict(zip(_CERTIFICATE, (float(value[i]) for value in values), strict=True))
-    return {
+        certificate[module] = [float(value[i]) for value in values]
+    content = {
         "learned_by": info.learned_by,
         "scores": dict(info.scores),
         "labels": None if info.labels is None else list(info.labels),
+        "dataset": info.dataset,
+        "initialization": None if info.initialization is None else list(info.initialization),
         "certificate": certificate,
+        "certificate_columns": list(CERTIFICATE_COLUMNS),
+        "sha256": {name: sha256_of(place / name) for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)},
     }
+    write_json(place / METRICS_FILE, content)
 
 
-def _index_of(state: SubspaceState, folder: Path) -> TreeIndex:
-    of_tasks = [str(path.relative_to(folder)) for path in sorted(folder.glob("tasks/*/*"))]
-    depended_on = [SUBSPACE_FILE, METRICS_FILE, *of_tasks]
-    if state.tasks:
-        depended_on += [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME]
+def _index_of(
+    state: SubspaceState, folder: Path, branches: Mapping[str, float], unchanged: Mapping[str, str]
+) -> TreeIndex:
+    rest = [SUBSPACE_FILE, METRICS_FILE, *(f"{task_folder(task)}/{METRICS_FILE}" for task in state.tasks)]
+    root = [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME] if state.tasks else []
+    sha256 = {name: unchanged.get(name) or sha256_of(folder / name) for name in rest}
     return TreeIndex(
         base_model_name_or_path=state.base_model_name_or_path,
         settings=state.settings,
@@ -193,7 +260,8 @@ def _index_of(state: SubspaceState, folder: Path) -> TreeIndex:
         tasks=tuple(state.tasks),
         default_task=state.default_task,
         lineage=state.lineage,
-        sha256={relative: sha256_of(folder / relative) for relative in depended_on},
+        branches=dict(branches),
+        sha256={**sha256, **{name: sha256_of(folder / name) for name in root}},
     )
 
 
@@ -207,19 +275,47 @@ def _check_bases(path: Path, bases: Mapping[str, StoredBasis], index: TreeIndex)
             raise ValueError(f"{path}: {module!r} is {found}, expected {index.modules[module]} as in {INDEX_FILE}")
 
 
+def _check_metrics(path: Path, metrics: Mapping[str, Any]) -> None:
+    if metrics:
+        try:
+            ContinualMetrics.from_dict(metrics)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: a field is missing or of the wrong type ({error!r})") from error
+
+
+def check_task_files(folder: Path, index: TreeIndex, task: str) -> None:
+    """Compare the files of a task with the checksums that the index leads to.
+
+    Raises:
+        ValueError: Naming the file that is not the one that was saved.
+    """
+    place = task_folder(task)
+    metrics_file = f"{place}/{METRICS_FILE}"
+    check_file(folder, index.sha256, metrics_file)
+    noted = read_json(folder / metrics_file).get("sha256")
+    sha256 = {f"{place}/{name}": checksum for name, checksum in noted.items()} if isinstance(noted, dict) else {}
+    for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+        check_file(folder, sha256, f"{place}/{name}", listed_in=metrics_file)
+
+
 def _read_task(
     folder: Path, index: TreeIndex, task: str, bases: Mapping[str, StoredBasis]
-) -> tuple[TaskInfo, dict[str, tuple[Tensor, Tensor, list[float]]]]:
+) -> tuple[TaskInfo, _StoredTask]:
     """What is known of a task, and its (ε_out, ε_in, certificate) by module."""
-    place = task_folder(task)
+    place = folder / task_folder(task)
     config_path, weights_path, metrics_path = (
-        folder / place / name for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, METRICS_FILE)
+        place / name for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, METRICS_FILE)
     )
     config, metrics = read_json(config_path), read_json(metrics_path)
     tensors = read_tensors(weights_path)
-    stored = {}
+    stored: _StoredTask = {}
     coefficients: set[str] = set()
     try:
+        if metrics["certificate_columns"] != list(CERTIFICATE_COLUMNS):
+            raise ValueError(
+                f"{metrics_path}: certificate_columns is {metrics['certificate_columns']!r}, expected "
+                f"{list(CERTIFICATE_COLUMNS)}"
+            )
         for module, values in metrics["certificate"].items():
             if module not in bases:
                 raise ValueError(f"{metrics_path}: {module!r} is not in {SUBSPACE_FILE}, expected one of its modules")
@@ -232,36 +328,48 @@ def _read_task(
                 expect_tensor(weights_path, tensors, f"{prefix}_in", (k_in, p)),
                 _certificate(metrics_path, module, values),
             )
-        info = TaskInfo(
-            learned_by=metrics["learned_by"],
-            target={name: config[name] for name in TARGET_FIELDS if config.get(name) is not None},
-            head={
-                name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items() if name not in coefficients
-            },
-            scores=metrics["scores"],
-            labels=None if metrics["labels"] is None else tuple(metrics["labels"]),
-        )
+        head = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items() if name not in coefficients}
+        info = _task_info(config, metrics, head)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{metrics_path}: a field is missing or of the wrong type ({error!r})") from error
     if odd := [name for name in info.head if ".share_coefficients_" in name]:
         raise ValueError(f"{weights_path}: {odd[0]!r} is unexpected, {metrics_path} has no certificate of its module")
-    for path in (config_path, weights_path, metrics_path):
-        check_file(folder, index, f"{place}/{path.name}")
+    if (base := config.get("base_model_name_or_path")) != index.base_model_name_or_path:
+        raise ValueError(
+            f"{config_path}: base_model_name_or_path is {base!r}, expected {index.base_model_name_or_path!r} as in "
+            f"{INDEX_FILE}"
+        )
+    check_task_files(folder, index, task)
     return info, stored
 
 
-def _certificate(path: Path, module: str, values: Mapping[str, Any]) -> list[float]:
-    for name in _CERTIFICATE:
-        if not isinstance(values[name], (int, float)) or not 0 <= values[name] < float("inf"):
-            raise ValueError(f"{path}: {name} of {module!r} is {values[name]!r}, expected a number of 0 or more")
-    return [float(values[name]) for name in _CERTIFICATE]
+def _task_info(config: Mapping[str, Any], metrics: Mapping[str, Any], head: dict[str, Tensor]) -> TaskInfo:
+    labels, sketch = metrics["labels"], metrics["initialization"]
+    return TaskInfo(
+        learned_by=metrics["learned_by"],
+        target={name: config[name] for name in TARGET_FIELDS if config.get(name) is not None},
+        head=head,
+        scores={name: float(score) for name, score in metrics["scores"].items()},
+        labels=None if labels is None else tuple(str(label) for label in labels),
+        dataset=metrics["dataset"],
+        initialization=None if sketch is None else tuple(float(entry) for entry in sketch),
+    )
+
+
+def _certificate(path: Path, module: str, values: Sequence[Any]) -> list[float]:
+    if len(values) != len(CERTIFICATE_COLUMNS):
+        raise ValueError(f"{path}: certificate of {module!r} is {values!r}, expected {list(CERTIFICATE_COLUMNS)}")
+    for name, value in zip(CERTIFICATE_COLUMNS, values, strict=True):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+            raise ValueError(f"{path}: {name} of {module!r} is {value!r}, expected a number of 0 or more")
+    return [float(value) for value in values]
 
 
 def _layer(
     module: str,
     basis: StoredBasis,
     settings: SubspaceSettings,
-    stored: Mapping[str, Mapping[str, tuple[Tensor, Tensor, list[float]]]],
+    stored: Mapping[str, _StoredTask],
 ) -> LayerSubspace:
     present = [task for task, modules in stored.items() if module in modules]
     empty = LayerSubspace.empty(*basis.shape, settings.pseudo_rank)

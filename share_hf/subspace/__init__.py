@@ -1,5 +1,6 @@
 """Tensors in, tensors out: the mathematics of a shared LoRA subspace. Depends on torch alone."""
 
+from .audit import AuditReport, audit_layers, audit_updates, initialization_sketch
 from .factors import CompactUpdate, LowRankUpdate, thin_svd_of_update
 from .layer import LayerSubspace, TaskRecords
 from .merge import DriftToleranceError, LayerMergeReport, merge_into_layer, residual_outside
@@ -8,6 +9,7 @@ from .settings import BasisKind, SubspaceSettings, check_dimensions
 
 
 __all__ = [
+    "AuditReport",
     "BasisKind",
     "CompactUpdate",
     "DriftToleranceError",
@@ -17,7 +19,10 @@ __all__ = [
     "MergeReport",
     "SubspaceSettings",
     "TaskRecords",
+    "audit_layers",
+    "audit_updates",
     "check_dimensions",
+    "initialization_sketch",
     "merge_into_layer",
     "merge_into_layers",
     "residual_outside",

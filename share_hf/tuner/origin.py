@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -11,9 +12,13 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from peft.config import PeftConfig, PeftConfigMixin
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
+from ..hub.adapters import PEFT_PREFIX
 from ..hub.basis_file import SUBSPACE_FILE, StoredBasis, read_bases
-from ..hub.index import INDEX_FILE, check_file, read_index
+from ..hub.files import expect_tensor, read_tensors
+from ..hub.index import INDEX_FILE, TreeIndex, check_file, read_index
+from ..hub.tree import METRICS_FILE, check_task_files, task_folder
 
 
 _DOWNLOAD_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "repo_type")
@@ -31,8 +36,11 @@ class AdapterOrigin:
 def known_bases(config: PeftConfig) -> dict[str, StoredBasis]:
     """The bases that belong to a configuration: given in memory, or saved beside it; none for a fresh one.
 
+    The weights of the adapter that was saved there are checked too, before a loader takes them into a model.
+
     Raises:
-        ValueError: If the configuration was loaded from a place without bases, or they are damaged.
+        ValueError: If the configuration was loaded from a place without bases, or they or the adapter's weights are
+            damaged.
     """
     if (bases := getattr(config, "_share_bases", None)) is not None:
         return bases
@@ -41,8 +49,14 @@ def known_bases(config: PeftConfig) -> dict[str, StoredBasis]:
         return {}
     path = find_beside_adapter(origin)
     bases = read_bases(path)
-    if (path.parent / INDEX_FILE).is_file():
-        check_file(path.parent, read_index(path.parent), SUBSPACE_FILE)
+    index = read_index(path.parent) if (path.parent / INDEX_FILE).is_file() else None
+    if index is not None:
+        check_file(path.parent, index.sha256, SUBSPACE_FILE)
+    if (weights := _weights_file(origin, index)) is not None:
+        _check_weights(weights, config, bases)
+        if index is not None and (task := _task_of(weights.parent, path.parent, index)) is not None:
+            _fetch(origin, f"{task_folder(task)}/{METRICS_FILE}")
+            check_task_files(path.parent, index, task)
     return bases
 
 
@@ -72,6 +86,45 @@ def find_beside_adapter(origin: AdapterOrigin) -> Path:
                 continue
             return Path(path)
     raise ValueError(f"{folder}: no {SUBSPACE_FILE} in this folder, its parent or its grandparent")
+
+
+def _fetch(origin: AdapterOrigin, name: str) -> Path:
+    """A file of the place that an adapter is from, downloaded if it is a repository."""
+    folder = Path(origin.location)
+    return (
+        folder / name if folder.is_dir() else Path(hf_hub_download(origin.location, name, **origin.download_options))
+    )
+
+
+def _weights_file(origin: AdapterOrigin, index: TreeIndex | None) -> Path | None:
+    """The file of an adapter's weights; None for a pickled one of the user's own checkpoint, which PEFT reads."""
+    name = str(PurePosixPath(origin.subfolder or ".") / SAFETENSORS_WEIGHTS_NAME)
+    with suppress(EntryNotFoundError):
+        if (path := _fetch(origin, name)).is_file():
+            return path
+    of_tree = index is not None and index.kind == "tree"
+    if not of_tree and Path(origin.location, origin.subfolder or "", WEIGHTS_NAME).is_file():
+        return None
+    raise ValueError(f"{origin.location}: no {name}, expected the coefficients of a task as safetensors")
+
+
+def _check_weights(path: Path, config: PeftConfig, bases: Mapping[str, StoredBasis]) -> None:
+    tensors = read_tensors(path)
+    if config.phase != "coefficients":
+        return
+    for name in tensors:
+        module, found, side = name.removeprefix(PEFT_PREFIX).rpartition(".share_coefficients_")
+        if not found:
+            continue
+        if module not in bases:
+            raise ValueError(f"{path}: {name!r} is of no module of {SUBSPACE_FILE}, it has {len(bases)}")
+        k_out, k_in = bases[module].num_components
+        expect_tensor(path, tensors, name, (k_out if side == "out" else k_in, config.pseudo_rank))
+
+
+def _task_of(folder: Path, root: Path, index: TreeIndex) -> str | None:
+    """The task whose folder in a tree this is; None for the folder of anything else."""
+    return next((task for task in index.tasks if root / task_folder(task) == folder), None)
 
 
 def remember_origins() -> None:

@@ -8,8 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
+import peft
+from huggingface_hub import constants, hf_hub_download
+from peft import PeftConfig, PeftModel, peft_model
+from peft import utils as peft_utils
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, hotswap, save_and_load
 from transformers import PreTrainedModel
 
 from ..hub.basis_file import SUBSPACE_FILE, StoredBasis, basis_tensors
@@ -30,6 +34,8 @@ def register() -> None:
     remember_origins()
     _save_basis_with(PeftModel)
     _save_basis_with(PreTrainedModel)
+    _advise_on_plain_adapters()
+    _find_subfolders_offline()
 
 
 def _save_basis_with(model_class: type[PeftModel] | type[PreTrainedModel]) -> None:
@@ -46,6 +52,42 @@ def _save_basis_with(model_class: type[PeftModel] | type[PreTrainedModel]) -> No
         return result
 
     model_class.save_pretrained = save_pretrained
+
+
+def _advise_on_plain_adapters() -> None:
+    """Let a model of tasks say how to load one when it is given a LoRA, such as the root of a subspace."""
+    original = PeftModel.add_adapter
+
+    @functools.wraps(original)
+    def add_adapter(self: PeftModel, adapter_name: str, peft_config: PeftConfig, *args: Any, **kwargs: Any) -> None:
+        if isinstance(self.base_model, ShareModel) and peft_config.peft_type != SHARE:
+            raise ValueError(
+                f"adapter {adapter_name!r} is {peft_config.peft_type}, expected a task of the subspace that the model "
+                "has: the root of a subspace is a plain LoRA, its tasks are at subfolder='tasks/<task>'; other "
+                "adapters become tasks by SharedSubspace.add_adapters"
+            )
+        original(self, adapter_name, peft_config, *args, **kwargs)
+
+    PeftModel.add_adapter = add_adapter
+
+
+def _find_subfolders_offline() -> None:
+    """Let PEFT find weights in a subfolder of a cached repository: offline, it looks for the folder in itself."""
+    original = save_and_load.load_peft_weights
+
+    @functools.wraps(original)
+    def load_peft_weights(model_id: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        subfolder = kwargs.get("subfolder")
+        if subfolder is not None and constants.HF_HUB_OFFLINE and not Path(model_id).is_dir():
+            names = ("revision", "cache_dir", "repo_type")
+            options = {name: kwargs.pop(name) for name in names if kwargs.get(name) is not None}
+            kwargs.pop("subfolder")
+            weights = hf_hub_download(model_id, f"{subfolder}/{SAFETENSORS_WEIGHTS_NAME}", **options)
+            model_id = str(Path(weights).parent)
+        return original(model_id, *args, **kwargs)
+
+    for module in (save_and_load, peft_model, hotswap, peft_utils, peft):
+        module.load_peft_weights = load_peft_weights
 
 
 def _write_bases(folder: Path, bases: Mapping[str, StoredBasis], config: ShareConfig) -> None:

@@ -146,7 +146,7 @@ def test_the_files_for_other_loaders_are_not_needed(subspace: SharedSubspace, tr
         ("share_config.json", lambda index: index.update(note="mine")),
         ("share_config.json", lambda index: index.pop("digest")),
         ("metrics.json", lambda metrics: metrics.update(average=1.0)),
-        ("tasks/mrpc/metrics.json", lambda metrics: metrics["certificate"][Q_PROJ].update(drift_bound=0.0)),
+        ("tasks/mrpc/metrics.json", lambda metrics: metrics["certificate"][Q_PROJ].__setitem__(2, 0.5)),
         ("tasks/mrpc/metrics.json", lambda metrics: metrics.update(learned_by="init")),
         ("tasks/mrpc/adapter_config.json", lambda config: config.update(target_modules=["k_proj"])),
     ],
@@ -197,7 +197,10 @@ def test_an_index_that_no_version_wrote_is_refused_whoever_signed_it(
     ("change", "message"),
     [
         (lambda index: index["sha256"].pop(BASIS), f"share_config.json: sha256 has no entry for '{BASIS}'"),
-        (lambda index: index["sha256"].pop(TASK), f"share_config.json: sha256 has no entry for '{TASK}'"),
+        (
+            lambda index: index["sha256"].pop("tasks/mrpc/metrics.json"),
+            "share_config.json: sha256 has no entry for 'tasks/mrpc/metrics.json'",
+        ),
         (
             lambda index: index["sha256"].pop("metrics.json"),
             "share_config.json: sha256 has no entry for 'metrics.json'",
@@ -239,8 +242,13 @@ def test_two_trees_cannot_be_mixed(
 
 def _signed(tree: Path, name: str) -> None:
     """Give a file that was changed the checksum it now has, as somebody would who knows of it."""
-    digest = hashlib.sha256((tree / name).read_bytes()).hexdigest()
-    edit_index(tree, lambda index: index["sha256"].update({name: digest}))
+    path = tree / name
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if path.parent.parent.name == "tasks" and path.name != "metrics.json":
+        edit_json(path.parent / "metrics.json", lambda metrics: metrics["sha256"].update({path.name: digest}))
+        _signed(tree, f"tasks/{path.parent.name}/metrics.json")
+    else:
+        edit_index(tree, lambda index: index["sha256"].update({name: digest}))
 
 
 def _set(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Tensor]], None]:
@@ -297,10 +305,11 @@ def test_tensors_that_do_not_belong_are_refused_by_name(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda metrics: metrics["certificate"][Q_PROJ].pop("norm"), "a field is missing"),
-        (lambda metrics: metrics["certificate"][Q_PROJ].update(norm="large"), "norm.*'large'"),
-        (lambda metrics: metrics["certificate"][Q_PROJ].update(norm=-1.0), "norm.*-1.0"),
-        (lambda metrics: metrics["certificate"][Q_PROJ].update(drift_bound=float("nan")), "drift_bound.*nan"),
+        (lambda metrics: metrics["certificate"][Q_PROJ].pop(), "certificate of .*, expected"),
+        (lambda metrics: metrics["certificate"][Q_PROJ].__setitem__(0, "large"), "norm.*'large'"),
+        (lambda metrics: metrics["certificate"][Q_PROJ].__setitem__(0, -1.0), "norm.*-1.0"),
+        (lambda metrics: metrics["certificate"][Q_PROJ].__setitem__(2, float("nan")), "drift_bound.*nan"),
+        (lambda metrics: metrics["certificate_columns"].reverse(), "certificate_columns is .*, expected"),
         (lambda metrics: metrics["certificate"].update(elsewhere={}), f"'elsewhere' is not in {BASIS}"),
         (lambda metrics: metrics.pop("certificate"), "a field is missing"),
         (lambda metrics: metrics.update(certificate=[]), "wrong type"),

@@ -89,6 +89,7 @@ def test_the_index_tells_what_the_tree_holds(tree: Path) -> None:
         },
         "tasks": ["mrpc", "sst2"],
         "default_task": None,
+        "branches": {},
     }
 
 
@@ -117,8 +118,8 @@ def test_a_task_is_its_coefficients_and_nothing_else(tree: Path) -> None:
         assert config["base_model_name_or_path"] == BASE_NAME
         metrics = json.loads((tree / "tasks" / task / "metrics.json").read_text())
         assert sorted(metrics["certificate"]) == MODULES
-        for entry in metrics["certificate"].values():
-            assert entry.keys() == {"norm", "rank_error", "drift_bound", "drift_estimate"}
+        assert metrics["certificate_columns"] == ["norm", "rank_error", "drift_bound", "drift_estimate"]
+        assert {len(row) for row in metrics["certificate"].values()} == {4}
 
 
 def test_the_root_is_a_plain_lora_of_the_newest_task_unless_another_is_chosen(

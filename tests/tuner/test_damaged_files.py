@@ -104,7 +104,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], list[str]]] = {
         without_checksum(put(f"{Q_PROJ}.beta", torch.neg)),
         [f"stored basis of '{Q_PROJ}' is not the one the model has"],
     ),
-    "no-module": (without_checksum(edited(drop_module)), [f"no basis for '{Q_PROJ}'"]),
+    "no-module": (without_checksum(edited(drop_module)), [f"{Q_PROJ}.share_coefficients_in' is of no module"]),
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,9 +16,9 @@ class ContinualMetrics:
         tasks: In the order they were learned.
         matrix: One row a learned task; an entry is None where it was not measured.
         baseline: Score ``b_j`` of the model before any task was learned, None where it was not measured.
-        learned_by: By task, the phase that trained it.
         drift: By task, its estimated drift after the last step.
         parameters: By phase, how many numbers were trained.
+        training: What the tasks were trained with, as JSON.
     """
 
     score: str = "accuracy"
@@ -27,6 +27,7 @@ class ContinualMetrics:
     baseline: list[float | None] = field(default_factory=list)
     drift: dict[str, float] = field(default_factory=dict)
     parameters: dict[str, int] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
 
     @property
     def average(self) -> float | None:
@@ -68,17 +69,45 @@ class ContinualMetrics:
             "forward_transfer": self.forward_transfer,
             "drift": dict(self.drift),
             "parameters": dict(self.parameters),
+            "training": dict(self.training),
         }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ContinualMetrics:
+        tasks = list(values["tasks"])
         return cls(
-            score=values["score"],
-            tasks=list(values["tasks"]),
+            score=str(values["score"]),
+            tasks=tasks,
             matrix=[list(row) for row in values["matrix"]],
-            baseline=list(values["baseline"]),
-            drift=dict(values["drift"]),
-            parameters=dict(values["parameters"]),
+            baseline=list(values.get("baseline") or [None] * len(tasks)),
+            drift=dict(values.get("drift", {})),
+            parameters=dict(values.get("parameters", {})),
+            training=dict(values.get("training", {})),
+        )
+
+    def joined_by(self, later: ContinualMetrics, tasks: Collection[str]) -> ContinualMetrics:
+        """The metrics of two streams over one subspace: rows and columns of both matrices, by task.
+
+        Args:
+            later: Wins where both know something.
+            tasks: Those that are still there; rows and columns of others are left out.
+        """
+        rows: dict[str, dict[str, float | None]] = {}
+        baseline: dict[str, float | None] = {}
+        for metrics in (self, later):
+            for learned, row in zip(metrics.tasks, metrics.matrix, strict=False):
+                known = {task: score for task, score in zip(metrics.tasks, row, strict=False) if score is not None}
+                rows[learned] = {**rows.get(learned, {}), **known}
+            baseline |= zip(metrics.tasks, metrics.baseline, strict=False)
+        names = [task for task in dict.fromkeys([*self.tasks, *later.tasks]) if task in tasks]
+        return ContinualMetrics(
+            score=later.score,
+            tasks=names,
+            matrix=[[rows[learned].get(task) for task in names] for learned in names if learned in rows],
+            baseline=[baseline.get(task) for task in names],
+            drift={**self.drift, **later.drift},
+            parameters={**self.parameters, **later.parameters},
+            training={**self.training, **later.training},
         )
 
     def table(self) -> str:

@@ -1,0 +1,178 @@
+"""Trees in hub repositories, read at one commit and no more of them than is asked for."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import (
+    HfApi,
+    constants,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    snapshot_download,
+)
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, RevisionNotFoundError
+from huggingface_hub.file_download import repo_folder_name
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+
+from .basis_file import SUBSPACE_FILE
+from .files import MAX_JSON_BYTES
+from .index import INDEX_FILE, TreeIndex, read_index
+from .tree import METRICS_FILE, expect_tree, task_folder
+
+
+# Names and rank-1 tensors of a safetensors file, over what its matrices take.
+_BYTES_BESIDE_TENSORS = 2**20
+_PATHS_A_REQUEST = 500
+
+
+def is_local(place: str | os.PathLike) -> bool:
+    """Whether this means a folder, there or not, rather than a repository."""
+    path = Path(place)
+    return path.is_absolute() or isinstance(place, Path) or os.fspath(place).startswith(".") or path.exists()
+
+
+@dataclass(frozen=True)
+class RemoteTree:
+    """A tree in a hub repository at one commit, of which some files are in the cache.
+
+    Args:
+        repo_id: The repository.
+        commit: What its revision was when the tree was opened.
+        folder: The commit's folder in the cache.
+        index: Its `share_config.json`.
+        download_options: `token`, `cache_dir` and `local_files_only`.
+    """
+
+    repo_id: str
+    commit: str
+    folder: Path
+    index: TreeIndex
+    download_options: Mapping[str, Any]
+
+    @classmethod
+    def open(
+        cls,
+        repo_id: str,
+        revision: str | None = None,
+        *,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> RemoteTree:
+        """Download the index of a tree.
+
+        Raises:
+            ValueError: If there is no such revision, or no tree in it.
+        """
+        options = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        if (size := _size_on_hub(repo_id, INDEX_FILE, revision, options)) > MAX_JSON_BYTES:
+            raise ValueError(f"{repo_id}: {INDEX_FILE} has {size} bytes, expected at most {MAX_JSON_BYTES}")
+        try:
+            path = Path(hf_hub_download(repo_id, INDEX_FILE, revision=revision, **options))
+        except RevisionNotFoundError as error:
+            raise ValueError(_unknown_revision(repo_id, revision, options)) from error
+        except LocalEntryNotFoundError as error:
+            known = _cached_revisions(repo_id, cache_dir)
+            if revision is not None and known and revision not in known:
+                raise ValueError(_unknown_revision(repo_id, revision, options)) from error
+            raise
+        except EntryNotFoundError as error:
+            raise ValueError(
+                f"{repo_id}: no {INDEX_FILE} at revision {revision or 'main'!r}, expected a shared subspace"
+            ) from error
+        index = read_index(path.parent)
+        expect_tree(path.parent, index)
+        return cls(repo_id, path.parent.name, path.parent, index, options)
+
+    def fetch(self, tasks: Collection[str] | None = None) -> None:
+        """Download the bases and these tasks, or all of them and the metrics of the stream.
+
+        Raises:
+            ValueError: If a file is missing, or far larger than it should be; nothing was downloaded then.
+        """
+        files = [SUBSPACE_FILE]
+        if tasks is None:
+            files.append(METRICS_FILE)
+        for task in self.index.tasks if tasks is None else tasks:
+            names = (CONFIG_NAME, METRICS_FILE, SAFETENSORS_WEIGHTS_NAME)
+            files += [f"{task_folder(task)}/{name}" for name in names]
+        missing = [name for name in files if not (self.folder / name).is_file()]
+        if not missing:
+            return
+        if not self.download_options["local_files_only"] and not constants.HF_HUB_OFFLINE:
+            self._check_sizes(missing)
+        if len(missing) <= len(files) // 2 or len(missing) <= 8:
+            for name in missing:
+                hf_hub_download(self.repo_id, name, revision=self.commit, **self.download_options)
+            return
+        snapshot_download(self.repo_id, revision=self.commit, allow_patterns=missing, **self.download_options)
+
+    def _check_sizes(self, files: Collection[str]) -> None:
+        """Refuse, before anything is downloaded, what cannot be what it is called."""
+        api, names = HfApi(token=self.download_options["token"]), list(files)
+        sizes = {}
+        for start in range(0, len(names), _PATHS_A_REQUEST):
+            paths = names[start : start + _PATHS_A_REQUEST]
+            for entry in api.get_paths_info(self.repo_id, paths, revision=self.commit):
+                sizes[entry.path] = getattr(entry, "size", None)
+        basis = 4 * sum(
+            n * k
+            for entry in self.index.modules.values()
+            for n, k in zip(entry.shape, entry.num_components, strict=True)
+        )
+        for name in names:
+            if (size := sizes.get(name)) is None:
+                raise ValueError(f"{self.repo_id}: {name} is missing, but {INDEX_FILE} lists it")
+            limit = basis + _BYTES_BESIDE_TENSORS if name == SUBSPACE_FILE else MAX_JSON_BYTES
+            if size > limit and not name.endswith(SAFETENSORS_WEIGHTS_NAME):
+                raise ValueError(f"{self.repo_id}: {name} has {size} bytes, expected at most {limit}")
+
+
+def _unknown_revision(repo_id: str, revision: str | None, options: Mapping[str, Any]) -> str:
+    """What to tell somebody who asked for a revision that does not exist."""
+    message = f"{repo_id}: no revision {revision!r}"
+    try:
+        tasks, known = _revisions(repo_id, options)
+    except (HfHubHTTPError, OSError):
+        return message
+    near = difflib.get_close_matches(revision or "", known, n=3, cutoff=0.5)
+    if near:
+        message += f", did you mean {' or '.join(repr(name) for name in near)}?"
+    return f"{message} It has the tasks {tasks}" + ("" if near else f" and the revisions {known}")
+
+
+def _revisions(repo_id: str, options: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Tasks of a repository, and names of its branches and tags."""
+    if options["local_files_only"] or constants.HF_HUB_OFFLINE:
+        known = _cached_revisions(repo_id, options["cache_dir"])
+    else:
+        refs = HfApi(token=options["token"]).list_repo_refs(repo_id)
+        known = [ref.name for ref in (*refs.branches, *refs.tags)]
+    try:
+        tasks = list(RemoteTree.open(repo_id, **options).index.tasks)
+    except (ValueError, OSError):
+        tasks = [name for name in known if name != "main" and not name.startswith("step-")]
+    return tasks, known
+
+
+def _cached_revisions(repo_id: str, cache_dir: str | Path | None) -> list[str]:
+    folder = Path(cache_dir or constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type="model") / "refs"
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def _size_on_hub(repo_id: str, name: str, revision: str | None, options: Mapping[str, Any]) -> int:
+    """Size of a file, 0 where it cannot be told: the download that follows says why, or finds it in the cache."""
+    size = None
+    if not options["local_files_only"] and not constants.HF_HUB_OFFLINE:
+        with suppress(Exception):
+            url = hf_hub_url(repo_id, name, revision=revision)
+            size = get_hf_file_metadata(url, token=options["token"]).size
+    return size or 0

@@ -1,0 +1,507 @@
+"""Is there a shared subspace, or do these adapters look alike for no reason of their tasks?
+
+Two reasons that are none: adapters that started from the same random A keep nearly the same A, and k directions
+explain some of anything. So adapters are grouped by a small sketch of their A, and the explained variance is put
+beside a null: updates of the same singular values and uniformly random directions, through the same computation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .basis import JOINT_ITERATIONS
+from .factors import CompactUpdate, LowRankUpdate, significant_weights, thin_svd_of_update
+from .layer import LayerSubspace
+
+
+SKETCH_BUCKETS = 512  # a power of two; the cosine of two sketches is off by about 1 / sqrt(512)
+SAME_INITIALIZATION = 0.3  # seven times that error
+CHANCE_MARGIN = 0.02  # an explained variance that is above the null by less says nothing
+
+# Up to this size a full eigendecomposition is cheap; beyond it a block Krylov space finds the same leading directions.
+_DENSE_COORDINATES = 1024
+_KRYLOV_STEPS = 8
+
+_NAMES_SHOWN = 8
+
+# Relative to the largest: a float32 singular value, or a rank error, that is rounding.
+_NEGLIGIBLE = 1e-6
+
+Progress = Callable[[Iterable[str]], Iterable[str]]
+
+# Numbers of a task, as computed or as a file has them.
+Numbers = Tensor | Sequence[float]
+
+
+@dataclass(frozen=True)
+class Explained:
+    """Fractions of the updates' energy, each update normalized: mean over tasks of ``‖part of ΔW_i‖² / ‖ΔW_i‖²``.
+
+    Args:
+        joint: Inside a joint basis, ``C_i = β^T ΔW_i α``.
+        outputs: Inside the best k output directions, whatever the inputs; None if not known.
+        inputs: Inside the best k input directions. High for no reason of the tasks where adapters share their A.
+    """
+
+    joint: float
+    outputs: float | None = None
+    inputs: float | None = None
+
+
+@dataclass(frozen=True)
+class ModuleAudit:
+    """What one module's updates explain, beside the null.
+
+    Args:
+        module: Its name.
+        tasks: Updates that count: all but zero ones and those far below the largest.
+        num_components: (k_out, k_in) of the basis.
+        observed: Of the updates.
+        null: Of updates of the same singular values and random directions.
+        trivial: Whether so many directions hold any updates of these ranks, so that `observed` says nothing.
+    """
+
+    module: str
+    tasks: int
+    num_components: tuple[int, int]
+    observed: Explained
+    null: Explained
+    trivial: bool
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """Evidence for and against a shared subspace.
+
+    Args:
+        groups: Tasks that started from the same random A, a tuple each; a task that shares it with none is alone.
+        ungrouped: Tasks whose A is not known.
+        rows: The audited modules.
+    """
+
+    groups: tuple[tuple[str, ...], ...]
+    ungrouped: tuple[str, ...]
+    rows: tuple[ModuleAudit, ...]
+
+    @property
+    def observed(self) -> Explained:
+        """Mean over modules."""
+        return _mean_explained([row.observed for row in self.rows])
+
+    @property
+    def null(self) -> Explained:
+        """Mean over modules."""
+        return _mean_explained([row.null for row in self.rows])
+
+    @property
+    def excess(self) -> float:
+        """What the joint basis explains beyond the null."""
+        return self.observed.joint - self.null.joint
+
+    @property
+    def trivial(self) -> bool:
+        """Whether no module's number says anything."""
+        return all(row.trivial for row in self.rows)
+
+    def to_dict(self) -> dict[str, object]:
+        """Everything, the means included, as JSON has it."""
+        means = {"observed": asdict(self.observed), "null": asdict(self.null), "excess": self.excess}
+        return {**asdict(self), **means, "trivial": self.trivial}
+
+    def sentences(self) -> tuple[str, str]:
+        """What the model card says: about the adapters' initialization, and about the explained variance."""
+        return _initialization_sentence(self.groups, self.ungrouped), _variance_sentence(self)
+
+
+def initialization_sketch(updates: Mapping[str, LowRankUpdate]) -> Tensor:
+    """Count-sketch of an adapter's A over all its modules, (512,) float32 of unit norm; zero if A is.
+
+    Where an entry goes, and its sign, are integer arithmetic on the module's name and the entry's place in A (r, d)
+    row by row: the same on every machine, and for the leading rows of adapters of different rank.
+
+    Args:
+        updates: By module; A^T is the `in_factor`.
+    """
+    sketch = torch.zeros(SKETCH_BUCKETS, dtype=torch.float64)
+    for module, update in updates.items():
+        entries = update.in_factor.detach().cpu().double().T.flatten()
+        hashes = _entry_hashes(module, len(entries))
+        signs = (hashes >> 32 & 1) * 2 - 1
+        sketch.index_add_(0, hashes % SKETCH_BUCKETS, entries * signs)
+    return (sketch / sketch.norm().clamp_min(torch.finfo(torch.float64).tiny)).float()
+
+
+def group_by_initialization(
+    sketches: Mapping[str, Numbers | None], threshold: float = SAME_INITIALIZATION
+) -> tuple[tuple[str, ...], ...]:
+    """Groups of tasks linked by sketches of a cosine above `threshold`, in the order given (single linkage).
+
+    Args:
+        sketches: By task, `initialization_sketch` or what became of it in a file; a task without is in no group.
+        threshold: Two unrelated sketches reach 0.3 once in 10^11.
+    """
+    known = {
+        task: torch.as_tensor(sketch, dtype=torch.float64, device="cpu")
+        for task, sketch in sketches.items()
+        if sketch is not None
+    }
+    if not known:
+        return ()
+    rows = torch.nn.functional.normalize(torch.stack(list(known.values())), dim=1)
+    linked = rows @ rows.T > threshold
+    names, left, groups = list(known), torch.ones(len(known), dtype=torch.bool), []
+    while left.any():
+        members = torch.zeros_like(left)
+        members[left.nonzero()[0]] = True
+        frontier = members
+        while frontier.any():
+            frontier = linked[frontier].any(0) & ~members
+            members = members | frontier
+        left &= ~members
+        groups.append(tuple(names[i] for i in members.nonzero().flatten().tolist()))
+    return tuple(groups)
+
+
+def explained_variance(updates: Sequence[LowRankUpdate], k_out: int, k_in: int) -> Explained:
+    """What a joint basis of `k_out` and `k_in` directions explains of updates of one layer (`DESIGN.md`, 2.1).
+
+    The basis is found as a merge finds it, by alternating from the one-sided directions. Zero updates do not count;
+    without any other, everything is explained.
+    """
+    return _explained_of(_normalized(updates), k_out, k_in)
+
+
+def null_explained_variance(
+    singular_values: Sequence[Tensor],
+    shape: tuple[int, int],
+    k_out: int,
+    k_in: int,
+    *,
+    norms: Tensor | None = None,
+    seed: int = 0,
+    draws: int = 1,
+) -> Explained:
+    """What `explained_variance` is for updates of the same singular values and uniformly random directions.
+
+    It takes O(tasks r (n + d)) float64 numbers of memory.
+
+    Args:
+        singular_values: One (r_i,) a task.
+        shape: (n, d) of the layer.
+        k_out: Output directions of the basis.
+        k_in: Input directions.
+        norms: (tasks,), ``‖ΔW_i‖`` where the singular values are not all of it. What is missing is explained by
+            nothing.
+        seed: Of the directions.
+        draws: How many to average over.
+    """
+    values = _padded([values.double().cpu() for values in singular_values])
+    weights = significant_weights(values.norm(dim=1) if norms is None else norms.double().cpu())
+    values = values[weights > 0] * weights[weights > 0, None]
+    if not len(values):
+        return Explained(1.0, 1.0, 1.0)
+    generator = torch.Generator().manual_seed(seed)
+    results = []
+    for _ in range(draws):
+        left, right = (_random_orthonormal(len(values), side, values.shape[1], generator) for side in shape)
+        results.append(_explained(left, values, right, k_out, k_in))
+    return _mean_explained(results)
+
+
+def audit_updates(
+    layers: Mapping[str, Mapping[str, LowRankUpdate]],
+    num_components: int,
+    *,
+    sketches: Mapping[str, Numbers | None] | None = None,
+    modules: Iterable[str] | None = None,
+    draws: int = 1,
+    seed: int = 0,
+    progress: Progress = iter,
+) -> AuditReport:
+    """Audit adapters as they were trained.
+
+    Args:
+        layers: Module -> task -> update.
+        num_components: Directions of a basis on each side.
+        sketches: By task; computed from the updates if not given.
+        modules: Those whose variance is compared; all by default. The sketches are of all in any case.
+        draws: Of the null, in each module.
+        seed: Of the null.
+        progress: Wraps the iteration over modules, as `tqdm` does.
+    """
+    if sketches is None:
+        by_task: dict[str, dict[str, LowRankUpdate]] = {}
+        for module, updates in layers.items():
+            for task, update in updates.items():
+                by_task.setdefault(task, {})[module] = update
+        sketches = {task: initialization_sketch(updates) for task, updates in by_task.items()}
+    rows = []
+    for i, module in enumerate(progress(list(layers if modules is None else modules))):
+        updates = _normalized(list(layers[module].values()))
+        if not updates:
+            continue
+        shape = updates[0].left.shape[0], updates[0].right.shape[0]
+        k_out, k_in = (min(num_components, side) for side in shape)
+        values = [update.singular_values for update in updates]
+        observed = _explained_of(updates, k_out, k_in)
+        null = null_explained_variance(values, shape, k_out, k_in, seed=seed + i, draws=draws)
+        ranks = sum(len(singular) for singular in values)
+        rows.append(_row(module, len(values), ranks, shape, (k_out, k_in), observed, null))
+    return _report(sketches, rows)
+
+
+def audit_layers(
+    layers: Mapping[str, LayerSubspace],
+    sketches: Mapping[str, Numbers | None],
+    *,
+    tasks: Collection[str] | None = None,
+    max_layers: int | None = None,
+    draws: int = 1,
+    seed: int = 0,
+    progress: Progress = iter,
+) -> AuditReport:
+    """Audit a stored subspace by what it keeps of its tasks as they were learned.
+
+    How much of an update one side alone explains is not stored, so the observed sides are None. Nor are the singular
+    values as learned: those of the null are the flattest that the coefficients allow, so that it is the least that
+    chance explains. What a rank over p lost is lost to the null too.
+
+    Args:
+        layers: By module.
+        sketches: By task, for the groups.
+        tasks: Those whose variance counts, all by default. A task that was trained inside the basis is explained by it
+            for no merit of the basis, so leave those out.
+        max_layers: Audit so many layers, evenly spaced; all by default.
+        draws: Of the null, in each layer.
+        seed: Of the null.
+        progress: Wraps the iteration over modules, as `tqdm` does.
+    """
+    modules = list(layers)
+    if max_layers is not None and max_layers < len(modules):
+        modules = [modules[i * len(modules) // max_layers] for i in range(max_layers)]
+    rows = []
+    for i, module in enumerate(progress(modules)):
+        layer = layers[module]
+        weights = significant_weights(layer.records.norms)
+        kept = [j for j, task in enumerate(layer.tasks) if weights[j] > 0 and (tasks is None or task in tasks)]
+        if not kept:
+            continue
+        layer = layer.select(kept)
+        values, rank_errors = _flattest_singular_values(layer), layer.records.rank_errors.cpu()
+        norms = layer.records.norms.cpu() / (1 - rank_errors.square()).clamp_min(_NEGLIGIBLE).sqrt()
+        k_out, k_in = layer.num_components
+        observed = Explained(layer.explained_variance())
+        null = null_explained_variance(values, layer.shape, k_out, k_in, norms=norms, seed=seed + i, draws=draws)
+        ranks = int((values > _NEGLIGIBLE * values[:, :1]).sum())
+        rows.append(_row(module, len(kept), ranks, layer.shape, (k_out, k_in), observed, null))
+    return _report(sketches, rows)
+
+
+def _entry_hashes(module: str, count: int) -> Tensor:
+    """Hashes (count,) int64 of the places 0, 1, ... in a module: splitmix64, seeded with the module's name."""
+    seed = int.from_bytes(hashlib.sha256(module.encode()).digest()[:8], "little", signed=True)
+    hashes = torch.arange(count) * -0x61C8864680B583EB + seed
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
+        logical_shift = (hashes >> shift) & ((1 << 64 - shift) - 1)
+        hashes = (hashes ^ logical_shift) * factor
+    return hashes
+
+
+def _normalized(updates: Iterable[LowRankUpdate]) -> list[CompactUpdate]:
+    """The updates that count, each of norm 1."""
+    compact = [thin_svd_of_update(update) for update in updates]
+    if not compact:
+        return []
+    weights = significant_weights(torch.stack([update.norm for update in compact]))
+    return [
+        replace(update, singular_values=update.singular_values * weight)
+        for update, weight in zip(compact, weights, strict=True)
+        if weight > 0
+    ]
+
+
+def _flattest_singular_values(layer: LayerSubspace) -> Tensor:
+    """Singular values (tasks, 2p) that the updates of a layer may have had when learned, the flattest possible.
+
+    Compression makes every singular value smaller, and as a rule the small ones most. So the energy that the
+    coefficients lack goes to the smallest, raised to one level; to p further ones as well where a rank over p was cut.
+    """
+    cores = [torch.linalg.qr(side.double(), mode="r").R for side in (layer.coefficients_out, layer.coefficients_in)]
+    energies = torch.linalg.svdvals(cores[0] @ cores[1].mT).square().cpu()
+    energies = torch.nn.functional.pad(energies, (0, 2 * layer.pseudo_rank - energies.shape[1]))
+    places = torch.arange(energies.shape[1])
+    cut = layer.records.rank_errors.cpu().unsqueeze(1) > _NEGLIGIBLE
+    raisable = cut | (energies > _NEGLIGIBLE**2 * energies[:, :1])
+    ranks = raisable.sum(1, keepdim=True)
+    # A level for all from the j-th on spends what the first j leave; the lowest of these levels fits.
+    missing = layer.records.norms.cpu().square().unsqueeze(1) - (energies.cumsum(1) - energies)
+    levels = torch.where(raisable, missing / (ranks - places).clamp_min(1), torch.inf)
+    return torch.where(raisable, torch.maximum(energies, levels.amin(1, keepdim=True)), 0.0).sqrt()
+
+
+def _explained_of(updates: Sequence[CompactUpdate], k_out: int, k_in: int) -> Explained:
+    """`explained_variance` of updates of norm 1."""
+    if not updates:
+        return Explained(1.0, 1.0, 1.0)
+    values = _padded([update.singular_values for update in updates])
+    left, right = (
+        torch.stack([torch.nn.functional.pad(side, (0, values.shape[1] - side.shape[1])) for side in sides])
+        for sides in ([update.left for update in updates], [update.right for update in updates])
+    )
+    return _explained(left, values, right, k_out, k_in)
+
+
+def _padded(values: Sequence[Tensor]) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(list(values), batch_first=True)
+
+
+def _random_orthonormal(count: int, rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    """Uniformly random orthonormal columns (count, rows, columns) float64."""
+    normal = torch.randn(count, rows, columns, dtype=torch.float64, generator=generator)
+    directions, triangle = torch.linalg.qr(normal)
+    # Householder's signs are not random; Gram-Schmidt's, with a positive diagonal, leave the uniform distribution.
+    return directions * triangle.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+
+
+def _explained(left: Tensor, values: Tensor, right: Tensor, k_out: int, k_in: int) -> Explained:
+    """Explained variance of ``ΔW_i = left_i diag(values_i) right_i^T``.
+
+    Args:
+        left: (tasks, n, r), orthonormal columns where the singular value is not 0.
+        values: (tasks, r).
+        right: (tasks, d, r).
+        k_out: Output directions of the basis.
+        k_in: Input directions.
+    """
+    root = values.sqrt().unsqueeze(1)
+    out, in_ = _coordinates(left * root), _coordinates(right * root)
+    everything = torch.diag_embed(values)
+    start_out, basis_in = _leading_directions(out, everything, k_out), _leading_directions(in_, everything, k_in)
+    outputs, inputs = _energy(out, everything, start_out), _energy(in_, everything, basis_in)
+    for _ in range(JOINT_ITERATIONS):
+        basis_out = _leading_directions(out, _gram(in_, basis_in), k_out)
+        seen_out = _gram(out, basis_out)
+        basis_in = _leading_directions(in_, seen_out, k_in)
+    return Explained(*(energy / len(values) for energy in (_energy(in_, seen_out, basis_in), outputs, inputs)))
+
+
+def _coordinates(columns: Tensor) -> Tensor:
+    """Factors (tasks, n, r), transposed, in coordinates of their span: (tasks, r, q), q = min(n, tasks r)."""
+    tasks, features, rank = columns.shape
+    rows = columns.mT.reshape(tasks * rank, features)
+    if len(rows) < features:
+        rows = torch.linalg.qr(rows.T, mode="r").R.T.contiguous()
+    return rows.view(tasks, rank, -1)
+
+
+def _gram(rows: Tensor, directions: Tensor) -> Tensor:
+    """``X_i^T P P^T X_i`` (tasks, r, r) of factors (tasks, r, q)."""
+    seen = rows @ directions
+    return seen @ seen.mT
+
+
+def _moment_times(rows: Tensor, weights: Tensor, block: Tensor) -> Tensor:
+    """``(Σ X_i G_i X_i^T) block`` (q, b) of factors (tasks, r, q) and G (tasks, r, r)."""
+    return rows.flatten(0, 1).T @ (weights @ (rows @ block)).flatten(0, 1)
+
+
+def _energy(rows: Tensor, weights: Tensor, directions: Tensor) -> float:
+    return float((directions * _moment_times(rows, weights, directions)).sum())
+
+
+def _leading_directions(rows: Tensor, weights: Tensor, k: int) -> Tensor:
+    """The k leading eigenvectors (q, k) of ``Σ X_i G_i X_i^T``."""
+    q = rows.shape[2]
+    k = min(k, q)
+    if q <= _DENSE_COORDINATES or _KRYLOV_STEPS * 2 * k >= q:
+        moment = (weights @ rows).flatten(0, 1).T @ rows.flatten(0, 1)
+        return torch.linalg.eigh(moment).eigenvectors[:, q - k :]
+    block = torch.randn(q, 2 * k, dtype=rows.dtype, generator=torch.Generator().manual_seed(0)).to(rows.device)
+    blocks = []
+    for _ in range(_KRYLOV_STEPS):
+        block = torch.linalg.qr(_moment_times(rows, weights, block)).Q
+        blocks.append(block)
+    space = torch.linalg.qr(torch.cat(blocks, dim=1)).Q
+    inside = space.T @ _moment_times(rows, weights, space)
+    return space @ torch.linalg.eigh(inside).eigenvectors[:, -k:]
+
+
+def _mean_explained(parts: Sequence[Explained]) -> Explained:
+    """Mean of each fraction; None where one is not known. Without any, everything is explained."""
+    columns = list(zip(*((part.joint, part.outputs, part.inputs) for part in parts), strict=True)) or [(1.0,)] * 3
+    return Explained(*(None if None in column else sum(column) / len(column) for column in columns))
+
+
+def _row(
+    module: str,
+    tasks: int,
+    ranks: int,
+    shape: tuple[int, int],
+    num_components: tuple[int, int],
+    observed: Explained,
+    null: Explained,
+) -> ModuleAudit:
+    trivial = all(k >= min(side, ranks) for k, side in zip(num_components, shape, strict=True))
+    return ModuleAudit(module, tasks, num_components, observed, null, trivial)
+
+
+def _report(sketches: Mapping[str, Numbers | None], rows: Sequence[ModuleAudit]) -> AuditReport:
+    ungrouped = tuple(task for task, sketch in sketches.items() if sketch is None)
+    return AuditReport(group_by_initialization(sketches), ungrouped, tuple(rows))
+
+
+def _initialization_sentence(groups: Sequence[Sequence[str]], ungrouped: Sequence[str]) -> str:
+    known, shared = sum(map(len, groups)), [group for group in groups if len(group) > 1]
+    if not known:
+        return (
+            "It is not known from which random A the tasks started; a shared one alone makes input directions alike."
+        )
+    unknown = f" That of {_names(ungrouped)} is not known." if ungrouped else ""
+    alike = " This alone makes their input directions alike." if shared else ""
+    if known == 1:
+        return f"One random A is known, that of {groups[0][0]}.{unknown}"
+    if len(groups) == 1:
+        who = f"{known} tasks ({_names(groups[0])})" if ungrouped else f"All {known} tasks"
+        return f"{who} started from the same random A.{alike}{unknown}"
+    same = "; the same one had " + "; ".join(map(_names, shared)) if shared else ", no two from the same"
+    return f"{known} tasks started from {len(groups)} different random A{same}.{alike}{unknown}"
+
+
+def _variance_sentence(report: AuditReport) -> str:
+    if not report.rows:
+        return "There are no updates to explain."
+    observed, null = report.observed, report.null
+    sizes = {k for row in report.rows for k in row.num_components}
+    basis = f"The basis of {'' if len(sizes) == 1 else 'up to '}{max(sizes)} directions a layer"
+    explains = f"{basis} explains {_percent(observed.joint)} of the updates' energy"
+    if report.trivial:
+        return f"{explains}. It has room for all directions of so few updates, so this number proves nothing."
+    # In a stored subspace, the singular values are the flattest possible.
+    alike, least = ("similar", "at least ") if observed.outputs is None else ("the same", "")
+    explains += f"; random directions with {alike} singular values would have {least}{_percent(null.joint)}."
+    if report.excess < CHANCE_MARGIN:
+        return f"{explains} This is no more than chance."
+    if observed.outputs is not None:
+        chance = ", no more than chance" if observed.outputs - null.outputs < CHANCE_MARGIN else ""
+        sides = f"{_percent(observed.outputs)} against {_percent(null.outputs)}"
+        return f"{explains} On the output side alone it is {sides}{chance}."
+    if any(len(group) > 1 for group in report.groups):
+        return f"{explains} Part of the difference may come from the shared random A."
+    return explains
+
+
+def _names(tasks: Sequence[str]) -> str:
+    """``a, b and c``, or the first few and how many more."""
+    shown = list(tasks)
+    if len(shown) > _NAMES_SHOWN:
+        shown = [*shown[:_NAMES_SHOWN], f"{len(shown) - _NAMES_SHOWN} more"]
+    return " and ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)
+
+
+def _percent(fraction: float) -> str:
+    return "over 99 %" if 0.995 <= fraction < 1 - _NEGLIGIBLE else f"{100 * fraction:.0f} %"

@@ -1,0 +1,27 @@
+"""A Hub on loopback that the real client talks to, with counters and faults for tests."""
+
+from .client import Hub
+from .faults import Answer, Delay, DropDownload, DropUpload, Faults, Request, Run, is_commit, is_download_of, is_upload
+from .repository import Blob, Commit, HubError, Repository
+from .server import HubServer, User
+
+
+__all__ = [
+    "Answer",
+    "Blob",
+    "Commit",
+    "Delay",
+    "DropDownload",
+    "DropUpload",
+    "Faults",
+    "Hub",
+    "HubError",
+    "HubServer",
+    "Repository",
+    "Request",
+    "Run",
+    "User",
+    "is_commit",
+    "is_download_of",
+    "is_upload",
+]

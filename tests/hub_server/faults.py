@@ -1,0 +1,142 @@
+"""What went over the wire, and what a test lets go wrong there."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+from urllib.parse import unquote
+
+
+@dataclass
+class Request:
+    """A request as it came in, and how far it got.
+
+    Attributes:
+        raw_path: As it came in, percent-encoded, without the query.
+        repo_id: Repository that the request is about, once that is known.
+        status: What was answered; None where the connection was dropped before that, or nothing was answered yet.
+        received: Bytes of the body that came in.
+        sent: Bytes of the body that went out.
+        uploaded: Bytes of content that came in, by path in the repository, or by SHA-256 for an LFS object.
+        downloaded: The same for content that went out.
+    """
+
+    method: str
+    raw_path: str
+    query: Mapping[str, list[str]]
+    headers: Mapping[str, str]
+    repo_id: str | None = None
+    status: int | None = None
+    received: int = 0
+    sent: int = 0
+    uploaded: Counter[str] = field(default_factory=Counter)
+    downloaded: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def path(self) -> str:
+        """Its percent-encoding undone."""
+        return unquote(self.raw_path)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Answer with a status, and do nothing. The client tries again after 408, 429, 500, 502, 503 and 504."""
+
+    status: int
+    message: str = "Injected by the test"
+    code: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DropUpload:
+    """Close the connection when so many bytes of the body have come in, and do nothing."""
+
+    after: int = 0
+
+
+@dataclass(frozen=True)
+class DropDownload:
+    """Do what was asked for, but close the connection when so many bytes of the body have gone out."""
+
+    after: int = 0
+
+
+@dataclass(frozen=True)
+class Delay:
+    """Wait, then do what was asked for."""
+
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """Call something when all of the request has come in, then do what was asked for."""
+
+    function: Callable[[], object]
+
+
+Fault: TypeAlias = Answer | DropUpload | DropDownload | Delay | Run
+Match: TypeAlias = Callable[[Request], bool]
+
+
+@dataclass
+class _Rule:
+    match: Match
+    action: Fault
+    times: float
+
+
+class Faults:
+    """Rules of a test: what to do to which requests, and how often. The first that matches a request is used up."""
+
+    def __init__(self) -> None:
+        self._rules: list[_Rule] = []
+        self._lock = threading.Lock()
+
+    def add(self, match: Match, action: Fault, *, times: float = 1) -> None:
+        """Do something to the next requests that match, `times` of them (`math.inf`: to all)."""
+        with self._lock:
+            self._rules.append(_Rule(match, action, times))
+
+    def before_commit(self, function: Callable[[], object], *, times: float = 1) -> None:
+        """Call something right before a commit is made, such as a commit of somebody else."""
+        self.add(is_commit, Run(function), times=times)
+
+    def clear(self) -> None:
+        """Forget all rules."""
+        with self._lock:
+            self._rules.clear()
+
+    def take(self, request: Request) -> Fault | None:
+        """What to do to a request."""
+        with self._lock:
+            for rule in self._rules:
+                if rule.times > 0 and rule.match(request):
+                    rule.times -= 1
+                    return rule.action
+        return None
+
+
+def is_commit(request: Request) -> bool:
+    """Whether a request makes a commit."""
+    return request.method == "POST" and request.path.startswith("/api/models/") and "/commit/" in request.path
+
+
+def is_upload(request: Request) -> bool:
+    """Whether a request carries the content of an LFS object to the storage."""
+    return request.method == "PUT"
+
+
+def is_download_of(name: str) -> Match:
+    """Matches requests for the content of a file: at the Hub, and at the storage where the Hub sends clients to."""
+    return lambda request: (
+        request.method == "GET"
+        and (
+            ("/resolve/" in request.path and request.path.endswith(f"/{name}"))
+            or request.query.get("filename") == [name]
+        )
+    )
