@@ -60,8 +60,14 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     keywords="continual learning, LoRA, parameter-efficient fine-tuning, low-rank adapters, subspace, merging",
-    packages=[*find_packages(include=["share_hf", "share_hf.*"]), "share_hf.model_cards"],
-    package_dir={"share_hf": "share_hf", "share_hf.model_cards": "model_cards"},
+    # The command line is a package of its own, so that its --help does not wait for share_hf, which imports torch.
+    packages=[
+        *find_packages(include=["share_hf", "share_hf.*"], exclude=["share_hf.cli"]),
+        "share_hf.model_cards",
+        "share_hf_cli",
+    ],
+    package_dir={"share_hf": "share_hf", "share_hf.model_cards": "model_cards", "share_hf_cli": "share_hf/cli"},
+    entry_points={"console_scripts": ["share-hf = share_hf_cli:main"]},
     package_data={"share_hf": ["py.typed"], "share_hf.model_cards": ["*.jinja"]},
     zip_safe=False,  # type checkers look for py.typed on disk
     python_requires=">=3.10",

@@ -294,7 +294,7 @@ class ShareTrainer(Trainer):
             self._take(name, "finetune")
         self._note_stage(name, "evaluate")
         self._evaluate_after(name)
-        self._save_subspace(figures=True)
+        self._save_subspace(draft=False)
         self._save_stream(self._stream_state(self._position_of(name) + 1))
         if self.is_world_process_zero() and not self.args.disable_tqdm:
             learned_by = self._subspace_state.tasks[name].learned_by
@@ -510,9 +510,9 @@ class ShareTrainer(Trainer):
         if self.args.should_save:
             stream.save(self._output_dir)
 
-    def _save_subspace(self, *, figures: bool = False) -> None:
+    def _save_subspace(self, *, draft: bool = True) -> None:
         if self.args.should_save:
-            write_tree(self.subspace.state, self._output_dir / SUBSPACE_FOLDER, figures=figures)
+            write_tree(self.subspace.state, self._output_dir / SUBSPACE_FOLDER, draft=draft)
         self.accelerator.wait_for_everyone()
 
     def _begin(self) -> None:

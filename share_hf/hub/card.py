@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import TemplateError
 from yaml import YAMLError
@@ -31,8 +30,9 @@ _AUTO_CLASSES = {
 GENERATED_BEGIN = "<!-- share_hf: generated from here; what stands outside is kept when the card is written again -->"
 GENERATED_END = "<!-- share_hf: generated to here -->"
 
-# Layers that the audit of a card looks at: enough for two sentences, and as quick in a large model as in a small one.
+# What the audit of a card looks at: enough for two sentences, within a second or two. `share-hf audit` has no limits.
 AUDITED_LAYERS = 8
+MAX_AUDITED_TASKS = 100
 
 
 @dataclass(frozen=True)
@@ -73,14 +73,15 @@ def write_card(state: SubspaceState, folder: Path, options: CardOptions) -> None
 
 
 def audit_sentences(state: SubspaceState) -> tuple[str, ...]:
-    """What can be said of whether the tasks share a subspace; nothing of fewer than two."""
-    if len(state.tasks) < 2:
+    """What can be said of whether the tasks share a subspace; nothing of fewer than two that were learned freely.
+
+    A task that was trained from the basis, or inside of it, is explained by it for that reason.
+    """
+    free = [task for task, info in state.tasks.items() if info.learned_by in ("adapter", "init")]
+    if not 2 <= len(free) <= MAX_AUDITED_TASKS:
         return ()
-    sketches = {
-        task: None if info.initialization is None else torch.tensor(info.initialization)
-        for task, info in state.tasks.items()
-    }
-    return audit_layers(state.layers, sketches, max_layers=AUDITED_LAYERS).sentences()
+    sketches = {task: state.tasks[task].initialization for task in free}
+    return audit_layers(state.layers, sketches, tasks=free, max_layers=AUDITED_LAYERS).sentences()
 
 
 def _outside(existing: str | None) -> tuple[str, ModelCardData | None, str]:

@@ -109,7 +109,7 @@ class SubspaceState:
                 alpha=layer.basis_in,
                 spectrum_out=layer.spectrum_out.float(),
                 spectrum_in=layer.spectrum_in.float(),
-                explained_variance=layer.explained_variance(),
+                explained_variance=layer.explained_by_basis,
             )
             for module, layer in self.layers.items()
         }

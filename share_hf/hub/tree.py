@@ -75,7 +75,7 @@ def write_tree(
     *,
     card: CardOptions | None = None,
     branches: Mapping[str, float] | None = None,
-    figures: bool = True,
+    draft: bool = False,
 ) -> None:
     """Write the whole tree, or on a crash none of it. Other files in the folder stay.
 
@@ -84,17 +84,19 @@ def write_tree(
         folder: Where.
         card: How to write the model card, whose text outside the generated part is kept in any case.
         branches: Of `share_config.json`.
-        figures: Whether to draw them, which takes longer than all the rest of a small tree.
+        draft: Whether to leave out the figures and the audit, which take longer than all the rest of a small tree.
     """
     card = card or CardOptions()
     if card.existing is None and (folder / CARD_FILE).is_file():
         card = replace(card, existing=(folder / CARD_FILE).read_text(encoding="utf-8"))
+    if draft:
+        card = replace(card, audit=())
     with replacing_folder(folder, TREE_ENTRIES) as scratch:
         write_tensors(scratch / SUBSPACE_FILE, basis_tensors(state.bases()))
         for task in state.tasks:
             _write_task(state, task, scratch)
         write_json(scratch / METRICS_FILE, state.metrics)
-        if figures:
+        if not draft:
             write_figures(state, scratch / "figures")
         write_root(state, scratch, card=card, branches=branches)
 
@@ -383,6 +385,7 @@ def _layer(
         records=TaskRecords(*certificate.unbind(1)),
         spectrum_out=basis.spectrum_out.double(),
         spectrum_in=basis.spectrum_in.double(),
+        explained_by_basis=basis.explained_variance,
     )
 
 

@@ -484,13 +484,16 @@ def _variance_sentence(report: AuditReport) -> str:
     # In a stored subspace, the singular values are the flattest possible.
     alike, least = ("similar", "at least ") if observed.outputs is None else ("the same", "")
     explains += f"; random directions with {alike} singular values would have {least}{_percent(null.joint)}."
-    if report.excess < CHANCE_MARGIN:
-        return f"{explains} This is no more than chance."
+    by_chance = report.excess < CHANCE_MARGIN
+    if by_chance:
+        explains += " This is no more than chance."
     if observed.outputs is not None:
-        chance = ", no more than chance" if observed.outputs - null.outputs < CHANCE_MARGIN else ""
+        outputs_by_chance = observed.outputs - null.outputs < CHANCE_MARGIN
+        if by_chance and outputs_by_chance:
+            return explains
         sides = f"{_percent(observed.outputs)} against {_percent(null.outputs)}"
-        return f"{explains} On the output side alone it is {sides}{chance}."
-    if any(len(group) > 1 for group in report.groups):
+        return f"{explains} On the output side alone it is {sides}{', no more than chance' * outputs_by_chance}."
+    if not by_chance and any(len(group) > 1 for group in report.groups):
         return f"{explains} Part of the difference may come from the shared random A."
     return explains
 

@@ -65,6 +65,7 @@ class LayerSubspace:
         spectrum_out: (k_out,) float64, singular values of the weighted stack of updates along `basis_out` when the
             basis was last changed.
         spectrum_in: (k_in,) float64, likewise for `basis_in`.
+        explained_by_basis: The explained variance when the basis was last changed.
     """
 
     tasks: tuple[str, ...]
@@ -75,6 +76,7 @@ class LayerSubspace:
     records: TaskRecords
     spectrum_out: Tensor
     spectrum_in: Tensor
+    explained_by_basis: float = 1.0
 
     @classmethod
     def empty(

@@ -328,7 +328,7 @@ def _with_new_basis(
         spectrum_out=candidate.out.spectrum[: candidate.out.kept],
         spectrum_in=candidate.in_.spectrum[: candidate.in_.kept],
     )
-    return merged, drift
+    return replace(merged, explained_by_basis=merged.explained_variance()), drift
 
 
 def _with_old_basis(

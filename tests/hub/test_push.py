@@ -12,7 +12,8 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 
 from share_hf import SharedSubspace
-from tests.hub_server import Answer, DropUpload, Fault, Request
+from tests.hub_server import Answer, DropUpload, Request
+from tests.hub_server.faults import Fault
 from tests.hub_server.fixtures import Hub
 
 from .cases import assert_same_state, files_of
@@ -199,7 +200,7 @@ def test_a_repository_of_something_else_is_left_alone(
     hub: Hub, subspace: SharedSubspace, loras: dict[str, Path]
 ) -> None:
     hub.api.create_repo(REPO)
-    hub.api.upload_folder(repo_id=REPO, folder_path=loras["rte"])
+    hub.repository(REPO).write({**files_of(loras["rte"]), "README.md": b"A LoRA."})
     refuses(hub, subspace, "holds an adapter that is no shared subspace, expected another repository")
 
 

@@ -191,7 +191,7 @@ class _Handler(BaseHTTPRequestHandler):
         request.received = len(body)
         if self.command == "PUT" and "oid" in params:
             request.uploaded[params["oid"]] += len(body)
-        if isinstance(fault, DropUpload):
+        if isinstance(fault, DropUpload) or len(body) < size:
             self._hang_up()
             return
         try:

@@ -480,6 +480,16 @@ def test_the_first_sentence_says_which_tasks_share_an_initialization(
             "This is no more than chance.",
         ),
         (
+            report_of(Explained(0.62, 0.75, 0.72), Explained(0.61, 0.7, 0.72)),
+            "explains 62 % of the updates' energy; random directions with the same singular values would have 61 %. "
+            "This is no more than chance. On the output side alone it is 75 % against 70 %.",
+        ),
+        (
+            report_of(Explained(0.62), Explained(0.61), (("a", "b"),)),
+            "explains 62 % of the updates' energy; random directions with similar singular values would have at least "
+            "61 %. This is no more than chance.",
+        ),
+        (
             report_of(Explained(0.83), Explained(0.61), (("a",), ("b",))),
             "explains 83 % of the updates' energy; random directions with similar singular values would have at least "
             "61 %.",

@@ -1,0 +1,244 @@
+"""The command line `share-hf`: its arguments, its output and its exit codes.
+
+Needs the standard library alone, and is installed under the name `share_hf_cli` too: `import share_hf` waits for torch
+and PEFT, `share-hf --help` should not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import json
+import logging
+import os
+import re
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NoReturn
+
+
+FAILED, INTERRUPTED = 1, 130
+
+Commands = dict[str, argparse.ArgumentParser]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: Its name and arguments; those of the process if not given.
+
+    Returns:
+        Exit code: 0, 1 if the command failed, 130 if it was interrupted. Wrong arguments exit with 2.
+    """
+    args = parse(sys.argv[1:] if argv is None else argv)
+    debug = args.debug or os.environ.get("SHARE_HF_DEBUG", "0") not in ("", "0")
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
+            if not debug:
+                warnings.simplefilter("ignore")
+                logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns when it is imported
+            from . import commands  # torch and all
+
+            outcome = commands.run(args, debug=debug)
+    except KeyboardInterrupt:
+        return _fail("interrupted", INTERRUPTED, as_json=args.json)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        expected = isinstance(error, (ValueError, OSError, RuntimeError)) and str(error)
+        message = " ".join(str(error).split()) if expected else repr(error)
+        return _fail(message, FAILED, as_json=args.json)
+    _print(json.dumps(outcome.facts, indent=2) if args.json else outcome.text)
+    return 0
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments of a command, its options anywhere between them. Exits with 2 if they are wrong."""
+    parser, commands = build_parser()
+    if not argv or argv[0] not in commands:
+        return parser.parse_args(argv or ["--help"])
+    args = commands[argv[0]].parse_intermixed_args(argv[1:])
+    if args.command == "export" and (args.task is None) != args.all:
+        commands["export"].error("expected one TASK, or --all")
+    return args
+
+
+def build_parser() -> tuple[argparse.ArgumentParser, Commands]:
+    """The parser, and that of each command."""
+    parser = _Parser(
+        prog="share-hf",
+        description="Many LoRA adapters of one base model as one shared subspace and a few kilobytes a task.",
+        epilog="`share-hf COMMAND --help` shows its options and an example. Exit codes: 0, 1 on failure, 2 on wrong "
+        "arguments, 130 on Ctrl-C.",
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="Show the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (summary, example, add_arguments) in _COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=f"{summary}.",
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        command.set_defaults(command=name)
+        add_arguments(command)
+        _add_common(command)
+    return parser, commands.choices
+
+
+def located_adapter(text: str) -> tuple[str, str]:
+    """Name and place of an adapter, from `name=place` or a place whose last part is the name."""
+    name, equals, place = text.partition("=")
+    if not equals or "/" in name or Path(text).is_dir():
+        name, place = Path(text).name, text
+    return name, os.path.expanduser(place)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what a mistyped command or option may have been."""
+
+    def error(self, message: str) -> NoReturn:
+        if found := re.search(r"invalid choice: '?([\w-]+)|unrecognized arguments: (--[\w-]+)", message):
+            choices = re.findall(r"[\w-]+", message.partition("choose from")[2])
+            known = choices or re.findall(r"--[a-z-]+", self.format_help())
+            if near := difflib.get_close_matches(found[1] or found[2], known, n=1):
+                message += f", did you mean {near[0]}?"
+        super().error(message)
+
+
+class _Version(argparse.Action):
+    """Finds the version out only if it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        try:
+            version = metadata.version("share-hf")
+        except metadata.PackageNotFoundError:  # `python -m share_hf.cli` where nothing is installed
+            from share_hf import __version__ as version
+        parser.exit(message=f"share-hf {version}\n")
+
+
+def _add_common(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("options of every command")
+    group.add_argument("--token", help="User access token of the hub; that of `hf auth login` if not given")
+    group.add_argument("--json", action="store_true", help="Print JSON, and nothing else, on stdout")
+    group.add_argument("--quiet", action="store_true", help="No progress bars")
+    group.add_argument("--debug", action="store_true", help="Warnings and a traceback; also SHARE_HF_DEBUG=1")
+
+
+def _add_adapters(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "adapters",
+        metavar="ADAPTER",
+        nargs="+",
+        type=located_adapter,
+        help="Folder or hub id of a LoRA: name=place, or a place whose last part is the name",
+    )
+
+
+def _add_place(command: argparse.ArgumentParser) -> None:
+    command.add_argument("place", metavar="FOLDER_OR_REPO", help="A subspace: its folder or hub id")
+
+
+def _init(command: argparse.ArgumentParser) -> None:
+    command.add_argument("folder", metavar="FOLDER", type=Path, help="Where to write; no subspace yet")
+    _add_adapters(command)
+    add = command.add_argument_group("settings of the subspace, for good").add_argument
+    add("--num-components", type=int, default=32, metavar="K", help="Cap on the directions of a layer (%(default)s)")
+    add("--pseudo-rank", type=int, default=8, metavar="P", help="Rank of a task (%(default)s)")
+    add(
+        "--basis", choices=("joint", "factor"), default="joint", help="All updates alike, or the paper's (%(default)s)"
+    )
+    add("--center", action="store_true", help="Subtract the mean column first; factor only")
+    add("--explained-variance", type=float, metavar="X", help="Take the fewest directions that explain this fraction")
+    add("--drift-tolerance", type=float, metavar="X", help="Largest relative drift that merges may add up to")
+    add("--max-components", type=int, metavar="K", help="How far layers may grow to stay under it")
+
+
+def _add(command: argparse.ArgumentParser) -> None:
+    command.add_argument("folder", metavar="FOLDER", type=Path, help="Of the subspace")
+    _add_adapters(command)
+
+
+def _info(command: argparse.ArgumentParser) -> None:
+    _add_place(command)
+    command.add_argument("--revision", help="Of the repository: a task, a step, a branch, a tag or a commit")
+
+
+def _audit(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "places",
+        metavar="PLACE",
+        nargs="+",
+        type=located_adapter,
+        help="One subspace, or two or more LoRAs: folders or hub ids, or name=place",
+    )
+    command.add_argument("--num-components", type=int, default=32, metavar="K", help="For LoRAs (%(default)s)")
+    command.add_argument("--per-module", action="store_true", help="A line a module, not one for all layers of a kind")
+
+
+def _export(command: argparse.ArgumentParser) -> None:
+    command.usage = f"{command.prog} [options] FOLDER_OR_REPO (TASK | --all) OUT"
+    _add_place(command)
+    command.add_argument("task", metavar="TASK", nargs="?", help="The task to export")
+    command.add_argument("out", metavar="OUT", type=Path, help="Where to write the LoRA")
+    command.add_argument("--all", action="store_true", help="Export every task, each into OUT/<task>")
+
+
+def _push(command: argparse.ArgumentParser) -> None:
+    command.add_argument("folder", metavar="FOLDER", type=Path, help="Of the subspace")
+    command.add_argument("repo_id", metavar="REPO_ID", help="The repository, created if need be")
+    access = command.add_mutually_exclusive_group()
+    access.add_argument("--private", action="store_true", default=None, help="Of a repository that is created")
+    access.add_argument("--public", dest="private", action="store_false", default=None, help="Of such a repository")
+    add = command.add_argument
+    add("--create-pr", action="store_true", help="Open a pull request instead")
+    add("-m", "--commit-message", metavar="TEXT", help="Tells the new tasks if not given")
+    add("--commit-description", metavar="TEXT", help="Of the commit on main")
+    add("--default-task", metavar="TASK", help="Whose LoRA is at the root; the newest, or as chosen before")
+    add("--branch-tolerance", type=float, default=0.05, metavar="X", help="Drift that rewrites a branch (%(default)s)")
+    add("--card-template", type=Path, metavar="FILE", help="A Jinja template of your own for the model card")
+    add("--max-attempts", type=int, default=5, metavar="N", help="While others push at the same time (%(default)s)")
+
+
+def _pull(command: argparse.ArgumentParser) -> None:
+    command.add_argument("repo_id", metavar="REPO_ID", help="The repository")
+    command.add_argument("folder", metavar="FOLDER", type=Path, help="Of the subspace, or where to write one")
+    command.add_argument("--revision", help="A task, a step, a branch, a tag or a commit")
+
+
+# Summary, example and arguments.
+_COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]] = {
+    "init": (
+        "Make a subspace from LoRA adapters",
+        "share-hf init share-subspace adapters/mrpc sst2=org/lora-sst2 --num-components 64",
+        _init,
+    ),
+    "add": ("Merge more adapters into a subspace", "share-hf add share-subspace rte=adapters/rte", _add),
+    "info": ("Show tasks, sizes, drift and scores", "share-hf info org/share-subspace --revision mrpc", _info),
+    "audit": ("Test whether adapters share a subspace", "share-hf audit adapters/mrpc adapters/sst2", _audit),
+    "export": ("Write tasks as plain LoRA adapters", "share-hf export share-subspace mrpc mrpc-lora", _export),
+    "push": ("Publish a subspace on the hub", "share-hf push share-subspace org/share-subspace --private", _push),
+    "pull": ("Get a subspace, or what is new in it", "share-hf pull org/share-subspace share-subspace", _pull),
+}
+
+
+def _fail(message: str, code: int, *, as_json: bool) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    if as_json:
+        _print(json.dumps({"error": message}))
+    return code
+
+
+def _print(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # `share-hf info … | head`: not here, nor when Python flushes at its exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,6 @@
+"""`python -m share_hf.cli`."""
+
+from . import main
+
+
+raise SystemExit(main())
