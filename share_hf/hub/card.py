@@ -14,7 +14,7 @@ from yaml import YAMLError
 from ..subspace import audit_layers
 from ..version import __version__
 from .figures import CAPTIONS
-from .state import SubspaceState, scores_of, step_tags
+from .state import SubspaceState, scores_of, sketch_of, step_tags
 
 
 _AUTO_CLASSES = {
@@ -80,7 +80,7 @@ def audit_sentences(state: SubspaceState) -> tuple[str, ...]:
     free = [task for task, info in state.tasks.items() if info.learned_by in ("adapter", "init")]
     if not 2 <= len(free) <= MAX_AUDITED_TASKS:
         return ()
-    sketches = {task: state.tasks[task].initialization for task in free}
+    sketches = {task: sketch_of(state.tasks[task]) for task in free}
     return audit_layers(state.layers, sketches, tasks=free, max_layers=AUDITED_LAYERS).sentences()
 
 

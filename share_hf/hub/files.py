@@ -48,14 +48,14 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def _lines(value: Any, depth: int, indent: str = "") -> str:
     if not depth or not value or not isinstance(value, (Mapping, list, tuple)):
-        return json.dumps(value, sort_keys=True, allow_nan=False)
-    inner = indent + "  "
+        return json.dumps(value, sort_keys=True, allow_nan=False, separators=(",", ":"))
+    inner = indent + " "
     if isinstance(value, Mapping):
         entries = [f"{json.dumps(name)}: {_lines(value[name], depth - 1, inner)}" for name in sorted(value)]
     elif isinstance(value[0], (Mapping, list, tuple)):
         entries = [_lines(entry, depth - 1, inner) for entry in value]
     else:
-        return json.dumps(value, allow_nan=False)
+        return json.dumps(value, allow_nan=False, separators=(",", ":"))
     opening, closing = "{}" if isinstance(value, Mapping) else "[]"
     return f"{opening}\n{inner}" + f",\n{inner}".join(entries) + f"\n{indent}{closing}"
 

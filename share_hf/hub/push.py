@@ -13,7 +13,7 @@ import hashlib
 import random
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,7 +29,7 @@ from .files import sha256_of
 from .index import INDEX_FILE, TreeIndex, read_index
 from .reconcile import extends, reconcile
 from .remote import RemoteTree
-from .state import SubspaceState, step_tags
+from .state import SubspaceState, rounded, step_tags
 from .tree import CARD_FILE, ROOT_FILES, TREE_ENTRIES, expect_tree, read_tree, write_root, write_tree
 
 
@@ -74,7 +74,7 @@ class _Head:
     """What is on a branch of a repository: its commit and the checksums of its files, and its tree if it has one."""
 
     commit: str
-    files: Mapping[str, str]
+    files: Mapping[str, Set[str]]
     tree: TreeIndex | None
     card: str | None
 
@@ -142,16 +142,16 @@ def _push_once(api: HfApi, repo_id: str, state: SubspaceState, head: _Head, opti
     _check_refs(api, repo_id, state, head, branches, tags)
     if options.default_task is not None:
         state = replace(state, default_task=options.default_task)
-    drifts = {task: state.drift_of(task) for task in state.tasks}
-    written = dict(head.tree.branches) if head.tree is not None else {}
+    drifts = {task: rounded(state.drift_of(task)) for task in state.tasks}
+    written = head.tree.branches if head.tree is not None else {}
     outdated = [
         task
         for task in state.tasks
         if task not in branches
-        or task not in written
-        or max(0.0, drifts[task] ** 2 - written[task] ** 2) ** 0.5 > options.branch_tolerance
+        or max(0.0, drifts[task] ** 2 - written.get(task, 0.0) ** 2) ** 0.5 > options.branch_tolerance
     ]
-    written = {task: drifts[task] if task in outdated else written[task] for task in state.tasks}
+    written = {task: drifts[task] if task in outdated else written.get(task, 0.0) for task in state.tasks}
+    written = {task: drift for task, drift in written.items() if drift > 0}
     with TemporaryDirectory(prefix="share_hf-") as scratch:
         folder = Path(scratch) / "tree"
         card = CardOptions(
@@ -184,7 +184,7 @@ def _head_of(api: HfApi, repo_id: str, revision: str) -> _Head:
     commit = api.repo_info(repo_id, revision=revision).sha
     entries = api.list_repo_tree(repo_id, recursive=True, revision=commit)
     files = {
-        entry.path: entry.lfs.sha256 if entry.lfs is not None else entry.blob_id
+        entry.path: {entry.lfs.sha256 if entry.lfs is not None else entry.blob_id}
         for entry in entries
         if isinstance(entry, RepoFile)
     }
@@ -237,7 +237,7 @@ def _commit(
     repo_id: str,
     revision: str,
     folder: Path,
-    files: Mapping[str, str],
+    files: Mapping[str, Set[str]],
     head: _Head,
     message: str,
     *,
@@ -245,7 +245,7 @@ def _commit(
     create_pr: bool = False,
 ) -> CommitInfo:
     """Commit what differs from the head; where nothing does, its last commit stands."""
-    changed = [path for path, checksum in files.items() if head.files.get(path) != checksum]
+    changed = [path for path, known in files.items() if not known & head.files.get(path, set())]
     gone = [path for path in head.files if path not in files and path.split("/")[0] in TREE_ENTRIES]
     if not changed and not gone:
         url = f"{api.endpoint}/{repo_id}/commit/{head.commit}"
@@ -288,7 +288,7 @@ def _write_branches(
             continue
         of_task = replace(state, default_task=task)
         write_root(of_task, folder, card=card, branches=main.tree.branches, unchanged=main.tree.sha256)
-        files = {**main.files, **{name: _checksum(folder / name) for name in ROOT_FILES}}
+        files = {**main.files, **{name: _checksums_of(folder / name) for name in ROOT_FILES}}
         message = f"Task {task}"
         if task in branches:
             _commit(api, repo_id, task, folder, files, _head_of(api, repo_id, task), message)
@@ -313,14 +313,15 @@ def _message(state: SubspaceState, head: _Head, options: PushOptions) -> str:
     return f"Add task {new[0]}" if len(new) == 1 else f"Add {len(new)} tasks"
 
 
-def _checksums(folder: Path) -> dict[str, str]:
+def _checksums(folder: Path) -> dict[str, Set[str]]:
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): _checksum(path) for path in paths}
+    return {path.relative_to(folder).as_posix(): _checksums_of(path) for path in paths}
 
 
-def _checksum(path: Path) -> str:
-    """What the hub knows a file by: the sha256 of a large one, git's own of others."""
+def _checksums_of(path: Path) -> Set[str]:
+    """What the hub may know a file by: its sha256 if it keeps it as a large file, and else git's own checksum."""
     if path.suffix == ".safetensors":
-        return sha256_of(path)
+        return {sha256_of(path)}
     content = path.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+    of_git = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False)
+    return {sha256_of(path), of_git.hexdigest()}

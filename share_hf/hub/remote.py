@@ -31,6 +31,8 @@ from .tree import METRICS_FILE, expect_tree, task_folder
 # Names and rank-1 tensors of a safetensors file, over what its matrices take.
 _BYTES_BESIDE_TENSORS = 2**20
 _PATHS_A_REQUEST = 500
+# Up to here one by one: the listing that a download of many begins with may be larger than they are.
+_FEW_FILES = 8
 
 
 def is_local(place: str | os.PathLike) -> bool:
@@ -109,11 +111,16 @@ class RemoteTree:
             return
         if not self.download_options["local_files_only"] and not constants.HF_HUB_OFFLINE:
             self._check_sizes(missing)
-        if len(missing) <= len(files) // 2 or len(missing) <= 8:
-            for name in missing:
-                hf_hub_download(self.repo_id, name, revision=self.commit, **self.download_options)
-            return
-        snapshot_download(self.repo_id, revision=self.commit, allow_patterns=missing, **self.download_options)
+        try:
+            if len(missing) <= _FEW_FILES:
+                for name in missing:
+                    hf_hub_download(self.repo_id, name, revision=self.commit, **self.download_options)
+            else:
+                snapshot_download(self.repo_id, revision=self.commit, allow_patterns=missing, **self.download_options)
+        except LocalEntryNotFoundError as error:
+            raise LocalEntryNotFoundError(
+                f"{self.repo_id}: {missing[0]} is not in the cache, and the hub is offline or cannot be reached"
+            ) from error
 
     def _check_sizes(self, files: Collection[str]) -> None:
         """Refuse, before anything is downloaded, what cannot be what it is called."""
@@ -143,10 +150,11 @@ def _unknown_revision(repo_id: str, revision: str | None, options: Mapping[str, 
         tasks, known = _revisions(repo_id, options)
     except (HfHubHTTPError, OSError):
         return message
-    near = difflib.get_close_matches(revision or "", known, n=3, cutoff=0.5)
+    names = {name.casefold(): name for name in known}
+    near = [names[name] for name in difflib.get_close_matches((revision or "").casefold(), names, n=3, cutoff=0.5)]
     if near:
-        message += f", did you mean {' or '.join(repr(name) for name in near)}?"
-    return f"{message} It has the tasks {tasks}" + ("" if near else f" and the revisions {known}")
+        return f"{message}, did you mean {' or '.join(repr(name) for name in near)}? It has the tasks {tasks}"
+    return f"{message}, expected one of its tasks {tasks} or of its revisions {known}"
 
 
 def _revisions(repo_id: str, options: Mapping[str, Any]) -> tuple[list[str], list[str]]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from ..subspace import (
+    SKETCH_BUCKETS,
     LayerSubspace,
     LowRankUpdate,
     MergeReport,
@@ -44,7 +47,7 @@ class TaskInfo:
     scores: Mapping[str, float] = field(default_factory=dict)
     labels: tuple[str, ...] | None = None
     dataset: str | None = None
-    initialization: tuple[float, ...] | None = None
+    initialization: str | None = None
 
 
 @dataclass(frozen=True)
@@ -84,8 +87,7 @@ class SubspaceState:
                 i = layer.index(task)
                 for side in (layer.coefficients_out[i], layer.coefficients_in[i]):
                     digest.update(side.float().cpu().contiguous().numpy().tobytes())
-        entry = {"step": len(self.lineage) + 1, **facts, "id": digest.hexdigest()[:16]}
-        return replace(self, lineage=(*self.lineage, entry))
+        return replace(self, lineage=(*self.lineage, {**facts, "id": digest.hexdigest()[:16]}))
 
     def layers_of(self, task: str) -> dict[str, LayerSubspace]:
         """The layers that a task adapts."""
@@ -126,7 +128,12 @@ def merge_tasks(
     layers, report = merge_into_layers(state.layers, updates, state.settings, progress=progress)
     # In the order that a tree is read back, so that sums over layers round as they would for a loaded subspace.
     merged = replace(state, layers=dict(sorted(layers.items())), tasks={**state.tasks, **infos})
-    return merged.with_step(changed=updates, merged=list(updates), max_drift=report.max_drift), report
+    return merged.with_step(changed=updates, merged=list(updates), max_drift=rounded(report.max_drift)), report
+
+
+def rounded(number: float) -> float:
+    """Three significant digits, for what is told but not computed with."""
+    return float(f"{number:.3g}")
 
 
 def with_learned_coefficients(
@@ -180,6 +187,22 @@ def step_tags(lineage: Iterable[Mapping[str, Any]], tasks: Sequence[str]) -> dic
     return {task: f"step-{numbers[task]:04d}-{task}" for task in tasks}
 
 
-def initialization_of(updates: Mapping[str, LowRankUpdate]) -> tuple[float, ...]:
-    """A sketch of the A that an adapter was trained from, short enough for JSON."""
-    return tuple(round(entry, 3) for entry in initialization_sketch(updates).tolist())
+def initialization_of(updates: Mapping[str, LowRankUpdate]) -> str:
+    """A sketch of the A that an adapter was trained from, as text: one signed byte an entry, the largest 127."""
+    sketch = initialization_sketch(updates)
+    scaled = sketch * (127 / sketch.abs().max().clamp_min(torch.finfo(sketch.dtype).tiny))
+    return base64.b64encode(scaled.round().to(torch.int8).numpy().tobytes()).decode()
+
+
+def sketch_of(info: TaskInfo) -> Tensor | None:
+    """The sketch of a task's A, None where it is not known.
+
+    Raises:
+        ValueError: If it is not one.
+    """
+    if info.initialization is None:
+        return None
+    content = base64.b64decode(info.initialization, validate=True)
+    if len(content) != SKETCH_BUCKETS:
+        raise ValueError(f"initialization has {len(content)} entries, expected {SKETCH_BUCKETS}")
+    return torch.frombuffer(bytearray(content), dtype=torch.int8).float()

@@ -38,7 +38,7 @@ from .files import (
 )
 from .index import INDEX_FILE, ModuleEntry, TreeIndex, check_file, read_index, write_index
 from .metrics import ContinualMetrics
-from .state import SubspaceState, TaskInfo
+from .state import SubspaceState, TaskInfo, sketch_of
 
 
 METRICS_FILE = "metrics.json"
@@ -241,7 +241,7 @@ def _write_task(state: SubspaceState, task: str, folder: Path) -> None:
         "scores": dict(info.scores),
         "labels": None if info.labels is None else list(info.labels),
         "dataset": info.dataset,
-        "initialization": None if info.initialization is None else list(info.initialization),
+        "initialization": info.initialization,
         "certificate": certificate,
         "certificate_columns": list(CERTIFICATE_COLUMNS),
         "sha256": {name: sha256_of(place / name) for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)},
@@ -346,16 +346,18 @@ def _read_task(
 
 
 def _task_info(config: Mapping[str, Any], metrics: Mapping[str, Any], head: dict[str, Tensor]) -> TaskInfo:
-    labels, sketch = metrics["labels"], metrics["initialization"]
-    return TaskInfo(
+    labels = metrics["labels"]
+    info = TaskInfo(
         learned_by=metrics["learned_by"],
         target={name: config[name] for name in TARGET_FIELDS if config.get(name) is not None},
         head=head,
         scores={name: float(score) for name, score in metrics["scores"].items()},
         labels=None if labels is None else tuple(str(label) for label in labels),
         dataset=metrics["dataset"],
-        initialization=None if sketch is None else tuple(float(entry) for entry in sketch),
+        initialization=metrics["initialization"],
     )
+    sketch_of(info)
+    return info
 
 
 def _certificate(path: Path, module: str, values: Sequence[Any]) -> list[float]:

@@ -1,6 +1,6 @@
 """Tensors in, tensors out: the mathematics of a shared LoRA subspace. Depends on torch alone."""
 
-from .audit import AuditReport, audit_layers, audit_updates, initialization_sketch
+from .audit import SKETCH_BUCKETS, AuditReport, audit_layers, audit_updates, initialization_sketch
 from .factors import CompactUpdate, LowRankUpdate, thin_svd_of_update
 from .layer import LayerSubspace, TaskRecords
 from .merge import DriftToleranceError, LayerMergeReport, merge_into_layer, residual_outside
@@ -9,6 +9,7 @@ from .settings import BasisKind, SubspaceSettings, check_dimensions
 
 
 __all__ = [
+    "SKETCH_BUCKETS",
     "AuditReport",
     "BasisKind",
     "CompactUpdate",

@@ -153,12 +153,12 @@ def test_adapters_given_at_once_or_one_by_one_are_told_in_the_lineage(
     loras: dict[str, Path], subspace: SharedSubspace
 ) -> None:
     at_once = SharedSubspace.from_adapters(loras, pseudo_rank=4, progress=False)
-    assert [(step["step"], step["merged"]) for step in at_once.state.lineage] == [(1, ["mrpc", "sst2", "rte"])]
+    assert [step["merged"] for step in at_once.state.lineage] == [["mrpc", "sst2", "rte"]]
     report = subspace.add_adapters({"rte": loras["rte"]}, progress=False)
     subspace.remove_task("mrpc")
-    assert [step["step"] for step in subspace.state.lineage] == [1, 2, 3, 4]
+    assert len({step["id"] for step in (*at_once.state.lineage, *subspace.state.lineage)}) == 5
     assert [step.get("merged") for step in subspace.state.lineage] == [["mrpc"], ["sst2"], ["rte"], None]
-    assert subspace.state.lineage[2]["max_drift"] == report.max_drift
+    assert subspace.state.lineage[2]["max_drift"] == pytest.approx(report.max_drift, rel=5e-3)
     assert subspace.state.lineage[3]["removed"] == "mrpc"
 
 

@@ -66,7 +66,7 @@ def test_the_branch_of_a_task_has_it_at_its_root(hub: Hub, subspace: SharedSubsp
         assert f"plain LoRA of the task `{task}`" in content(hub, "README.md", revision).decode()
 
 
-def test_nothing_is_uploaded_where_nothing_changed(hub: Hub, subspace: SharedSubspace) -> None:
+def test_nothing_is_uploaded_where_nothing_changed(hub: Hub, subspace: SharedSubspace, with_figures: None) -> None:
     first = subspace.push_to_hub(REPO)
     hub.server.forget_requests()
     assert subspace.push_to_hub(REPO).oid == first.oid
