@@ -21,7 +21,7 @@ from typing import Literal
 
 import torch
 from peft import LoraConfig
-from task_data import flags_with_config, load_task, parse_tasks, train_loras
+from task_data import dataset_ids, flags_with_config, load_task, parse_tasks, train_loras
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -130,6 +130,7 @@ def main() -> None:
         args,
         config,
         tasks,
+        dataset_ids=dataset_ids(places),
         task_scorer=scorer,
         data_collator=collator,
         processing_class=tokenizer,

@@ -61,6 +61,11 @@ def parse_tasks(arguments: list[str]) -> dict[str, str]:
     return tasks
 
 
+def dataset_ids(places: Mapping[str, str]) -> dict[str, str]:
+    """Those of the tasks' places that are data sets of the hub."""
+    return {name: place for name, place in places.items() if not Path(place).exists()}
+
+
 def flags_with_config(argv: list[str] | None = None) -> list[str]:
     """Command-line flags after those of `--config file.yaml`, so that a flag overrides the file."""
     argv = sys.argv[1:] if argv is None else argv

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from datasets import ClassLabel, DatasetDict
 from peft import LoraConfig, PeftModel
-from task_data import flags_with_config, load_task, parse_tasks, train_loras
+from task_data import dataset_ids, flags_with_config, load_task, parse_tasks, train_loras
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -77,9 +77,10 @@ def main() -> None:
     set_seed(args.seed)
 
     tokenizer = AutoTokenizer.from_pretrained(script.model_name_or_path)
+    places = parse_tasks(script.tasks)
     tasks = {
         name: tokenize(name, load_task(place, script.train_examples), tokenizer, script.max_length)
-        for name, place in parse_tasks(script.tasks).items()
+        for name, place in places.items()
     }
     num_labels = {name: data["train"].features["label"].num_classes for name, data in tasks.items()}
     model = AutoModelForSequenceClassification.from_pretrained(
@@ -101,7 +102,7 @@ def main() -> None:
         drift_tolerance=script.drift_tolerance,
         target_modules=target_modules,
     )
-    trainer = ShareTrainer(model, args, config, tasks, processing_class=tokenizer)
+    trainer = ShareTrainer(model, args, config, tasks, dataset_ids=dataset_ids(places), processing_class=tokenizer)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if trainer.is_world_process_zero():
         print(trainer.metrics_table)

@@ -122,7 +122,8 @@ class _Version(argparse.Action):
             version = metadata.version("share-hf")
         except metadata.PackageNotFoundError:  # `python -m share_hf.cli` where nothing is installed
             from share_hf import __version__ as version
-        parser.exit(message=f"share-hf {version}\n")
+        print(f"share-hf {version}")
+        parser.exit()
 
 
 def _add_common(command: argparse.ArgumentParser) -> None:

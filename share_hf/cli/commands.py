@@ -6,8 +6,9 @@ import difflib
 import re
 import sys
 from argparse import Namespace
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,11 @@ from share_hf import SharedSubspace
 from share_hf.hub.adapters import read_lora
 from share_hf.hub.index import INDEX_FILE
 from share_hf.hub.remote import RemoteTree
-from share_hf.hub.state import scores_of
-from share_hf.subspace import AuditReport, LowRankUpdate, MergeReport, SubspaceSettings, audit_layers, audit_updates
+from share_hf.hub.state import SubspaceState, scores_of, sketch_of
+from share_hf.subspace import AuditReport, LowRankUpdate, SubspaceSettings, audit_layers, audit_updates
 from share_hf.subspace.audit import ModuleAudit
 
 from .tables import drift, names, percent, score, size, table
-
-
-_MEANS = ("average", "forgetting", "backward_transfer", "forward_transfer")
-_SIDES = {"joint": "explained", "outputs": "outputs", "inputs": "inputs"}
 
 
 @dataclass(frozen=True)
@@ -46,26 +43,39 @@ def run(args: Namespace, *, debug: bool = False) -> Outcome:
     if not debug:
         transformers_logging.set_verbosity_error()
         hub_logging.set_verbosity_error()
-    if not _bars(args):
+    args.progress = not args.quiet and sys.stderr.isatty()
+    if not args.progress:
         disable_progress_bars()
     return _COMMANDS[args.command](args)
 
 
 def init(args: Namespace) -> Outcome:
-    _expect_no_tree(args.folder, "add to it with `share-hf add`")
+    _expect_no_adapter(args.folder, "add to it with `share-hf add`")
     settings = {field.name: getattr(args, field.name) for field in fields(SubspaceSettings)}
-    subspace = SharedSubspace.from_adapters(
-        _by_name(args.adapters), **settings, token=args.token, progress=_bars(args)
-    )
+    adapters = _by_name(args.adapters)
+    subspace = SharedSubspace.from_adapters(adapters, **settings, token=args.token, progress=args.progress)
     subspace.save_pretrained(args.folder)
     return _described(subspace, str(args.folder))
 
 
 def add(args: Namespace) -> Outcome:
     subspace = SharedSubspace.from_pretrained(args.folder)
-    merge = subspace.add_adapters(_by_name(args.adapters), token=args.token, progress=_bars(args))
+    merge = subspace.add_adapters(_by_name(args.adapters), token=args.token, progress=args.progress)
     subspace.save_pretrained(args.folder)
-    return _merged(subspace, merge, args.folder)
+    tasks = subspace.report().tasks
+    rows = [
+        (task.name, drift(merge.drift[task.name]), drift(task.drift), drift(task.drift_bound))
+        for task in sorted(tasks, key=lambda task: task.name in merge.new_tasks)
+    ]
+    changed = f"{merge.changed_layers} of {len(merge.layers)} layers changed"
+    text = f"{args.folder}: added {names(merge.new_tasks)}, {changed}\n\n"
+    facts = {
+        "new_tasks": list(merge.new_tasks),
+        "changed_layers": merge.changed_layers,
+        "max_drift": merge.max_drift,
+        "tasks": [{**asdict(task), "drift_by_merge": merge.drift[task.name]} for task in tasks],
+    }
+    return Outcome(text + table(("task", "drift by this merge", "since learned", "bound"), rows), facts)
 
 
 def info(args: Namespace) -> Outcome:
@@ -73,38 +83,35 @@ def info(args: Namespace) -> Outcome:
 
 
 def audit(args: Namespace) -> Outcome:
+    progress = partial(tqdm, desc="Auditing", unit="layer", leave=False, disable=not args.progress)
     if len(args.places) == 1:
         state = _load(args.places[0][1], args).state
-        report = audit_layers(
-            state.layers,
-            {task: task_info.initialization for task, task_info in state.tasks.items()},
-            progress=lambda modules: _tracked(modules, args, "Auditing", "layer"),
-        )
-        return _audited(report, args.per_module)
+        # A task that was trained from the basis, or inside of it, is explained by it for that reason.
+        free = [task for task, known in state.tasks.items() if known.learned_by in ("adapter", "init")]
+        sketches = {task: sketch_of(state.tasks[task]) for task in free}
+        return _audited(audit_layers(state.layers, sketches, tasks=free, progress=progress), args.per_module)
     layers: dict[str, dict[str, LowRankUpdate]] = {}
-    for task, place in _tracked(_by_name(args.places).items(), args, "Reading adapters", "adapter"):
-        for module, update in read_lora(place, token=args.token).updates.items():
+    adapters = _by_name(args.places)
+    for task in tqdm(adapters, desc="Reading adapters", unit="adapter", leave=False, disable=not args.progress):
+        for module, update in read_lora(adapters[task], token=args.token).updates.items():
             layers.setdefault(module, {})[task] = update
-    report = audit_updates(
-        layers, args.num_components, progress=lambda modules: _tracked(modules, args, "Auditing", "layer")
-    )
-    return _audited(report, args.per_module)
+    return _audited(audit_updates(layers, args.num_components, progress=progress), args.per_module)
 
 
 def export(args: Namespace) -> Outcome:
     subspace = _load(args.place, args)
     folders = {task: args.out / task for task in subspace.tasks} if args.all else {args.task: args.out}
     for folder in folders.values():
-        _expect_no_tree(folder)
-    for task, folder in _tracked(folders.items(), args, "Exporting", "task"):
-        subspace.export_lora(task, folder)
+        _expect_no_adapter(folder)
+    for task in tqdm(folders, desc="Exporting", unit="task", leave=False, disable=not args.progress):
+        subspace.export_lora(task, folders[task])
     written = {task: str(folder) for task, folder in folders.items()}
     return Outcome(table(("task", "LoRA"), written.items()), {"exported": written})
 
 
 def push(args: Namespace) -> Outcome:
     subspace = SharedSubspace.from_pretrained(args.folder)
-    before, published = subspace.state, _published_tasks(args.repo_id, args.token)
+    ours, theirs = subspace.state, _tasks_of(args.repo_id, args.token)
     commit = subspace.push_to_hub(
         args.repo_id,
         commit_message=args.commit_message,
@@ -117,75 +124,49 @@ def push(args: Namespace) -> Outcome:
         card_template=args.card_template,
         max_attempts=args.max_attempts,
     )
-    now = subspace.state
-    updated = (now.lineage, now.default_task) != (before.lineage, before.default_task)
-    if updated:
+    if subspace.state.lineage != ours.lineage:
         subspace.save_pretrained(args.folder)
-    facts = {
-        "url": commit.pr_url or commit.commit_url,
-        "commit": commit.oid,
-        "new_tasks": [task for task in before.tasks if task not in published],
-        "tasks_of_others": [task for task in now.tasks if task not in before.tasks],
-        "removed_tasks": [task for task in before.tasks if task not in now.tasks],
-        "tasks": list(now.tasks),
-        "folder_updated": updated,
+    url = commit.pr_url or commit.commit_url
+    changes = {
+        "new_on_the_hub": _without(ours.tasks, theirs),
+        "new_in_the_folder": _without(subspace.tasks, ours.tasks),
+        "removed_from_the_folder": _without(ours.tasks, subspace.tasks),
     }
-    lines = [facts["url"], f"new there: {names(facts['new_tasks'])}"]
-    if updated:
-        lines.append(f"new in {args.folder}: {names(facts['tasks_of_others'])}")
-    if facts["removed_tasks"]:
-        lines.append(f"removed by others: {names(facts['removed_tasks'])}")
-    return Outcome("\n".join(lines), facts)
+    facts = {"url": url, "commit": commit.oid, "tasks": list(subspace.tasks), **changes}
+    return Outcome("\n".join([url, *_changed(changes)]), facts)
 
 
 def pull(args: Namespace) -> Outcome:
     exists = (args.folder / INDEX_FILE).exists()
-    if not exists:
-        _expect_no_tree(args.folder)
-    local = SharedSubspace.from_pretrained(args.folder) if exists else None
-    remote = _load(args.repo_id, args, revision=args.revision)
-    before = local.state if local is not None else None
-    if local is None:
-        local = remote
+    if exists:
+        subspace = SharedSubspace.from_pretrained(args.folder)
     else:
-        local.update_from(remote)
-    now, had = local.state, before.tasks if before is not None else ()
-    changed = before is None or now.lineage != before.lineage
-    if changed:
-        local.save_pretrained(args.folder)
-    facts = {
-        "folder": str(args.folder),
-        "changed": changed,
-        "new_tasks": [task for task in now.tasks if task not in had],
-        "removed_tasks": [task for task in had if task not in now.tasks],
-        "unpushed_tasks": [task for task in now.tasks if task not in remote.tasks],
-        "tasks": list(now.tasks),
+        _expect_no_adapter(args.folder)
+        subspace = SharedSubspace(SubspaceState(SubspaceSettings()))
+    ours, remote = subspace.state, _load(args.repo_id, args, revision=args.revision)
+    subspace.update_from(remote)
+    up_to_date = exists and subspace.state.lineage == ours.lineage
+    if not up_to_date:
+        subspace.save_pretrained(args.folder)
+    changes = {
+        "new_in_the_folder": _without(subspace.tasks, ours.tasks),
+        "removed_from_the_folder": _without(ours.tasks, subspace.tasks),
+        "not_on_the_hub": _without(subspace.tasks, remote.tasks),
     }
-    lines = [f"{args.folder}: {len(now.tasks)} tasks" + ("" if changed else ", up to date")]
-    for title in ("new", "removed", "unpushed"):
-        if tasks := facts[f"{title}_tasks"]:
-            lines.append(f"{title}: {names(tasks)}")
-    return Outcome("\n".join(lines), facts)
+    title = f"{args.folder}: {len(subspace.tasks)} tasks{', up to date' if up_to_date else ''}"
+    facts = {"folder": str(args.folder), "changed": not up_to_date, "tasks": list(subspace.tasks), **changes}
+    return Outcome("\n".join([title, *_changed(changes)]), facts)
 
 
 _COMMANDS = {"init": init, "add": add, "info": info, "audit": audit, "export": export, "push": push, "pull": pull}
-
-
-def _bars(args: Namespace) -> bool:
-    return not args.quiet and sys.stderr.isatty()
-
-
-def _tracked(items: Iterable[Any], args: Namespace, title: str, unit: str) -> Iterable[Any]:
-    return tqdm(items, desc=title, unit=unit, leave=False, disable=not _bars(args))
+_MEANS = ("average", "forgetting", "backward_transfer", "forward_transfer")
 
 
 def _by_name(located: Sequence[tuple[str, str]]) -> dict[str, str]:
     named: dict[str, str] = {}
     for name, place in located:
         if name in named:
-            raise ValueError(
-                f"{named[name]} and {place} are both called {name!r}, expected name=place for one of them"
-            )
+            raise ValueError(f"{named[name]} and {place} are both called {name!r}, expected name=place for one")
         named[name] = place
     return named
 
@@ -200,7 +181,7 @@ def _load(place: str, args: Namespace, *, revision: str | None = None) -> Shared
         raise ValueError(f"{place}: no such folder, and no repository that could be read{advice}") from error
 
 
-def _published_tasks(repo_id: str, token: str | None) -> tuple[str, ...]:
+def _tasks_of(repo_id: str, token: str | None) -> tuple[str, ...]:
     """The tasks of a repository; none where there is no subspace yet."""
     try:
         return RemoteTree.open(repo_id, token=token).index.tasks
@@ -208,90 +189,75 @@ def _published_tasks(repo_id: str, token: str | None) -> tuple[str, ...]:
         return ()
 
 
-def _expect_no_tree(folder: Path, advice: str = "choose another folder") -> None:
-    """Refuse to write over a subspace, or to turn the folder of an adapter into one."""
+def _expect_no_adapter(folder: Path, advice: str = "expected another folder") -> None:
+    """Refuse to write over a subspace, or into the folder of an adapter."""
     if (folder / INDEX_FILE).exists():
         raise ValueError(f"{folder} is a shared subspace already, {advice}")
     if (folder / CONFIG_NAME).exists():
-        raise ValueError(f"{folder} holds an adapter, expected a folder without one")
+        raise ValueError(f"{folder} holds an adapter, expected another folder")
+
+
+def _without(tasks: Collection[str], others: Collection[str]) -> list[str]:
+    return [task for task in tasks if task not in others]
+
+
+def _changed(changes: dict[str, list[str]]) -> list[str]:
+    return [f"{title.replace('_', ' ')}: {names(tasks)}" for title, tasks in changes.items() if tasks]
 
 
 def _described(subspace: SharedSubspace, place: str) -> Outcome:
-    state, report = subspace.state, subspace.report()
+    state, settings, report = subspace.state, subspace.settings, subspace.report()
     scores = {task: scores_of(state, task) for task in subspace.tasks}
-    stored = report.basis_bytes + sum(task.bytes for task in report.tasks)
-    smallest, largest = report.num_components
-    lines = [
-        f"{place}: {len(report.tasks)} tasks of {subspace.base_model_name_or_path or 'an unnamed model'}",
-        f"{report.modules} modules of {smallest if smallest == largest else f'{smallest} to {largest}'} directions "
-        f"(k = {subspace.settings.num_components}), rank p = {report.pseudo_rank}, basis {subspace.settings.basis}, "
-        f"explained variance {percent(report.explained_variance)}",
-        f"{size(report.basis_bytes)} of bases and {size(stored - report.basis_bytes)} of tasks, as LoRAs of rank p "
-        f"{size(report.lora_bytes)}",
-        "",
-    ]
-    header = ["task", "learned by", "size", "drift", "bound"]
     scored = any(learned is not None for _, learned, _ in scores.values())
-    if scored:
-        header += [" / ".join(dict.fromkeys(name for name, *_ in scores.values())), "now"]
+    header = ["task", "learned by", "size", "drift", "bound", *(("score", "learned", "now") if scored else ())]
     rows = []
     for task in report.tasks:
+        metric, *values = scores[task.name]
         row = [task.name, task.learned_by, size(task.bytes), drift(task.drift), drift(task.drift_bound)]
-        rows.append(row + [score(value) for value in scores[task.name][1:]] if scored else row)
-    lines.append(table(header, rows))
-    if means := {name: state.metrics[name] for name in _MEANS if state.metrics.get(name) is not None}:
-        lines += ["", ", ".join(f"{name.replace('_', ' ')} {score(value)}" for name, value in means.items())]
+        rows.append([*row, metric, *map(score, values)] if scored else row)
+    low, high = report.num_components
+    facts_of_layers = [
+        f"{report.modules} modules",
+        f"{high if low == high else f'{low} to {high}'} directions (k = {settings.num_components})",
+        f"rank p = {report.pseudo_rank}",
+        f"{settings.basis} basis",
+        f"explained variance {percent(report.explained_variance)}",
+    ]
+    stored = f"{size(report.basis_bytes)} of bases, {size(sum(task.bytes for task in report.tasks))} of tasks"
+    lines = [
+        f"{place}: {len(report.tasks)} tasks of {subspace.base_model_name_or_path or 'an unnamed model'}",
+        ", ".join(facts_of_layers),
+        f"{stored}; as LoRAs of rank p: {size(report.lora_bytes)}\n",
+        table(header, rows),
+    ]
+    means = {name: value for name, value in state.metrics.items() if name in _MEANS and value is not None}
+    if means:
+        lines.append("\n" + ", ".join(f"{name.replace('_', ' ')} {score(value)}" for name, value in means.items()))
     facts = {
         "base_model": subspace.base_model_name_or_path,
-        "settings": asdict(subspace.settings),
+        "settings": asdict(settings),
         **report.to_dict(),
         "scores": {
-            task: {"metric": name, "learned": learned, "now": now}
-            for task, (name, learned, now) in scores.items()
-            if learned is not None
+            task: dict(zip(("metric", "learned", "now"), known, strict=True)) for task, known in scores.items()
         },
-        **means,
+        "metrics": means,
     }
     return Outcome("\n".join(lines), facts)
-
-
-def _merged(subspace: SharedSubspace, merge: MergeReport, folder: Path) -> Outcome:
-    tasks = subspace.report().tasks
-    header = ("task", "by this merge", "since learned", "bound")
-    rows = [
-        (
-            f"{task.name} (new)" if task.name in merge.new_tasks else task.name,
-            drift(merge.drift[task.name]),
-            drift(task.drift),
-            drift(task.drift_bound),
-        )
-        for task in tasks
-    ]
-    title = f"{folder}: {names(merge.new_tasks)} merged, {merge.changed_layers} of {len(merge.layers)} layers changed."
-    facts = {
-        "new_tasks": list(merge.new_tasks),
-        "changed_layers": merge.changed_layers,
-        "layers": len(merge.layers),
-        "max_drift": merge.max_drift,
-        "tasks": [{**asdict(task), "drift_by_merge": merge.drift[task.name]} for task in tasks],
-    }
-    return Outcome(f"{title} Drift of the tasks:\n\n{table(header, rows)}", facts)
 
 
 def _audited(report: AuditReport, per_module: bool) -> Outcome:
     kinds: dict[str, list[ModuleAudit]] = {}
     for row in report.rows:
         kinds.setdefault(row.module if per_module else re.sub(r"\d+", "*", row.module), []).append(row)
-    sides = [side for side in ("joint", "outputs", "inputs") if getattr(report.observed, side) is not None]
-    header = ["module", "layers", "k", *(name for side in sides for name in (_SIDES[side], "chance"))]
+    sides = [side for side, value in vars(report.observed).items() if value is not None]
     rows = []
     for kind, members in kinds.items():
         part = replace(report, rows=tuple(members))
-        fractions = [getattr(means, side) for side in sides for means in (part.observed, part.null)]
-        largest = max(k for member in members for k in member.num_components)
-        rows.append([kind, str(len(members)), str(largest), *map(percent, fractions)])
-    groups = "; ".join(map(names, report.groups)) or "none known"
-    unknown = f"; not known: {names(report.ungrouped)}" if report.ungrouped else ""
-    first, second = report.sentences()
-    text = f"{table(header, rows)}\n\nGroups of one random A: {groups}{unknown}\n{first}\n{second}"
-    return Outcome(text, {**report.to_dict(), "sentences": [first, second]})
+        fractions = [percent(getattr(means, side)) for side in sides for means in (part.observed, part.null)]
+        k = max(k for member in members for k in member.num_components)
+        rows.append([kind, str(len(members)), str(k), *fractions])
+    header = ["module", "layers", "k", *(title for side in sides for title in (side, "chance"))]
+    groups = [*map(names, report.groups), *([f"not known: {names(report.ungrouped)}"] if report.ungrouped else [])]
+    by_seed = f"\nBy the random A they started from: {'; '.join(groups) or 'none'}"
+    text = "\n".join([table(header, rows), by_seed, *report.sentences()])
+    return Outcome(text, {**report.to_dict(), "sentences": list(report.sentences())})

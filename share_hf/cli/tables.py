@@ -6,29 +6,28 @@ from collections.abc import Iterable, Sequence
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Columns under their names, the first aligned to the left."""
+    """Columns under their names, the first to the left."""
     lines = [header, *rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    aligned = [[cell.rjust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
     return "\n".join(
-        "  ".join(
-            cell.rjust(width) if column else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
+        "  ".join([line[0].ljust(widths[0]), *cells[1:]]) for line, cells in zip(lines, aligned, strict=True)
     )
 
 
 def size(count: float) -> str:
-    """Bytes, with three digits."""
-    for unit in ("B", "kB", "MB"):
-        if count < 999.5:
-            return f"{count:.0f} {unit}" if unit == "B" or count >= 99.95 else f"{count:.3g} {unit}"
+    """Bytes, to three digits."""
+    if count < 1000:
+        return f"{count:.0f} B"
+    for unit in ("kB", "MB"):
         count /= 1000
-    return f"{count:.3g} GB"
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+    return f"{count / 1000:.3g} GB"
 
 
 def drift(value: float) -> str:
-    """A relative drift: 0 where it is rounding."""
+    """A relative drift; 0 where it is rounding."""
     return f"{value:.2g}" if value >= 1e-6 else "0"
 
 
@@ -41,4 +40,4 @@ def score(value: float | None) -> str:
 
 
 def names(tasks: Iterable[str]) -> str:
-    return ", ".join(tasks) or "none"
+    return ", ".join(tasks)

@@ -127,6 +127,10 @@ class ShareTrainer(Trainer):
         if self.share_config.task_type == TaskType.SEQ_CLS:
             kwargs.setdefault("compute_metrics", accuracy)
         super().__init__(model=peft_model, args=args, **kwargs)
+        if self.share_config.task_type == TaskType.SEQ_CLS:
+            # Classifiers take the keyword that tells the items of a whole step, but return the mean over their own
+            # batch: taken for a sum over all, it would count once for each process and accumulated batch.
+            self.model_accepts_loss_kwargs = False
         self._progress = StreamProgressCallback()
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)

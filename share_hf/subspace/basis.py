@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .factors import orienting_signs
 from .settings import SubspaceSettings
 from .stack import UpdateStack
 
@@ -46,6 +47,12 @@ class Directions:
     def keep(self, kept: int) -> Directions:
         """The same directions, cut elsewhere."""
         return Directions(self.vectors, self.spectrum, kept)
+
+    def oriented(self, coordinates: Tensor) -> Directions:
+        """The same directions with signs that the basis itself tells, ``coordinates (n, q) @ basis``."""
+        signs = torch.ones_like(self.spectrum)
+        signs[: self.kept] = orienting_signs(coordinates @ self.basis).squeeze(0)
+        return Directions(self.vectors * signs, self.spectrum, self.kept)
 
 
 def choose_directions(stack: UpdateStack, settings: SubspaceSettings, cap: int) -> tuple[Directions, Directions]:

@@ -90,7 +90,21 @@ def thin_svd_of_update(update: LowRankUpdate) -> CompactUpdate:
     left, singular_values, right_t = torch.linalg.svd(core_out @ core_in.T, full_matrices=False)
     noise = max(update.shape) * torch.finfo(torch.float64).eps * core_out.norm() * core_in.norm()
     rank = int((singular_values > noise).sum())
-    return CompactUpdate(basis_out @ left[:, :rank], singular_values[:rank], basis_in @ right_t[:rank].T)
+    left, right = basis_out @ left[:, :rank], basis_in @ right_t[:rank].T
+    signs = orienting_signs(left)
+    return CompactUpdate(left * signs, singular_values[:rank], right * signs)
+
+
+def orienting_signs(columns: Tensor) -> Tensor:
+    """Signs (..., 1, r) that make the largest entry of each column (..., n, r) positive.
+
+    A singular vector is only known up to its sign. Where random numbers meet a basis, as temporary factors do, the
+    sign must not hang on rounding, or runs that differ by rounding drift apart.
+    """
+    if not columns.shape[-2]:
+        return columns.new_ones(*columns.shape[:-2], 1, columns.shape[-1])
+    largest = columns.gather(-2, columns.abs().argmax(-2, keepdim=True))
+    return torch.where(largest < 0, -1.0, 1.0).to(columns.dtype)
 
 
 def truncated_balanced_factors(out_factor: Tensor, in_factor: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,11 +120,12 @@ def truncated_balanced_factors(out_factor: Tensor, in_factor: Tensor, rank: int)
     """
     left, singular_values, right_t = torch.linalg.svd(out_factor @ in_factor.mT, full_matrices=False)
     kept = singular_values[..., :rank]
-    root = kept.sqrt().unsqueeze(-2)
+    left, right = left[..., :rank], right_t[..., :rank, :].mT
+    root = kept.sqrt().unsqueeze(-2) * orienting_signs(left)
     padding = (0, rank - kept.shape[-1])
     return (
-        torch.nn.functional.pad(left[..., :rank] * root, padding),
-        torch.nn.functional.pad(right_t[..., :rank, :].mT * root, padding),
+        torch.nn.functional.pad(left * root, padding),
+        torch.nn.functional.pad(right * root, padding),
         singular_values[..., rank:].square().sum(-1).sqrt(),
     )
 

@@ -11,6 +11,11 @@ from .factors import LowRankUpdate, significant_weights, truncated_balanced_fact
 from .stack import TASKS_PER_CHUNK
 
 
+# Relative size under which a singular value of float32 coefficients may be what rounding made of zero.
+_ROUNDING_OF_COEFFICIENTS = 1e-6
+_SIZE_OF_EMPTY_COLUMNS = 0.2
+
+
 @dataclass(frozen=True)
 class TaskRecords:
     """What a layer remembers of its tasks beside their coefficients, each (tasks,) float64.
@@ -187,6 +192,10 @@ class LayerSubspace:
     def balanced(self, task: str) -> tuple[Tensor, Tensor]:
         """The task's coefficients rebalanced by the SVD of ``C = ε_out ε_in^T``: the same update, evenly split.
 
+        Where C has a smaller rank than p, what rounding left of the other columns is replaced by zeros on the output
+        side and the leading directions on the input side: as a LoRA's at its start, they can be trained, and from the
+        same place on every machine.
+
         Returns:
             (k_out, p) and (k_in, p) in the basis' dtype: where training on the coefficients starts from.
         """
@@ -196,6 +205,13 @@ class LayerSubspace:
             self.coefficients_in[i].double().contiguous(),
             self.pseudo_rank,
         )
+        sizes = out.square().sum(0)  # the singular values of C
+        empty = sizes <= _ROUNDING_OF_COEFFICIENTS * sizes.max()
+        leading = torch.eye(len(in_), self.pseudo_rank, dtype=in_.dtype, device=in_.device).roll(
+            int((~empty).sum()), 1
+        )
+        out = torch.where(empty, 0.0, out)
+        in_ = torch.where(empty, _SIZE_OF_EMPTY_COLUMNS * leading, in_)
         return out.to(self.basis_out.dtype), in_.to(self.basis_in.dtype)
 
     def to(self, device: torch.device | str) -> LayerSubspace:

@@ -304,6 +304,8 @@ def _with_new_basis(
     What is certified is what is written: the bounds include the rounding of basis and coefficients.
     """
     dtype = layer.basis_out.dtype
+    sides = (side.oriented(of) for side, of in zip((candidate.out, candidate.in_), coordinates, strict=True))
+    candidate = _Candidate(*sides, candidate.span_error)
     basis_out, slack_out = _rounded_basis(coordinates[0] @ candidate.out.basis, dtype)
     basis_in, slack_in = _rounded_basis(coordinates[1] @ candidate.in_.basis, dtype)
     moved = _move_old_tasks(stack, candidate)

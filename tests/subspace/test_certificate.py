@@ -33,7 +33,7 @@ def relative_change(before: Tensor, after: Tensor, learned: Tensor) -> float:
 
 def state_bytes(layer: LayerSubspace) -> bytes:
     """Every number of a layer, as bytes."""
-    tensors = [getattr(layer, field.name) for field in fields(layer) if field.name not in ("tasks", "records")]
+    tensors = [value for field in fields(layer) if isinstance(value := getattr(layer, field.name), Tensor)]
     tensors += [getattr(layer.records, field.name) for field in fields(layer.records)]
     return b"".join(tensor.contiguous().numpy().tobytes() for tensor in tensors)
 
