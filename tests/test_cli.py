@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -105,12 +106,11 @@ def share_json(share: Callable[..., Output]) -> Callable[..., Any]:
     return run
 
 
-def column(table: str, title: str) -> list[str]:
-    """Cells of a table in a text, of columns that have no spaces."""
-    lines = table.splitlines()
-    start = next(i for i, line in enumerate(lines) if title in line.split())
-    rows = [line.split() for line in lines[start:]]
-    return [row[rows[0].index(title)] for row in rows[1:] if len(row) == len(rows[0])]
+def column(text: str, title: str) -> list[str]:
+    """The cells under a title of the table in a text."""
+    lines = [re.split(r" {2,}", line) for line in text.splitlines()]
+    start = next(i for i, cells in enumerate(lines) if title in cells)
+    return [cells[lines[start].index(title)] for cells in lines[start + 1 :] if len(cells) == len(lines[start])]
 
 
 class TestInit:
@@ -196,8 +196,8 @@ class TestAdd:
         assert (code, err) == (0, "")
         assert SharedSubspace.from_pretrained("sub").tasks == ("mrpc", "sst2", "third", "cola")
         assert "added third, cola, 4 of 4 layers changed" in out
-        assert [line.split()[0] for line in out.splitlines()[3:]] == ["mrpc", "sst2", "third", "cola"]
-        assert column(out.replace("drift by this merge", "merge").replace("since learned", "since"), "merge")[0] != "0"
+        assert column(out, "task") == ["mrpc", "sst2", "third", "cola"]
+        assert all(float(drift) > 0 for drift in column(out, "drift by this merge"))
 
     def test_reports_what_the_library_reports(
         self, share_json: Callable[..., Any], here: Path, adapters: dict[str, str]
@@ -213,12 +213,22 @@ class TestAdd:
         self, share: Callable[..., Output], here: Path, adapters: dict[str, str]
     ) -> None:
         before = files_of(here)
-        for adapter, problem in ((adapters["mrpc"], "exists already"), ("missing/folder/rte", "no such folder")):
+        for adapter, problem in ((adapters["mrpc"], "exists already"), ("missing/folder/third", "no such folder")):
             code, out, err = share("add", "sub", adapters["rte"], adapter)
             assert (code, out) == (1, "")
             assert problem in err
             assert err.count("\n") == 1
             assert files_of(here) == before
+
+    def test_suggests_the_adapter_that_was_meant(
+        self, share: Callable[..., Output], here: Path, adapters: dict[str, str]
+    ) -> None:
+        (here / "adapters").symlink_to(Path(adapters["rte"]).parent)
+        for argv in (["add", "sub"], ["init", "new"], ["audit", "adapters/mrpc"]):
+            code, _, err = share(*argv, "adapters/rto", "second=adapters/sst2")
+            assert code == 1
+            assert err.startswith("error: adapters/rto: no such folder, and no repository that could be read")
+            assert err.endswith("did you mean adapters/rte?\n")
 
     def test_keeps_a_tolerance(self, share: Callable[..., Output], adapters: dict[str, str], tmp_path: Path) -> None:
         folder = str(tmp_path / "sub")
@@ -236,10 +246,8 @@ class TestInfo:
         code, out, err = share("info", "sub")
         assert (code, err) == (0, "")
         assert out.startswith("sub: 2 tasks of org/tiny\n4 modules, 6 directions (k = 6), rank p = 4, joint basis")
-        assert column(out.replace("learned by", "by").replace(" kB", "kB").replace(" B", "B"), "task") == [
-            "mrpc",
-            "sst2",
-        ]
+        assert column(out, "task") == ["mrpc", "sst2"]
+        assert column(out, "size") == ["768 B", "768 B"]
 
     def test_is_the_report_of_the_library(self, share_json: Callable[..., Any], here: Path) -> None:
         facts, report = share_json("info", "sub"), SharedSubspace.from_pretrained("sub").report().to_dict()
@@ -303,6 +311,16 @@ class TestAudit:
         _, by_module, _ = share("audit", "sub", "--per-module")
         assert column(by_kind, "layers") == ["2", "2"]
         assert column(by_module, "layers") == ["1"] * 4
+
+    def test_of_adapters_of_two_models_is_refused(
+        self, share: Callable[..., Output], adapters: dict[str, str], tmp_path: Path
+    ) -> None:
+        other = Path(shutil.copytree(adapters["sst2"], tmp_path / "other"))
+        edit_json(other / "adapter_config.json", lambda config: config.update(base_model_name_or_path="org/large"))
+        code, _, err = share("audit", adapters["mrpc"], str(other))
+        assert code == 1
+        assert "org/tiny" in err
+        assert "org/large" in err
 
     def test_of_one_adapter_says_what_is_missing(self, share: Callable[..., Output], adapters: dict[str, str]) -> None:
         code, _, err = share("audit", adapters["mrpc"])

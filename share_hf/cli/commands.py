@@ -6,7 +6,8 @@ import difflib
 import re
 import sys
 from argparse import Namespace
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -53,14 +54,17 @@ def init(args: Namespace) -> Outcome:
     _expect_no_adapter(args.folder, "add to it with `share-hf add`")
     settings = {field.name: getattr(args, field.name) for field in fields(SubspaceSettings)}
     adapters = _by_name(args.adapters)
-    subspace = SharedSubspace.from_adapters(adapters, **settings, token=args.token, progress=args.progress)
+    with _naming_what_is_missing(adapters.values(), CONFIG_NAME):
+        subspace = SharedSubspace.from_adapters(adapters, **settings, token=args.token, progress=args.progress)
     subspace.save_pretrained(args.folder)
     return _described(subspace, str(args.folder))
 
 
 def add(args: Namespace) -> Outcome:
     subspace = SharedSubspace.from_pretrained(args.folder)
-    merge = subspace.add_adapters(_by_name(args.adapters), token=args.token, progress=args.progress)
+    adapters = _by_name(args.adapters)
+    with _naming_what_is_missing(adapters.values(), CONFIG_NAME):
+        merge = subspace.add_adapters(adapters, token=args.token, progress=args.progress)
     subspace.save_pretrained(args.folder)
     tasks = subspace.report().tasks
     rows = [
@@ -90,11 +94,7 @@ def audit(args: Namespace) -> Outcome:
         free = [task for task, known in state.tasks.items() if known.learned_by in ("adapter", "init")]
         sketches = {task: sketch_of(state.tasks[task]) for task in free}
         return _audited(audit_layers(state.layers, sketches, tasks=free, progress=progress), args.per_module)
-    layers: dict[str, dict[str, LowRankUpdate]] = {}
-    adapters = _by_name(args.places)
-    for task in tqdm(adapters, desc="Reading adapters", unit="adapter", leave=False, disable=not args.progress):
-        for module, update in read_lora(adapters[task], token=args.token).updates.items():
-            layers.setdefault(module, {})[task] = update
+    layers = _updates_by_layer(_by_name(args.places), args)
     return _audited(audit_updates(layers, args.num_components, progress=progress), args.per_module)
 
 
@@ -172,13 +172,37 @@ def _by_name(located: Sequence[tuple[str, str]]) -> dict[str, str]:
 
 
 def _load(place: str, args: Namespace, *, revision: str | None = None) -> SharedSubspace:
-    try:
+    with _naming_what_is_missing([place], INDEX_FILE):
         return SharedSubspace.from_pretrained(place, revision=revision, token=args.token)
+
+
+def _updates_by_layer(adapters: dict[str, str], args: Namespace) -> dict[str, dict[str, LowRankUpdate]]:
+    layers: dict[str, dict[str, LowRankUpdate]] = {}
+    bases: dict[str, str] = {}
+    for task in tqdm(adapters, desc="Reading adapters", unit="adapter", leave=False, disable=not args.progress):
+        with _naming_what_is_missing([adapters[task]], CONFIG_NAME):
+            lora = read_lora(adapters[task], token=args.token)
+        bases.setdefault(lora.base_model_name_or_path or "", adapters[task])
+        for module, update in lora.updates.items():
+            layers.setdefault(module, {})[task] = update
+    bases.pop("", None)
+    if len(bases) > 1:
+        found = ", ".join(f"{place} to {base}" for base, place in bases.items())
+        raise ValueError(f"{found}: adapters of different base models, expected those of one")
+    return layers
+
+
+@contextmanager
+def _naming_what_is_missing(places: Iterable[str], file: str) -> Iterator[None]:
+    """Say which places are neither folders nor repositories, and which folder with such a file may have been meant."""
+    try:
+        yield
     except (RepositoryNotFoundError, LocalEntryNotFoundError, HFValidationError) as error:
-        subspaces = [str(path.parent) for path in Path(place).parent.glob(f"*/{INDEX_FILE}")]
-        near = difflib.get_close_matches(place, subspaces, n=1)
-        advice = f", did you mean {near[0]}?" if near else "; a private one needs --token or `hf auth login`"
-        raise ValueError(f"{place}: no such folder, and no repository that could be read{advice}") from error
+        missing = [place for place in places if not Path(place).is_dir()]
+        folders = {str(path.parent) for place in missing for path in Path(place).parent.glob(f"*/{file}")}
+        near = [match for place in missing for match in difflib.get_close_matches(place, folders, n=1)]
+        advice = f", did you mean {names(near)}?" if near else "; a private one needs --token or `hf auth login`"
+        raise ValueError(f"{names(missing)}: no such folder, and no repository that could be read{advice}") from error
 
 
 def _tasks_of(repo_id: str, token: str | None) -> tuple[str, ...]:

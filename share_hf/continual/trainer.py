@@ -30,6 +30,7 @@ from ..subspace import MergeReport
 from ..tuner import ShareConfig
 from ..tuner.state import load_bases, load_tasks, share_config_for
 from .arguments import Method, ShareTrainingArguments, training_facts
+from .distributed import ready_for_inference, release_engine, trained_parameters
 from .inputs import EVALUATION_SPLITS, TRAIN_SPLIT, TaskData, accuracy, config_for, split_data
 from .labels import LabelMask, count_labels, rule_out_labels
 from .phases import PLACEHOLDER, TrainingPhase, begin_phase, describe_task, take_coefficients, take_merged
@@ -277,6 +278,23 @@ class ShareTrainer(Trainer):
         except Exception as error:  # whatever ails the network, the stream goes on
             logger.warning("The subspace was not pushed (%s); the push after the next task catches up.", error)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """
+        Save the adapters of the model; in the checkpoint of a phase only the one that it trains.
+
+        Args:
+            output_dir (`str`, *optional*): Where; the trainer's own folder if not given.
+        """
+        folder = output_dir if output_dir is not None else self.args.output_dir
+        state_dict = trained_parameters(self.model) if _internal_call and self.deepspeed is not None else None
+        if self.args.should_save:
+            adapters = [self.model.active_adapter] if _internal_call else None
+            self.model.save_pretrained(folder, selected_adapters=adapters, state_dict=state_dict)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub()
+
     # ---- One task --------------------------------------------------------------------------------------------------
 
     def _learn(
@@ -331,6 +349,7 @@ class ShareTrainer(Trainer):
             if checkpoint is None and self.args.should_save:
                 shutil.rmtree(self.args.output_dir, ignore_errors=True)  # of an earlier try
             output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+        release_engine(self)
         # The Trainer begins a new history with every run; this is one stream.
         self.state.log_history = history + self.state.log_history
         self._stream_steps += output.global_step
@@ -368,9 +387,9 @@ class ShareTrainer(Trainer):
         if phase in ("coefficients", "finetune"):
             self._subspace_state = take_coefficients(self.model, state, name, info)
         else:
-            self._subspace_state, self._merge_report = take_merged(
-                self.model, state, name, info, progress=not self.args.disable_tqdm and self.is_world_process_zero()
-            )
+            progress = not self.args.disable_tqdm and self.is_world_process_zero()
+            merged = take_merged(self.model, state, name, info, progress=progress)
+            self._subspace_state, self._merge_report = merged
             self._log_merge(self._merge_report)
         if self._subspace_state.base_model_name_or_path is None:
             base = getattr(self.model.get_base_model(), "name_or_path", None) or None
@@ -403,7 +422,7 @@ class ShareTrainer(Trainer):
         active = self.model.active_adapter
         self.model.set_adapter(adapter or task)
         try:
-            with self._label_mask.of_task(task):
+            with self._label_mask.of_task(task), ready_for_inference(self):
                 if self._task_scorer is not None:
                     return self._task_scorer(self.model, task, data)
                 prefix = f"eval_{task}"

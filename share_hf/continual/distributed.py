@@ -1,0 +1,95 @@
+"""Several processes: parameters that are partitioned while a phase trains, and results that all processes share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TypeVar
+
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.integrations.deepspeed import deepspeed_init, is_deepspeed_zero3_enabled
+
+from ..tuner.model import ShareModel
+
+
+Value = TypeVar("Value")
+
+
+def from_first_process(value: Value) -> Value:
+    """What the first process has, on every process: what each computes for itself may differ by rounding."""
+    return broadcast_object_list([value])[0]
+
+
+def release_engine(trainer: Trainer) -> None:
+    """Take the engine of a phase off the model, so that adapters are whole and float32, and can come and go.
+
+    DeepSpeed casts the whole model to its precision and keeps what is trained in float32 in its optimizer. Its ZeRO-3
+    also partitions every parameter and hooks into every module: the base model's parameters stay partitioned, those of
+    adapters, which are small, become plain ones on every process.
+    """
+    if trainer.deepspeed is not None:
+        _take_off(trainer, trained_parameters(trainer.model))
+
+
+def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Whole float32 values of what an engine trains, by name, on the CPU of every process."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    values = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            value = safe_get_full_fp32_param(parameter)
+            values[name] = (parameter.data if value is None else value).detach().float().cpu().clone()
+    return values
+
+
+@contextmanager
+def ready_for_inference(trainer: Trainer) -> Iterator[None]:
+    """The model can be run inside of it: with ZeRO-3, an engine gathers its parameters where they are used."""
+    if is_deepspeed_zero3_enabled():
+        deepspeed_init(trainer, num_training_steps=0, inference=True)
+        trainer.deepspeed = trainer.model_wrapped = trainer.accelerator.prepare(trainer.model)
+        try:
+            yield
+        finally:
+            _take_off(trainer, {})
+        return
+    # Other stages keep parameters whole. The Trainer would look for an engine where none has been trained yet.
+    enabled, trainer.is_deepspeed_enabled = trainer.is_deepspeed_enabled, False
+    try:
+        yield
+    finally:
+        trainer.is_deepspeed_enabled = enabled
+
+
+def _take_off(trainer: Trainer, trained: Mapping[str, Tensor]) -> None:
+    if is_deepspeed_zero3_enabled():
+        trainer.accelerator.free_memory()
+        trainer.deepspeed = None
+        for module in trainer.model.modules():
+            # Functions that an engine ties to a module: a copy of it, such as a new task's head, would call these.
+            for name in ("pre_bwd_fn", "post_bwd_fn"):
+                vars(module).pop(name, None)
+    trainer.model_wrapped = trainer.model
+    _make_adapters_whole(trainer.model, trained)
+
+
+def _make_adapters_whole(model: nn.Module, trained: Mapping[str, Tensor]) -> None:
+    import deepspeed
+
+    adapters = [
+        (module, name, f"{path}.{name}", parameter)
+        for path, module in model.named_modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if f".{ShareModel.prefix}" in path or ".modules_to_save." in path
+    ]
+    partitioned = [parameter for *_, parameter in adapters if hasattr(parameter, "ds_id")]
+    with deepspeed.zero.GatheredParameters(partitioned):
+        whole = [
+            (trained[path].to(parameter.device) if path in trained else parameter.data.float()).clone()
+            for _, _, path, parameter in adapters
+        ]
+    for (module, name, _, parameter), value in zip(adapters, whole, strict=True):
+        setattr(module, name, nn.Parameter(value, requires_grad=parameter.requires_grad))
