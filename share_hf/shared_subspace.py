@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import CommitInfo
 from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import _get_in_out_features
+from peft.utils import CONFIG_NAME
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
@@ -18,7 +19,8 @@ from transformers.utils import logging
 from .hub.adapters import LoraAdapter, read_lora, write_lora
 from .hub.card import CardOptions
 from .hub.files import replacing_folder
-from .hub.names import check_task_name
+from .hub.index import INDEX_FILE
+from .hub.names import check_task_name, listing
 from .hub.push import PushOptions, push_state
 from .hub.reconcile import reconcile, without_task
 from .hub.remote import RemoteTree, is_local
@@ -102,12 +104,14 @@ class SharedSubspace:
     def __init__(self, state: SubspaceState, *, rest: RemoteTree | None = None) -> None:
         self._held = state
         self._rest = rest
+        self._card = CardOptions()
 
     @property
     def state(self) -> SubspaceState:
         """Everything the subspace holds, as an immutable value; what was left in its repository is downloaded."""
         if self._rest is not None:
             self._rest.fetch()
+            self._card = replace(self._card, existing=self._rest.card)
             self._held, self._rest = read_tree(self._rest.folder), None
         return self._held
 
@@ -240,6 +244,8 @@ class SharedSubspace:
             folder (`str`): Where to write `adapter_config.json` and `adapter_model.safetensors`.
         """
         self._check_known(task)
+        if Path(folder, INDEX_FILE).is_file():
+            raise ValueError(f"{folder}: holds a subspace or a model's checkpoint, expected another folder")
         with replacing_folder(Path(folder), ("adapter_config.json", "adapter_model.safetensors")) as scratch:
             write_lora(scratch, lora_of(self._holding([task]), task), self.settings.pseudo_rank)
 
@@ -301,8 +307,10 @@ class SharedSubspace:
             folder (`str`): Where to write; other files in it stay.
             card_template (`str`, *optional*): A Jinja template of your own for the model card.
         """
+        if Path(folder, CONFIG_NAME).is_file() and not Path(folder, INDEX_FILE).is_file():
+            raise ValueError(f"{folder}: holds an adapter that is no shared subspace, expected another folder")
         template = None if card_template is None else Path(card_template)
-        write_tree(self.state, Path(folder), card=CardOptions(template=template))
+        write_tree(self.state, Path(folder), card=replace(self._card, template=template))
 
     def push_to_hub(
         self,
@@ -359,6 +367,7 @@ class SharedSubspace:
             max_attempts=max_attempts,
         )
         self._held, commit = push_state(self.state, repo_id, token=token, options=options)
+        self._card = replace(self._card, repo_id=repo_id)
         return commit
 
     @classmethod
@@ -401,7 +410,9 @@ class SharedSubspace:
         )
         tasks = [revision] if revision in tree.index.tasks else None
         tree.fetch(tasks)
-        return cls(read_tree(tree.folder, tasks), rest=None if tasks is None else tree)
+        subspace = cls(read_tree(tree.folder, tasks), rest=None if tasks is None else tree)
+        subspace._card = CardOptions(repo_id=tree.repo_id, existing=tree.card)
+        return subspace
 
     def __repr__(self) -> str:
         k, p = self.settings.num_components, self.settings.pseudo_rank
@@ -416,7 +427,7 @@ class SharedSubspace:
 
     def _check_known(self, task: str) -> None:
         if task not in self.tasks:
-            raise ValueError(f"no task {task!r} in the subspace, it has {list(self.tasks)}")
+            raise ValueError(f"no task {task!r} in the subspace, it has {listing(self.tasks)}")
 
     def _common_base(self, loras: Mapping[str, LoraAdapter]) -> str | None:
         """The base model of the subspace and of adapters to add; one that does not name its own fits any."""

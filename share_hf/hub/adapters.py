@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
@@ -141,7 +142,14 @@ def _resolve(location: str | Path, name: str, **download_options: Any) -> Path:
         return path
     if isinstance(location, Path) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", location):
         raise ValueError(f"{location}: no such folder")
-    return Path(hf_hub_download(location, name, **download_options))
+    try:
+        return Path(hf_hub_download(location, name, **download_options))
+    except LocalEntryNotFoundError as error:
+        raise LocalEntryNotFoundError(
+            f"{location}: no such folder, and no repository in the cache or reach"
+        ) from error
+    except EntryNotFoundError as error:
+        raise ValueError(f"{location}: no {name} in this repository, expected a PEFT adapter") from error
 
 
 def _check_plain_lora(path: Path, config: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ _AUTO_CLASSES = {
     "FEATURE_EXTRACTION": ("AutoPeftModelForFeatureExtraction", "AutoModel"),
 }
 
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 GENERATED_BEGIN = "<!-- share_hf: generated from here; what stands outside is kept when the card is written again -->"
 GENERATED_END = "<!-- share_hf: generated to here -->"
@@ -138,7 +141,7 @@ def _card_data(state: SubspaceState) -> ModelCardData:
             )
     base = state.base_model_name_or_path
     return ModelCardData(
-        base_model=base if base and not Path(base).is_absolute() else None,
+        base_model=base if base and _HUB_ID.fullmatch(base) and not Path(base).exists() else None,
         library_name="peft",
         tags=["share", "lora", "continual-learning", "base_model:adapter"],
         datasets=list(dict.fromkeys(info.dataset for info in state.tasks.values() if info.dataset)) or None,

@@ -38,3 +38,9 @@ def check_task_name(name: str, taken: Iterable[str] = ()) -> None:
             raise ValueError(f"task {name!r} exists already, expected a new name")
         if other.lower() == name.lower():
             raise ValueError(f"task name {name!r} equals {other!r} but for case, which some file systems cannot tell")
+
+
+def listing(names: Iterable[str], limit: int = 20) -> str:
+    """Names for a message, not more than a person reads."""
+    names = list(names)
+    return str(names) if len(names) <= limit else f"{names[:limit]} and {len(names) - limit} more"

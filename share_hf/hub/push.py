@@ -109,6 +109,8 @@ def push_state(
     for attempt in range(options.max_attempts):
         head = _head_of(api, repo_id, "main")
         merged = _with_pushed(state, head, repo_id, token)
+        if options.default_task is not None:
+            merged = replace(merged, default_task=options.default_task)
         try:
             return merged, _push_once(api, repo_id, merged, head, options)
         except HfHubHTTPError as error:
@@ -140,8 +142,6 @@ def _push_once(api: HfApi, repo_id: str, state: SubspaceState, head: _Head, opti
     branches = {ref.name: ref.target_commit for ref in refs.branches}
     tags = {ref.name: ref.target_commit for ref in refs.tags}
     _check_refs(api, repo_id, state, head, branches, tags)
-    if options.default_task is not None:
-        state = replace(state, default_task=options.default_task)
     drifts = {task: rounded(state.drift_of(task)) for task in state.tasks}
     written = head.tree.branches if head.tree is not None else {}
     outdated = [

@@ -25,7 +25,8 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from .basis_file import SUBSPACE_FILE
 from .files import MAX_JSON_BYTES
 from .index import INDEX_FILE, TreeIndex, read_index
-from .tree import METRICS_FILE, expect_tree, task_folder
+from .names import listing
+from .tree import CARD_FILE, METRICS_FILE, expect_tree, task_folder
 
 
 # Names and rank-1 tensors of a safetensors file, over what its matrices take.
@@ -95,7 +96,7 @@ class RemoteTree:
         return cls(repo_id, path.parent.name, path.parent, index, options)
 
     def fetch(self, tasks: Collection[str] | None = None) -> None:
-        """Download the bases and these tasks, or all of them and the metrics of the stream.
+        """Download the bases and these tasks, or all of them, the metrics of the stream and the card.
 
         Raises:
             ValueError: If a file is missing, or far larger than it should be; nothing was downloaded then.
@@ -103,6 +104,8 @@ class RemoteTree:
         files = [SUBSPACE_FILE]
         if tasks is None:
             files.append(METRICS_FILE)
+            with suppress(EntryNotFoundError):  # which also says that it is not in the cache
+                hf_hub_download(self.repo_id, CARD_FILE, revision=self.commit, **self.download_options)
         for task in self.index.tasks if tasks is None else tasks:
             names = (CONFIG_NAME, METRICS_FILE, SAFETENSORS_WEIGHTS_NAME)
             files += [f"{task_folder(task)}/{name}" for name in names]
@@ -121,6 +124,12 @@ class RemoteTree:
             raise LocalEntryNotFoundError(
                 f"{self.repo_id}: {missing[0]} is not in the cache, and the hub is offline or cannot be reached"
             ) from error
+
+    @property
+    def card(self) -> str | None:
+        """The model card, None where there is none or it was not downloaded."""
+        path = self.folder / CARD_FILE
+        return path.read_text(encoding="utf-8") if path.is_file() else None
 
     def _check_sizes(self, files: Collection[str]) -> None:
         """Refuse, before anything is downloaded, what cannot be what it is called."""
@@ -153,8 +162,8 @@ def _unknown_revision(repo_id: str, revision: str | None, options: Mapping[str, 
     names = {name.casefold(): name for name in known}
     near = [names[name] for name in difflib.get_close_matches((revision or "").casefold(), names, n=3, cutoff=0.5)]
     if near:
-        return f"{message}, did you mean {' or '.join(repr(name) for name in near)}? It has the tasks {tasks}"
-    return f"{message}, expected one of its tasks {tasks} or of its revisions {known}"
+        return f"{message}, did you mean {' or '.join(repr(name) for name in near)}? It has the tasks {listing(tasks)}"
+    return f"{message}, expected one of its tasks {listing(tasks)} or of its revisions {listing(known)}"
 
 
 def _revisions(repo_id: str, options: Mapping[str, Any]) -> tuple[list[str], list[str]]:

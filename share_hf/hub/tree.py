@@ -87,7 +87,7 @@ def write_tree(
         draft: Whether to leave out the figures and the audit, which take longer than all the rest of a small tree.
     """
     card = card or CardOptions()
-    if card.existing is None and (folder / CARD_FILE).is_file():
+    if (folder / CARD_FILE).is_file() and (card.existing is None or (folder / INDEX_FILE).is_file()):
         card = replace(card, existing=(folder / CARD_FILE).read_text(encoding="utf-8"))
     if draft:
         card = replace(card, audit=())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -15,7 +16,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftModel
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
@@ -64,9 +65,7 @@ class Victim:
         self.model = model
         self.repository = hub.server.create_repo(REPO)
         self.good = self.repository.write(files_of(good), title="Good").oid
-        loaded = PeftModel.from_pretrained(model, good, subfolder=OF_TASK)
-        self.expected = logits(loaded)
-        loaded.unload()
+        self.expected = logits(PeftModel.from_pretrained(copy.deepcopy(pristine), good, subfolder=OF_TASK))
 
     def finds(self, tree: Path) -> None:
         """Publish a tree, on main and on the branch of a task."""
@@ -104,12 +103,12 @@ class Victim:
         return str(caught.value)
 
     def loads_what_is_good(self, loader: Loader) -> None:
+        """Assert that a good revision loads, which puts it into the model."""
         loaded = self.loads(loader, self.good)
         if loader != "peft":
             assert loaded.tasks == ("mrpc", "sst2")
             loaded = loaded.apply(self.model, ["mrpc"])
         assert torch.equal(logits(loaded), self.expected)
-        loaded.unload()
 
     def own_files(self) -> dict[str, bytes | None]:
         """Everything around the cache and not in it, and nothing that has been written to in the meantime."""
@@ -214,7 +213,7 @@ def test_names_of_tasks_are_checked_before_they_become_paths(
 @every_loader
 def test_paths_in_the_checksums_are_not_followed(loader: Loader, victim: Victim, tree: Path) -> None:
     outside = ["../../../escaped", "/etc/hostname", "tasks/../../escaped", "README.md"]
-    edit_index(tree, lambda index: index["sha256"].update({name: "0" * 64 for name in outside}))
+    edit_index(tree, lambda index: index["sha256"].update(dict.fromkeys(outside, "0" * 64)))
     victim.finds(tree)
     before = victim.own_files()
     victim.loads(loader)
@@ -443,7 +442,7 @@ def test_huge_json_is_refused_before_it_is_downloaded(name: str, loader: Loader,
     _sign(tree, name)
     victim.finds(tree)
     size = (tree / name).stat().st_size
-    victim.is_refused(loader, f"{name} has {size} bytes, expected at most {MAX_JSON_BYTES}")
+    victim.is_refused(loader, f"{name}.* {size} bytes, expected at most {MAX_JSON_BYTES}")
     # The good revision, which was loaded last, has a small file of this name.
     assert victim.downloaded(name) < MAX_JSON_BYTES // 64
 
@@ -482,7 +481,7 @@ def test_a_truncated_download_is_nothing_in_the_cache_and_can_be_tried_again(
     victim.finds(tree)
     hostile = victim.repository.commit_at("main").oid
     victim.hub.server.faults.add(is_download_of(name), DropDownload(50), times=math.inf)
-    with pytest.raises((OSError, HfHubHTTPError)):
+    with pytest.raises(Exception, match=r"closed connection|not in the cache|Consistency check"):
         victim.loads(loader)
     assert untouched(victim.model, victim.pristine)
     assert not [path for path in victim.hub.cache.rglob(f"snapshots/{hostile}/{name}") if path.exists()]
@@ -504,7 +503,7 @@ def test_a_task_that_is_listed_but_absent_is_refused(
     for name in missing:
         (tree / OF_TASK / name).unlink()
     victim.finds(tree)
-    told = victim.is_refused(loader, "|".join(missing))
+    told = victim.is_refused(loader, "|".join(missing), errors=(ValueError, EntryNotFoundError))
     assert REPO in told
 
 
@@ -569,7 +568,11 @@ def test_a_tree_of_a_newer_format_is_refused_with_what_to_do(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (in_index(lambda index: index.update(kind="checkpoint")), "the checkpoint of a PeftModel, expected a tree"),
+        pytest.param(
+            in_index(lambda index: index.update(kind="checkpoint")),
+            "the checkpoint of a PeftModel, expected a tree",
+            id="checkpoint",
+        ),
         (in_index(lambda index: index["sha256"].pop(BASIS)), f"{INDEX}: sha256 has no entry for '{BASIS}'"),
         (in_index(lambda index: index["sha256"].clear()), f"{INDEX}: sha256 has no entry for"),
         (lambda tree: (tree / BASIS).unlink(), BASIS),

@@ -275,8 +275,8 @@ def hundred(tmp_path: Path) -> tuple[SharedSubspace, Path]:
     return SharedSubspace(state), base
 
 
-def test_one_task_out_of_a_hundred_downloads_little_more_than_the_subspace(
-    hub: Hub, hundred: tuple[SharedSubspace, Path]
+def test_one_task_out_of_a_hundred_costs_little_more_than_itself(
+    hub: Hub, hundred: tuple[SharedSubspace, Path], tmp_path: Path
 ) -> None:
     subspace, base = hundred
     subspace.push_to_hub(REPO)
@@ -294,12 +294,6 @@ def test_one_task_out_of_a_hundred_downloads_little_more_than_the_subspace(
         print(f"{hub.server.bytes_sent()} bytes downloaded, {100 * more:.2f} % more than the subspace of {basis}")
         assert more < 0.03
 
-
-def test_the_101st_task_uploads_its_coefficients_its_root_adapter_and_little_more(
-    hub: Hub, hundred: tuple[SharedSubspace, Path], tmp_path: Path
-) -> None:
-    subspace, _ = hundred
-    subspace.push_to_hub(REPO)
     repository = hub.repository(REPO)
     assert len(repository.branches) == TASKS + 1
     subspace.export_lora("task007", tmp_path / "lora")
@@ -318,3 +312,27 @@ def test_the_101st_task_uploads_its_coefficients_its_root_adapter_and_little_mor
     more = hub.server.bytes_received() - owed - aside
     print(f"{hub.server.bytes_received()} bytes uploaded, {more} beside coefficients, root adapter, card and figures")
     assert more <= 64 * 1024
+
+
+def test_a_subspace_saved_from_a_repository_keeps_its_card(
+    hub: Hub, published: SharedSubspace, tmp_path: Path
+) -> None:
+    card = hub.repository(REPO).commit_at("main").files["README.md"].content.decode()
+    hub.repository(REPO).write({"README.md": f"{card}\n\nMine.\n".encode()})
+    subspace = SharedSubspace.from_pretrained(REPO)
+    subspace.save_pretrained(tmp_path / "tree")
+    subspace.save_pretrained(tmp_path / "tree")
+    text = (tmp_path / "tree" / "README.md").read_text()
+    assert text.count("Mine.") == 1 and text.count("## Tasks") == 1
+
+
+def test_nothing_is_written_over_the_folder_of_something_else(
+    published: SharedSubspace, base: Path, tmp_path: Path
+) -> None:
+    published.save_pretrained(tmp_path / "tree")
+    published.export_lora("mrpc", tmp_path / "lora")
+    with pytest.raises(ValueError, match="tree: holds a subspace or a model's checkpoint, expected another folder"):
+        published.export_lora("mrpc", tmp_path / "tree")
+    with pytest.raises(ValueError, match="lora: holds an adapter that is no shared subspace, expected another folder"):
+        published.save_pretrained(tmp_path / "lora")
+    assert SharedSubspace.from_pretrained(tmp_path / "tree").tasks == published.tasks
