@@ -852,13 +852,17 @@ def _task_with_weights_of_the_model(tree: Tree) -> None:
     tree[TASK_WEIGHTS] = safetensors.torch.save(tensors)
 
 
-@pytest.mark.parametrize("change", [*FOUND, _task_with_weights_of_the_model], ids=lambda change: repr(change)[:100])
+def _name(change: Mutation) -> str:
+    return getattr(change, "__name__", repr(change)[:100])
+
+
+@pytest.mark.parametrize("change", [*FOUND, _task_with_weights_of_the_model], ids=_name)
 def test_what_fuzzing_found_is_a_subspace_or_is_refused(change: Mutation, sandbox: Sandbox) -> None:
     check_what_was_not_signed(sandbox, [change])
     check_what_was_signed(sandbox, [change])
 
 
-@pytest.mark.parametrize("change", FOUND, ids=lambda change: repr(change)[:100])
+@pytest.mark.parametrize("change", FOUND, ids=_name)
 def test_what_fuzzing_found_does_not_touch_a_model_of_peft(change: Mutation, sandbox: Sandbox) -> None:
     check_peft(sandbox, [change], signed=False)
     check_peft(sandbox, [change], signed=True)

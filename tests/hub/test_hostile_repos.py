@@ -212,7 +212,7 @@ def test_names_of_tasks_are_checked_before_they_become_paths(
 
 @every_loader
 def test_paths_in_the_checksums_are_not_followed(loader: Loader, victim: Victim, tree: Path) -> None:
-    outside = ["../../../escaped", "/etc/hostname", "tasks/../../escaped", "README.md"]
+    outside = ["../../../escaped", "/etc/hostname", "tasks/../../escaped"]
     edit_index(tree, lambda index: index["sha256"].update(dict.fromkeys(outside, "0" * 64)))
     victim.finds(tree)
     before = victim.own_files()
