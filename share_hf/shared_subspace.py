@@ -27,6 +27,7 @@ from .hub.remote import RemoteTree, is_local
 from .hub.state import SubspaceState, TaskInfo, initialization_of, merge_tasks
 from .hub.tree import lora_of, read_tree, write_tree
 from .subspace import BasisKind, MergeReport, SubspaceSettings
+from .tuner.head import check_saved_modules
 from .tuner.state import load_tasks, missing_labels, share_config_for
 
 
@@ -470,6 +471,8 @@ def _check_fits(model: nn.Module, state: SubspaceState, tasks: Sequence[str]) ->
                     f"{module!r} has shape {(out_features, in_features)}, the subspace expects {layer.shape}"
                 )
         head = state.tasks[task].head
+        saved = state.tasks[task].target.get("modules_to_save", []) if head else []
+        check_saved_modules(model, saved, head, state.layers_of(task))
         for name, stored in head.items():
             missing_labels(task, name, stored, shapes.get(name), head)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -11,8 +12,13 @@ from ..hub.names import check_task_name
 from ..hub.state import SubspaceState
 from ..shared_subspace import SharedSubspace
 from ..subspace import MergeReport
-from ..tuner.state import is_share_model, state_of
+from ..tuner.model import share_layers
+from ..tuner.state import is_share_model, load_tasks, state_of
 from .phases import begin_phase, describe_task, take_merged
+
+
+# What `trl.DPOTrainer` calls its copy of the adapter that it starts from.
+REFERENCE = "ref"
 
 
 class ShareCallback(TrainerCallback):
@@ -22,6 +28,12 @@ class ShareCallback(TrainerCallback):
     Pass it in `callbacks=[...]`: the task is set up when the Trainer is made, before the optimizer exists, and merged
     when training ends. A model with a subspace is adapted (Sec. 3.2.2); one without trains the first task as a LoRA
     and starts the subspace from it.
+
+    It works in `trl.SFTTrainer` as it is, on quantized models too: TRL rounds the adapters it is given to bfloat16
+    there, but the new task is added after that in float32, and the tasks of `subspace` are put back as they were.
+    `trl.DPOTrainer` takes the base model and `peft_config=ShareConfig(...)` for the first task. For a later one it
+    wants an adapter named `default` in the model that has the others: `model.add_adapter("default", ShareConfig(...))`.
+    Its reference is the base model either way.
 
     Args:
         task (`str`):
@@ -64,10 +76,19 @@ class ShareCallback(TrainerCallback):
             )
         known: SubspaceState = self.subspace.state if self.subspace is not None else state_of(model)
         check_task_name(self.task, known.tasks)
+        rounded = _rounded_tasks(model, known)
+        if rounded and self.subspace is None:
+            raise ValueError(
+                f"the coefficients of {rounded} were rounded before ShareCallback saw them, expected float32: SFTTrainer "
+                "does that on quantized models; apply the subspace to the model again, and pass it: "
+                f"ShareCallback({self.task!r}, subspace)"
+            )
         self.subspace = SharedSubspace(known)
         config = model.peft_config[model.active_adapter]
         self._phase = "adapt" if known.tasks else "init"
         begin_phase(model, known, self.task, self._phase, config)
+        if rounded:
+            _put_back(model, known, rounded)
         self._entered = True
 
     def on_train_begin(
@@ -89,6 +110,34 @@ class ShareCallback(TrainerCallback):
         model: PeftModel | None = None,
         **kwargs: Any,
     ) -> None:
+        if REFERENCE in model.peft_config:
+            # It is no task, and has no coefficients in the basis that the merge makes.
+            model.delete_adapter(REFERENCE)
+            model.set_adapter(self.task)
         info = describe_task(model, self.task, self._phase)
         merged, self.report = take_merged(model, self.subspace.state, self.task, info)
         self.subspace = SharedSubspace(merged)
+
+
+def _rounded_tasks(model: PeftModel, state: SubspaceState) -> list[str]:
+    """Tasks whose coefficients in the model are no longer in float32."""
+    layers = share_layers(model).values()
+    return [
+        task
+        for task in state.tasks
+        if any(
+            task in parameters and parameters[task].dtype != torch.float32
+            for layer in layers
+            for parameters in (layer.share_coefficients_out, layer.share_coefficients_in)
+        )
+    ]
+
+
+def _put_back(model: PeftModel, state: SubspaceState, tasks: list[str]) -> None:
+    """Give rounded tasks of the model their coefficients of the subspace, in float32."""
+    for layer in share_layers(model).values():
+        for parameters in (layer.share_coefficients_out, layer.share_coefficients_in):
+            for task in tasks:
+                if task in parameters:
+                    parameters[task].data = parameters[task].data.float()
+    load_tasks(model, state, tasks)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from peft import LoraConfig
+from peft import LoraConfig, TaskType
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 from torch import Tensor
@@ -100,6 +100,48 @@ def read_lora(
         target={name: config.get(name) for name in TARGET_FIELDS},
         base_model_name_or_path=config.get("base_model_name_or_path"),
     )
+
+
+def read_target(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a configuration that say which modules it targets, those that are given.
+
+    Raises:
+        ValueError: If one is not of a type that PEFT takes.
+    """
+    target = {name: config[name] for name in TARGET_FIELDS if config.get(name) is not None}
+    for name, value in target.items():
+        texts = isinstance(value, list) and all(isinstance(entry, str) for entry in value)
+        whole_numbers = all(type(entry) is int for entry in (value if isinstance(value, list) else [value]))
+        usable = {
+            "modules_to_save": texts,
+            "layers_to_transform": whole_numbers,
+            "fan_in_fan_out": isinstance(value, bool),
+            "task_type": value in list(TaskType),
+        }.get(name, texts or isinstance(value, str))
+        if not usable:
+            raise ValueError(f"{path}: {name} is {value!r}, which no PEFT configuration has there")
+        if isinstance(value, str):
+            _check_pattern(path, name, value)
+    return target
+
+
+def check_head_names(path: Path, names: Iterable[str], saved: Iterable[str]) -> None:
+    """Refuse weights that belong to no module that the adapter says it saves: a loader would put them into the base.
+
+    Raises:
+        ValueError: Naming the first.
+    """
+    saved = list(saved)
+    for name in names:
+        if not any(f".{module}." in f".{name}" for module in saved):
+            raise ValueError(f"{path}: {name!r} is unexpected, expected coefficients and modules_to_save = {saved}")
+
+
+def _check_pattern(path: Path, name: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"{path}: {name} is {pattern!r}, which is no regular expression ({error})") from error
 
 
 def write_lora(folder: Path, adapter: LoraAdapter, rank: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -21,6 +22,18 @@ from torch import Tensor
 
 MAX_JSON_BYTES = 64 * 2**20
 
+# What coefficients, bases, LoRA factors and heads may be stored as.
+_DTYPES = {
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.uint8,
+    torch.bool,
+}
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
@@ -33,12 +46,29 @@ def read_json(path: Path) -> dict[str, Any]:
     if (size := path.stat().st_size) > MAX_JSON_BYTES:
         raise ValueError(f"{path}: {size} bytes, expected at most {MAX_JSON_BYTES}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(
+            path.read_text(encoding="utf-8"), parse_constant=_refuse, parse_float=_finite, parse_int=_short
+        )
+        json.dumps(
+            content, ensure_ascii=False
+        ).encode()  # refuses half a surrogate pair, which cannot be written again
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, expected a JSON object")
     return content
+
+
+def _refuse(literal: str) -> float:
+    raise ValueError(f"{literal} is no number of JSON")
+
+
+def _finite(literal: str) -> float:
+    return number if math.isfinite(number := float(literal)) else _refuse(literal)
+
+
+def _short(literal: str) -> int:
+    return int(literal) if len(literal) < 20 else _refuse(f"{literal[:20]}…")
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -73,6 +103,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
     for name, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(f"{path}: {name!r} is {tensor.dtype}, expected torch.float32 or another common type")
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError(f"{path}: {name!r} has NaN or infinite entries, expected finite numbers")
     return tensors

@@ -89,10 +89,7 @@ def read_index(folder: Path) -> TreeIndex:
         return TreeIndex(
             base_model_name_or_path=content["base_model_name_or_path"],
             settings=SubspaceSettings.from_dict(content["settings"]),
-            modules={
-                name: ModuleEntry(tuple(entry["shape"]), tuple(entry["num_components"]))
-                for name, entry in content["modules"].items()
-            },
+            modules={name: _module(name, entry) for name, entry in content["modules"].items()},
             tasks=tuple(tasks),
             kind=content["kind"],
             default_task=default_task,
@@ -127,9 +124,25 @@ def check_file(folder: Path, sha256: Mapping[str, str], relative: str, *, listed
         raise ValueError(f"{path}: sha256 is {found}, expected {sha256[relative]}: the file was truncated or edited")
 
 
+def _module(name: str, entry: Mapping[str, Any]) -> ModuleEntry:
+    shape, num_components = entry["shape"], entry["num_components"]
+    for field_name, pair, least in (("shape", shape, 1), ("num_components", num_components, 0)):
+        whole = isinstance(pair, list) and len(pair) == 2 and all(type(side) is int and side >= least for side in pair)
+        if not whole:
+            raise ValueError(f"{field_name} of {name!r} is {pair!r}, expected two integers of at least {least}")
+    if any(k > side for k, side in zip(num_components, shape, strict=True)):
+        raise ValueError(f"num_components of {name!r} is {num_components}, expected at most its shape {shape}")
+    return ModuleEntry(tuple(shape), tuple(num_components))
+
+
 def _lineage(entries: Any) -> tuple[Mapping[str, Any], ...]:
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) and "id" in entry for entry in entries):
-        raise ValueError("lineage is no list of steps, each with an id")
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError("lineage is no list of steps")
+    for entry in entries:
+        merged = entry.get("merged", [])
+        names = [entry["id"], entry.get("learned", ""), entry.get("removed", "")]
+        if not isinstance(merged, list) or not all(isinstance(name, str) for name in (*names, *merged)):
+            raise ValueError(f"lineage has a step {entry!r}, expected an id and names of tasks")
     return tuple(entries)
 
 

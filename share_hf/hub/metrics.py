@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,15 +73,28 @@ class ContinualMetrics:
         }
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> ContinualMetrics:
-        tasks = list(values["tasks"])
+    def from_dict(cls, values: Mapping[str, Any]) -> ContinualMetrics:
+        """Metrics from JSON.
+
+        Raises:
+            ValueError, KeyError, TypeError, AttributeError: If it is no JSON of `as_dict`.
+        """
+        tasks, matrix = values["tasks"], values["matrix"]
+        baseline = values.get("baseline") or [None] * len(tasks)
+        if not all(isinstance(task, str) for task in tasks) or len(set(tasks)) != len(tasks):
+            raise ValueError(f"tasks is {tasks!r}, expected different names")
+        for row in (*matrix, baseline):
+            if not isinstance(row, list) or not all(_is_score(score) for score in row) or len(row) > len(tasks):
+                raise ValueError(f"matrix or baseline has {row!r}, expected a score or null for each of {tasks}")
+        if len(matrix) > len(tasks):
+            raise ValueError(f"matrix has {len(matrix)} rows, expected at most one for each of {tasks}")
         return cls(
             score=str(values["score"]),
-            tasks=tasks,
-            matrix=[list(row) for row in values["matrix"]],
-            baseline=list(values.get("baseline") or [None] * len(tasks)),
-            drift=dict(values.get("drift", {})),
-            parameters=dict(values.get("parameters", {})),
+            tasks=list(tasks),
+            matrix=[list(row) for row in matrix],
+            baseline=list(baseline),
+            drift={task: float(drift) for task, drift in values.get("drift", {}).items()},
+            parameters={phase: int(count) for phase, count in values.get("parameters", {}).items()},
             training=dict(values.get("training", {})),
         )
 
@@ -124,6 +137,10 @@ class ContinualMetrics:
             if (value := getattr(self, name)) is not None
         ]
         return "\n".join([*lines, f"{self.score}: " + ", ".join(summary)])
+
+
+def _is_score(value: Any) -> bool:
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
 
 
 def _cell(value: float | None, width: int) -> str:

@@ -76,8 +76,7 @@ class RemoteTree:
             ValueError: If there is no such revision, or no tree in it.
         """
         options = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        if (size := _size_on_hub(repo_id, INDEX_FILE, revision, options)) > MAX_JSON_BYTES:
-            raise ValueError(f"{repo_id}: {INDEX_FILE} has {size} bytes, expected at most {MAX_JSON_BYTES}")
+        check_size_on_hub(repo_id, INDEX_FILE, MAX_JSON_BYTES, {**options, "revision": revision})
         try:
             path = Path(hf_hub_download(repo_id, INDEX_FILE, revision=revision, **options))
         except RevisionNotFoundError as error:
@@ -139,15 +138,10 @@ class RemoteTree:
             paths = names[start : start + _PATHS_A_REQUEST]
             for entry in api.get_paths_info(self.repo_id, paths, revision=self.commit):
                 sizes[entry.path] = getattr(entry, "size", None)
-        basis = 4 * sum(
-            n * k
-            for entry in self.index.modules.values()
-            for n, k in zip(entry.shape, entry.num_components, strict=True)
-        )
         for name in names:
             if (size := sizes.get(name)) is None:
                 raise ValueError(f"{self.repo_id}: {name} is missing, but {INDEX_FILE} lists it")
-            limit = basis + _BYTES_BESIDE_TENSORS if name == SUBSPACE_FILE else MAX_JSON_BYTES
+            limit = basis_bytes(self.index) if name == SUBSPACE_FILE else MAX_JSON_BYTES
             if size > limit and not name.endswith(SAFETENSORS_WEIGHTS_NAME):
                 raise ValueError(f"{self.repo_id}: {name} has {size} bytes, expected at most {limit}")
 
@@ -185,11 +179,27 @@ def _cached_revisions(repo_id: str, cache_dir: str | Path | None) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-def _size_on_hub(repo_id: str, name: str, revision: str | None, options: Mapping[str, Any]) -> int:
-    """Size of a file, 0 where it cannot be told: the download that follows says why, or finds it in the cache."""
+def check_size_on_hub(repo_id: str, name: str, limit: int, options: Mapping[str, Any]) -> None:
+    """Refuse a file before it is downloaded, if the hub says that it is larger than it may be.
+
+    Where the hub says nothing, the download that follows says why, or finds the file in the cache.
+
+    Raises:
+        ValueError: If it is too large.
+    """
+    if options.get("local_files_only") or constants.HF_HUB_OFFLINE:
+        return
     size = None
-    if not options["local_files_only"] and not constants.HF_HUB_OFFLINE:
-        with suppress(Exception):
-            url = hf_hub_url(repo_id, name, revision=revision)
-            size = get_hf_file_metadata(url, token=options["token"]).size
-    return size or 0
+    with suppress(Exception):
+        url = hf_hub_url(repo_id, name, revision=options.get("revision"))
+        size = get_hf_file_metadata(url, token=options.get("token")).size
+    if size is not None and size > limit:
+        raise ValueError(f"{repo_id}: {name} has {size} bytes, expected at most {limit}")
+
+
+def basis_bytes(index: TreeIndex) -> int:
+    """Most bytes that `subspace.safetensors` of a tree may have."""
+    matrices = sum(
+        n * k for entry in index.modules.values() for n, k in zip(entry.shape, entry.num_components, strict=True)
+    )
+    return 4 * matrices + _BYTES_BESIDE_TENSORS

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
 from ..subspace import LayerSubspace, SubspaceSettings, TaskRecords
-from .adapters import PEFT_PREFIX, TARGET_FIELDS, LoraAdapter, write_adapter, write_lora
+from .adapters import PEFT_PREFIX, LoraAdapter, check_head_names, read_target, write_adapter, write_lora
 from .basis_file import SUBSPACE_FILE, StoredBasis, basis_tensors, read_bases
 from .card import CardOptions, write_card
 from .figures import write_figures
@@ -58,6 +59,8 @@ TREE_ENTRIES = (
 
 # What a task's metrics hold of each layer, in this order.
 CERTIFICATE_COLUMNS = ("norm", "rank_error", "drift_bound", "drift_estimate")
+
+_LARGEST = 1e30  # far above any norm of a weight, and its square is a number still
 
 # What in a tree depends on its default task.
 ROOT_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, CARD_FILE, INDEX_FILE)
@@ -153,7 +156,7 @@ def _read_whole(folder: Path, wanted: Collection[str] | None) -> SubspaceState:
     index = read_index(folder)
     expect_tree(folder, index)
     bases = read_bases(folder / SUBSPACE_FILE)
-    _check_bases(folder / SUBSPACE_FILE, bases, index)
+    check_bases(folder / SUBSPACE_FILE, bases, index)
     check_file(folder, index.sha256, SUBSPACE_FILE)
     tasks, stored = {}, {}
     for task in index.tasks:
@@ -267,7 +270,12 @@ def _index_of(
     )
 
 
-def _check_bases(path: Path, bases: Mapping[str, StoredBasis], index: TreeIndex) -> None:
+def check_bases(path: Path, bases: Mapping[str, StoredBasis], index: TreeIndex) -> None:
+    """Compare the bases in a file with the modules of the index.
+
+    Raises:
+        ValueError: If a module is in only one of them, or of another shape.
+    """
     if set(bases) != set(index.modules):
         odd = sorted(set(bases) ^ set(index.modules))
         raise ValueError(f"{path}: modules {odd} are in only one of it and {INDEX_FILE}, expected the same in both")
@@ -281,7 +289,7 @@ def _check_metrics(path: Path, metrics: Mapping[str, Any]) -> None:
     if metrics:
         try:
             ContinualMetrics.from_dict(metrics)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{path}: a field is missing or of the wrong type ({error!r})") from error
 
 
@@ -331,7 +339,10 @@ def _read_task(
                 _certificate(metrics_path, module, values),
             )
         head = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items() if name not in coefficients}
-        info = _task_info(config, metrics, head)
+        try:
+            info = _task_info(config_path, config, metrics_path, metrics, head)
+        except ValueError as error:
+            raise ValueError(str(error) if str(place) in str(error) else f"{metrics_path}: {error}") from error
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{metrics_path}: a field is missing or of the wrong type ({error!r})") from error
     if odd := [name for name in info.head if ".share_coefficients_" in name]:
@@ -345,16 +356,27 @@ def _read_task(
     return info, stored
 
 
-def _task_info(config: Mapping[str, Any], metrics: Mapping[str, Any], head: dict[str, Tensor]) -> TaskInfo:
-    labels = metrics["labels"]
+def _task_info(
+    config_path: Path,
+    config: Mapping[str, Any],
+    metrics_path: Path,
+    metrics: Mapping[str, Any],
+    head: dict[str, Tensor],
+) -> TaskInfo:
+    target = read_target(config_path, config)
+    check_head_names(config_path.parent / SAFETENSORS_WEIGHTS_NAME, head, target.get("modules_to_save", []))
+    labels, dataset, initialization = metrics["labels"], metrics["dataset"], metrics["initialization"]
+    for name, value in (("dataset", dataset), ("initialization", initialization)):
+        if not isinstance(value, (str, NoneType)):
+            raise ValueError(f"{metrics_path}: {name} is {value!r}, expected text or null")
     info = TaskInfo(
-        learned_by=metrics["learned_by"],
-        target={name: config[name] for name in TARGET_FIELDS if config.get(name) is not None},
+        learned_by=str(metrics["learned_by"]),
+        target=target,
         head=head,
         scores={name: float(score) for name, score in metrics["scores"].items()},
         labels=None if labels is None else tuple(str(label) for label in labels),
-        dataset=metrics["dataset"],
-        initialization=metrics["initialization"],
+        dataset=dataset,
+        initialization=initialization,
     )
     sketch_of(info)
     return info
@@ -364,7 +386,7 @@ def _certificate(path: Path, module: str, values: Sequence[Any]) -> list[float]:
     if len(values) != len(CERTIFICATE_COLUMNS):
         raise ValueError(f"{path}: certificate of {module!r} is {values!r}, expected {list(CERTIFICATE_COLUMNS)}")
     for name, value in zip(CERTIFICATE_COLUMNS, values, strict=True):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < _LARGEST:
             raise ValueError(f"{path}: {name} of {module!r} is {value!r}, expected a number of 0 or more")
     return [float(value) for value in values]
 

@@ -168,7 +168,7 @@ def group_by_initialization(
 
 
 def explained_variance(updates: Sequence[LowRankUpdate], k_out: int, k_in: int) -> Explained:
-    """What a joint basis of `k_out` and `k_in` directions explains of updates of one layer (`DESIGN.md`, 2.1).
+    """What a joint basis of `k_out` and `k_in` directions explains of updates of one layer.
 
     The basis is found as a merge finds it, by alternating from the one-sided directions. Zero updates do not count;
     without any other, everything is explained.
@@ -200,7 +200,7 @@ def null_explained_variance(
         seed: Of the directions.
         draws: How many to average over.
     """
-    values = _padded([values.double().cpu() for values in singular_values])
+    values = _padded([values.double().cpu() for values in singular_values])[:, : min(shape)]
     weights = significant_weights(values.norm(dim=1) if norms is None else norms.double().cpu())
     values = values[weights > 0] * weights[weights > 0, None]
     if not len(values):
@@ -287,6 +287,8 @@ def audit_layers(
     rows = []
     for i, module in enumerate(progress(modules)):
         layer = layers[module]
+        if not all(layer.num_components):
+            continue
         weights = significant_weights(layer.records.norms)
         kept = [j for j, task in enumerate(layer.tasks) if weights[j] > 0 and (tasks is None or task in tasks)]
         if not kept:

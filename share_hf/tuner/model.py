@@ -21,8 +21,9 @@ from transformers.pytorch_utils import Conv1D
 
 from ..hub.basis_file import StoredBasis
 from .config import ShareConfig
+from .head import check_head_shapes, check_saved_modules
 from .layer import Linear, ShareLayer, placeholder_basis
-from .origin import known_bases
+from .origin import known_bases, stored_head
 
 
 class ShareModel(BaseTuner):
@@ -90,6 +91,9 @@ class ShareModel(BaseTuner):
         """Read the basis that an adapter was saved with. Runs for every adapter, before the model is touched."""
         _keep_4bit_weights_differentiable(model)
         self._stored_bases = known_bases(peft_config)
+        if (head := stored_head(peft_config)) is not None:
+            check_saved_modules(model, peft_config.modules_to_save or [], head, self._stored_bases)
+            check_head_shapes(model, head)
         for module_name, layer in share_layers(model).items():
             stored = self._stored_bases.get(module_name)
             if stored is not None and not stored.equals(layer.share_basis_out, layer.share_basis_in):

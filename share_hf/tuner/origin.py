@@ -14,11 +14,12 @@ from huggingface_hub.errors import EntryNotFoundError
 from peft.config import PeftConfig, PeftConfigMixin
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
-from ..hub.adapters import PEFT_PREFIX
+from ..hub.adapters import PEFT_PREFIX, check_head_names
 from ..hub.basis_file import SUBSPACE_FILE, StoredBasis, read_bases
-from ..hub.files import expect_tensor, read_tensors
+from ..hub.files import MAX_JSON_BYTES, expect_tensor, read_tensors
 from ..hub.index import INDEX_FILE, TreeIndex, check_file, read_index
-from ..hub.tree import METRICS_FILE, check_task_files, task_folder
+from ..hub.remote import basis_bytes, check_size_on_hub
+from ..hub.tree import METRICS_FILE, check_bases, check_task_files, task_folder
 
 
 _DOWNLOAD_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "repo_type")
@@ -48,16 +49,27 @@ def known_bases(config: PeftConfig) -> dict[str, StoredBasis]:
     if origin is None:
         return {}
     path = find_beside_adapter(origin)
-    bases = read_bases(path)
     index = read_index(path.parent) if (path.parent / INDEX_FILE).is_file() else None
+    bases = read_bases(path)
     if index is not None:
+        check_bases(path, bases, index)
         check_file(path.parent, index.sha256, SUBSPACE_FILE)
     if (weights := _weights_file(origin, index)) is not None:
-        _check_weights(weights, config, bases)
+        config._share_head = _check_weights(weights, config, bases)
         if index is not None and (task := _task_of(weights.parent, path.parent, index)) is not None:
-            _fetch(origin, f"{task_folder(task)}/{METRICS_FILE}")
+            _fetch(origin, f"{task_folder(task)}/{METRICS_FILE}", MAX_JSON_BYTES)
             check_task_files(path.parent, index, task)
+            if config.base_model_name_or_path != index.base_model_name_or_path:
+                raise ValueError(
+                    f"{weights.parent}: base_model_name_or_path is {config.base_model_name_or_path!r}, expected "
+                    f"{index.base_model_name_or_path!r} as in {INDEX_FILE}"
+                )
     return bases
+
+
+def stored_head(config: PeftConfig) -> Mapping[str, tuple[int, ...]] | None:
+    """Shapes of the `modules_to_save` weights beside a configuration, by name in the base model; None if unknown."""
+    return getattr(config, "_share_head", None)
 
 
 def attach_bases(config: PeftConfig, bases: Mapping[str, StoredBasis]) -> None:
@@ -80,20 +92,21 @@ def find_beside_adapter(origin: AdapterOrigin) -> Path:
         place = PurePosixPath(origin.subfolder or ".")
         for candidate in dict.fromkeys((place, place.parent, place.parent.parent)):
             try:
-                for name in (INDEX_FILE, SUBSPACE_FILE):
-                    path = hf_hub_download(origin.location, str(candidate / name), **origin.download_options)
+                index = _fetch(origin, str(candidate / INDEX_FILE), MAX_JSON_BYTES)
+                limit = basis_bytes(read_index(index.parent))
+                return _fetch(origin, str(candidate / SUBSPACE_FILE), limit)
             except EntryNotFoundError:
                 continue
-            return Path(path)
     raise ValueError(f"{folder}: no {SUBSPACE_FILE} in this folder, its parent or its grandparent")
 
 
-def _fetch(origin: AdapterOrigin, name: str) -> Path:
-    """A file of the place that an adapter is from, downloaded if it is a repository."""
-    folder = Path(origin.location)
-    return (
-        folder / name if folder.is_dir() else Path(hf_hub_download(origin.location, name, **origin.download_options))
-    )
+def _fetch(origin: AdapterOrigin, name: str, limit: int | None = None) -> Path:
+    """A file of the place that an adapter is from, downloaded if it is a repository and no larger than it may be."""
+    if Path(origin.location).is_dir():
+        return Path(origin.location, name)
+    if limit is not None:
+        check_size_on_hub(origin.location, name, limit, origin.download_options)
+    return Path(hf_hub_download(origin.location, name, **origin.download_options))
 
 
 def _weights_file(origin: AdapterOrigin, index: TreeIndex | None) -> Path | None:
@@ -108,18 +121,25 @@ def _weights_file(origin: AdapterOrigin, index: TreeIndex | None) -> Path | None
     raise ValueError(f"{origin.location}: no {name}, expected the coefficients of a task as safetensors")
 
 
-def _check_weights(path: Path, config: PeftConfig, bases: Mapping[str, StoredBasis]) -> None:
+def _check_weights(
+    path: Path, config: PeftConfig, bases: Mapping[str, StoredBasis]
+) -> dict[str, tuple[int, ...]] | None:
+    """Check the weights of an adapter; shapes of its head, None for a checkpoint in the middle of a phase."""
     tensors = read_tensors(path)
     if config.phase != "coefficients":
-        return
-    for name in tensors:
+        return None
+    head = {}
+    for name, tensor in tensors.items():
         module, found, side = name.removeprefix(PEFT_PREFIX).rpartition(".share_coefficients_")
         if not found:
-            continue
-        if module not in bases:
+            head[name.removeprefix(PEFT_PREFIX)] = tuple(tensor.shape)
+        elif module not in bases:
             raise ValueError(f"{path}: {name!r} is of no module of {SUBSPACE_FILE}, it has {len(bases)}")
-        k_out, k_in = bases[module].num_components
-        expect_tensor(path, tensors, name, (k_out if side == "out" else k_in, config.pseudo_rank))
+        else:
+            k_out, k_in = bases[module].num_components
+            expect_tensor(path, tensors, name, (k_out if side == "out" else k_in, config.pseudo_rank))
+    check_head_names(path, head, config.modules_to_save or [])
+    return head
 
 
 def _task_of(folder: Path, root: Path, index: TreeIndex) -> str | None:

@@ -106,7 +106,7 @@ def test_a_configuration_that_says_so_is_refused_too(
     refused(folder, f"adapter_config.json: {field} is ")
 
 
-@pytest.mark.parametrize("value", [None, "8", [8], float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [None, "8", [8], "NaN"])
 def test_a_scale_that_is_no_number_is_refused(
     value: object, refused: Callable[..., None], save_lora: SaveLora
 ) -> None:

@@ -1,0 +1,307 @@
+"""What does a training step with Share cost beside one with a LoRA, in time and in memory?
+
+    python recipes/benchmarks/training.py
+    python recipes/benchmarks/training.py --quick --json training.json
+    python recipes/benchmarks/training.py --dtype bfloat16
+
+Copies of one Llama of hidden size 1024 with random weights take the same steps (forward, backward, fused AdamW) in one
+process, one step of each after the other: frozen, with PEFT's LoRA, and with Share in the `coefficients` and the `adapt`
+phase, on all linear modules at rank 16, k = 64, φ = 16. On CUDA in bfloat16, elsewhere in float32. Questions:
+
+1. How much longer is a step than with LoRA, and than backward through the frozen model alone, down to its embeddings?
+2. How many bytes do trained parameters, their gradients and the optimizer hold? All tensors are added up.
+3. What does an adapter keep of the tokens for the backward pass, besides the input of its module?
+4. Which share of a task of 500 steps goes into checkpoints, the merge and saves of the subspace? The parts are timed
+   on the same model by the calls that `ShareTrainer` makes, and added up: every checkpoint holds the adapter, the
+   bases and the optimizer; the task is begun and merged once; the tree is written after the merge and at the end.
+
+What ZeRO adds to a step needs several processes and is not measured here.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from pathlib import Path
+from statistics import median
+
+import torch
+from _report import Row, argument_parser, interleaved, medians, report, seconds_of
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from share_hf import ShareConfig
+from share_hf.continual.phases import begin_phase, describe_task, take_merged
+from share_hf.hub.state import SubspaceState
+from share_hf.hub.tree import write_tree
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HIDDEN_SIZE = 1024
+VOCABULARY = 1024  # small, so that the head is not everything
+RANK = 16
+COMPONENTS, TEMPORARY = 64, 16
+SMALL_COMPONENTS, SMALL_RANK = 32, 4
+PHASES = ("coefficients", "adapt")
+
+STEPS, STEPS_A_CHECKPOINT = 500, 100
+STREAM_TASKS = 8  # that the subspace has before the timed merges
+
+ODD_TOKENS = 37  # divides no other size, so that what holds tokens can be told from what does not
+
+
+def main() -> None:
+    parser = argument_parser(__doc__, repeats=15)
+    parser.add_argument("--layers", type=int, default=4, help="layers of the model (default: %(default)s)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="bfloat16" if DEVICE == "cuda" else "float32",
+        help="of the base model (default: bfloat16 on CUDA, otherwise float32)",
+    )
+    options = parser.parse_args()
+    layers, batch, length = (1, 2, 256) if options.quick else (options.layers, 4, 512)
+    repeats = 5 if options.quick else options.repeats
+
+    torch.manual_seed(0)
+    base = llama(layers, getattr(torch, options.dtype))
+    input_ids = torch.randint(VOCABULARY, (batch, length), device=DEVICE)
+    seconds = step_seconds(base, input_ids, repeats)
+    rows = [
+        *time_rows(seconds),
+        *byte_rows(base),
+        *activation_rows(),
+        *stream_rows(base, seconds["adapt"], 1 if options.quick else 3),
+    ]
+    title = (
+        f"Training steps of a Llama, {layers} layers of hidden size {HIDDEN_SIZE}, batch {batch} x {length} tokens, "
+        f"{options.dtype}, LoRA r = {RANK}, Share k = {COMPONENTS}, p = {RANK}, φ = {TEMPORARY}"
+    )
+    report(title, rows, options.json)
+
+
+# ---- Time --------------------------------------------------------------------------------------------------------------
+
+
+def step_seconds(base: LlamaForCausalLM, input_ids: Tensor, repeats: int) -> dict[str, float]:
+    """Median seconds of a step of each variant."""
+    variants = {"frozen": frozen_step(base, input_ids), "LoRA": Training(base, lora()).step_on(input_ids)}
+    variants |= {phase: Training(base, share(phase)).step_on(input_ids) for phase in PHASES}
+    return medians(interleaved(variants, repeats=repeats, warmup=2))
+
+
+def time_rows(seconds: dict[str, float]) -> list[Row]:
+    names = {"frozen": "frozen model, backward through its activations", "LoRA": "LoRA"}
+    names |= {phase: f"Share, {phase} phase" for phase in PHASES}
+    rows = [Row(f"a step: {names[variant]}", 1e3 * value, "ms") for variant, value in seconds.items()]
+    for phase in PHASES:
+        rows += [
+            Row.at_most(f"step of the {phase} phase over LoRA", seconds[phase] / seconds["LoRA"], "x", 1.02),
+            Row.at_most(f"step of the {phase} phase over frozen", seconds[phase] / seconds["frozen"], "x", 1.2),
+        ]
+    return [*rows, Row("step of LoRA over frozen", seconds["LoRA"] / seconds["frozen"], "x")]
+
+
+class Training:
+    """A copy of the model with an adapter, and the optimizer of what the adapter trains."""
+
+    def __init__(self, base: LlamaForCausalLM, config: PeftConfig) -> None:
+        self.model = get_peft_model(copy.deepcopy(base), config, adapter_name="task").train()
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, fused=True)
+
+    def step_on(self, input_ids: Tensor) -> Callable[[], None]:
+        def step() -> None:
+            self.optimizer.zero_grad()
+            self.model(input_ids=input_ids, labels=input_ids).loss.backward()
+            self.optimizer.step()
+
+        return step
+
+    def bytes_held(self) -> int:
+        """Bytes of what is trained, its gradients, and the optimizer's state."""
+        state = [value for values in self.optimizer.state.values() for value in values.values()]
+        gradients = [parameter.grad for parameter in self.trained]
+        return sum(tensor.nbytes for tensor in (*self.trained, *gradients, *state) if isinstance(tensor, Tensor))
+
+
+def frozen_step(base: LlamaForCausalLM, input_ids: Tensor) -> Callable[[], None]:
+    """Forward, and backward to the embeddings of the tokens; nothing is trained."""
+    model = copy.deepcopy(base).requires_grad_(False).train()
+    model.enable_input_require_grads()
+    return lambda: model(input_ids=input_ids, labels=input_ids).loss.backward()
+
+
+# ---- Memory ------------------------------------------------------------------------------------------------------------
+
+
+def byte_rows(base: LlamaForCausalLM) -> list[Row]:
+    """What training holds beside the frozen model, measured after a step. It does not depend on the batch."""
+    input_ids = torch.randint(VOCABULARY, (1, 16), device=DEVICE)
+    held = {}
+    for name, config in (
+        ("LoRA", lora()),
+        ("Share", share("coefficients")),
+        ("small", share("coefficients", SMALL_COMPONENTS, SMALL_RANK)),
+        ("adapt", share("adapt")),
+    ):
+        training = Training(base, config)
+        training.step_on(input_ids)()
+        held[name] = training.bytes_held()
+        del training
+    trained = "parameters, gradients, optimizer state"
+    small = f"coefficients at k = {SMALL_COMPONENTS}, p = {SMALL_RANK}"
+    return [
+        Row(f"{trained}: LoRA", held["LoRA"], "bytes"),
+        Row(f"{trained}: adapt phase", held["adapt"], "bytes"),
+        Row(f"{trained}: coefficients phase", held["Share"], "bytes"),
+        Row(f"{trained}: {small}", held["small"], "bytes"),
+        Row.at_least("bytes of LoRA / of the coefficients phase", held["LoRA"] / held["Share"], "x", 15),
+        Row.at_least(f"bytes of LoRA / of {small}", held["LoRA"] / held["small"], "x", 100),
+    ]
+
+
+def activation_rows() -> list[Row]:
+    """What one adapted layer keeps of each token besides the layer's input, in numbers a token."""
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        of = f"kept a token by an adapter, {str(dtype).removeprefix('torch.')}"
+        rows += [
+            Row.at_most(f"widest activation {of}: {phase} phase", widest_kept(share(phase), dtype), "", RANK)
+            for phase in PHASES
+        ]
+        rows.append(Row(f"widest activation {of}: LoRA", widest_kept(lora(), dtype), ""))
+    # Autocast casts the input for the adapter as it does for the frozen layer; the cast is kept in the input's stead.
+    of = "kept a token by an adapter, bfloat16 autocast"
+    rows += [
+        Row(f"widest activation {of}: {phase} phase", widest_kept(share(phase), torch.float32, autocast=True), "")
+        for phase in PHASES
+    ]
+    return [*rows, Row(f"widest activation {of}: LoRA", widest_kept(lora(), torch.float32, autocast=True), "")]
+
+
+def widest_kept(config: PeftConfig, dtype: torch.dtype, *, autocast: bool = False) -> int:
+    """Width of the widest activation that an adapted layer keeps for its backward pass, besides its own input."""
+    model = nn.ModuleDict({"q_proj": nn.Linear(256, 192, device=DEVICE, dtype=dtype)})
+    config = copy.deepcopy(config)
+    config.target_modules = {"q_proj"}
+    layer = get_peft_model(model, config, adapter_name="task").train().get_submodule("base_model.model.q_proj")
+    x = torch.randn(3, ODD_TOKENS, 256, device=DEVICE, dtype=dtype, requires_grad=True)
+
+    kept: list[Tensor] = []
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor),
+        torch.autocast(DEVICE, torch.bfloat16) if autocast else nullcontext(),
+    ):
+        y = layer(x)
+    y.float().square().sum().backward()
+    return max(tensor.numel() // (3 * ODD_TOKENS) for tensor in of_tokens(kept) if not shares_memory(tensor, x))
+
+
+def of_tokens(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor.numel() % ODD_TOKENS == 0]
+
+
+def shares_memory(tensor: Tensor, other: Tensor) -> bool:
+    return tensor.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+
+
+# ---- A stream ----------------------------------------------------------------------------------------------------------
+
+
+def stream_rows(base: LlamaForCausalLM, step: float, repeats: int) -> list[Row]:
+    """Seconds of all that is no step in a task of a stream, as its share of the task's time."""
+    config = share("coefficients")
+    model = get_peft_model(copy.deepcopy(base), config, adapter_name="default")
+    config.target_modules = model.peft_config["default"].target_modules
+    state = SubspaceState(settings=config.subspace_settings())
+    for i in range(STREAM_TASKS):
+        begin_phase(model, state, f"task{i}", "init", config)
+        pretend_to_train(model)
+        state = merged(model, state, f"task{i}")
+
+    times: dict[str, list[float]] = {"begin": [], "checkpoint": [], "merge": [], "draft": [], "save": []}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for i in range(repeats):
+            task = f"timed{i}"
+            times["begin"].append(seconds_of(lambda: begin_phase(model, state, task, "adapt", config)))  # noqa: B023
+            optimizer = pretend_to_train(model)
+            save = [seconds_of(lambda: save_checkpoint(model, task, optimizer, folder / "checkpoint")) for _ in "ab"]  # noqa: B023
+            times["checkpoint"].append(max(save))
+            new_states: list[SubspaceState] = []
+            times["merge"].append(seconds_of(lambda: new_states.append(merged(model, state, task))))  # noqa: B023
+            state = new_states[0]
+            times["draft"].append(seconds_of(lambda: write_tree(state, folder / "subspace", draft=True)))
+            times["save"].append(seconds_of(lambda: write_tree(state, folder / "subspace", draft=False)))
+
+    of = {name: median(seconds) for name, seconds in times.items()}
+    checkpoints = STEPS // STEPS_A_CHECKPOINT
+    others = checkpoints * of["checkpoint"] + of["begin"] + of["merge"] + of["draft"] + of["save"]
+    return [
+        Row("a checkpoint: adapter of the adapt phase, bases, optimizer", 1e3 * of["checkpoint"], "ms"),
+        Row("beginning an adapt phase", 1e3 * of["begin"], "ms"),
+        Row(f"a merge into {STREAM_TASKS} tasks, all layers, and its load", 1e3 * of["merge"], "ms"),
+        Row("writing the tree after the merge", 1e3 * of["draft"], "ms"),
+        Row("writing the tree at the task's end, with card and figures", 1e3 * of["save"], "ms"),
+        Row(f"all of it for {STEPS} steps, a checkpoint every {STEPS_A_CHECKPOINT}", others, "s"),
+        Row.at_most(f"its share of the time of {STEPS} steps", 100 * others / (STEPS * step + others), "%", 2),
+    ]
+
+
+def merged(model: PeftModel, state: SubspaceState, task: str) -> SubspaceState:
+    phase = model.peft_config[task].phase
+    return take_merged(model, state, task, describe_task(model, task, phase))[0]
+
+
+def pretend_to_train(model: PeftModel) -> torch.optim.Optimizer:
+    """Move what is trained at random, as an optimizer would; its state has the size it has in training."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, fused=True)
+    for parameter in trained:
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    return optimizer
+
+
+def save_checkpoint(model: PeftModel, task: str, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    model.save_pretrained(folder, selected_adapters=[task])
+    torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+
+
+# ---- The models --------------------------------------------------------------------------------------------------------
+
+
+def llama(layers: int, dtype: torch.dtype) -> LlamaForCausalLM:
+    """A Llama with the proportions of Llama-3.2-1B at half its width."""
+    config = LlamaConfig(
+        hidden_size=HIDDEN_SIZE,
+        intermediate_size=4 * HIDDEN_SIZE,
+        num_hidden_layers=layers,
+        num_attention_heads=HIDDEN_SIZE // 64,
+        num_key_value_heads=HIDDEN_SIZE // 256,
+        vocab_size=VOCABULARY,
+        use_cache=False,
+    )
+    return LlamaForCausalLM(config).to(DEVICE, dtype)
+
+
+def lora() -> LoraConfig:
+    return LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
+
+
+def share(phase: str, num_components: int = COMPONENTS, pseudo_rank: int = RANK) -> ShareConfig:
+    return ShareConfig(
+        num_components=num_components,
+        pseudo_rank=pseudo_rank,
+        num_temporary=min(TEMPORARY, num_components // 2),
+        target_modules="all-linear",
+        phase=phase,
+    )
+
+
+if __name__ == "__main__":
+    main()
