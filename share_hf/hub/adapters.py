@@ -122,6 +122,10 @@ def read_target(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{path}: {name} is {value!r}, which no PEFT configuration has there")
         if isinstance(value, str):
             _check_pattern(path, name, value)
+    try:
+        LoraConfig(**target)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: its target modules are no PEFT configuration's ({error})") from error
     return target
 
 
