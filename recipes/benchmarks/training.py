@@ -5,8 +5,8 @@
     python recipes/benchmarks/training.py --dtype bfloat16
 
 Copies of one Llama of hidden size 1024 with random weights take the same steps (forward, backward, fused AdamW) in one
-process, one step of each after the other: frozen, with PEFT's LoRA, and with Share in the `coefficients` and the `adapt`
-phase, on all linear modules at rank 16, k = 64, φ = 16. On CUDA in bfloat16, elsewhere in float32. Questions:
+process, one of each after the other: frozen, with a LoRA of PEFT, and with Share in its `coefficients` and its `adapt`
+phase, on all linear modules at rank 16, k = 64, φ = 16. On CUDA in bfloat16, elsewhere in float32. Four questions:
 
 1. How much longer is a step than with LoRA, and than backward through the frozen model alone, down to its embeddings?
 2. How many bytes do trained parameters, their gradients and the optimizer hold? All tensors are added up.
@@ -83,7 +83,7 @@ def main() -> None:
     report(title, rows, options.json)
 
 
-# ---- Time --------------------------------------------------------------------------------------------------------------
+# ---- Time -----------------------------------------------------------------------------------------------------------
 
 
 def step_seconds(base: LlamaForCausalLM, input_ids: Tensor, repeats: int) -> dict[str, float]:
@@ -135,7 +135,7 @@ def frozen_step(base: LlamaForCausalLM, input_ids: Tensor) -> Callable[[], None]
     return lambda: model(input_ids=input_ids, labels=input_ids).loss.backward()
 
 
-# ---- Memory ------------------------------------------------------------------------------------------------------------
+# ---- Memory ---------------------------------------------------------------------------------------------------------
 
 
 def byte_rows(base: LlamaForCausalLM) -> list[Row]:
@@ -209,7 +209,7 @@ def shares_memory(tensor: Tensor, other: Tensor) -> bool:
     return tensor.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
-# ---- A stream ----------------------------------------------------------------------------------------------------------
+# ---- A stream -------------------------------------------------------------------------------------------------------
 
 
 def stream_rows(base: LlamaForCausalLM, step: float, repeats: int) -> list[Row]:
@@ -223,22 +223,12 @@ def stream_rows(base: LlamaForCausalLM, step: float, repeats: int) -> list[Row]:
         pretend_to_train(model)
         state = merged(model, state, f"task{i}")
 
-    times: dict[str, list[float]] = {"begin": [], "checkpoint": [], "merge": [], "draft": [], "save": []}
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
+    tasks = []
+    with tempfile.TemporaryDirectory() as folder:
         for i in range(repeats):
-            task = f"timed{i}"
-            times["begin"].append(seconds_of(lambda: begin_phase(model, state, task, "adapt", config)))  # noqa: B023
-            optimizer = pretend_to_train(model)
-            save = [seconds_of(lambda: save_checkpoint(model, task, optimizer, folder / "checkpoint")) for _ in "ab"]  # noqa: B023
-            times["checkpoint"].append(max(save))
-            new_states: list[SubspaceState] = []
-            times["merge"].append(seconds_of(lambda: new_states.append(merged(model, state, task))))  # noqa: B023
-            state = new_states[0]
-            times["draft"].append(seconds_of(lambda: write_tree(state, folder / "subspace", draft=True)))
-            times["save"].append(seconds_of(lambda: write_tree(state, folder / "subspace", draft=False)))
-
-    of = {name: median(seconds) for name, seconds in times.items()}
+            state, seconds = seconds_of_a_task(model, state, f"timed{i}", config, Path(folder))
+            tasks.append(seconds)
+    of = {part: median(seconds[part] for seconds in tasks) for part in tasks[0]}
     checkpoints = STEPS // STEPS_A_CHECKPOINT
     others = checkpoints * of["checkpoint"] + of["begin"] + of["merge"] + of["draft"] + of["save"]
     return [
@@ -250,6 +240,20 @@ def stream_rows(base: LlamaForCausalLM, step: float, repeats: int) -> list[Row]:
         Row(f"all of it for {STEPS} steps, a checkpoint every {STEPS_A_CHECKPOINT}", others, "s"),
         Row.at_most(f"its share of the time of {STEPS} steps", 100 * others / (STEPS * step + others), "%", 2),
     ]
+
+
+def seconds_of_a_task(
+    model: PeftModel, state: SubspaceState, task: str, config: ShareConfig, folder: Path
+) -> tuple[SubspaceState, dict[str, float]]:
+    """The subspace with one more task, and the seconds of what learning it takes besides steps."""
+    states: list[SubspaceState] = []
+    seconds = {"begin": seconds_of(lambda: begin_phase(model, state, task, "adapt", config))}
+    optimizer = pretend_to_train(model)
+    seconds["checkpoint"] = seconds_of(lambda: save_checkpoint(model, task, optimizer, folder / "checkpoint"))
+    seconds["merge"] = seconds_of(lambda: states.append(merged(model, state, task)))
+    seconds["draft"] = seconds_of(lambda: write_tree(states[0], folder / "subspace", draft=True))
+    seconds["save"] = seconds_of(lambda: write_tree(states[0], folder / "subspace", draft=False))
+    return states[0], seconds
 
 
 def merged(model: PeftModel, state: SubspaceState, task: str) -> SubspaceState:
@@ -272,7 +276,7 @@ def save_checkpoint(model: PeftModel, task: str, optimizer: torch.optim.Optimize
     torch.save(optimizer.state_dict(), folder / "optimizer.pt")
 
 
-# ---- The models --------------------------------------------------------------------------------------------------------
+# ---- The models -----------------------------------------------------------------------------------------------------
 
 
 def llama(layers: int, dtype: torch.dtype) -> LlamaForCausalLM:

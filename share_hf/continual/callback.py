@@ -32,8 +32,8 @@ class ShareCallback(TrainerCallback):
     It works in `trl.SFTTrainer` as it is, on quantized models too: TRL rounds the adapters it is given to bfloat16
     there, but the new task is added after that in float32, and the tasks of `subspace` are put back as they were.
     `trl.DPOTrainer` takes the base model and `peft_config=ShareConfig(...)` for the first task. For a later one it
-    wants an adapter named `default` in the model that has the others: `model.add_adapter("default", ShareConfig(...))`.
-    Its reference is the base model either way.
+    wants an adapter named `default` in the model that has the others, which is gone when the task is set up:
+    `model.add_adapter("default", ShareConfig(...))`. Its reference is the base model either way.
 
     Args:
         task (`str`):
@@ -79,8 +79,8 @@ class ShareCallback(TrainerCallback):
         rounded = _rounded_tasks(model, known)
         if rounded and self.subspace is None:
             raise ValueError(
-                f"the coefficients of {rounded} were rounded before ShareCallback saw them, expected float32: SFTTrainer "
-                "does that on quantized models; apply the subspace to the model again, and pass it: "
+                f"the coefficients of {rounded} in the model are not float32, SFTTrainer and DPOTrainer round those "
+                "of the active task on a quantized model: pass the subspace, and they are put back as they were, "
                 f"ShareCallback({self.task!r}, subspace)"
             )
         self.subspace = SharedSubspace(known)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
 
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import Trainer
@@ -17,9 +18,25 @@ from ..tuner.model import ShareModel
 Value = TypeVar("Value")
 
 
-def from_first_process(value: Value) -> Value:
-    """What the first process has, on every process: what each computes for itself may differ by rounding."""
-    return broadcast_object_list([value])[0]
+def on_first_process(compute: Callable[[], Value]) -> Value:
+    """What the first process computes, on every process; what each would for itself may differ by rounding.
+
+    Raises:
+        Exception: Whatever the first process raises, on every process.
+    """
+    state = PartialState()
+    if state.num_processes == 1:
+        return compute()
+    outcome: tuple[Value | None, Exception | None] = (None, None)
+    if state.is_main_process:
+        try:
+            outcome = compute(), None
+        except Exception as error:
+            outcome = None, error
+    value, error = broadcast_object_list([outcome])[0]
+    if error is not None:
+        raise error
+    return value
 
 
 def release_engine(trainer: Trainer) -> None:

@@ -17,6 +17,7 @@ from ..tuner.config import ShareConfig
 from ..tuner.model import share_layers
 from ..tuner.origin import attach_bases
 from ..tuner.state import coefficients_of, head_of, load_tasks, target_of, updates_of
+from .distributed import on_first_process
 
 
 TrainingPhase = Literal["init", "adapt", "coefficients", "finetune"]
@@ -61,7 +62,8 @@ def take_merged(
     Raises:
         DriftToleranceError: If the tolerated drift cannot be met. State and model are as before.
     """
-    merged, report = merge_tasks(state, {task: updates_of(model, task)}, {task: info}, progress=progress)
+    updates = {task: updates_of(model, task)}
+    merged, report = on_first_process(lambda: merge_tasks(state, updates, {task: info}, progress=progress))
     model.peft_config[task].phase = "coefficients"
     load_tasks(model, merged, merged.tasks)
     return merged, report

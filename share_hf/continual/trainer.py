@@ -30,7 +30,7 @@ from ..subspace import MergeReport
 from ..tuner import ShareConfig
 from ..tuner.state import load_bases, load_tasks, share_config_for
 from .arguments import Method, ShareTrainingArguments, training_facts
-from .distributed import ready_for_inference, release_engine, trained_parameters
+from .distributed import on_first_process, ready_for_inference, release_engine, trained_parameters
 from .inputs import EVALUATION_SPLITS, TRAIN_SPLIT, TaskData, accuracy, config_for, split_data
 from .labels import LabelMask, count_labels, rule_out_labels
 from .phases import PLACEHOLDER, TrainingPhase, begin_phase, describe_task, take_coefficients, take_merged
@@ -235,7 +235,7 @@ class ShareTrainer(Trainer):
         revision: str | None = None,
         private: bool | None = None,
         **kwargs: Any,
-    ) -> CommitInfo | None:
+    ) -> CommitInfo:
         """
         Publish the subspace to `hub_model_id`, as [`SharedSubspace.push_to_hub`] does.
 
@@ -250,7 +250,7 @@ class ShareTrainer(Trainer):
             **kwargs: As for [`SharedSubspace.push_to_hub`].
 
         Returns:
-            `CommitInfo`: The commit, None on processes other than the first.
+            `CommitInfo`: The commit.
         """
         if not blocking or revision not in (None, "main"):
             raise ValueError(f"blocking is {blocking} and revision {revision!r}, expected True and None")
@@ -259,15 +259,18 @@ class ShareTrainer(Trainer):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
-        commit = None
-        if self.is_world_process_zero():
-            subspace = self.subspace
+        subspace = self.subspace
+
+        def push() -> tuple[SubspaceState, CommitInfo]:
             commit = subspace.push_to_hub(
                 self.hub_model_id, commit_message=commit_message, token=token, private=private, **kwargs
             )
-            if subspace.state.lineage != self._subspace_state.lineage:
-                self._load_subspace(subspace.state)
-                self._save_subspace()
+            return subspace.state, commit
+
+        state, commit = on_first_process(push)
+        if state.lineage != self._subspace_state.lineage:
+            self._load_subspace(state)
+            self._save_subspace()
         return commit
 
     def _push_while_training(self) -> None:

@@ -102,19 +102,19 @@ def load_bases(model: PeftModel, state: SubspaceState) -> None:
 
 
 def updates_of(model: PeftModel, task: str) -> dict[str, LowRankUpdate]:
-    """A task's updates by module, from whatever it was trained as; detached, float32."""
+    """A task's updates by module, from whatever it was trained as; detached, float32, on the CPU."""
     updates = {}
     for module, layer in share_layers(model).items():
         if layer.has_task(task):
             factors = layer.factors(task)
-            updates[module] = LowRankUpdate(factors.out_factor.detach(), factors.in_factor.detach())
+            updates[module] = LowRankUpdate(factors.out_factor.detach().cpu(), factors.in_factor.detach().cpu())
     return updates
 
 
 def coefficients_of(model: PeftModel, task: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """A task's coefficients (k_out, p), (k_in, p) by module; detached."""
+    """A task's coefficients (k_out, p), (k_in, p) by module; detached, on the CPU."""
     return {
-        module: (layer.share_coefficients_out[task].detach(), layer.share_coefficients_in[task].detach())
+        module: (layer.share_coefficients_out[task].detach().cpu(), layer.share_coefficients_in[task].detach().cpu())
         for module, layer in share_layers(model).items()
         if task in layer.share_coefficients_out
     }
@@ -137,11 +137,12 @@ def state_of(model: PeftModel) -> SubspaceState:
         return state
     stored = {}
     for module, layer in layers.items():
-        learned = LayerSubspace.from_basis(layer.share_basis_out, layer.share_basis_in, config.pseudo_rank)
+        bases = layer.share_basis_out.cpu(), layer.share_basis_in.cpu()
+        learned = LayerSubspace.from_basis(*bases, config.pseudo_rank)
         for task in tasks:
             if task in layer.share_coefficients_out:
                 coefficients = layer.share_coefficients_out[task], layer.share_coefficients_in[task]
-                learned = learned.with_task(task, *(side.detach() for side in coefficients))
+                learned = learned.with_task(task, *(side.detach().cpu() for side in coefficients))
         stored[module] = learned
     infos = {task: TaskInfo(target=target_of(model.peft_config[task]), head=head_of(model, task)) for task in tasks}
     return replace(state, layers=stored, tasks=infos)

@@ -1,0 +1,70 @@
+"""A small stream, run by the tests under one launcher or another.
+
+python stream.py '{"folder": "out", "model": "bert", …}'; the other keys are arguments of the trainer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from share_hf import ShareConfig, ShareTrainer
+from tests.conftest import _tiny_bert, _tiny_llama
+from tests.continual.cases import (
+    BERT_TARGETS,
+    LLAMA_TARGETS,
+    arguments,
+    classification_tasks,
+    config,
+    language_tasks,
+)
+
+
+def main() -> None:
+    options = json.loads(next(argument for argument in sys.argv[1:] if argument.startswith("{")))
+    folder, kind, tasks = Path(options.pop("folder")), options.pop("model"), options.pop("tasks", 3)
+    resume, quantized = options.pop("resume", False), options.pop("quantized", False)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    values = dict(
+        max_steps=4, per_device_train_batch_size=8 // world, seed=3, weight_decay=0.0, optim="adamw_torch",
+        lr_scheduler_type="constant", save_strategy="steps", save_steps=2,
+    )  # fmt: skip
+    args = arguments(folder, **{**values, **options})  # before the model: ZeRO-3 partitions it as it is made
+    torch.manual_seed(0)
+    if kind == "bert":
+        model, share, data = (
+            _tiny_bert(),
+            config(BERT_TARGETS),
+            classification_tasks(*["colors", "shapes", "sizes"][:tasks]),
+        )
+    else:
+        model, share, data = _llama(folder, quantized), config(LLAMA_TARGETS), language_tasks(*"abc"[:tasks])
+    _train(model, args, share, data, resume)
+
+
+def _llama(folder: Path, quantized: bool) -> torch.nn.Module:
+    if not quantized:
+        return _tiny_llama()
+    base = folder.with_name("base")
+    if not base.exists():
+        _tiny_llama().save_pretrained(base)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_quant_storage=torch.float32
+    )
+    return AutoModelForCausalLM.from_pretrained(base, quantization_config=quantization, dtype=torch.float32)
+
+
+def _train(model: torch.nn.Module, args: object, share: ShareConfig, data: dict, resume: bool) -> None:
+    trainer = ShareTrainer(model, args, share, data)
+    trainer.train(resume_from_checkpoint=resume or None)
+    if trainer.is_world_process_zero():
+        print(trainer.metrics_table)
+
+
+if __name__ == "__main__":
+    main()
