@@ -21,7 +21,7 @@ from typing import Literal
 
 import torch
 from peft import LoraConfig
-from task_data import dataset_ids, flags_with_config, load_task, parse_tasks, train_loras
+from task_data import dataset_ids, flags_with_config, load_task, parse_tasks, quantization, train_loras
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -56,6 +56,7 @@ class ScriptArguments:
     num_temporary: int | None = field(default=None, metadata={"help": "Temporary factors (φ); k // 4 if not given."})
     init_std: float = field(default=0.05, metadata={"help": "Spread of a new task's coefficients (σ)."})
     drift_tolerance: float | None = field(default=None, metadata={"help": "Largest drift merges may add up to."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Quantize the model to NF4 with bitsandbytes."})
 
 
 @dataclass
@@ -96,8 +97,9 @@ def main() -> None:
         data = load_task(place, script.train_examples)
         tasks[name], labels[name] = prompt_completion_task(name, data, tokenizer, prompt_format)
 
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
     model = AutoModelForCausalLM.from_pretrained(
-        script.model_name_or_path, dtype=torch.bfloat16 if args.bf16 else torch.float32
+        script.model_name_or_path, dtype=dtype, quantization_config=quantization(script.load_in_4bit, dtype)
     )
     scorer = LabelLikelihoodScorer(tokenizer, labels, prompt_format, args.per_device_eval_batch_size)
     collator = DataCollatorForSeq2Seq(tokenizer, model=None, label_pad_token_id=-100)

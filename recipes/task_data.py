@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from datasets import Dataset, DatasetDict, load_dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers import BitsAndBytesConfig, PreTrainedModel, Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import ProgressCallback
 
 from share_hf.continual import ContinualMetrics
@@ -64,6 +65,15 @@ def parse_tasks(arguments: list[str]) -> dict[str, str]:
 def dataset_ids(places: Mapping[str, str]) -> dict[str, str]:
     """Those of the tasks' places that are data sets of the hub."""
     return {name: place for name, place in places.items() if not Path(place).exists()}
+
+
+def quantization(load_in_4bit: bool, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """NF4 with quantized constants, computing in `dtype`; None for a model as it is."""
+    if not load_in_4bit:
+        return None
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
 
 
 def flags_with_config(argv: list[str] | None = None) -> list[str]:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from datasets import ClassLabel, DatasetDict
 from peft import LoraConfig, PeftModel
-from task_data import dataset_ids, flags_with_config, load_task, parse_tasks, train_loras
+from task_data import dataset_ids, flags_with_config, load_task, parse_tasks, quantization, train_loras
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -49,6 +49,7 @@ class ScriptArguments:
     num_temporary: int | None = field(default=None, metadata={"help": "Temporary factors (φ); k // 4 if not given."})
     init_std: float = field(default=0.05, metadata={"help": "Spread of a new task's coefficients (σ)."})
     drift_tolerance: float | None = field(default=None, metadata={"help": "Largest drift merges may add up to."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Quantize the model to NF4 with bitsandbytes."})
 
 
 @dataclass
@@ -83,10 +84,12 @@ def main() -> None:
         for name, place in places.items()
     }
     num_labels = {name: data["train"].features["label"].num_classes for name, data in tasks.items()}
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
     model = AutoModelForSequenceClassification.from_pretrained(
         script.model_name_or_path,
         num_labels=max(num_labels.values()),
-        dtype=torch.bfloat16 if args.bf16 else torch.float32,
+        dtype=dtype,
+        quantization_config=quantization(script.load_in_4bit, dtype),
     )
     target_modules = script.target_modules.split(",")
 

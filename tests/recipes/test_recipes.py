@@ -73,6 +73,15 @@ def test_llama_stream_runs_every_method_from_a_yaml_config(tmp_path: Path, metho
     assert (tmp_path / "llama-stream" / "subspace").exists() == (method == "coefficients")
 
 
+def test_llama_stream_learns_on_a_quantized_backbone(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    small = ("--train_examples", "32", "--num_train_epochs", "1", "--num_init_tasks", "1", "--load_in_4bit")
+    tasks = ("--tasks", *(f"{name}={TASKS / name}" for name in ("count", "giver")))
+    output = launch("llama_stream.py", *tasks, *small, cwd=tmp_path)
+    assert 0 <= shown_average(output) <= 1
+    assert SharedSubspace.from_pretrained(tmp_path / "llama-stream" / "subspace").tasks == ("count", "giver")
+
+
 @pytest.mark.parametrize("method", ["share", "sequential_lora"])
 def test_text_stream_learns_tasks_with_different_numbers_of_labels(tmp_path: Path, encoder: str, method: str) -> None:
     csv = tmp_path / "short.csv"
