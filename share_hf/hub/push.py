@@ -144,10 +144,12 @@ def _push_once(api: HfApi, repo_id: str, state: SubspaceState, head: _Head, opti
     _check_refs(api, repo_id, state, head, branches, tags)
     drifts = {task: rounded(state.drift_of(task)) for task in state.tasks}
     written = head.tree.branches if head.tree is not None else {}
+    known = head.tree.tasks if head.tree is not None else ()
     outdated = [
         task
         for task in state.tasks
         if task not in branches
+        or task not in known
         or max(0.0, drifts[task] ** 2 - written.get(task, 0.0) ** 2) ** 0.5 > options.branch_tolerance
     ]
     written = {task: drifts[task] if task in outdated else written.get(task, 0.0) for task in state.tasks}
