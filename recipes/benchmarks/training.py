@@ -64,7 +64,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     layers, batch, length = (1, 2, 256) if options.quick else (options.layers, 4, 512)
-    repeats = 5 if options.quick else options.repeats
+    repeats = 3 if options.quick else options.repeats
 
     torch.manual_seed(0)
     base = llama(layers, getattr(torch, options.dtype))
@@ -90,7 +90,7 @@ def step_seconds(base: LlamaForCausalLM, input_ids: Tensor, repeats: int) -> dic
     """Median seconds of a step of each variant."""
     variants = {"frozen": frozen_step(base, input_ids), "LoRA": Training(base, lora()).step_on(input_ids)}
     variants |= {phase: Training(base, share(phase)).step_on(input_ids) for phase in PHASES}
-    return medians(interleaved(variants, repeats=repeats, warmup=2))
+    return medians(interleaved(variants, repeats=repeats))
 
 
 def time_rows(seconds: dict[str, float]) -> list[Row]:
