@@ -5,32 +5,31 @@
         --tasks support=data/support.jsonl sst2=data/sst2/ --learning_rate 1e-3 --output_dir share-llama-chat
     accelerate launch recipes/sft_stream.py --config stream.yaml
 
-Needs `pip install share-hf[trl]`, with `quantization` for `--load_in_4bit`. Without arguments it needs no network: the
-small backbone and three tasks are in `recipes/assets/`. A task has a `messages` column, of which the last message is
-learned, or a `text` and a `label` column. An answer counts as correct if the model writes it word for word. It prints a
-line a task and the accuracy matrix, and leaves the subspace in `<output_dir>/subspace`. All of `trl.SFTConfig` can be set.
+Needs the extra `trl`, and `quantization` for `--load_in_4bit`. Without arguments it needs no network: the small
+backbone and three tasks are in `recipes/assets/`. A task has a `messages` column, of which the last message is
+learned, or a `text` and a `label` column. An answer is right if the model writes it word for word. It prints a line a
+task and the accuracy matrix, and leaves the subspace with a model card in `<output_dir>/subspace`. It takes all of
+`trl.SFTConfig`.
 
-Every task has a trainer of its own, which DeepSpeed refuses in one process: there, use `ShareTrainer`
-(`recipes/llama_stream.py`), or learn one task a run, starting from `SharedSubspace.from_pretrained(...).apply(model)`.
+Every task has a trainer of its own, which DeepSpeed refuses in one process: there, use `recipes/llama_stream.py`.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
-from task_data import flags_with_config, load_task, parse_tasks
+from task_data import flags_with_config, load_task, parse_tasks, quantization
 from tqdm.auto import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     HfArgumentParser,
     PreTrainedTokenizerBase,
     set_seed,
@@ -38,12 +37,13 @@ from transformers import (
 from transformers.trainer_callback import ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
-from share_hf import ShareCallback, ShareConfig
+from share_hf import ShareCallback, ShareConfig, SharedSubspace
 from share_hf.continual import ContinualMetrics
 from share_hf.continual.progress import StreamProgressCallback
 
 
 ASSETS = Path(__file__).parent / "assets"
+BFLOAT16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
 DEFAULT_TASKS = {name: str(ASSETS / "tasks" / name) for name in ("giver", "topic", "receiver")}
 
 # For models that have none: a question, "Answer:", and the answer.
@@ -81,15 +81,13 @@ class StreamConfig(SFTConfig):
 
     output_dir: str | None = field(default="sft-stream", metadata={"help": "Where to leave the subspace."})
     learning_rate: float = field(default=5e-3, metadata={"help": "Learning rate of AdamW."})
-    num_train_epochs: float = field(default=5.0, metadata={"help": "Epochs of each task."})
+    num_train_epochs: float = field(default=3.0, metadata={"help": "Epochs of each task."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Examples a step and device."})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Prompts to answer at once."})
     warmup_steps: float = field(default=0.1, metadata={"help": "Steps of warm-up; under 1, a share of all."})
-    bf16: bool | None = field(
-        default=torch.cuda.is_available(), metadata={"help": "Whether the model computes in bfloat16."}
-    )
+    bf16: bool | None = field(default=BFLOAT16, metadata={"help": "Whether to compute in bfloat16."})
     gradient_checkpointing: bool = field(
-        default=torch.cuda.is_available(), metadata={"help": "Save memory: compute activations again going back."}
+        default=torch.cuda.is_available(), metadata={"help": "Save memory by computing activations twice."}
     )
     save_strategy: str = field(default="no", metadata={"help": "When a task writes checkpoints."})
     report_to: str = field(default="none", metadata={"help": "Where to log: tensorboard, wandb, trackio …"})
@@ -110,11 +108,8 @@ def main() -> None:
         tasks[name] = data.map(prompt_and_completion, remove_columns=data["train"].column_names)
 
     dtype = torch.bfloat16 if args.bf16 else torch.float32
-    quantization = None
-    if script.load_in_4bit:
-        quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     base_model = AutoModelForCausalLM.from_pretrained(
-        script.model_name_or_path, dtype=dtype, quantization_config=quantization
+        script.model_name_or_path, dtype=dtype, quantization_config=quantization(script.load_in_4bit, dtype)
     )
     targets = script.target_modules
     config = ShareConfig(
@@ -144,14 +139,14 @@ def main() -> None:
         with model.disable_adapter():
             metrics.baseline.append(accuracy(model, tokenizer, test_split(data), args))
         trainer.train()
-        subspace = callback.subspace
 
         row: list[float | None] = [None] * len(tasks)
-        for j, seen in enumerate(subspace.tasks):
+        for j, seen in enumerate(callback.subspace.tasks):
             model.set_adapter(seen)
             row[j] = accuracy(model, tokenizer, test_split(tasks[seen]), args)
         metrics.matrix.append(row)
         metrics.drift = callback.report.drift
+        subspace = SharedSubspace(replace(callback.subspace.state, metrics=metrics.as_dict()))
         if trainer.is_world_process_zero():
             progress.task_line(metrics, subspace.state.tasks[task].learned_by, time.monotonic() - started)
             subspace.save_pretrained(Path(args.output_dir) / "subspace")
@@ -162,10 +157,15 @@ def main() -> None:
 
 def prompt_and_completion(example: dict[str, Any]) -> dict[str, Any]:
     """An example as SFTTrainer takes it: the loss is on the completion, the assistant's last answer."""
-    messages = example.get("messages") or [
-        {"role": "user", "content": example["text"]},
-        {"role": "assistant", "content": str(example["label"])},
-    ]
+    if "messages" in example:
+        messages = example["messages"]
+    elif {"text", "label"} <= example.keys():
+        messages = [
+            {"role": "user", "content": example["text"]},
+            {"role": "assistant", "content": str(example["label"])},
+        ]
+    else:
+        raise ValueError(f"a task has columns {list(example)}, expected 'messages', or 'text' and 'label'")
     return {"prompt": messages[:-1], "completion": messages[-1:]}
 
 
@@ -175,7 +175,7 @@ def test_split(data: dict[str, Dataset]) -> Dataset:
 
 @torch.inference_mode()
 def accuracy(model: PeftModel, tokenizer: PreTrainedTokenizerBase, data: Dataset, args: SFTConfig) -> float:
-    """Share of the answers that the active adapter writes word for word."""
+    """Fraction of the answers that the active adapter writes word for word."""
     model.eval()
     prompts = [
         tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False) for prompt in data["prompt"]

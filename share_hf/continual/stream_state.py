@@ -28,6 +28,7 @@ class StreamState:
         steps: Length of the subspace's lineage when the stage began. A saved subspace that is one step longer has the
             result of the stage in it.
         trained_steps: Steps of the optimizer in the phases that are done.
+        phase_steps: Of the stage's own phase, where it is trained and only its result has to be taken.
         metrics: `ContinualMetrics` so far.
     """
 
@@ -36,6 +37,7 @@ class StreamState:
     stage: Stage = "learn"
     steps: int = 0
     trained_steps: int = 0
+    phase_steps: int = 0
     metrics: dict[str, Any] | None = None
 
     def save(self, folder: Path) -> None:
@@ -66,14 +68,16 @@ def newest_whole_checkpoint(folder: Path) -> Path | None:
     checkpoints = [
         path
         for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if path.name.rpartition("-")[2].isdigit() and _is_json(path / "trainer_state.json")
+        if path.name.rpartition("-")[2].isdigit()
+        and _is_json(path / "trainer_state.json")
+        and (any(path.glob("optimizer*")) or (path / "latest").is_file())  # with save_only_model there is none
     ]
     return max(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 def _is_json(path: Path) -> bool:
     try:
-        read_json(path)
-    except ValueError:
+        json.loads(path.read_text(encoding="utf-8"))  # the Trainer's own may hold NaN
+    except (OSError, ValueError):
         return False
     return True

@@ -16,10 +16,11 @@ from huggingface_hub import CommitInfo
 from peft import PeftModel, TaskType, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, Trainer, set_seed
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_callback import ProgressCallback, TrainerState
 from transformers.trainer_utils import HubStrategy, TrainOutput
 from transformers.utils import logging
 
+from ..hub.files import naming, restore_folder
 from ..hub.metrics import ContinualMetrics
 from ..hub.names import check_task_name
 from ..hub.reconcile import combined_metrics
@@ -298,6 +299,20 @@ class ShareTrainer(Trainer):
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub()
 
+    def _load_best_model(self) -> None:
+        # The Trainer looks for an adapter in the checkpoint itself; one with a name is in a folder of that name.
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        place = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        with naming(place):
+            try:
+                super()._save_checkpoint(model, trial)
+            except RuntimeError as error:
+                if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
+                    raise
+                raise OSError(f"{place}: could not be written, is the disk full? ({error})") from error
+
     # ---- One task --------------------------------------------------------------------------------------------------
 
     def _learn(
@@ -311,11 +326,15 @@ class ShareTrainer(Trainer):
         if resumed_stage in (None, "learn"):
             phase = self._next_phase()
             self._note_stage(name, "learn")
-            yield self._train_phase(name, phase, train_dataset)
+            output = self._train_phase(name, phase, train_dataset)
+            yield output
+            self._note_stage(name, "learn", output.global_step)
             self._take(name, phase)
         if resumed_stage != "evaluate" and self.args.finetune_num_train_epochs > 0:
             self._note_stage(name, "finetune")
-            yield self._train_phase(name, "finetune", train_dataset)
+            output = self._train_phase(name, "finetune", train_dataset)
+            yield output
+            self._note_stage(name, "finetune", output.global_step)
             self._take(name, "finetune")
         self._note_stage(name, "evaluate")
         self._evaluate_after(name)
@@ -351,7 +370,16 @@ class ShareTrainer(Trainer):
             self._resumed_folder = None
             if checkpoint is None and self.args.should_save:
                 shutil.rmtree(self.args.output_dir, ignore_errors=True)  # of an earlier try
-            output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+            state = checkpoint and TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            if state and state.global_step >= state.max_steps:
+                # The Trainer would take one more step where the last is not the end of an epoch.
+                self._load_from_checkpoint(str(checkpoint))
+                self.state = state
+                output = TrainOutput(state.global_step, 0.0, {})
+                if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+                    self._load_best_model()
+            else:
+                output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
         release_engine(self)
         # The Trainer begins a new history with every run; this is one stream.
         self.state.log_history = history + self.state.log_history
@@ -526,11 +554,13 @@ class ShareTrainer(Trainer):
             self.model.set_adapter(next(reversed(self._subspace_state.tasks), PLACEHOLDER))
             self.model.delete_adapter(name)
 
-    def _note_stage(self, name: str, stage: Stage) -> None:
-        self._save_stream(self._stream_state(self._position_of(name), name, stage))
+    def _note_stage(self, name: str, stage: Stage, phase_steps: int = 0) -> None:
+        """`phase_steps`: of the phase of this stage, when it is trained and only has to be taken."""
+        stream = self._stream_state(self._position_of(name), name, stage)
+        self._save_stream(replace(stream, trained_steps=stream.trained_steps - phase_steps, phase_steps=phase_steps))
 
     def _stream_state(self, position: int, task: str | None = None, stage: Stage = "learn") -> StreamState:
-        return StreamState(position, task, stage, self._steps, self._stream_steps, self.metrics)
+        return StreamState(position, task, stage, self._steps, self._stream_steps, metrics=self.metrics)
 
     def _save_stream(self, stream: StreamState) -> None:
         if self.args.should_save:
@@ -568,6 +598,7 @@ class ShareTrainer(Trainer):
         learned = (begun.metrics or {}).get("tasks", [])[: begun.position]
         if learned != order[: begun.position]:
             raise ValueError(f"{folder}: the stream has learned {learned}, but tasks is {order}")
+        restore_folder(folder / SUBSPACE_FOLDER)
         if (folder / SUBSPACE_FOLDER).exists():
             state = read_tree(folder / SUBSPACE_FOLDER)
             if state.settings != self._subspace_state.settings:
@@ -583,7 +614,9 @@ class ShareTrainer(Trainer):
         if begun.metrics is not None:
             self._continual = ContinualMetrics.from_dict(begun.metrics)
         if begun.task is not None and self._steps > begun.steps:
-            begun = replace(begun, stage="finetune" if begun.stage == "learn" else "evaluate")
+            trained_steps = begun.trained_steps + begun.phase_steps
+            stage = "finetune" if begun.stage == "learn" else "evaluate"
+            begun = replace(begun, stage=stage, trained_steps=trained_steps)
         self._begun = True
         self._stream_steps = begun.trained_steps
         self._resumed_folder = folder if begun.task is not None else None

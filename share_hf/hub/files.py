@@ -161,8 +161,9 @@ def replacing_folder(folder: Path, entries: Collection[str]) -> Iterator[Path]:
     recover_folder(folder, entries)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.new-", dir=folder.parent))
     try:
-        yield scratch
-        _flush(scratch)
+        with naming(folder):
+            yield scratch
+            _flush(scratch)
         scratch.chmod(folder.stat().st_mode & 0o7777 if folder.exists() else 0o777 & ~_umask())
         if folder.exists():
             folder.rename(_aside(folder))
@@ -198,12 +199,29 @@ def recover_folder(folder: Path, entries: Collection[str]) -> None:
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace a text file as a whole."""
-    scratch = path.with_name(f".{path.name}.new-{os.getpid()}")
-    scratch.write_text(text, encoding="utf-8")
-    with scratch.open("rb") as file:
-        os.fsync(file.fileno())
-    scratch.replace(path)
+    scratch = path.with_name(f".{path.name}.new")  # one name, so that the next write takes what a crash left
+    try:
+        with naming(path):
+            scratch.write_text(text, encoding="utf-8")
+            with scratch.open("rb") as file:
+                os.fsync(file.fileno())
+            scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
     _flush_folder(path.parent)
+
+
+@contextmanager
+def naming(place: Path) -> Iterator[None]:
+    """Name what could not be written: a full disk is told of without."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{place}: could not be written ({error})") from error
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(place)) from error
 
 
 def _real(folder: Path) -> Path:

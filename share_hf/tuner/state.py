@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -29,7 +30,7 @@ def share_config_for(
     state: SubspaceState, task: str, *, trainable: bool = False, phase: Phase = "coefficients"
 ) -> ShareConfig:
     """The configuration that injects a task of a subspace with its bases."""
-    values = {**share_adapter_config(state, task), "inference_mode": not trainable, "phase": phase}
+    values = copy.deepcopy({**share_adapter_config(state, task), "inference_mode": not trainable, "phase": phase})
     values.pop("peft_type")
     config = ShareConfig(**values)
     attach_bases(config, state.bases())
@@ -151,7 +152,11 @@ def state_of(model: PeftModel) -> SubspaceState:
 def target_of(config: ShareConfig) -> dict[str, Any]:
     """Which modules an adapter targets, as JSON."""
     target = {name: value for name in TARGET_FIELDS if (value := getattr(config, name)) is not None}
-    return {name: sorted(value) if isinstance(value, set) else value for name, value in target.items()}
+    for name, value in target.items():
+        if isinstance(value, (set, list)):
+            # PEFT adds the classifier to `modules_to_save` with every adapter that it is given the configuration of.
+            target[name] = sorted(value) if isinstance(value, set) else list(dict.fromkeys(value))
+    return target
 
 
 def _has_update(layer: ShareLayer, task: str) -> bool:

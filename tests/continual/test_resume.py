@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +10,7 @@ import pytest
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from share_hf import SharedSubspace, ShareTrainer
+from share_hf import ShareTrainer
 from share_hf.continual import trainer as trainer_module
 
 from .conftest import MakeTrainer, assert_same_to_the_bit, coefficients
@@ -158,55 +153,3 @@ def test_a_damaged_stream_state_is_named(make_trainer: MakeTrainer, tmp_path: Pa
     (tmp_path / "out" / "stream_state.json").write_text('{"position": 1')
     with pytest.raises(ValueError, match=r"stream_state\.json: not valid JSON"):
         make_trainer(**ARGUMENTS).train(resume_from_checkpoint=True)
-
-
-SCRIPT = """
-import sys, torch
-from tests.conftest import _tiny_bert
-from tests.continual.conftest import LABELS, classification_data
-from share_hf import ShareConfig, ShareTrainer, ShareTrainingArguments
-torch.set_num_threads(1)
-torch.manual_seed(0)
-tasks = {name: classification_data(n, seed) for seed, (name, n) in enumerate(LABELS.items())}
-args = ShareTrainingArguments(
-    sys.argv[1], per_device_train_batch_size=8, num_train_epochs=4, num_init_tasks=1, save_strategy="steps",
-    save_steps=2, finetune_num_train_epochs=2, report_to="none", disable_tqdm=True, use_cpu=True,
-)
-config = ShareConfig(num_components=8, pseudo_rank=2, num_temporary=4, target_modules=["query", "value"])
-ShareTrainer(_tiny_bert(), args, config, tasks).train(resume_from_checkpoint=True)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_a_stream_killed_at_any_moment_ends_with_the_same_coefficients(tmp_path: Path) -> None:
-    def start(folder: Path) -> subprocess.Popen[bytes]:
-        root = Path(__file__).parents[2]
-        return subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, str(folder)],
-            cwd=root,
-            env={**os.environ, "PYTHONPATH": str(root)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-
-    assert start(tmp_path / "whole").wait(timeout=300) == 0
-    killed, kills, waits = tmp_path / "killed", 0, [2.0, 0.4, 0.9, 1.7, 0.2, 1.2]
-    for wait in waits:
-        process = start(killed)
-        seen = (killed / "stream_state.json").stat().st_mtime if (killed / "stream_state.json").exists() else 0.0
-        deadline = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline:
-            state = killed / "stream_state.json"
-            if state.exists() and state.stat().st_mtime > seen:
-                break
-            time.sleep(0.05)
-        time.sleep(wait)
-        process.send_signal(signal.SIGKILL)
-        kills += process.wait() == -signal.SIGKILL
-    assert start(killed).wait(timeout=300) == 0
-    assert kills >= 2
-    whole, resumed = (SharedSubspace.from_pretrained(folder / "subspace") for folder in (tmp_path / "whole", killed))
-    for module, layer in whole.state.layers.items():
-        assert torch.equal(resumed.state.layers[module].coefficients_out, layer.coefficients_out)
-        assert torch.equal(resumed.state.layers[module].coefficients_in, layer.coefficients_in)

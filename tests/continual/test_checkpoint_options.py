@@ -1,0 +1,198 @@
+"""What the Trainer's options for checkpoints mean in a phase: when they are written, and which are kept and taken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import EvalPrediction
+
+from share_hf import ShareTrainer
+
+from .cases import At, Interruption, assert_same_tasks, classification_tasks, classifier_trainer
+from .test_interruptions import Start, assert_ends_as, interrupt, start, stop_at  # noqa: F401
+
+
+# The phases of the stream and their steps.
+PHASES = {
+    "0001-colors-init": 4,
+    "0001-colors-finetune": 2,
+    "0002-shapes-adapt": 4,
+    "0002-shapes-finetune": 2,
+    "0003-sizes-adapt": 4,
+    "0003-sizes-finetune": 2,
+}
+
+
+@pytest.fixture
+def phases(tmp_path: Path) -> Path:
+    return tmp_path / "stream" / "phases"
+
+
+def checkpoints(folder: Path) -> list[int]:
+    """The steps at which the checkpoints in the folder of a phase were written."""
+    return sorted(int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*"))
+
+
+def test_save_total_limit_is_how_many_checkpoints_a_phase_has(start: Start, phases: Path) -> None:  # noqa: F811
+    seen: dict[str, list[list[int]]] = {}
+
+    def note(args: Any, state: Any, **kwargs: Any) -> None:
+        folder = Path(args.output_dir)
+        seen.setdefault(folder.name, []).append(checkpoints(folder))
+
+    trainer = start(save_total_limit=2)
+    trainer.add_callback(At("on_save", note))
+    trainer.train()
+    for phase, steps in PHASES.items():
+        assert seen[phase] == [list(range(max(1, step - 1), step + 1)) for step in range(1, steps + 1)]
+
+
+@pytest.mark.parametrize("phase", ["colors-init", "shapes-adapt"])
+def test_a_stream_with_a_limit_of_one_checkpoint_resumes_to_the_bit(phase: str, start: Start) -> None:  # noqa: F811
+    whole = start("whole", save_total_limit=1)
+    whole.train()
+    interrupt(start(save_total_limit=1), stop_at(phase, 4))
+    assert_ends_as(start(save_total_limit=1), whole)
+
+
+def test_without_checkpoints_a_phase_is_begun_again(start: Start, phases: Path) -> None:  # noqa: F811
+    whole = start("whole", save_strategy="no")
+    whole.train()
+    interrupt(start(save_strategy="no"), stop_at("shapes-adapt", 3))
+    assert not list(phases.glob("*/checkpoint-*"))
+    assert_ends_as(start(save_strategy="no"), whole)
+
+
+@pytest.mark.parametrize("step", [3, 4, 6])
+def test_checkpoints_of_epochs_are_taken_up(step: int, start: Start, phases: Path) -> None:  # noqa: F811
+    changes = dict(save_strategy="epoch", num_train_epochs=2)
+    whole = start("whole", **changes)
+    whole.train()
+    interrupt(start(**changes), stop_at("shapes-adapt", step))
+    assert checkpoints(phases / "0002-shapes-adapt") == ([4] if step > 4 else [])
+    assert_ends_as(start(**changes), whole)
+
+
+@pytest.mark.parametrize("scheduler", ["linear", "constant"])
+@pytest.mark.parametrize("steps", [3, 6])
+def test_a_phase_that_was_trained_to_its_end_is_not_trained_further(
+    scheduler: str,
+    steps: int,
+    start: Start,  # noqa: F811
+) -> None:
+    """Its last step is not the last of an epoch; what was cut off is the merge."""
+    changes = dict(lr_scheduler_type=scheduler, max_steps=steps)
+    whole = start("whole", **changes)
+    whole.train()
+    trainer = start(**changes)
+    trainer.add_callback(stop_when_trained("shapes-adapt"))
+    interrupt(trainer)
+    resumed = start(**changes)
+    further: list[int] = []
+    resumed.add_callback(At("on_step_end", lambda args, state, **kwargs: further.append(state.global_step)))
+    assert_ends_as(resumed, whole)
+    assert max(further) <= steps
+    assert len(further) == 3 * steps  # finetune of shapes, and both phases of sizes
+
+
+def stop_when_trained(phase: str) -> At:
+    """Stops the stream between a phase and its merge."""
+
+    def stop(args: Any, state: Any, **kwargs: Any) -> None:
+        if args.output_dir.endswith(phase):
+            raise Interruption
+
+    return At("on_train_end", stop)
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_checkpoint_of_the_model_alone_is_not_continued_from(
+    step: int,
+    start: Start,  # noqa: F811
+    phases: Path,
+) -> None:
+    """It lacks the optimizer, so the phase is begun again: what a stream ends with does not hang on interruptions."""
+    changes = dict(save_only_model=True)
+    whole = start("whole", **changes)
+    whole.train()
+    interrupt(start(**changes), stop_at("shapes-adapt", step))
+    newest = phases / "0002-shapes-adapt" / f"checkpoint-{step - 1}"
+    assert newest.is_dir()
+    assert not list(newest.glob("optimizer*"))
+    assert_ends_as(start(**changes), whole)
+
+
+# ---- The best checkpoint --------------------------------------------------------------------------------------------
+
+
+class FallingScore:
+    """Metrics by which the first checkpoint of a phase is its best."""
+
+    def __init__(self) -> None:
+        self.score = 0
+
+    def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
+        self.score -= 1
+        return {"accuracy": float(self.score)}
+
+
+def best_trainer(model: Any, folder: Path) -> ShareTrainer:
+    return classifier_trainer(
+        model,
+        folder,
+        classification_tasks("colors", "shapes"),
+        trainer={"eval_dataset": classification_tasks("colors")["colors"]["test"], "compute_metrics": FallingScore()},
+        save_strategy="steps",
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="accuracy",
+        save_total_limit=1,
+        max_steps=3,
+        finetune_num_train_epochs=0.5,
+    )
+
+
+def test_the_best_checkpoint_of_a_phase_is_what_is_merged(tiny_model: Any, tmp_path: Path) -> None:
+    trainer = best_trainer(tiny_model("bert"), tmp_path / "stream")
+    first: dict[str, torch.Tensor] = {}
+    ends: list[str] = []
+
+    def trained() -> dict[str, torch.Tensor]:
+        parameters = trainer.model.named_parameters()
+        return {name: value.detach().clone() for name, value in parameters if value.requires_grad}
+
+    def note(args: Any, state: Any, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            first.clear()
+            first.update(trained())
+
+    def compare(args: Any, state: Any, **kwargs: Any) -> None:
+        found = trained()
+        assert found.keys() == first.keys()
+        assert not [name for name in first if not torch.equal(found[name], first[name])]
+        ends.append(Path(args.output_dir).name)
+
+    trainer.add_callback(At("on_step_end", note))
+    trainer.add_callback(At("on_train_end", compare))
+    trainer.train()
+    assert ends == ["0001-colors-init", "0001-colors-finetune", "0002-shapes-adapt", "0002-shapes-finetune"]
+
+
+@pytest.mark.parametrize("phase", ["colors-init", "shapes-adapt", "shapes-finetune"])
+@pytest.mark.parametrize("when", ["before its last step", "before its merge"])
+def test_the_best_checkpoint_is_known_after_an_interruption(
+    phase: str, when: str, tiny_model: Any, tmp_path: Path
+) -> None:
+    whole = best_trainer(tiny_model("bert"), tmp_path / "whole")
+    whole.train()
+    interrupted = best_trainer(tiny_model("bert"), tmp_path / "stream")
+    interrupt(interrupted, stop_when_trained(phase) if when == "before its merge" else stop_at(phase, 3))
+    resumed = best_trainer(tiny_model("bert"), tmp_path / "stream")
+    resumed.compute_metrics.score = -100  # falls further, as it would have
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_tasks(resumed.subspace, whole.subspace)
