@@ -39,6 +39,20 @@ def on_first_process(compute: Callable[[], Value]) -> Value:
     return value
 
 
+def check_engine(trainer: Trainer) -> None:
+    """Refuse what no phase could be trained with, before any is begun.
+
+    Raises:
+        ValueError: Naming the combination, and what works instead.
+    """
+    if trainer.is_fsdp_enabled:
+        raise ValueError("FSDP shards adapters that a merge replaces, expected DDP or DeepSpeed")
+    if is_deepspeed_zero3_enabled() and getattr(trainer.model.get_base_model(), "is_quantized", False):
+        raise ValueError(
+            "ZeRO-3 partitions weights that are quantized, expected ZeRO-1, ZeRO-2 or DDP for such a model"
+        )
+
+
 def release_engine(trainer: Trainer) -> None:
     """Take the engine of a phase off the model, so that adapters are whole and float32, and can come and go.
 

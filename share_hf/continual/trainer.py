@@ -31,7 +31,7 @@ from ..subspace import MergeReport
 from ..tuner import ShareConfig
 from ..tuner.state import load_bases, load_tasks, share_config_for
 from .arguments import Method, ShareTrainingArguments, training_facts
-from .distributed import on_first_process, ready_for_inference, release_engine, trained_parameters
+from .distributed import check_engine, on_first_process, ready_for_inference, release_engine, trained_parameters
 from .inputs import EVALUATION_SPLITS, TRAIN_SPLIT, TaskData, accuracy, config_for, split_data
 from .labels import LabelMask, count_labels, rule_out_labels
 from .phases import PLACEHOLDER, TrainingPhase, begin_phase, describe_task, take_coefficients, take_merged
@@ -129,6 +129,7 @@ class ShareTrainer(Trainer):
         if self.share_config.task_type == TaskType.SEQ_CLS:
             kwargs.setdefault("compute_metrics", accuracy)
         super().__init__(model=peft_model, args=args, **kwargs)
+        check_engine(self)
         if self.share_config.task_type == TaskType.SEQ_CLS:
             # Classifiers take the keyword that tells the items of a whole step, but return the mean over their own
             # batch: taken for a sum over all, it would count once for each process and accumulated batch.

@@ -55,7 +55,8 @@ def known_bases(config: PeftConfig) -> dict[str, StoredBasis]:
         check_bases(path, bases, index)
         check_file(path.parent, index.sha256, SUBSPACE_FILE)
     if (weights := _weights_file(origin, index)) is not None:
-        config._share_head = _check_weights(weights, config, bases)
+        of_tree = index is not None and index.kind == "tree"
+        config._share_head = _check_weights(weights, config, bases, any_precision=not of_tree)
         if index is not None and (task := _task_of(weights.parent, path.parent, index)) is not None:
             _fetch(origin, f"{task_folder(task)}/{METRICS_FILE}", MAX_JSON_BYTES)
             check_task_files(path.parent, index, task)
@@ -122,10 +123,12 @@ def _weights_file(origin: AdapterOrigin, index: TreeIndex | None) -> Path | None
 
 
 def _check_weights(
-    path: Path, config: PeftConfig, bases: Mapping[str, StoredBasis]
+    path: Path, config: PeftConfig, bases: Mapping[str, StoredBasis], *, any_precision: bool
 ) -> dict[str, tuple[int, ...]] | None:
     """Check the weights of an adapter; shapes of its head, None for a checkpoint in the middle of a phase."""
     tensors = read_tensors(path)
+    if any_precision:  # of a model that its user cast before saving it
+        tensors = {name: tensor.float() for name, tensor in tensors.items()}
     if config.phase != "coefficients":
         return None
     head = {}

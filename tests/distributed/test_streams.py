@@ -163,3 +163,10 @@ def test_accumulated_gradients_in_bfloat16_keep_float32_coefficients(engine: str
 @pytest.mark.parametrize("engine", ["one", "ddp"])
 def test_a_quantized_backbone_learns(engine: str, launch: Launch) -> None:
     assert launch(engine, "llama", quantized=True, tasks=2).tasks == ("a", "b")
+
+
+def test_a_quantized_backbone_is_refused_under_zero3(tmp_path: Path) -> None:
+    options = {"folder": str(tmp_path / "out"), "model": "llama", "quantized": True, "deepspeed": zero_config("zero3")}
+    done = run([*launcher("zero3"), str(SCRIPT), json.dumps(options)])
+    assert done.returncode != 0
+    assert not (tmp_path / "out" / "subspace").exists()
