@@ -93,6 +93,10 @@ def ready_for_inference(trainer: Trainer) -> Iterator[None]:
         yield
     finally:
         trainer.is_deepspeed_enabled = enabled
+        # A model that was prepared for evaluation alone would not be wrapped for training any more.
+        vars(trainer.model).pop("_is_accelerate_prepared", None)
+        accelerator = trainer.accelerator
+        accelerator._models = [model for model in accelerator._models if model is not trainer.model]
 
 
 def _take_off(trainer: Trainer, trained: Mapping[str, Tensor]) -> None:

@@ -79,7 +79,9 @@ class ContinualMetrics:
         Raises:
             ValueError, KeyError, TypeError, AttributeError: If it is no JSON of `as_dict`.
         """
-        tasks, matrix = values["tasks"], values["matrix"]
+        score, tasks, matrix = values["score"], values["tasks"], values["matrix"]
+        if not isinstance(score, str) or not score:
+            raise ValueError(f"score is {score!r}, expected the name of a metric")
         baseline = values.get("baseline") or [None] * len(tasks)
         if not all(isinstance(task, str) for task in tasks) or len(set(tasks)) != len(tasks):
             raise ValueError(f"tasks is {tasks!r}, expected different names")
@@ -89,7 +91,7 @@ class ContinualMetrics:
         if len(matrix) > len(tasks):
             raise ValueError(f"matrix has {len(matrix)} rows, expected at most one for each of {tasks}")
         return cls(
-            score=str(values["score"]),
+            score=score,
             tasks=list(tasks),
             matrix=[list(row) for row in matrix],
             baseline=list(baseline),
