@@ -88,7 +88,7 @@ class ShareCallback(TrainerCallback):
         self._phase = "adapt" if known.tasks else "init"
         begin_phase(model, known, self.task, self._phase, config)
         if rounded:
-            _put_back(model, known, rounded)
+            load_tasks(model, known, rounded)
         self._entered = True
 
     def on_train_begin(
@@ -131,13 +131,3 @@ def _rounded_tasks(model: PeftModel, state: SubspaceState) -> list[str]:
             for parameters in (layer.share_coefficients_out, layer.share_coefficients_in)
         )
     ]
-
-
-def _put_back(model: PeftModel, state: SubspaceState, tasks: list[str]) -> None:
-    """Give rounded tasks of the model their coefficients of the subspace, in float32."""
-    for layer in share_layers(model).values():
-        for parameters in (layer.share_coefficients_out, layer.share_coefficients_in):
-            for task in tasks:
-                if task in parameters:
-                    parameters[task].data = parameters[task].data.float()
-    load_tasks(model, state, tasks)

@@ -183,7 +183,8 @@ class ShareTrainer(Trainer):
                 continue
             stage = begun.stage if begun.task == name else None
             outputs += self._learn(name, *self.tasks[name], resumed_stage=stage)
-            if self.args.push_to_hub and self.args.hub_strategy == HubStrategy.EVERY_SAVE:
+            is_last = position + 1 == len(self.tasks)
+            if self.args.push_to_hub and self.args.hub_strategy == HubStrategy.EVERY_SAVE and not is_last:
                 self._push_while_training()
         if self.args.push_to_hub:
             self.push_to_hub()
@@ -420,8 +421,7 @@ class ShareTrainer(Trainer):
             self._subspace_state = take_coefficients(self.model, state, name, info)
         else:
             progress = not self.args.disable_tqdm and self.is_world_process_zero()
-            merged = take_merged(self.model, state, name, info, progress=progress)
-            self._subspace_state, self._merge_report = merged
+            self._subspace_state, self._merge_report = take_merged(self.model, state, name, info, progress=progress)
             self._log_merge(self._merge_report)
         if self._subspace_state.base_model_name_or_path is None:
             base = getattr(self.model.get_base_model(), "name_or_path", None) or None

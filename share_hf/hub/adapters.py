@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..subspace import LowRankUpdate
 from .files import read_json, read_tensors, write_tensors
+from .names import HUB_ID
 
 
 PEFT_PREFIX = "base_model.model."
@@ -186,7 +187,7 @@ def _resolve(location: str | Path, name: str, **download_options: Any) -> Path:
         if not path.is_file():
             raise ValueError(f"{folder}: no {name} in it, expected the folder of a PEFT adapter")
         return path
-    if isinstance(location, Path) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", location):
+    if isinstance(location, Path) or not HUB_ID.fullmatch(location):
         raise ValueError(f"{location}: no such folder")
     try:
         return Path(hf_hub_download(location, name, **download_options))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from yaml import YAMLError
 from ..subspace import audit_layers
 from ..version import __version__
 from .figures import CAPTIONS
+from .names import HUB_ID
 from .state import SubspaceState, scores_of, sketch_of, step_tags
 
 
@@ -27,8 +27,6 @@ _AUTO_CLASSES = {
     "FEATURE_EXTRACTION": ("AutoPeftModelForFeatureExtraction", "AutoModel"),
 }
 
-
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 GENERATED_BEGIN = "<!-- share_hf: generated from here; what stands outside is kept when the card is written again -->"
 GENERATED_END = "<!-- share_hf: generated to here -->"
@@ -141,7 +139,7 @@ def _card_data(state: SubspaceState) -> ModelCardData:
             )
     base = state.base_model_name_or_path
     return ModelCardData(
-        base_model=base if base and _HUB_ID.fullmatch(base) and not Path(base).exists() else None,
+        base_model=base if base and HUB_ID.fullmatch(base) and not Path(base).exists() else None,
         library_name="peft",
         tags=["share", "lora", "continual-learning", "base_model:adapter"],
         datasets=list(dict.fromkeys(info.dataset for info in state.tasks.values() if info.dataset)) or None,

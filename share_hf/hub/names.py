@@ -8,6 +8,9 @@ from collections.abc import Iterable
 from torch import nn
 
 
+# What a repository of the hub can be called, with its organization or without.
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
 _PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _REFUSED = re.compile(r"main|default|ref|HEAD|step-\d{4}-.*|[0-9a-f]{40}", re.IGNORECASE)
 

@@ -139,8 +139,8 @@ def _with_pushed(state: SubspaceState, head: _Head, repo_id: str, token: str | b
 def _push_once(api: HfApi, repo_id: str, state: SubspaceState, head: _Head, options: PushOptions) -> CommitInfo:
     """The commit on `main`, then the tag of the newest task and the branches that are missing or drifted."""
     refs = api.list_repo_refs(repo_id)
-    branches = {ref.name: ref.target_commit for ref in refs.branches}
-    tags = {ref.name: ref.target_commit for ref in refs.tags}
+    branches = {ref.name for ref in refs.branches}
+    tags = {ref.name for ref in refs.tags}
     _check_refs(api, repo_id, state, head, branches, tags)
     drifts = {task: rounded(state.drift_of(task)) for task in state.tasks}
     written = head.tree.branches if head.tree is not None else {}
@@ -208,8 +208,8 @@ def _check_refs(
     repo_id: str,
     state: SubspaceState,
     head: _Head,
-    branches: Mapping[str, str],
-    tags: Mapping[str, str],
+    branches: Set[str],
+    tags: Set[str],
 ) -> None:
     """Refuse new tasks whose names already mean something else in the repository."""
     known = head.tree.tasks if head.tree is not None else ()
@@ -266,7 +266,7 @@ def _commit(
     )
 
 
-def _tag_newest(api: HfApi, repo_id: str, tree: TreeIndex, commit: str, tags: Mapping[str, str]) -> None:
+def _tag_newest(api: HfApi, repo_id: str, tree: TreeIndex, commit: str, tags: Set[str]) -> None:
     if tree.tasks and (tag := step_tags(tree.lineage, tree.tasks)[tree.tasks[-1]]) not in tags:
         api.create_tag(repo_id, tag=tag, revision=commit, exist_ok=True)
 
@@ -278,7 +278,7 @@ def _write_branches(
     folder: Path,
     main: _Head,
     outdated: list[str],
-    branches: Mapping[str, str],
+    branches: Set[str],
     card: CardOptions,
 ) -> None:
     """Branches for tasks: a new one is made of a commit that already is its whole tree, on a branch of no name."""

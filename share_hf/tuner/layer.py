@@ -147,8 +147,9 @@ class ShareLayer(BaseTunerLayer):
         trained = task in self.active_adapters and not self.disable_adapters
         for side, value in (("out", out), ("in", in_)):
             parameters = getattr(self, f"share_{kind}_{side}")
-            if task in parameters and parameters[task].shape == value.shape:
-                parameters[task].data.copy_(value)
+            kept = parameters.get(task)
+            if kept is not None and kept.shape == value.shape and kept.dtype == torch.float32:
+                kept.data.copy_(value)
             else:
                 # In one memory layout, so that a task computes the same to the bit whether merged or loaded.
                 value = value.detach().to(

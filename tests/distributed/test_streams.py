@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from share_hf import SharedSubspace
+from tests.hub.cases import distance
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
@@ -96,16 +97,6 @@ def zero_config(engine: str) -> dict[str, Any]:
         "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto",
     }
-
-
-def distance(found: SharedSubspace, expected: SharedSubspace, task: str) -> float:
-    """Relative change of a task's weights over all layers."""
-    change = total = 0.0
-    for module, layer in expected.state.layers_of(task).items():
-        before, after = layer.update_of(task).dense(), found.state.layers[module].update_of(task).dense()
-        change += float((after - before).square().sum())
-        total += float(before.square().sum())
-    return (change / total) ** 0.5
 
 
 def assert_close(found: SharedSubspace, expected: SharedSubspace, tolerance: float) -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
 
+from share_hf import SharedSubspace
 from share_hf.hub.state import SubspaceState
 from share_hf.tuner import share_layers
 
@@ -121,6 +122,16 @@ def known(values: Mapping[str, Any]) -> dict[str, Any]:
 def assert_same_tensor(found: Tensor, expected: Tensor) -> None:
     assert found.dtype == expected.dtype
     assert torch.equal(found, expected)
+
+
+def distance(found: SharedSubspace, expected: SharedSubspace, task: str) -> float:
+    """Relative change of a task's weights over all layers."""
+    change = total = 0.0
+    for module, layer in expected.state.layers_of(task).items():
+        before, after = layer.update_of(task).dense(), found.state.layers[module].update_of(task).dense()
+        change += float((after - before).square().sum())
+        total += float(before.square().sum())
+    return (change / total) ** 0.5
 
 
 def untouched(model: PreTrainedModel, pristine: PreTrainedModel) -> bool:

@@ -16,7 +16,7 @@ from share_hf.hub.reconcile import reconcile
 from tests.hub_server import DropDownload, is_commit
 from tests.hub_server.fixtures import Hub
 
-from .cases import assert_same_state
+from .cases import assert_same_state, distance
 
 
 REPO = "org/share-subspace"
@@ -37,16 +37,6 @@ def writers(
     first.add_adapters({"rte": save_lora("rte", seed=11)}, progress=False)
     second.add_adapters({"cola": save_lora("cola", seed=12)}, progress=False)
     return first, second
-
-
-def distance(found: SharedSubspace, expected: SharedSubspace, task: str) -> float:
-    """Relative change of a task's weights over all layers."""
-    change = total = 0.0
-    for module, layer in expected.state.layers_of(task).items():
-        before, after = layer.update_of(task).dense(), found.state.layers[module].update_of(task).dense()
-        change += float((after - before).square().sum())
-        total += float(before.square().sum())
-    return (change / total) ** 0.5
 
 
 def test_both_tasks_end_up_on_main(hub: Hub, writers: tuple[SharedSubspace, SharedSubspace]) -> None:

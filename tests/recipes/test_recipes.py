@@ -34,6 +34,14 @@ def launch(recipe: str, *flags: str, cwd: Path) -> str:
     return run.stdout
 
 
+def refusal(recipe: str, *flags: str, cwd: Path) -> str:
+    """Run a recipe that fails and return what it said."""
+    command = [sys.executable, str(RECIPES / recipe), *flags]
+    run = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240)
+    assert run.returncode != 0
+    return run.stderr
+
+
 def shown_average(output: str) -> float:
     found = re.search(r"accuracy: average (\d\.\d+)", output)
     assert found, output
@@ -99,15 +107,7 @@ def test_text_stream_learns_tasks_with_different_numbers_of_labels(tmp_path: Pat
 
 
 def test_a_typo_in_a_task_says_what_was_expected(tmp_path: Path) -> None:
-    run = subprocess.run(
-        [sys.executable, str(RECIPES / "llama_stream.py"), "--tasks", "sst2:data/sst2"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert run.returncode != 0
-    assert "expected name=path" in run.stderr
+    assert "expected name=path" in refusal("llama_stream.py", "--tasks", "sst2:data/sst2", cwd=tmp_path)
 
 
 @pytest.mark.slow

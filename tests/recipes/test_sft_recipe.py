@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from share_hf import SharedSubspace
 
-from .test_recipes import RECIPES, TASKS, launch, shown_average
+from .test_recipes import TASKS, launch, refusal, shown_average
 
 
 pytest.importorskip("trl", reason="trl is not installed")
@@ -55,15 +53,8 @@ def test_sft_stream_leaves_a_tree_that_loads(quantized: bool, tmp_path: Path, pl
 
 def test_data_of_another_form_says_what_was_expected(tmp_path: Path) -> None:
     (tmp_path / "odd.jsonl").write_text('{"question": "a", "answer": "b"}\n' * 20)
-    run = subprocess.run(
-        [sys.executable, str(RECIPES / "sft_stream.py"), "--tasks", f"odd={tmp_path / 'odd.jsonl'}"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert run.returncode != 0
-    assert "expected 'messages', or 'text' and 'label'" in run.stderr
+    said = refusal("sft_stream.py", "--tasks", f"odd={tmp_path / 'odd.jsonl'}", cwd=tmp_path)
+    assert "expected 'messages', or 'text' and 'label'" in said
 
 
 @pytest.mark.slow
