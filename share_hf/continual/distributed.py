@@ -13,6 +13,7 @@ from transformers import Trainer
 from transformers.integrations.deepspeed import deepspeed_init, is_deepspeed_zero3_enabled
 
 from ..tuner.model import ShareModel
+from .fsdp import check_fsdp
 
 
 Value = TypeVar("Value")
@@ -46,7 +47,7 @@ def check_engine(trainer: Trainer) -> None:
         ValueError: Naming the combination, and what works instead.
     """
     if trainer.is_fsdp_enabled:
-        raise ValueError("FSDP shards adapters that a merge replaces, expected DDP or DeepSpeed")
+        check_fsdp(trainer)
     if is_deepspeed_zero3_enabled() and getattr(trainer.model.get_base_model(), "is_quantized", False):
         raise ValueError(
             "ZeRO-3 partitions weights that are quantized, expected ZeRO-1, ZeRO-2 or DDP for such a model"
@@ -62,6 +63,8 @@ def release_engine(trainer: Trainer) -> None:
     """
     if trainer.deepspeed is not None:
         _take_off(trainer, trained_parameters(trainer.model))
+    elif not trainer.is_sharded:
+        _take_off_autocast(trainer)
 
 
 def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -93,10 +96,17 @@ def ready_for_inference(trainer: Trainer) -> Iterator[None]:
         yield
     finally:
         trainer.is_deepspeed_enabled = enabled
-        # A model that was prepared for evaluation alone would not be wrapped for training any more.
-        vars(trainer.model).pop("_is_accelerate_prepared", None)
-        accelerator = trainer.accelerator
-        accelerator._models = [model for model in accelerator._models if model is not trainer.model]
+        if not trainer.is_sharded:
+            # A model that was prepared for evaluation alone would not be wrapped for training any more.
+            vars(trainer.model).pop("_is_accelerate_prepared", None)
+            accelerator = trainer.accelerator
+            accelerator._models = [model for model in accelerator._models if model is not trainer.model]
+            _take_off_autocast(trainer)
+
+
+def _take_off_autocast(trainer: Trainer) -> None:
+    """Undo what mixed precision wraps the model's forward in: the next phase does so again, and again."""
+    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
 
 
 def _take_off(trainer: Trainer, trained: Mapping[str, Tensor]) -> None:
