@@ -62,7 +62,7 @@ def shard_base_model(trainer: Trainer) -> None:
     fsdp2_prepare_model(accelerator, model)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            # What weights are gathered in is made once. Made in the inference mode of a scorer, it could not be trained.
+            # What weights are gathered in is made once; in the inference mode of a scorer it would be untrainable.
             module.unshard()
             module.reshard()
     register_fsdp_forward_method(model, "generate")

@@ -216,7 +216,20 @@ def test_packed_weights_that_an_engine_would_cast_are_refused_before_training(tm
 
 RECIPES = ROOT / "recipes"
 TINY = (
-    *("--train_examples", "32", "--max_steps", "2", "--num_init_tasks", "1", "--bf16", "--output_dir", "out"),
+    *(
+        "--use_cpu",
+        "--ddp_backend",
+        "gloo",
+        "--train_examples",
+        "32",
+        "--max_steps",
+        "2",
+        "--num_init_tasks",
+        "1",
+        "--bf16",
+        "--output_dir",
+        "out",
+    ),
     *("--tasks", *(f"{name}={RECIPES / 'assets' / 'tasks' / name}" for name in ("count", "giver"))),
 )
 
@@ -224,18 +237,9 @@ TINY = (
 @pytest.mark.parametrize("config", sorted(path.stem for path in (RECIPES / "configs").glob("*.yaml")))
 def test_the_recipe_runs_with_every_launch_configuration(config: str, tmp_path: Path) -> None:
     """The first process prints one table; on the CPU instead of the GPUs the files are for."""
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        RECIPES / "configs" / f"{config}.yaml",
-    ]
-    done = run(
-        [*map(str, launch), "-m", "tests.distributed.fsdp_on_cpu", str(RECIPES / "llama_stream.py")]
-        + ["--use_cpu", "--ddp_backend", "gloo", *TINY],
-        cwd=tmp_path,
-    )
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    recipe = ["-m", "tests.distributed.fsdp_on_cpu", str(RECIPES / "llama_stream.py"), *TINY]
+    done = run([*accelerate, str(RECIPES / "configs" / f"{config}.yaml"), *recipe], cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-6000:]
     assert done.stdout.count("accuracy: average") == 1
     assert SharedSubspace.from_pretrained(tmp_path / "out" / "subspace").tasks == ("count", "giver")
