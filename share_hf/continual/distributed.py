@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.integrations.deepspeed import deepspeed_init, is_deepspeed_zero3_enabled
@@ -32,11 +34,35 @@ def on_first_process(compute: Callable[[], Value]) -> Value:
         try:
             outcome = compute(), None
         except Exception as error:
-            outcome = None, error
+            outcome = None, _sendable(error)
     value, error = broadcast_object_list([outcome])[0]
     if error is not None:
         raise error
     return value
+
+
+def together(act: Callable[[], object]) -> None:
+    """Act on every process, and go on when all have.
+
+    Raises:
+        Exception: What one of them raises, on every process: none waits for one that failed.
+    """
+    own = None
+    try:
+        act()
+    except Exception as error:
+        own = error
+    errors = [error for error in gather_object([own and _sendable(own)]) if error is not None]
+    if errors:
+        raise own or errors[0]
+
+
+def _sendable(error: Exception) -> Exception:
+    """The error itself if it can be pickled; other libraries' may hold what cannot."""
+    try:
+        return pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def check_engine(trainer: Trainer) -> None:
@@ -51,6 +77,22 @@ def check_engine(trainer: Trainer) -> None:
         raise ValueError(
             "ZeRO-3 partitions weights that are quantized, expected ZeRO-1, ZeRO-2 or DDP for such a model"
         )
+
+
+def engine_of(trainer: Trainer) -> str:
+    """What lays out the optimizer's state in the checkpoints of a phase."""
+    if trainer.is_deepspeed_enabled:
+        return "ZeRO-3" if is_deepspeed_zero3_enabled() else "DeepSpeed"
+    return "FSDP" if trainer.is_fsdp_enabled else "DDP"
+
+
+def engine_that_wrote(checkpoint: Path) -> str | None:
+    """The same, of a checkpoint; None if it has no optimizer's state, as with `save_only_model`."""
+    if (checkpoint / "latest").is_file():
+        return "ZeRO-3" if any(checkpoint.glob("*/zero_pp_rank_*_model_states.pt")) else "DeepSpeed"
+    if (checkpoint / "optimizer.pt").is_file():
+        return "DDP"
+    return "FSDP" if any(checkpoint.glob("optimizer*")) else None
 
 
 def release_engine(trainer: Trainer) -> None:
