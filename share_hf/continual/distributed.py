@@ -15,6 +15,7 @@ from transformers import Trainer
 from transformers.integrations.deepspeed import deepspeed_init, is_deepspeed_zero3_enabled
 
 from ..tuner.model import ShareModel
+from .fsdp import check_fsdp
 
 
 Value = TypeVar("Value")
@@ -72,7 +73,7 @@ def check_engine(trainer: Trainer) -> None:
         ValueError: Naming the combination, and what works instead.
     """
     if trainer.is_fsdp_enabled:
-        raise ValueError("FSDP shards adapters that a merge replaces, expected DDP or DeepSpeed")
+        check_fsdp(trainer)
     if is_deepspeed_zero3_enabled() and getattr(trainer.model.get_base_model(), "is_quantized", False):
         raise ValueError(
             "ZeRO-3 partitions weights that are quantized, expected ZeRO-1, ZeRO-2 or DDP for such a model"
@@ -81,18 +82,16 @@ def check_engine(trainer: Trainer) -> None:
 
 def engine_of(trainer: Trainer) -> str:
     """What lays out the optimizer's state in the checkpoints of a phase."""
-    if trainer.is_deepspeed_enabled:
-        return "ZeRO-3" if is_deepspeed_zero3_enabled() else "DeepSpeed"
-    return "FSDP" if trainer.is_fsdp_enabled else "DDP"
+    if not trainer.is_deepspeed_enabled:
+        return "PyTorch"
+    return "ZeRO-3" if is_deepspeed_zero3_enabled() else "DeepSpeed"
 
 
-def engine_that_wrote(checkpoint: Path) -> str | None:
-    """The same, of a checkpoint; None if it has no optimizer's state, as with `save_only_model`."""
-    if (checkpoint / "latest").is_file():
-        return "ZeRO-3" if any(checkpoint.glob("*/zero_pp_rank_*_model_states.pt")) else "DeepSpeed"
-    if (checkpoint / "optimizer.pt").is_file():
-        return "DDP"
-    return "FSDP" if any(checkpoint.glob("optimizer*")) else None
+def engine_that_wrote(checkpoint: Path) -> str:
+    """The same, of a checkpoint that was written."""
+    if not (checkpoint / "latest").is_file():
+        return "PyTorch"
+    return "ZeRO-3" if any(checkpoint.glob("*/zero_pp_rank_*_model_states.pt")) else "DeepSpeed"
 
 
 def release_engine(trainer: Trainer) -> None:
@@ -104,6 +103,8 @@ def release_engine(trainer: Trainer) -> None:
     """
     if trainer.deepspeed is not None:
         _take_off(trainer, trained_parameters(trainer.model))
+    elif not trainer.is_sharded:
+        _take_off_autocast(trainer)
 
 
 def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -135,10 +136,17 @@ def ready_for_inference(trainer: Trainer) -> Iterator[None]:
         yield
     finally:
         trainer.is_deepspeed_enabled = enabled
-        # A model that was prepared for evaluation alone would not be wrapped for training any more.
-        vars(trainer.model).pop("_is_accelerate_prepared", None)
-        accelerator = trainer.accelerator
-        accelerator._models = [model for model in accelerator._models if model is not trainer.model]
+        if not trainer.is_sharded:
+            # A model that was prepared for evaluation alone would not be wrapped for training any more.
+            vars(trainer.model).pop("_is_accelerate_prepared", None)
+            accelerator = trainer.accelerator
+            accelerator._models = [model for model in accelerator._models if model is not trainer.model]
+            _take_off_autocast(trainer)
+
+
+def _take_off_autocast(trainer: Trainer) -> None:
+    """Undo what mixed precision wraps the model's forward in: the next phase does so again, and again."""
+    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
 
 
 def _take_off(trainer: Trainer, trained: Mapping[str, Tensor]) -> None:

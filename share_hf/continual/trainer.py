@@ -14,7 +14,7 @@ from typing import Any, get_args
 from datasets import Dataset
 from huggingface_hub import CommitInfo
 from peft import PeftModel, TaskType, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, set_seed
 from transformers.trainer_callback import ProgressCallback, TrainerState
 from transformers.trainer_utils import HubStrategy, TrainOutput
@@ -41,6 +41,7 @@ from .distributed import (
     together,
     trained_parameters,
 )
+from .fsdp import average_gradients, broadcast, shard_base_model
 from .inputs import EVALUATION_SPLITS, TRAIN_SPLIT, TaskData, accuracy, config_for, split_data
 from .labels import LabelMask, count_labels, rule_out_labels
 from .lost_ranks import naming_lost_ranks
@@ -140,6 +141,9 @@ class ShareTrainer(Trainer):
             kwargs.setdefault("compute_metrics", accuracy)
         super().__init__(model=peft_model, args=args, **kwargs)
         check_engine(self)
+        self.is_sharded = self.is_fsdp_enabled
+        if self.is_sharded:
+            shard_base_model(self)
         if self.share_config.task_type == TaskType.SEQ_CLS:
             # Classifiers take the keyword that tells the items of a whole step, but return the mean over their own
             # batch: taken for a sum over all, it would count once for each process and accumulated batch.
@@ -296,6 +300,12 @@ class ShareTrainer(Trainer):
         except Exception as error:  # whatever ails the network, the stream goes on
             logger.warning("The subspace was not pushed (%s); the push after the next task catches up.", error)
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if self.is_sharded and self.accelerator.sync_gradients:
+            average_gradients(self.model)
+        return loss
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
         Save the adapters of the model; in the checkpoint of a phase only the one that it trains.
@@ -374,6 +384,8 @@ class ShareTrainer(Trainer):
         # A phase depends on the seed and its place alone, so that one that is run again runs the same.
         set_seed(self.args.seed + 2 * position + (phase == "finetune"))
         begin_phase(self.model, self._subspace_state, name, phase, self.share_config)
+        if self.is_sharded:
+            broadcast([p for p in self.model.parameters() if p.requires_grad], self.accelerator.device)
         self._continual.parameters[phase] = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self._progress.title = f"{name} [{phase}]"
         self.train_dataset = train_dataset
@@ -408,14 +420,13 @@ class ShareTrainer(Trainer):
         checkpoint = newest_whole_checkpoint(self._resumed_folder / PHASES_FOLDER / Path(self.args.output_dir).name)
         if checkpoint is None:
             return None
-        wrote, engine = engine_that_wrote(checkpoint), engine_of(self)
-        writers = len(list(checkpoint.glob("rng_state*.pth")))
-        processes = self.args.world_size
-        if (wrote, writers) == (engine, processes):
+        written = engine_that_wrote(checkpoint), len(list(checkpoint.glob("rng_state*.pth")))
+        resumed = engine_of(self), self.args.world_size
+        if written == resumed:
             return checkpoint
-        found = f"{checkpoint}: written by {writers} process(es) with {wrote}, resumed by {processes} with {engine}"
-        if wrote == engine and not self.is_deepspeed_enabled:
-            logger.warning("%s; random numbers are drawn anew.", found)
+        found = "{}: written with {} by {} process(es), resumed with {} by {}".format(checkpoint, *written, *resumed)
+        if written[0] == resumed[0] == "PyTorch":
+            logger.warning("%s; random numbers, as of dropout, go on from another state.", found)
             return checkpoint
         logger.warning("%s, which cannot read its optimizer; the phase begins anew.", found)
         return None

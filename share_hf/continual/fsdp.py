@@ -1,0 +1,95 @@
+"""FSDP: the base model is sharded once, adapters stay whole on every process.
+
+FSDP settles which parameters it manages when it shards a module, but every phase adds an adapter and every merge
+replaces all of them. Adapters and heads are small, so they are left out: each process trains the whole of them, and
+their gradients are averaged before a step, as in DDP.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import fsdp2_prepare_model
+from peft import PeftModel
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy, register_fsdp_forward_method
+from transformers import Trainer
+
+from ..tuner.model import share_layers
+
+
+def check_fsdp(trainer: Trainer) -> None:
+    """Refuse the settings of FSDP that adapters which come and go do not fit in.
+
+    Raises:
+        ValueError: Naming the setting, and what works instead.
+    """
+    plugin = trainer.accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2:
+        raise ValueError(f"fsdp_version is {plugin.fsdp_version}, expected 2: FSDP1 flattens adapters into the base model")
+    if plugin.activation_checkpointing:
+        raise ValueError(
+            "fsdp_activation_checkpointing is True, expected gradient_checkpointing=True in the training arguments: "
+            "FSDP's own renames the modules that a subspace belongs to"
+        )
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        raise ValueError("fsdp_offload_params is True, expected False, or DeepSpeed with offload_param")
+    if plugin.ignored_modules:
+        raise ValueError(f"fsdp_ignored_modules is {plugin.ignored_modules!r}, expected none: adapters are ignored")
+
+
+def shard_base_model(trainer: Trainer) -> None:
+    """Shard a trainer's model over the processes, all but its adapters and heads.
+
+    From then on the trainer treats the model as one that needs no engine: its own way with FSDP would gather and
+    scatter adapters that are whole.
+    """
+    accelerator, model = trainer.accelerator, trainer.model
+    plugin = accelerator.state.fsdp_plugin
+    kept = modules_kept_whole(model)
+    for module in kept:
+        module.to(accelerator.device)
+    # With efficient loading only the first process has read the weights; new heads may differ as well.
+    broadcast([*model.parameters(), *model.buffers()], accelerator.device)
+    plugin.cpu_ram_efficient_loading = False
+    plugin.ignored_modules = kept
+    if plugin.transformer_cls_names_to_wrap is None:
+        plugin.transformer_cls_names_to_wrap = layer_classes(model)
+    accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)  # mixed precision, which FSDP2 lacks
+    fsdp2_prepare_model(accelerator, model)
+    register_fsdp_forward_method(model, "generate")
+    trainer.is_fsdp_enabled = False
+
+
+def layer_classes(model: PeftModel) -> list[str]:
+    """Names of the classes whose modules are sharded one by one; embeddings are already by themselves."""
+    embeddings = model.get_input_embeddings()
+    with_embeddings = {type(module).__name__ for module in model.modules() if embeddings in module.modules()}
+    return sorted(set(model._no_split_modules or ()) - with_embeddings)
+
+
+def modules_kept_whole(model: PeftModel) -> list[nn.Module]:
+    """What holds the parameters of adapters, and heads with the originals that new tasks copy."""
+    adapters = [getattr(layer, name) for layer in share_layers(model).values() for name in layer.adapter_layer_names]
+    return adapters + [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+
+
+@torch.no_grad()
+def broadcast(tensors: list[Tensor], device: torch.device) -> None:
+    """Give tensors on every process the values that they have on the first one."""
+    for tensor in tensors:
+        value = tensor.detach().to(device).contiguous()
+        dist.broadcast(value, src=0)
+        tensor.data.copy_(value)
+
+
+@torch.no_grad()
+def average_gradients(model: nn.Module) -> None:
+    """Replace the gradients of what is trained by their mean over the processes, in one exchange."""
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
