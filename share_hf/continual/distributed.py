@@ -53,9 +53,14 @@ def together(act: Callable[[], object]) -> None:
         act()
     except Exception as error:
         own = error
-    errors = [error for error in gather_object([own and _sendable(own)]) if error is not None]
+    errors = [error for error in of_all_processes(own and _sendable(own)) if error is not None]
     if errors:
         raise own or errors[0]
+
+
+def of_all_processes(value: Value) -> list[Value]:
+    """What each process has here, by rank."""
+    return [value] if PartialState().num_processes == 1 else gather_object([value])
 
 
 def _sendable(error: Exception) -> Exception:

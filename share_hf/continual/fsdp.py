@@ -27,7 +27,9 @@ def check_fsdp(trainer: Trainer) -> None:
     """
     plugin = trainer.accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
-        raise ValueError(f"fsdp_version is {plugin.fsdp_version}, expected 2: FSDP1 flattens adapters into the base model")
+        raise ValueError(
+            f"fsdp_version is {plugin.fsdp_version}, expected 2: FSDP1 flattens adapters into the base model"
+        )
     if plugin.activation_checkpointing:
         raise ValueError(
             "fsdp_activation_checkpointing is True, expected gradient_checkpointing=True in the training arguments: "
@@ -56,7 +58,9 @@ def shard_base_model(trainer: Trainer) -> None:
     plugin.ignored_modules = kept
     if plugin.transformer_cls_names_to_wrap is None:
         plugin.transformer_cls_names_to_wrap = layer_classes(model)
-    accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)  # mixed precision, which FSDP2 lacks
+    accelerator.prepare_model(
+        model, device_placement=False, evaluation_mode=True
+    )  # mixed precision, which FSDP2 lacks
     fsdp2_prepare_model(accelerator, model)
     register_fsdp_forward_method(model, "generate")
     trainer.is_fsdp_enabled = False

@@ -11,8 +11,9 @@ from pathlib import Path
 from threading import Thread
 
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from transformers.utils import logging
+
+from .distributed import of_all_processes
 
 
 logger = logging.get_logger(__name__)
@@ -39,7 +40,7 @@ def naming_lost_ranks() -> Iterator[None]:
 def _others_on_this_machine() -> dict[int, str]:
     """Names of the other ranks, by descriptors that can be read from when their processes have ended."""
     machine = _machine()
-    ranks = gather_object([(PartialState().process_index, os.getpid(), machine)])
+    ranks = of_all_processes((PartialState().process_index, os.getpid(), machine))
     others = {}
     for rank, pid, its_machine in ranks:
         if pid != os.getpid() and its_machine == machine is not None:

@@ -215,7 +215,7 @@ def _run_as(index: int, processes: int, port: int, run: dict[str, Any], writing:
     code = 1
     try:
         signal.alarm(SECONDS_A_RUN)
-        if processes > 1:
+        if processes > 1 or "deepspeed" in run:
             facts = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
             facts |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
             os.environ.update({name: str(value) for name, value in facts.items()})
