@@ -30,15 +30,15 @@ def on_first_process(compute: Callable[[], Value]) -> Value:
     state = PartialState()
     if state.num_processes == 1:
         return compute()
-    outcome: tuple[Value | None, Exception | None] = (None, None)
+    value, own = None, None
     if state.is_main_process:
         try:
-            outcome = compute(), None
+            value = compute()
         except Exception as error:
-            outcome = None, _sendable(error)
-    value, error = broadcast_object_list([outcome])[0]
+            own = error
+    value, error = broadcast_object_list([(value, own and _sendable(own))])[0]
     if error is not None:
-        raise error
+        raise own or error
     return value
 
 

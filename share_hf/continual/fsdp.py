@@ -9,23 +9,22 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import fsdp2_prepare_model
+from accelerate.utils import FullyShardedDataParallelPlugin, fsdp2_prepare_model
 from peft import PeftModel
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from torch.distributed.fsdp import CPUOffloadPolicy, register_fsdp_forward_method
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, register_fsdp_forward_method
 from transformers import Trainer
 
 from ..tuner.model import share_layers
 
 
-def check_fsdp(trainer: Trainer) -> None:
+def check_fsdp(plugin: FullyShardedDataParallelPlugin) -> None:
     """Refuse the settings of FSDP that adapters which come and go do not fit in.
 
     Raises:
         ValueError: Naming the setting, and what works instead.
     """
-    plugin = trainer.accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
         raise ValueError(
             f"fsdp_version is {plugin.fsdp_version}, expected 2: FSDP1 flattens adapters into the base model"
@@ -58,10 +57,14 @@ def shard_base_model(trainer: Trainer) -> None:
     plugin.ignored_modules = kept
     if plugin.transformer_cls_names_to_wrap is None:
         plugin.transformer_cls_names_to_wrap = layer_classes(model)
-    accelerator.prepare_model(
-        model, device_placement=False, evaluation_mode=True
-    )  # mixed precision, which FSDP2 lacks
+    # For its mixed precision: that of FSDP casts what it shards, and no more.
+    accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
     fsdp2_prepare_model(accelerator, model)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # What weights are gathered in is made once. Made in the inference mode of a scorer, it could not be trained.
+            module.unshard()
+            module.reshard()
     register_fsdp_forward_method(model, "generate")
     trainer.is_fsdp_enabled = False
 
