@@ -68,11 +68,15 @@ def dataset_ids(places: Mapping[str, str]) -> dict[str, str]:
 
 
 def quantization(load_in_4bit: bool, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """NF4 with quantized constants, computing in `dtype`; None for a model as it is."""
+    """NF4 with quantized constants, computing and, as FSDP wants it, stored in `dtype`; None for a model as it is."""
     if not load_in_4bit:
         return None
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype,
     )
 
 

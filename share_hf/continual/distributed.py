@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
@@ -78,11 +79,43 @@ def check_engine(trainer: Trainer) -> None:
         ValueError: Naming the combination, and what works instead.
     """
     if trainer.is_fsdp_enabled:
-        check_fsdp(trainer)
-    if is_deepspeed_zero3_enabled() and getattr(trainer.model.get_base_model(), "is_quantized", False):
-        raise ValueError(
-            "ZeRO-3 partitions weights that are quantized, expected ZeRO-1, ZeRO-2 or DDP for such a model"
-        )
+        check_fsdp(trainer.accelerator.state.fsdp_plugin)
+    check_quantized_weights(trainer.model, cast_of_engine(trainer), sharded=trainer.is_fsdp_enabled)
+
+
+def cast_of_engine(trainer: Trainer) -> torch.dtype | None:
+    """The dtype that an engine casts floating-point weights to; None if it leaves them as they are."""
+    state = trainer.accelerator.state
+    if trainer.is_deepspeed_enabled:
+        dtype = state.deepspeed_plugin.hf_ds_config.dtype()
+        return dtype if dtype != torch.float32 else None
+    if trainer.is_fsdp_enabled and state.fsdp_plugin.mixed_precision_policy is not None:
+        return state.fsdp_plugin.mixed_precision_policy.param_dtype
+    return None
+
+
+def check_quantized_weights(model: nn.Module, cast: torch.dtype | None, *, sharded: bool) -> None:
+    """Refuse weights of bitsandbytes that an engine would make another model of.
+
+    Args:
+        model: Quantized or not.
+        cast: What the engine casts weights to: a packed 4-bit weight is data of no dtype, kept in tensors of one.
+        sharded: Whether FSDP shards them.
+
+    Raises:
+        ValueError: Naming a weight, and how to load the model instead.
+    """
+    for name, parameter in model.named_parameters():
+        kind = type(parameter).__name__
+        if kind == "Int8Params" and sharded:
+            raise ValueError(
+                f"{name!r} is in 8 bits, whose scales FSDP leaves behind, expected 4 bits, DDP or DeepSpeed"
+            )
+        if kind == "Params4bit" and parameter.is_floating_point() and cast not in (None, parameter.dtype):
+            raise ValueError(
+                f"{name!r} keeps packed 4-bit weights in {parameter.dtype}, which would be cast to {cast}, expected "
+                f"BitsAndBytesConfig(bnb_4bit_quant_storage={cast}) or torch.uint8"
+            )
 
 
 def engine_of(trainer: Trainer) -> str:
@@ -158,6 +191,10 @@ def _take_off(trainer: Trainer, trained: Mapping[str, Tensor]) -> None:
     if is_deepspeed_zero3_enabled():
         trainer.accelerator.free_memory()
         trainer.deepspeed = None
+        for parameter in trainer.model.parameters():
+            if hasattr(parameter, "ds_id"):
+                # What was gathered in the inference mode of a scorer, and kept, could not be trained through.
+                parameter.partition()
         for module in trainer.model.modules():
             # Functions that an engine ties to a module: a copy of it, such as a new task's head, would call these.
             for name in ("pre_bwd_fn", "post_bwd_fn"):

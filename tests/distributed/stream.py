@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -23,12 +24,27 @@ from tests.continual.cases import (
     config,
     language_tasks,
 )
+from tests.distributed import fsdp_on_cpu
+
+
+QUANTIZATIONS: dict[str, dict[str, Any]] = {
+    "nf4": dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_quant_storage=torch.float32),
+    "nf4-uint8": dict(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+    "fp4-nested-bfloat16": dict(
+        load_in_4bit=True,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_quant_storage=torch.bfloat16,
+    ),
+    "int8": dict(load_in_8bit=True),
+}
 
 
 def main() -> None:
     options = json.loads(next(argument for argument in sys.argv[1:] if argument.startswith("{")))
     folder, kind, tasks = Path(options.pop("folder")), options.pop("model"), options.pop("tasks", 3)
-    resume, quantized = options.pop("resume", False), options.pop("quantized", False)
+    resume, quantized = options.pop("resume", False), options.pop("quantized", None)
+    fsdp_on_cpu.allow()
     world = int(os.environ.get("WORLD_SIZE", "1"))
     values = dict(
         max_steps=4, per_device_train_batch_size=8 // world, seed=3, weight_decay=0.0, optim="adamw_torch",
@@ -47,16 +63,15 @@ def main() -> None:
     _train(model, args, share, data, resume)
 
 
-def _llama(folder: Path, quantized: bool) -> torch.nn.Module:
-    if not quantized:
+def _llama(folder: Path, quantized: str | None) -> torch.nn.Module:
+    if quantized is None:
         return _tiny_llama()
     base = folder.with_name("base")
     if not base.exists():
         _tiny_llama().save_pretrained(base)
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_quant_storage=torch.float32
-    )
-    return AutoModelForCausalLM.from_pretrained(base, quantization_config=quantization, dtype=torch.float32)
+    options = QUANTIZATIONS[quantized]
+    dtype = options.get("bnb_4bit_compute_dtype", torch.float32)
+    return AutoModelForCausalLM.from_pretrained(base, quantization_config=BitsAndBytesConfig(**options), dtype=dtype)
 
 
 def _train(model: torch.nn.Module, args: object, share: ShareConfig, data: dict, resume: bool) -> None:

@@ -13,8 +13,10 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from safetensors import safe_open
 
 from share_hf import SharedSubspace
+from tests.continual.cases import P
 from tests.hub.cases import distance
 
 
@@ -37,9 +39,11 @@ def environment() -> dict[str, str]:
     }
 
 
-def run(command: list[str], timeout: float = TIMEOUT) -> subprocess.CompletedProcess[str]:
+def run(command: list[str], timeout: float = TIMEOUT, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run a command, of which no process is left afterwards."""
-    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command, cwd=cwd, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     try:
         output, _ = process.communicate(timeout=timeout)
     finally:
@@ -60,31 +64,59 @@ def launcher(engine: str) -> list[str]:
     """What starts the script under an engine; one process with none."""
     if engine == "one":
         return [sys.executable]
-    if engine == "ddp":
+    if engine in ("ddp", "fsdp"):
         return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     return [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port", "29517"]
 
 
+def command(engine: str, folder: Path, model: str = "bert", **options: Any) -> list[str]:
+    """Runs a stream under an engine."""
+    options = {"folder": str(folder), "model": model, **options}
+    if engine.startswith("zero"):
+        options["deepspeed"] = zero_config(engine)
+    elif engine != "one":
+        options["ddp_backend"] = "gloo"
+        options["fsdp"] = engine == "fsdp"
+    return [*launcher(engine), str(SCRIPT), json.dumps(options)]
+
+
 @pytest.fixture(scope="module")
 def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
-    """Runs a stream under an engine: the subspace it leaves."""
+    """Runs a stream under an engine, the same one once: the subspace it leaves."""
+    known: dict[str, SharedSubspace] = {}
 
     def start(engine: str, model: str = "bert", **options: Any) -> SharedSubspace:
-        folder = tmp_path_factory.mktemp(engine) / "out"
-        options = {"folder": str(folder), "model": model, **options}
-        if engine.startswith("zero"):
-            options["deepspeed"] = zero_config(engine)
-        elif engine == "ddp":
-            options["ddp_backend"] = "gloo"
-        done = run([*launcher(engine), str(SCRIPT), json.dumps(options)])
-        assert done.returncode == 0, done.stdout[-6000:]
-        return SharedSubspace.from_pretrained(folder / "subspace")
+        key = json.dumps([engine, model, options])
+        if key not in known:
+            folder = tmp_path_factory.mktemp(engine) / "out"
+            done = run(command(engine, folder, model, **options))
+            assert done.returncode == 0, done.stdout[-6000:]
+            assert_whole_checkpoints(folder)
+            known[key] = SharedSubspace.from_pretrained(folder / "subspace")
+        return known[key]
 
     return start
 
 
+def assert_whole_checkpoints(folder: Path) -> None:
+    """No checkpoint of a phase holds a part of a tensor, or what is not trained."""
+    files = list(folder.glob("phases/*/checkpoint-*/*/adapter_model.safetensors"))
+    assert files
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                shape = tensors.get_slice(name).get_shape()
+                assert "share_" in name or "classifier" in name
+                assert 0 not in shape
+                if "share_temporary" in name:
+                    assert shape[0] in (32, 64)  # outputs or inputs of a layer
+                if "share_coefficients" in name:
+                    assert shape[1] == P
+
+
 def zero_config(engine: str) -> dict[str, Any]:
-    stage: dict[str, Any] = {"stage": int(engine[4])}
+    # No parameter of the tiny models is so small that every process keeps the whole of it.
+    stage: dict[str, Any] = {"stage": int(engine[4]), "stage3_param_persistence_threshold": 0}
     if engine.endswith("offload"):
         stage["offload_optimizer"] = {"device": "cpu"}
         if engine.startswith("zero3"):
@@ -108,20 +140,15 @@ def assert_close(found: SharedSubspace, expected: SharedSubspace, tolerance: flo
             assert error < tolerance, (task, name)
 
 
-ENGINES = ["ddp", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
-
-
-@pytest.fixture(scope="module")
-def one_process(launch: Launch) -> SharedSubspace:
-    return launch("one")
+ENGINES = ["ddp", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "fsdp"]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_two_processes_learn_what_one_does(engine: str, launch: Launch, one_process: SharedSubspace) -> None:
-    assert_close(launch(engine), one_process, 1e-4)
+def test_two_processes_learn_what_one_does(engine: str, launch: Launch) -> None:
+    assert_close(launch(engine), launch("one"), 1e-4)
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero3"])
+@pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp"])
 def test_every_phase_runs_in_two_processes(engine: str, launch: Launch) -> None:
     options = {
         "finetune_num_train_epochs": 1,
@@ -138,7 +165,7 @@ def test_coefficients_alone_are_learned_in_two_processes(launch: Launch) -> None
     assert_close(launch("zero2", **options), launch("one", **options), 1e-3)
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp"])
 def test_accumulated_gradients_in_bfloat16_keep_float32_coefficients(engine: str, launch: Launch) -> None:
     subspace = launch(
         engine, "llama", bf16=True, gradient_accumulation_steps=2, per_device_train_batch_size=2, tasks=2
@@ -151,13 +178,64 @@ def test_accumulated_gradients_in_bfloat16_keep_float32_coefficients(engine: str
         assert not torch.equal(rounded, layer.coefficients_out)
 
 
-@pytest.mark.parametrize("engine", ["one", "ddp"])
-def test_a_quantized_backbone_learns(engine: str, launch: Launch) -> None:
-    assert launch(engine, "llama", quantized=True, tasks=2).tasks == ("a", "b")
+@pytest.mark.parametrize(
+    ("engine", "quantized"),
+    [
+        ("ddp", "nf4"),
+        ("zero2", "int8"),
+        ("zero3", "nf4"),
+        ("zero3", "nf4-uint8"),
+        ("zero3", "int8"),
+        ("fsdp", "nf4"),
+        ("fsdp", "nf4-uint8"),
+    ],
+)
+def test_two_processes_learn_on_a_quantized_backbone_what_one_does(
+    engine: str, quantized: str, launch: Launch
+) -> None:
+    options = {"quantized": quantized, "tasks": 2}
+    assert_close(launch(engine, "llama", **options), launch("one", "llama", **options), 1e-4)
 
 
-def test_a_quantized_backbone_is_refused_under_zero3(tmp_path: Path) -> None:
-    options = {"folder": str(tmp_path / "out"), "model": "llama", "quantized": True, "deepspeed": zero_config("zero3")}
-    done = run([*launcher("zero3"), str(SCRIPT), json.dumps(options)])
+@pytest.mark.parametrize("engine", ["zero3", "fsdp"])
+def test_a_quantized_and_partitioned_backbone_learns_in_bfloat16_with_accumulated_gradients(
+    engine: str, launch: Launch
+) -> None:
+    options = {"quantized": "fp4-nested-bfloat16", "bf16": True, "gradient_accumulation_steps": 2, "tasks": 2}
+    found = launch(engine, "llama", per_device_train_batch_size=2, **options)
+    expected = launch("one", "llama", per_device_train_batch_size=4, **options)
+    assert_close(found, expected, 0.1)
+
+
+def test_packed_weights_that_an_engine_would_cast_are_refused_before_training(tmp_path: Path) -> None:
+    done = run(command("zero3", tmp_path / "out", "llama", quantized="nf4", bf16=True))
     assert done.returncode != 0
+    assert "bnb_4bit_quant_storage=torch.bfloat16" in done.stdout
     assert not (tmp_path / "out" / "subspace").exists()
+
+
+RECIPES = ROOT / "recipes"
+TINY = (
+    *("--train_examples", "32", "--max_steps", "2", "--num_init_tasks", "1", "--bf16", "--output_dir", "out"),
+    *("--tasks", *(f"{name}={RECIPES / 'assets' / 'tasks' / name}" for name in ("count", "giver"))),
+)
+
+
+@pytest.mark.parametrize("config", sorted(path.stem for path in (RECIPES / "configs").glob("*.yaml")))
+def test_the_recipe_runs_with_every_launch_configuration(config: str, tmp_path: Path) -> None:
+    """The first process prints one table; on the CPU instead of the GPUs the files are for."""
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        RECIPES / "configs" / f"{config}.yaml",
+    ]
+    done = run(
+        [*map(str, launch), "-m", "tests.distributed.fsdp_on_cpu", str(RECIPES / "llama_stream.py")]
+        + ["--use_cpu", "--ddp_backend", "gloo", *TINY],
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stdout[-6000:]
+    assert done.stdout.count("accuracy: average") == 1
+    assert SharedSubspace.from_pretrained(tmp_path / "out" / "subspace").tasks == ("count", "giver")
