@@ -73,9 +73,15 @@ def newest_whole_checkpoint(folder: Path) -> Path | None:
         if path.name.rpartition("-")[2].isdigit()
         and _is_json(path / "trainer_state.json")
         and (any(path.glob("optimizer*")) or (path / "latest").is_file())  # with save_only_model there is none
-        and all(is_zipfile(file) for file in path.rglob("*.pt*"))  # what torch has saved
+        and not any(_is_torn(file) for file in path.rglob("*.pt*"))
     ]
     return max(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _is_torn(file: Path) -> bool:
+    """Whether what torch saved lacks its end, where a zip archive has its table. DeepSpeed may save pickles instead."""
+    with file.open("rb") as opened:
+        return opened.read(2) in (b"", b"PK") and not is_zipfile(file)
 
 
 def _is_json(path: Path) -> bool:
