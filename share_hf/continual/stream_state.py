@@ -79,7 +79,7 @@ def newest_whole_checkpoint(folder: Path) -> Path | None:
 
 
 def _is_torn(file: Path) -> bool:
-    """Whether what torch saved lacks its end, where a zip archive has its table. DeepSpeed may save pickles instead."""
+    """Whether what torch saved lacks its end, the table of a zip archive. DeepSpeed may be told to write pickles."""
     with file.open("rb") as opened:
         return opened.read(2) in (b"", b"PK") and not is_zipfile(file)
 
