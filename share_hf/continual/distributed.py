@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.integrations.deepspeed import deepspeed_init, is_deepspeed_zero3_enabled
@@ -29,16 +31,45 @@ def on_first_process(compute: Callable[[], Value]) -> Value:
     state = PartialState()
     if state.num_processes == 1:
         return compute()
-    outcome: tuple[Value | None, Exception | None] = (None, None)
+    value, own = None, None
     if state.is_main_process:
         try:
-            outcome = compute(), None
+            value = compute()
         except Exception as error:
-            outcome = None, error
-    value, error = broadcast_object_list([outcome])[0]
+            own = error
+    value, error = broadcast_object_list([(value, own and _sendable(own))])[0]
     if error is not None:
-        raise error
+        raise own or error
     return value
+
+
+def together(act: Callable[[], object]) -> None:
+    """Act on every process, and go on when all have.
+
+    Raises:
+        Exception: What one of them raises, on every process: none waits for one that failed.
+    """
+    own = None
+    try:
+        act()
+    except Exception as error:
+        own = error
+    errors = [error for error in of_all_processes(own and _sendable(own)) if error is not None]
+    if errors:
+        raise own or errors[0]
+
+
+def of_all_processes(value: Value) -> list[Value]:
+    """What each process has here, by rank."""
+    return [value] if PartialState().num_processes == 1 else gather_object([value])
+
+
+def _sendable(error: Exception) -> Exception:
+    """The error itself if it can be pickled; other libraries' may hold what cannot."""
+    try:
+        return pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def check_engine(trainer: Trainer) -> None:
@@ -85,6 +116,20 @@ def check_quantized_weights(model: nn.Module, cast: torch.dtype | None, *, shard
                 f"{name!r} keeps packed 4-bit weights in {parameter.dtype}, which would be cast to {cast}, expected "
                 f"BitsAndBytesConfig(bnb_4bit_quant_storage={cast}) or torch.uint8"
             )
+
+
+def engine_of(trainer: Trainer) -> str:
+    """What lays out the optimizer's state in the checkpoints of a phase."""
+    if not trainer.is_deepspeed_enabled:
+        return "PyTorch"
+    return "ZeRO-3" if is_deepspeed_zero3_enabled() else "DeepSpeed"
+
+
+def engine_that_wrote(checkpoint: Path) -> str:
+    """The same, of a checkpoint that was written."""
+    if not (checkpoint / "latest").is_file():
+        return "PyTorch"
+    return "ZeRO-3" if any(checkpoint.glob("*/zero_pp_rank_*_model_states.pt")) else "DeepSpeed"
 
 
 def release_engine(trainer: Trainer) -> None:

@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
+from zipfile import is_zipfile
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -63,7 +64,8 @@ class StreamState:
 def newest_whole_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint of a Trainer run that was written to its end; a killed run may leave a torn one.
 
-    The Trainer writes `trainer_state.json` last.
+    `trainer_state.json` is written last, when all processes have written theirs. A machine that fails may still lose
+    what was written before it.
     """
     checkpoints = [
         path
@@ -71,8 +73,15 @@ def newest_whole_checkpoint(folder: Path) -> Path | None:
         if path.name.rpartition("-")[2].isdigit()
         and _is_json(path / "trainer_state.json")
         and (any(path.glob("optimizer*")) or (path / "latest").is_file())  # with save_only_model there is none
+        and not any(_is_torn(file) for file in path.rglob("*.pt*"))
     ]
     return max(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _is_torn(file: Path) -> bool:
+    """Whether what torch saved lacks its end, the table of a zip archive. DeepSpeed may be told to write pickles."""
+    with file.open("rb") as opened:
+        return opened.read(2) in (b"", b"PK") and not is_zipfile(file)
 
 
 def _is_json(path: Path) -> bool:

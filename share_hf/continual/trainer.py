@@ -31,10 +31,20 @@ from ..subspace import MergeReport
 from ..tuner import ShareConfig
 from ..tuner.state import load_bases, load_tasks, share_config_for
 from .arguments import Method, ShareTrainingArguments, training_facts
-from .distributed import check_engine, on_first_process, ready_for_inference, release_engine, trained_parameters
+from .distributed import (
+    check_engine,
+    engine_of,
+    engine_that_wrote,
+    on_first_process,
+    ready_for_inference,
+    release_engine,
+    together,
+    trained_parameters,
+)
 from .fsdp import average_gradients, broadcast, shard_base_model
 from .inputs import EVALUATION_SPLITS, TRAIN_SPLIT, TaskData, accuracy, config_for, split_data
 from .labels import LabelMask, count_labels, rule_out_labels
+from .lost_ranks import naming_lost_ranks
 from .phases import PLACEHOLDER, TrainingPhase, begin_phase, describe_task, take_coefficients, take_merged
 from .progress import StreamProgressCallback
 from .stream_state import STREAM_STATE_FILE, Stage, StreamState, newest_whole_checkpoint
@@ -159,6 +169,7 @@ class ShareTrainer(Trainer):
         """The matrix and the summary as text."""
         return self._continual.table()
 
+    @naming_lost_ranks()
     def train(
         self,
         resume_from_checkpoint: str | bool | None = None,
@@ -196,6 +207,7 @@ class ShareTrainer(Trainer):
         loss = sum(output.global_step * output.training_loss for output in outputs)
         return TrainOutput(steps, loss / max(steps, 1), self.metrics)
 
+    @naming_lost_ranks()
     def learn_task(self, name: str, train_dataset: Dataset, eval_dataset: Dataset | None = None) -> MergeReport | None:
         """
         Learn one more task and merge it.
@@ -325,6 +337,11 @@ class ShareTrainer(Trainer):
                     raise
                 raise OSError(f"{place}: could not be written, is the disk full? ({error})") from error
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # The first process marks the checkpoint as whole next, and deletes older ones.
+        self.accelerator.wait_for_everyone()
+
     # ---- One task --------------------------------------------------------------------------------------------------
 
     def _learn(
@@ -376,11 +393,7 @@ class ShareTrainer(Trainer):
         self.optimizer = self.lr_scheduler = None
         self.model_wrapped = self.model
         with self._phase_arguments(position, name, phase):
-            checkpoint = None
-            if self._resumed_folder is not None:
-                checkpoint = newest_whole_checkpoint(
-                    self._resumed_folder / PHASES_FOLDER / Path(self.args.output_dir).name
-                )
+            checkpoint = on_first_process(self._checkpoint_to_resume)
             self._resumed_folder = None
             if checkpoint is None and self.args.should_save:
                 shutil.rmtree(self.args.output_dir, ignore_errors=True)  # of an earlier try
@@ -399,6 +412,24 @@ class ShareTrainer(Trainer):
         self.state.log_history = history + self.state.log_history
         self._stream_steps += output.global_step
         return output
+
+    def _checkpoint_to_resume(self) -> Path | None:
+        """Of an interrupted phase, the newest checkpoint that this engine can continue from."""
+        if self._resumed_folder is None:
+            return None
+        checkpoint = newest_whole_checkpoint(self._resumed_folder / PHASES_FOLDER / Path(self.args.output_dir).name)
+        if checkpoint is None:
+            return None
+        written = engine_that_wrote(checkpoint), len(list(checkpoint.glob("rng_state*.pth")))
+        resumed = engine_of(self), self.args.world_size
+        if written == resumed:
+            return checkpoint
+        found = "{}: written with {} by {} process(es), resumed with {} by {}".format(checkpoint, *written, *resumed)
+        if written[0] == resumed[0] == "PyTorch":
+            logger.warning("%s; random numbers, as of dropout, go on from another state.", found)
+            return checkpoint
+        logger.warning("%s, which cannot read its optimizer; the phase begins anew.", found)
+        return None
 
     @contextmanager
     def _phase_arguments(self, position: int, name: str, phase: TrainingPhase) -> Iterator[None]:
@@ -576,13 +607,11 @@ class ShareTrainer(Trainer):
         return StreamState(position, task, stage, self._steps, self._stream_steps, metrics=self.metrics)
 
     def _save_stream(self, stream: StreamState) -> None:
-        if self.args.should_save:
-            stream.save(self._output_dir)
+        together(lambda: self.args.should_save and stream.save(self._output_dir))
 
     def _save_subspace(self, *, draft: bool = True) -> None:
-        if self.args.should_save:
-            write_tree(self.subspace.state, self._output_dir / SUBSPACE_FOLDER, draft=draft)
-        self.accelerator.wait_for_everyone()
+        state, folder = self.subspace.state, self._output_dir / SUBSPACE_FOLDER
+        together(lambda: self.args.should_save and write_tree(state, folder, draft=draft))
 
     def _begin(self) -> None:
         """Make the folder this stream's, once: what an earlier run left there must not be taken for it on a resume."""
@@ -595,35 +624,16 @@ class ShareTrainer(Trainer):
         self._save_subspace()
 
     def _restore(self, folder: Path) -> StreamState:
-        """Take up subspace, metrics and position of an interrupted stream.
+        """Take up subspace, metrics and position of an interrupted stream, as the first process finds them.
 
         Raises:
             ValueError: If what is there is damaged, or belongs to a stream with other settings or tasks.
         """
-        begun = StreamState.load(folder)
+        begun, state = on_first_process(lambda: self._read_stream(folder))
         if begun is None:
             return StreamState()
-        order = list(self.tasks)
-        if begun.task is not None and (begun.position >= len(order) or order[begun.position] != begun.task):
-            raise ValueError(
-                f"{folder}: the stream was at task {begun.task!r}, number {begun.position + 1}, but tasks is {order}"
-            )
-        learned = (begun.metrics or {}).get("tasks", [])[: begun.position]
-        if learned != order[: begun.position]:
-            raise ValueError(f"{folder}: the stream has learned {learned}, but tasks is {order}")
-        restore_folder(folder / SUBSPACE_FOLDER)
-        if (folder / SUBSPACE_FOLDER).exists():
-            state = read_tree(folder / SUBSPACE_FOLDER)
-            if state.settings != self._subspace_state.settings:
-                raise ValueError(
-                    f"{folder}: the stream has {state.settings}, expected {self._subspace_state.settings}"
-                )
+        if state is not None:
             self._load_subspace(state)
-        if not set(learned) <= set(self._subspace_state.tasks):
-            raise ValueError(
-                f"{folder / SUBSPACE_FOLDER}: has tasks {list(self._subspace_state.tasks)}, expected {learned} as in "
-                f"{STREAM_STATE_FILE}"
-            )
         if begun.metrics is not None:
             self._continual = ContinualMetrics.from_dict(begun.metrics)
         if begun.task is not None and self._steps > begun.steps:
@@ -635,6 +645,29 @@ class ShareTrainer(Trainer):
         self._resumed_folder = folder if begun.task is not None else None
         logger.info("Resuming at task %d (%s, %s)", begun.position + 1, begun.task, begun.stage)
         return begun
+
+    def _read_stream(self, folder: Path) -> tuple[StreamState | None, SubspaceState | None]:
+        begun = StreamState.load(folder)
+        if begun is None:
+            return None, None
+        order = list(self.tasks)
+        if begun.task is not None and (begun.position >= len(order) or order[begun.position] != begun.task):
+            raise ValueError(
+                f"{folder}: the stream was at task {begun.task!r}, number {begun.position + 1}, but tasks is {order}"
+            )
+        learned = (begun.metrics or {}).get("tasks", [])[: begun.position]
+        if learned != order[: begun.position]:
+            raise ValueError(f"{folder}: the stream has learned {learned}, but tasks is {order}")
+        restore_folder(folder / SUBSPACE_FOLDER)
+        state = read_tree(folder / SUBSPACE_FOLDER) if (folder / SUBSPACE_FOLDER).exists() else None
+        if state is not None and state.settings != self._subspace_state.settings:
+            raise ValueError(f"{folder}: the stream has {state.settings}, expected {self._subspace_state.settings}")
+        tasks = (state or self._subspace_state).tasks
+        if not set(learned) <= set(tasks):
+            raise ValueError(
+                f"{folder / SUBSPACE_FOLDER}: has tasks {list(tasks)}, expected {learned} as in {STREAM_STATE_FILE}"
+            )
+        return begun, state
 
     def _load_subspace(self, state: SubspaceState) -> None:
         load_bases(self.model, state)

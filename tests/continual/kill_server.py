@@ -1,0 +1,284 @@
+"""Streams that die at a moment that is chosen, in one process or in several.
+
+Importing the libraries takes longer than the stream. So one process imports them, and runs each stream in forks of
+itself: processes that no other has trained in, and that SIGKILL ends.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from share_hf import ShareTrainer
+from share_hf.continual import phases as phases_module
+from share_hf.continual import trainer as trainer_module
+from share_hf.hub import files as files_module
+from share_hf.hub import tree as tree_module
+from tests.conftest import _tiny_bert
+
+from .cases import LABELS, At, classification_tasks, classifier_trainer
+
+
+ROOT = Path(__file__).parents[2]
+SECONDS_A_RUN = 120
+TASKS = list(LABELS)[:3]
+
+# What a random moment is counted in: time, or lines of these modules, or operations on files in the output folder.
+CLOCKS = ("seconds", "lines", "operations")
+WATCHED = {module.__file__ for module in (files_module, tree_module, trainer_module)}
+OPERATIONS = {"open", "os.chmod", "os.mkdir", "os.remove", "os.rename", "os.rmdir"}
+
+# What else a moment may be counted in: events of the Trainer, and merges begun.
+EVENTS = {"steps": "on_step_end", "predictions": "on_prediction_step"}
+
+Ask = Callable[..., dict[str, Any]]
+
+
+def stream(folder: Path, dropout: float = 0.1, **overrides: Any) -> ShareTrainer:
+    """Three tasks of four steps and two of finetuning; two checkpoints a phase, of which one is kept."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1:
+        overrides = {"ddp_backend": "gloo", **overrides}
+    torch.manual_seed(0)
+    model = _tiny_bert()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = dropout
+    values = dict(
+        max_steps=-1,
+        num_train_epochs=1,
+        finetune_num_train_epochs=0.5,
+        per_device_train_batch_size=8 // world,
+        save_strategy="steps",
+        save_steps=2,
+        lr_scheduler_type="constant",
+        save_total_limit=1,
+        evaluate_before=True,
+    )
+    return classifier_trainer(model, folder, classification_tasks(*TASKS), **{**values, **overrides})
+
+
+def run_stream(
+    folder: Path,
+    clock: str = "seconds",
+    moment: float = float("inf"),
+    rank: int = 0,
+    alone: bool = True,
+    fails: bool = False,
+    begun: Callable[[], object] = lambda: None,
+    **overrides: Any,
+) -> dict[str, float]:
+    """Train the stream, resumed where there is something to resume; tells its length by each clock.
+
+    Args:
+        folder: Where it is saved.
+        clock: What the moment is counted in, but for time, which is left to who started this.
+        moment: When the rank dies.
+        rank: That dies.
+        alone: Whether the other processes of its group live on.
+        fails: Whether it raises an error instead of being killed.
+        begun: Called when the training begins.
+        overrides: As of `stream`.
+    """
+    trainer = stream(folder, **overrides)
+    counts = dict.fromkeys(("lines", "operations", "merges", *EVENTS), 0)
+
+    def count(name: str) -> None:
+        counts[name] += 1
+        if name != clock or counts[name] < moment or trainer.args.process_index != rank:
+            return
+        if fails:
+            raise KeyError("a row that cannot be read")
+        if alone:
+            os.kill(os.getpid(), signal.SIGKILL)
+        os.killpg(0, signal.SIGKILL)
+
+    if clock == "lines":
+        _trace_lines(lambda: count("lines"))
+    if clock == "operations":
+        _hook_operations(folder, lambda: count("operations"))
+    if clock == "merges":
+        _hook_merges(lambda: count("merges"))
+    if clock in EVENTS:
+        trainer.add_callback(At(EVENTS[clock], lambda *_, **__: count(clock)))
+    begun()
+    started = time.monotonic()
+    trainer.train(resume_from_checkpoint=True)
+    seconds = time.monotonic() - started
+    sys.settrace(None)
+    return {"seconds": seconds, **counts}
+
+
+def _trace_lines(tick: Callable[[], None]) -> None:
+    def line(frame: Any, event: str, argument: Any) -> Any:
+        if event == "line":
+            tick()
+        return line
+
+    sys.settrace(lambda frame, event, argument: line if frame.f_code.co_filename in WATCHED else None)
+
+
+def _hook_operations(folder: Path, tick: Callable[[], None]) -> None:
+    """Tick before anything in the folder is created, renamed or deleted, whoever does it."""
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event not in OPERATIONS or not isinstance(arguments[0], (str, Path)):
+            return
+        if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
+            return
+        # What a folder is deleted with names files relative to it.
+        if str(arguments[0]).startswith(str(folder)) or event in ("os.remove", "os.rmdir"):
+            tick()
+
+    sys.addaudithook(hook)
+
+
+def _hook_merges(tick: Callable[[], None]) -> None:
+    """Tick where the first process begins to merge, and others to wait for what it computes."""
+    on_first_process = phases_module.on_first_process
+
+    def ticking(compute: Callable[[], Any]) -> Any:
+        tick()
+        return on_first_process(compute)
+
+    phases_module.on_first_process = ticking
+
+
+def end_of(folder: Path) -> dict[str, bytes]:
+    """All that a stream leaves, but for the checkpoints of its phases."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and folder / "phases" not in path.parents]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+# ---- In the process that forks --------------------------------------------------------------------------------------
+
+
+def serve() -> None:
+    """Run the stream in forks for each request, a line of JSON, and answer how it ended with another."""
+    torch.set_num_threads(1)
+    sys.modules["matplotlib.figure"] = None  # type: ignore[assignment]
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    for line in sys.stdin:
+        answer = _run_in_forks(**json.loads(line))
+        for module in answer.pop("modules"):  # imported once, not in every fork again
+            with suppress(Exception):
+                importlib.import_module(module)
+        gc.collect()
+        gc.freeze()
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+def _run_in_forks(processes: int, clock: str, moment: float, rank: int, alone: bool, **run: Any) -> dict[str, Any]:
+    run |= {"clock": clock, "moment": moment, "rank": rank, "alone": alone}
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    pids: list[int] = []
+    reports = []
+    for index in range(processes):
+        reading, writing = os.pipe()
+        pid = os.fork()
+        if not pid:
+            _run_as(index, processes, port, run, writing)
+        pids.append(pid)
+        os.setpgid(pid, pids[0])  # one group, to be killed in one moment
+        os.close(writing)
+        reports.append(os.fdopen(reading))
+    begun = [report.readline() for report in reports]
+    if all(begun) and clock == "seconds" and moment < SECONDS_A_RUN:
+        time.sleep(moment)
+        os.kill(pids[rank], signal.SIGKILL) if alone else os.killpg(pids[0], signal.SIGKILL)
+    answers = [json.loads(report.read() or "{}") for report in reports]
+    for report in reports:
+        report.close()
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    modules = {module for answer in answers for module in answer.pop("modules", ())}
+    return {"codes": codes, "lengths": answers, "modules": sorted(modules)}
+
+
+def _run_as(index: int, processes: int, port: int, run: dict[str, Any], writing: int) -> None:
+    """Be one process of a run, to its end."""
+    code = 1
+    try:
+        signal.alarm(SECONDS_A_RUN)
+        if processes > 1 or "deepspeed" in run:
+            facts = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+            facts |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+            os.environ.update({name: str(value) for name, value in facts.items()})
+        imported = set(sys.modules)
+        with os.fdopen(writing, "w") as reports:
+            lengths = run_stream(
+                Path(run.pop("folder")), **run, begun=lambda: print("begun", file=reports, flush=True)
+            )
+            reports.write(json.dumps({**lengths, "modules": sorted(set(sys.modules) - imported)}))
+        code = 0
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+# ---- In the process of the test -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def kill_server(log: Path) -> Iterator[Ask]:
+    """Runs streams as asked for: by process, how it ended and its lengths; and what was printed."""
+    with log.open("wb") as errors:
+        server = subprocess.Popen(
+            [sys.executable, "-c", "from tests.continual.kill_server import serve; serve()"],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            start_new_session=True,
+            text=True,
+        )
+
+    def ask(
+        folder: Path,
+        clock: str = "seconds",
+        moment: float = 2 * SECONDS_A_RUN,
+        *,
+        processes: int = 1,
+        rank: int = 0,
+        alone: bool = True,
+        **run: Any,
+    ) -> dict[str, Any]:
+        before = log.stat().st_size
+        run |= {"folder": str(folder), "clock": clock, "moment": moment, "processes": processes}
+        server.stdin.write(json.dumps({**run, "rank": rank, "alone": alone}) + "\n")
+        server.stdin.flush()
+        answer = server.stdout.readline()
+        with log.open("rb") as lines:
+            lines.seek(before)
+            output = lines.read().decode(errors="replace")
+        assert answer, output[-4000:]
+        return {**json.loads(answer), "output": output}
+
+    try:
+        yield ask
+        server.stdin.close()
+        assert server.wait(timeout=30) == 0
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+        server.stdin.close()
+        server.stdout.close()
