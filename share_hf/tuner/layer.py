@@ -277,6 +277,12 @@ class Linear(nn.Module, ShareLayer):
         """The task's update in the layout and device of the base weight, float32."""
         return transpose(self.factors(adapter).dense(), self.fan_in_fan_out)
 
+    def set_base_weight(self, weight_data: Tensor) -> None:
+        bias = getattr(self.get_base_layer(), "bias", None)
+        super().set_base_weight(weight_data)
+        if bias is not None and self.get_base_layer().bias is None:  # PEFT's layer of HQQ is a new one, without it
+            self.get_base_layer().bias = bias
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """
         Merge the active adapter weights into the base weights.
