@@ -1,4 +1,4 @@
-"""Tasks on quantized base models, on the CPU: bitsandbytes, and torchao and HQQ where they are installed."""
+"""Tasks on quantized base models, on the CPU: bitsandbytes, and the quantizers below that are installed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, QuantoConfig, TorchAoConfig
 
 from share_hf.tuner import share_layers
 
@@ -41,32 +41,59 @@ class Quantization:
         options: As the library takes them.
         kind: The classes of a layer and of its weight.
         error: Of the forward.
+        refuses_merges_as: If merges are refused, what of.
     """
 
     library: str
     options: dict[str, Any]
     kind: tuple[str, str]
     error: float
+    refuses_merges_as: str | None = None
 
     def load(self, folder: Path) -> PreTrainedModel:
-        """A model of the folder with quantized layers."""
+        """The model of the folder with quantized layers."""
+        if self.library == "gptqmodel":
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+            for name, module in list(model.model.named_modules()):
+                if isinstance(module, nn.Linear):
+                    model.model.set_submodule(name, _packed_by_gptqmodel(module, self.kind[0]))
+            return model.eval()
         if self.library == "hqq":  # transformers 5 does not load HQQ
             from hqq.core.quantize import BaseQuantizeConfig
             from hqq.models.hf.base import AutoHQQHFModel
 
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-            AutoHQQHFModel.quantize_model(
-                model, BaseQuantizeConfig(**self.options), compute_dtype=torch.float32, device="cpu"
-            )
+            config = BaseQuantizeConfig(**self.options)
+            AutoHQQHFModel.quantize_model(model, config, compute_dtype=torch.float32, device="cpu")
             return model.eval()
         if self.library == "torchao":
             import torchao.quantization
 
-            options = {**self.options}
-            config = TorchAoConfig(getattr(torchao.quantization, options.pop("scheme"))(**options))
+            config = TorchAoConfig(getattr(torchao.quantization, self.options["scheme"])())
         else:
-            config = BitsAndBytesConfig(**self.options)
+            config = {"bitsandbytes": BitsAndBytesConfig, "optimum.quanto": QuantoConfig}[self.library](**self.options)
         return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32).eval()
+
+
+def _packed_by_gptqmodel(linear: nn.Linear, class_name: str) -> nn.Module:
+    """The layer in 4 bits, rounded to nearest in groups of 32: a calibration would take a real model."""
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+    from gptqmodel.nn_modules.qlinear.torch_awq import AwqTorchLinear
+
+    layer = {"TorchLinear": TorchLinear, "AwqTorchLinear": AwqTorchLinear}[class_name](
+        bits=4,
+        group_size=32,
+        sym=True,
+        desc_act=False,
+        in_features=linear.in_features,
+        out_features=linear.out_features,
+        bias=False,
+    )
+    scales = linear.weight.detach().float().unflatten(1, (-1, 32)).abs().amax(2) / 7
+    groups = [torch.arange(linear.in_features, dtype=torch.int32) // 32] if class_name == "TorchLinear" else []
+    layer.pack(linear, scales, torch.full_like(scales, 8), *groups)
+    layer.post_init()
+    return layer
 
 
 QUANTIZATIONS = {
@@ -85,19 +112,37 @@ QUANTIZATIONS = {
     "int8": Quantization("bitsandbytes", dict(load_in_8bit=True), ("Linear8bitLt", "Int8Params"), 0.1),
     "torchao-int8": Quantization("torchao", dict(scheme="Int8WeightOnlyConfig"), ("Linear", "Int8Tensor"), 0.01),
     "torchao-float8": Quantization("torchao", dict(scheme="Float8WeightOnlyConfig"), ("Linear", "Float8Tensor"), 0.01),
-    "hqq-4bit": Quantization("hqq", dict(nbits=4, group_size=32), ("HQQLinear", "NoneType"), 0.01),
+    "hqq": Quantization("hqq", dict(nbits=4, group_size=32), ("HQQLinear", "NoneType"), 0.01),
+    "gptq": Quantization("gptqmodel", {}, ("TorchLinear", "_LinearWeightMetadata"), 0.05, "gptq"),
+    "awq": Quantization("gptqmodel", {}, ("AwqTorchLinear", "NoneType"), 0.05, "gptq"),  # PEFT calls both gptq
+    "quanto-int8": Quantization(
+        "optimum.quanto", dict(weights="int8"), ("QLinear", "WeightQBytesTensor"), 0.01, "QLinear"
+    ),
 }
+
+
+def is_installed(library: str) -> bool:
+    try:
+        return find_spec(library) is not None
+    except ModuleNotFoundError:  # not even the package that it is part of
+        return False
 
 
 def parameter(name: str) -> Any:
     """A quantization as a parameter of tests, which are skipped where its library is not installed."""
     library = QUANTIZATIONS[name].library
-    is_missing = pytest.mark.skipif(find_spec(library) is None, reason=f"{library} is not installed")
+    is_missing = pytest.mark.skipif(not is_installed(library), reason=f"{library} is not installed")
     return pytest.param(QUANTIZATIONS[name], id=name, marks=is_missing)
 
 
-each_quantization = pytest.mark.parametrize("quantization", [parameter(name) for name in QUANTIZATIONS])
-four_bit = pytest.mark.parametrize("quantization", [parameter("nf4"), parameter("fp4-nested-bfloat16")])
+def _parametrized(*names: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("quantization", [parameter(name) for name in names])
+
+
+each_quantization = _parametrized(*QUANTIZATIONS)
+each_merged = _parametrized(*(name for name, each in QUANTIZATIONS.items() if each.refuses_merges_as is None))
+each_unmerged = _parametrized(*(name for name, each in QUANTIZATIONS.items() if each.refuses_merges_as is not None))
+four_bit = _parametrized("nf4", "fp4-nested-bfloat16")
 
 
 @pytest.fixture
@@ -132,7 +177,9 @@ def dequantized_weights(model: nn.Module) -> dict[str, Tensor]:
                 weight = int8_vectorwise_dequant(module.weight.data, scales)
             case ("HQQLinear", _):
                 weight = module.dequantize()
-            case ("Linear", "Int8Tensor" | "Float8Tensor"):
+            case ("TorchLinear" | "AwqTorchLinear", _):
+                weight = module(torch.eye(module.in_features, dtype=torch.bfloat16)).T
+            case (_, "Int8Tensor" | "Float8Tensor" | "WeightQBytesTensor"):
                 weight = module.weight.dequantize()
             case _:
                 continue
@@ -205,7 +252,7 @@ def test_what_is_trained_and_the_basis_are_float32(
     assert all(layer.quantization_backend is not None for layer in share_layers(model).values())
 
 
-@each_quantization
+@each_merged
 @pytest.mark.parametrize("safe_merge", [False, True])
 def test_a_merge_requantizes_the_sum_of_weight_and_update(
     quantization: Quantization, safe_merge: bool, load: Callable[[Quantization], PreTrainedModel]
@@ -225,7 +272,7 @@ def test_a_merge_requantizes_the_sum_of_weight_and_update(
     assert torch.isfinite(logits(kept, LLAMA.batch())).all()
 
 
-@each_quantization
+@each_merged
 def test_unmerging_comes_back_up_to_quantization(
     quantization: Quantization, load: Callable[[Quantization], PreTrainedModel]
 ) -> None:
@@ -237,7 +284,7 @@ def test_unmerging_comes_back_up_to_quantization(
         assert_near(layer.get_base_weight(), before[name], 0.25)
 
 
-@each_quantization
+@each_merged
 def test_a_safe_merge_of_a_broken_task_leaves_the_quantized_weights(
     quantization: Quantization, load: Callable[[Quantization], PreTrainedModel]
 ) -> None:
@@ -248,6 +295,37 @@ def test_a_safe_merge_of_a_broken_task_leaves_the_quantized_weights(
         model.merge_adapter(safe_merge=True)
     for name, layer in share_layers(model).items():
         assert torch.equal(layer.get_base_weight(), before[name])
+
+
+@each_unmerged
+def test_layers_that_cannot_be_merged_into_are_refused_by_name_before_any_is(
+    quantization: Quantization,
+    load: Callable[[Quantization], PreTrainedModel],
+    tiny_model: Callable[[str], PreTrainedModel],
+) -> None:
+    base = load(quantization)
+    base.model.layers[0] = tiny_model("llama").model.layers[0].to(base.dtype)
+    model = with_tasks(base, LLAMA, "one")
+    before = logits(model, LLAMA.batch())
+    message = rf"'model.layers.1.self_attn.q_proj' cannot be merged into: .* {quantization.refuses_merges_as} layers"
+    with pytest.raises(TypeError, match=message):
+        model.merge_adapter()
+    with pytest.raises(TypeError, match=message):
+        model.merge_and_unload()
+    assert torch.equal(logits(model, LLAMA.batch()), before)
+    with model.disable_adapter():
+        assert_differ(logits(model, LLAMA.batch()), before)
+
+
+@each_quantization
+def test_unloading_gives_the_quantized_model_back(
+    quantization: Quantization, load: Callable[[Quantization], PreTrainedModel]
+) -> None:
+    base = load(quantization)
+    before = logits(base, LLAMA.batch())
+    unloaded = with_tasks(base, LLAMA, "one").unload()
+    assert kind_of(unloaded.model.layers[0].self_attn.q_proj) == quantization.kind
+    assert_near(logits(unloaded, LLAMA.batch()), before, quantization.error)
 
 
 @each_quantization
