@@ -8,7 +8,7 @@ from typing import Any
 from peft.utils import resolve_quantization_backend
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend, QuantizationBackend
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.pytorch_utils import Conv1D
 
@@ -66,11 +66,12 @@ def keep_4bit_weights_differentiable(model: nn.Module) -> None:
 
 
 def _computes_with_its_weight(layer: nn.Linear) -> bool:
-    """Whether `weight` as it stands is what the forward multiplies with: not packed, scaled or rounded."""
+    """Whether `weight` as it stands is what the forward multiplies with: not packed, scaled, rounded or computed."""
     weight = layer.weight
     return (
         weight.is_floating_point()
         and weight.element_size() > 1
-        and (isinstance(weight, DTensor) or not is_traceable_wrapper_subclass(weight))
+        and (not is_traceable_wrapper_subclass(weight) or type(weight).__module__.startswith("torch."))  # a DTensor is
+        and not is_parametrized(layer)
         and not type(layer).__module__.startswith("transformers.integrations.")
     )

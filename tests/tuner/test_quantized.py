@@ -92,6 +92,7 @@ def _packed_by_gptqmodel(linear: nn.Linear, class_name: str) -> nn.Module:
     scales = linear.weight.detach().float().unflatten(1, (-1, 32)).abs().amax(2) / 7
     groups = [torch.arange(linear.in_features, dtype=torch.int32) // 32] if class_name == "TorchLinear" else []
     layer.pack(linear, scales, torch.full_like(scales, 8), *groups)
+    layer.optimized = True  # else it is compiled
     layer.post_init()
     return layer
 
