@@ -41,6 +41,8 @@ extras_require = {
     "trl": ["trl>=1.0"],
 }
 extras_require["all"] = sorted({requirement for extra in extras_require.values() for requirement in extra})
+# Not in `all`: PEFT imports them wherever they are installed, which takes seconds.
+extras_require["quantizers"] = ["hqq>=0.2.8", "torchao>=0.18"]
 extras_require["tests"] = [
     "hypothesis",
     "matplotlib>=3.8",

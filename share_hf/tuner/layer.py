@@ -12,12 +12,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
-from peft.utils import quantization_extra_repr, resolve_quantization_backend
+from peft.utils import quantization_extra_repr
 from peft.utils.other import transpose
 from torch import Tensor, nn
 
 from ..subspace import LowRankUpdate
 from .config import ShareConfig
+from .quantization import quantization_backend_of
 
 
 class _FoldedFactors:
@@ -69,8 +70,8 @@ class ShareLayer(BaseTunerLayer):
 
     def __init__(self, base_layer: nn.Module, basis_out: Tensor, basis_in: Tensor, **kwargs: Any) -> None:
         self.base_layer = base_layer
-        self.quantization_backend = resolve_quantization_backend(
-            self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
+        self.quantization_backend = quantization_backend_of(
+            self.get_base_layer(), kwargs.get("get_apply_tensor_subclass")
         )
         self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
         for name in self.adapter_layer_names:
@@ -276,6 +277,12 @@ class Linear(nn.Module, ShareLayer):
         """The task's update in the layout and device of the base weight, float32."""
         return transpose(self.factors(adapter).dense(), self.fan_in_fan_out)
 
+    def set_base_weight(self, weight_data: Tensor) -> None:
+        bias = getattr(self.get_base_layer(), "bias", None)
+        super().set_base_weight(weight_data)
+        if bias is not None and self.get_base_layer().bias is None:  # PEFT's layer of HQQ is a new one, without it
+            self.get_base_layer().bias = bias
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """
         Merge the active adapter weights into the base weights.
@@ -319,6 +326,11 @@ class Linear(nn.Module, ShareLayer):
         if self.disable_adapters or self.merged:
             return result
         if self.quantization_backend is not None:
+            if self.training and torch.is_grad_enabled() and x.requires_grad and not result.requires_grad:
+                raise RuntimeError(
+                    f"no gradient flows through {self.get_base_layer()}, so that what lies before it would not be "
+                    "trained, or wrongly; expected a quantization that supports training"
+                )
             result = self.quantization_backend.maybe_clone_base_result(result)
         if adapter_names is not None:
             return result + self._mixed_batch_update(x, adapter_names).to(result.dtype)

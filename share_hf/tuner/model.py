@@ -9,12 +9,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features
-from peft.utils import (
-    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-    get_quantization_kwargs,
-    resolve_quantization_backend,
-)
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features, onload_layer
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -24,6 +20,7 @@ from .config import ShareConfig
 from .head import check_head_shapes, check_saved_modules
 from .layer import Linear, ShareLayer, placeholder_basis
 from .origin import known_bases, stored_head
+from .quantization import check_supported, keep_4bit_weights_differentiable
 
 
 class ShareModel(BaseTuner):
@@ -89,7 +86,7 @@ class ShareModel(BaseTuner):
 
     def _prepare_model(self, peft_config: ShareConfig, model: nn.Module) -> None:
         """Read the basis that an adapter was saved with. Runs for every adapter, before the model is touched."""
-        _keep_4bit_weights_differentiable(model)
+        keep_4bit_weights_differentiable(model)
         self._stored_bases = known_bases(peft_config)
         if (head := stored_head(peft_config)) is not None:
             check_saved_modules(model, peft_config.modules_to_save or [], head, self._stored_bases)
@@ -118,7 +115,7 @@ class ShareModel(BaseTuner):
             target.update_layer(adapter_name, peft_config, inference_mode=peft_config.inference_mode)
             return
         base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        _check_supported(base_layer, current_key)
+        check_supported(base_layer, current_key, self.model)
         _set_fan_in_fan_out(peft_config, base_layer)
         basis_out, basis_in = self._basis_for(peft_config, base_layer, current_key)
         new_module = Linear(
@@ -147,6 +144,28 @@ class ShareModel(BaseTuner):
             placeholder_basis(module_name, out_features, config.num_components, "out"),
             placeholder_basis(module_name, in_features, config.num_components, "in"),
         )
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(new_module, ShareLayer):
+            super()._replace_module(parent, child_name, new_module, child)
+        else:  # unloaded: complete as it is, and PEFT would look for a `weight`, which HQQ's and GPTQ's layers lack
+            setattr(parent, child_name, new_module)
+
+    def _check_merge_allowed(self) -> None:
+        """Refuse to merge into layers that cannot be dequantized, before any layer has been merged."""
+        super()._check_merge_allowed()
+        tried = set()
+        for name, layer in share_layers(self.model).items():
+            base_layer = layer.get_base_layer()
+            kind = type(base_layer), type(getattr(base_layer, "weight", None))
+            if layer.quantization_backend is None or kind in tried:
+                continue
+            try:
+                with onload_layer(layer):
+                    layer.get_base_weight()
+            except (TypeError, NotImplementedError) as error:
+                raise TypeError(f"{name!r} cannot be merged into: {error}") from error
+            tried.add(kind)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -207,33 +226,6 @@ def _pass_adapter_names(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], adapter_names: list[str]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return args, {**kwargs, "adapter_names": adapter_names}
-
-
-def _check_supported(base_layer: nn.Module, module_name: str) -> None:
-    if isinstance(base_layer, (nn.Linear, Conv1D)):
-        return
-    backend = resolve_quantization_backend(base_layer)
-    if backend is None or backend.layer_type != "linear":
-        raise TypeError(
-            f"{module_name!r} is a {type(base_layer).__name__}, expected torch.nn.Linear, "
-            "transformers.pytorch_utils.Conv1D or a quantized linear layer"
-        )
-
-
-def _keep_4bit_weights_differentiable(model: nn.Module) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights, of adapted layers and of others.
-
-    On a CPU with AVX512-BF16 an eval forward repacks them in place, after which gradients through them are wrong or
-    missing, and merges into them garbage.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-            quant_state = getattr(module.weight, "quant_state", None)
-            if getattr(quant_state, "packing_format_for_cpu", False):
-                module.state_dict()  # reading it unpacks a weight that was repacked already
-                if quant_state.absmax.ndim == 2:  # but leaves its scales transposed
-                    quant_state.absmax = quant_state.absmax.T.reshape(-1).float()
 
 
 def _set_fan_in_fan_out(config: ShareConfig, base_layer: nn.Module) -> None:

@@ -1,10 +1,11 @@
-"""Tasks on 4-bit and 8-bit base models of bitsandbytes, on the CPU."""
+"""Tasks on quantized base models, on the CPU: bitsandbytes, and the quantizers below that are installed."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, QuantoConfig, TorchAoConfig
 
 from share_hf.tuner import share_layers
 
@@ -31,61 +32,159 @@ from .cases import (
 )
 
 
-bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed", exc_type=ImportError)
-
-
 @dataclass(frozen=True)
 class Quantization:
-    """A way to quantize, and how near the forward is to that of the dequantized weights (relative)."""
+    """A way to quantize, what it makes of a layer, and how near that is to the dequantized weight (relative).
 
+    Attributes:
+        library: What it needs.
+        options: As the library takes them.
+        kind: The classes of a layer and of its weight.
+        error: Of the forward.
+        refuses_merges_as: If merges are refused, what of.
+    """
+
+    library: str
     options: dict[str, Any]
-    layer_type: str
+    kind: tuple[str, str]
     error: float
+    refuses_merges_as: str | None = None
+
+    def load(self, folder: Path) -> PreTrainedModel:
+        """The model of the folder with quantized layers."""
+        if self.library == "gptqmodel":
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+            for name, module in list(model.model.named_modules()):
+                if isinstance(module, nn.Linear):
+                    model.model.set_submodule(name, _packed_by_gptqmodel(module, self.kind[0]))
+            return model.eval()
+        if self.library == "hqq":  # transformers 5 does not load HQQ
+            from hqq.core.quantize import BaseQuantizeConfig
+            from hqq.models.hf.base import AutoHQQHFModel
+
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            config = BaseQuantizeConfig(**self.options)
+            AutoHQQHFModel.quantize_model(model, config, compute_dtype=torch.float32, device="cpu")
+            return model.eval()
+        if self.library == "torchao":
+            import torchao.quantization
+
+            config = TorchAoConfig(getattr(torchao.quantization, self.options["scheme"])())
+        else:
+            config = {"bitsandbytes": BitsAndBytesConfig, "optimum.quanto": QuantoConfig}[self.library](**self.options)
+        return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32).eval()
+
+
+def _packed_by_gptqmodel(linear: nn.Linear, class_name: str) -> nn.Module:
+    """The layer in 4 bits, rounded to nearest in groups of 32: a calibration would take a real model."""
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+    from gptqmodel.nn_modules.qlinear.torch_awq import AwqTorchLinear
+
+    layer = {"TorchLinear": TorchLinear, "AwqTorchLinear": AwqTorchLinear}[class_name](
+        bits=4,
+        group_size=32,
+        sym=True,
+        desc_act=False,
+        in_features=linear.in_features,
+        out_features=linear.out_features,
+        bias=False,
+    )
+    scales = linear.weight.detach().float().unflatten(1, (-1, 32)).abs().amax(2) / 7
+    groups = [torch.arange(linear.in_features, dtype=torch.int32) // 32] if class_name == "TorchLinear" else []
+    layer.pack(linear, scales, torch.full_like(scales, 8), *groups)
+    layer.optimized = True  # else it is compiled
+    layer.post_init()
+    return layer
 
 
 QUANTIZATIONS = {
     "nf4": Quantization(
-        dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32), "Linear4bit", 0.02
+        "bitsandbytes",
+        dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32),
+        ("Linear4bit", "Params4bit"),
+        0.02,
     ),
     "fp4-nested-bfloat16": Quantization(
+        "bitsandbytes",
         dict(load_in_4bit=True, bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16),
-        "Linear4bit",
+        ("Linear4bit", "Params4bit"),
         0.05,
     ),
-    "int8": Quantization(dict(load_in_8bit=True), "Linear8bitLt", 0.1),
+    "int8": Quantization("bitsandbytes", dict(load_in_8bit=True), ("Linear8bitLt", "Int8Params"), 0.1),
+    "torchao-int8": Quantization("torchao", dict(scheme="Int8WeightOnlyConfig"), ("Linear", "Int8Tensor"), 0.01),
+    "torchao-float8": Quantization("torchao", dict(scheme="Float8WeightOnlyConfig"), ("Linear", "Float8Tensor"), 0.01),
+    "hqq": Quantization("hqq", dict(nbits=4, group_size=32), ("HQQLinear", "NoneType"), 0.01),
+    "gptq": Quantization("gptqmodel", {}, ("TorchLinear", "_LinearWeightMetadata"), 0.05, "gptq"),
+    "awq": Quantization("gptqmodel", {}, ("AwqTorchLinear", "NoneType"), 0.05, "gptq"),  # PEFT calls both gptq
+    "quanto-int8": Quantization(
+        "optimum.quanto", dict(weights="int8"), ("QLinear", "WeightQBytesTensor"), 0.01, "QLinear"
+    ),
 }
 
-each_quantization = pytest.mark.parametrize("quantization", QUANTIZATIONS.values(), ids=QUANTIZATIONS)
-four_bit = pytest.mark.parametrize(
-    "quantization", [q for q in QUANTIZATIONS.values() if "load_in_4bit" in q.options], ids=lambda q: ""
-)
+
+def is_installed(library: str) -> bool:
+    try:
+        return find_spec(library) is not None
+    except ModuleNotFoundError:  # not even the package that it is part of
+        return False
+
+
+def parameter(name: str) -> Any:
+    """A quantization as a parameter of tests, which are skipped where its library is not installed."""
+    library = QUANTIZATIONS[name].library
+    is_missing = pytest.mark.skipif(not is_installed(library), reason=f"{library} is not installed")
+    return pytest.param(QUANTIZATIONS[name], id=name, marks=is_missing)
+
+
+def _parametrized(*names: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("quantization", [parameter(name) for name in names])
+
+
+each_quantization = _parametrized(*QUANTIZATIONS)
+each_merged = _parametrized(*(name for name, each in QUANTIZATIONS.items() if each.refuses_merges_as is None))
+each_unmerged = _parametrized(*(name for name, each in QUANTIZATIONS.items() if each.refuses_merges_as is not None))
+four_bit = _parametrized("nf4", "fp4-nested-bfloat16")
 
 
 @pytest.fixture
 def load(tiny_model_folder: Callable[[str], Path]) -> Callable[[Quantization], PreTrainedModel]:
     def load(quantization: Quantization) -> PreTrainedModel:
-        config = BitsAndBytesConfig(**quantization.options)
-        model = AutoModelForCausalLM.from_pretrained(
-            tiny_model_folder("llama"), quantization_config=config, dtype=torch.float32
-        )
-        assert type(model.model.layers[0].self_attn.o_proj) is getattr(bnb.nn, quantization.layer_type)
-        return model.eval()
+        model = quantization.load(tiny_model_folder("llama"))
+        assert kind_of(model.model.layers[0].self_attn.o_proj) == quantization.kind
+        return model
 
     return load
+
+
+def kind_of(layer: nn.Module) -> tuple[str, str]:
+    return type(layer).__name__, type(getattr(layer, "weight", None)).__name__
 
 
 def dequantized_weights(model: nn.Module) -> dict[str, Tensor]:
     """The weights that a quantized model stands for, by the name of their module in the base model."""
     weights = {}
     for name, module in model.named_modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
-        elif isinstance(module, bnb.nn.Linear8bitLt):
-            scales = module.weight.SCB if module.weight.SCB is not None else module.state.SCB
-            weight = bnb.functional.int8_vectorwise_dequant(module.weight.data, scales)
-        else:
+        if name.endswith("lm_head"):
             continue
-        weights[name.removesuffix(".base_layer")] = weight.float()
+        match kind_of(module):
+            case ("Linear4bit", _):
+                from bitsandbytes.functional import dequantize_4bit
+
+                weight = dequantize_4bit(module.weight.data, module.weight.quant_state)
+            case ("Linear8bitLt", _):
+                from bitsandbytes.functional import int8_vectorwise_dequant
+
+                scales = module.weight.SCB if module.weight.SCB is not None else module.state.SCB
+                weight = int8_vectorwise_dequant(module.weight.data, scales)
+            case ("HQQLinear", _):
+                weight = module.dequantize()
+            case ("TorchLinear" | "AwqTorchLinear", _):
+                weight = module(torch.eye(module.in_features, dtype=torch.bfloat16)).T
+            case (_, "Int8Tensor" | "Float8Tensor" | "WeightQBytesTensor"):
+                weight = module.weight.dequantize()
+            case _:
+                continue
+        weights[name.removesuffix(".base_layer")] = weight.detach().float().clone()
     return weights
 
 
@@ -130,7 +229,7 @@ def test_evaluations_before_and_after_training_agree_with_what_was_trained(
 ) -> None:
     model = get_peft_model(load(quantization), LLAMA.config(), adapter_name="one").eval()
     first = logits(model, LLAMA.batch())
-    before = {name: tensor.clone() for name, tensor in model.named_parameters() if not tensor.requires_grad}
+    before = dequantized_weights(model)
     losses = learn(model, LLAMA.batch(), steps=8)
     assert losses[-1] < losses[0]
     second = logits(model, LLAMA.batch())
@@ -139,9 +238,8 @@ def test_evaluations_before_and_after_training_agree_with_what_was_trained(
     assert_near(logits(model, LLAMA.batch()), second, quantization.error)  # int8 rounds otherwise in train mode
     with model.eval().disable_adapter():
         assert torch.equal(logits(model, LLAMA.batch()), first)
-    for name, tensor in model.named_parameters():
-        if name in before:
-            assert torch.equal(tensor, before[name])
+    for name, weight in dequantized_weights(model).items():
+        assert torch.equal(weight, before[name])
 
 
 @each_quantization
@@ -155,7 +253,7 @@ def test_what_is_trained_and_the_basis_are_float32(
     assert all(layer.quantization_backend is not None for layer in share_layers(model).values())
 
 
-@each_quantization
+@each_merged
 @pytest.mark.parametrize("safe_merge", [False, True])
 def test_a_merge_requantizes_the_sum_of_weight_and_update(
     quantization: Quantization, safe_merge: bool, load: Callable[[Quantization], PreTrainedModel]
@@ -170,12 +268,12 @@ def test_a_merge_requantizes_the_sum_of_weight_and_update(
     assert not share_layers(merged)
     kept = with_tasks(merged, LLAMA, "probe")
     for name, layer in share_layers(kept).items():
-        assert type(layer.base_layer) is getattr(bnb.nn, quantization.layer_type)
+        assert kind_of(layer.base_layer) == quantization.kind
         assert_near(layer.get_base_weight().double(), sums[name], 0.15)
     assert torch.isfinite(logits(kept, LLAMA.batch())).all()
 
 
-@each_quantization
+@each_merged
 def test_unmerging_comes_back_up_to_quantization(
     quantization: Quantization, load: Callable[[Quantization], PreTrainedModel]
 ) -> None:
@@ -187,17 +285,48 @@ def test_unmerging_comes_back_up_to_quantization(
         assert_near(layer.get_base_weight(), before[name], 0.25)
 
 
-@each_quantization
+@each_merged
 def test_a_safe_merge_of_a_broken_task_leaves_the_quantized_weights(
     quantization: Quantization, load: Callable[[Quantization], PreTrainedModel]
 ) -> None:
     model = with_tasks(load(quantization), LLAMA, "one")
-    before = {name: layer.base_layer.weight.clone() for name, layer in share_layers(model).items()}
+    before = {name: layer.get_base_weight().clone() for name, layer in share_layers(model).items()}
     next(iter(task_parameters(model, "one").values())).data[0, 0] = torch.nan
     with pytest.raises(ValueError, match="The adapter one seems to be broken"):
         model.merge_adapter(safe_merge=True)
     for name, layer in share_layers(model).items():
-        assert torch.equal(layer.base_layer.weight, before[name])
+        assert torch.equal(layer.get_base_weight(), before[name])
+
+
+@each_unmerged
+def test_layers_that_cannot_be_merged_into_are_refused_by_name_before_any_is(
+    quantization: Quantization,
+    load: Callable[[Quantization], PreTrainedModel],
+    tiny_model: Callable[[str], PreTrainedModel],
+) -> None:
+    base = load(quantization)
+    base.model.layers[0] = tiny_model("llama").model.layers[0].to(base.dtype)
+    model = with_tasks(base, LLAMA, "one")
+    before = logits(model, LLAMA.batch())
+    message = rf"'model.layers.1.self_attn.q_proj' cannot be merged into: .* {quantization.refuses_merges_as} layers"
+    with pytest.raises(TypeError, match=message):
+        model.merge_adapter()
+    with pytest.raises(TypeError, match=message):
+        model.merge_and_unload()
+    assert torch.equal(logits(model, LLAMA.batch()), before)
+    with model.disable_adapter():
+        assert_differ(logits(model, LLAMA.batch()), before)
+
+
+@each_quantization
+def test_unloading_gives_the_quantized_model_back(
+    quantization: Quantization, load: Callable[[Quantization], PreTrainedModel]
+) -> None:
+    base = load(quantization)
+    before = logits(base, LLAMA.batch())
+    unloaded = with_tasks(base, LLAMA, "one").unload()
+    assert kind_of(unloaded.model.layers[0].self_attn.q_proj) == quantization.kind
+    assert_near(logits(unloaded, LLAMA.batch()), before, quantization.error)
 
 
 @each_quantization
@@ -246,7 +375,7 @@ def test_no_4bit_layer_of_the_model_repacks_its_weight_in_an_evaluation(
     weights = {
         name: module.weight.data.clone()
         for name, module in base.named_modules()
-        if isinstance(module, bnb.nn.Linear4bit)
+        if kind_of(module) == quantization.kind
     }
     model = get_peft_model(base, LLAMA.config(target_modules=["q_proj"], pseudo_rank=P)).eval()
     logits(model, LLAMA.batch())
