@@ -91,9 +91,10 @@ def _step(engine: str, base: PreTrainedModel, config: PeftConfig, input_ids: Ten
     model = get_peft_model(copy.deepcopy(base), copy.deepcopy(config), adapter_name="task").train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
-    take = (
-        _ddp_step(model, optimizer, input_ids) if engine == "DDP" else _zero_step(engine, model, optimizer, input_ids)
-    )
+    if engine == "DDP":
+        take = _ddp_step(model, optimizer, input_ids)
+    else:
+        take = _zero_step(int(engine[-1]), base.dtype, model, optimizer, input_ids)
 
     def step() -> None:
         take()
@@ -115,14 +116,14 @@ def _ddp_step(model: nn.Module, optimizer: torch.optim.Optimizer, input_ids: Ten
 
 
 def _zero_step(
-    engine: str, model: nn.Module, optimizer: torch.optim.Optimizer, input_ids: Tensor
+    stage: int, dtype: torch.dtype, model: nn.Module, optimizer: torch.optim.Optimizer, input_ids: Tensor
 ) -> Callable[[], None]:
     import deepspeed
 
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": len(input_ids),
-        "zero_optimization": {"stage": int(engine[-1])},
-        "bf16": {"enabled": input_ids.is_cuda},
+        "zero_optimization": {"stage": stage},
+        "bf16": {"enabled": dtype == torch.bfloat16},
         "zero_allow_untested_optimizer": True,
     }
     parallel = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
