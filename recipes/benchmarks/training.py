@@ -6,7 +6,7 @@
 
 Copies of one Llama of hidden size 1024 with random weights take the same steps (forward, backward, fused AdamW) in one
 process, one of each after the other: frozen, with a LoRA of PEFT, and with Share in its `coefficients` and its `adapt`
-phase, on all linear modules at rank 16, k = 64, φ = 16. On CUDA in bfloat16, elsewhere in float32. Four questions:
+phase, on all linear modules at rank 16, k = 64, φ = 16. On CUDA in bfloat16, elsewhere in float32. Five questions:
 
 1. How much longer is a step than with LoRA, and than backward through the frozen model alone, down to its embeddings?
 2. How many bytes do trained parameters, their gradients and the optimizer hold? All tensors are added up.
@@ -14,8 +14,9 @@ phase, on all linear modules at rank 16, k = 64, φ = 16. On CUDA in bfloat16, e
 4. Which share of a task of 500 steps goes into checkpoints, the merge and saves of the subspace? The parts are timed
    on the same model by the calls that `ShareTrainer` makes, and added up: every checkpoint holds the adapter, the
    bases and the optimizer; the task is begun and merged once; the tree is written after the merge and at the end.
-
-What ZeRO adds to a step needs several processes and is not measured here.
+5. What do ZeRO-2 and ZeRO-3 add to a step under DDP, for LoRA and for Share? Two processes hold a smaller model for
+   each of them, and take a step of each after the other. The ratios are medians of those of steps in one round.
+   Needs DeepSpeed, and no GPU or two.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ import copy
 import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import torch
+from _engines import ENGINES, reason_against, seconds_in_two_processes
 from _report import Row, argument_parser, interleaved, medians, report, seconds_of
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -46,6 +49,7 @@ RANK = 16
 COMPONENTS, TEMPORARY = 64, 16
 SMALL_COMPONENTS, SMALL_RANK = 32, 4
 PHASES = ("coefficients", "adapt")
+NAMES = {"LoRA": "LoRA", **{phase: f"Share, {phase} phase" for phase in PHASES}}
 
 STEPS, STEPS_A_CHECKPOINT = 500, 100
 STREAM_TASKS = 8  # that the subspace has before the timed merges
@@ -67,7 +71,8 @@ def main() -> None:
     repeats = 3 if options.quick else options.repeats
 
     torch.manual_seed(0)
-    base = llama(layers, getattr(torch, options.dtype))
+    dtype = getattr(torch, options.dtype)
+    base = llama(layers, dtype)
     input_ids = torch.randint(VOCABULARY, (batch, length), device=DEVICE)
     seconds = step_seconds(base, input_ids, repeats)
     rows = [
@@ -75,6 +80,7 @@ def main() -> None:
         *byte_rows(base),
         *activation_rows(),
         *stream_rows(base, seconds["adapt"], 1 if options.quick else 3),
+        *engine_rows(dtype, quick=options.quick),
     ]
     title = (
         f"Training steps of a Llama, {layers} layers of hidden size {HIDDEN_SIZE}, batch {batch} x {length} tokens, "
@@ -94,8 +100,7 @@ def step_seconds(base: LlamaForCausalLM, input_ids: Tensor, repeats: int) -> dic
 
 
 def time_rows(seconds: dict[str, float]) -> list[Row]:
-    names = {"frozen": "frozen model, backward through its activations", "LoRA": "LoRA"}
-    names |= {phase: f"Share, {phase} phase" for phase in PHASES}
+    names = {"frozen": "frozen model, backward through its activations", **NAMES}
     rows = [Row(f"a step: {names[variant]}", 1e3 * value, "ms") for variant, value in seconds.items()]
     for phase in PHASES:
         rows += [
@@ -276,17 +281,53 @@ def save_checkpoint(model: PeftModel, task: str, optimizer: torch.optim.Optimize
     torch.save(optimizer.state_dict(), folder / "optimizer.pt")
 
 
+# ---- Engines --------------------------------------------------------------------------------------------------------
+
+
+def engine_rows(dtype: torch.dtype, *, quick: bool) -> list[Row]:
+    """Steps of two processes, and those under ZeRO as multiples of those under DDP."""
+    reason = reason_against()
+    if reason is not None:
+        print(f"Steps under DDP, ZeRO-2 and ZeRO-3 are left out: {reason}")
+        return []
+    hidden_size, batch, repeats = (256, (2, 64), 7) if quick else (512, (4, 256), 31)
+    adapters = {"LoRA": lora(), **{phase: share(phase) for phase in PHASES}}
+    make_base = partial(llama, 1 if quick else 2, dtype, hidden_size)
+    seconds = seconds_in_two_processes(make_base, adapters, batch, repeats)
+    rows = [
+        Row(
+            f"a step in two processes, hidden size {hidden_size}, {engine}: {NAMES[adapter]}",
+            1e3 * median(values),
+            "ms",
+        )
+        for (adapter, engine), values in seconds.items()
+    ]
+    for engine in ENGINES[1:]:
+        over_ddp = {
+            adapter: median(
+                zero / ddp for zero, ddp in zip(seconds[adapter, engine], seconds[adapter, "DDP"], strict=True)
+            )
+            for adapter in adapters
+        }
+        rows.append(Row(f"{engine} over DDP: LoRA", over_ddp["LoRA"], "x"))
+        rows += [
+            Row.at_most(f"{engine} over DDP: {NAMES[phase]}", over_ddp[phase], "x", over_ddp["LoRA"])
+            for phase in PHASES
+        ]
+    return rows
+
+
 # ---- The models -----------------------------------------------------------------------------------------------------
 
 
-def llama(layers: int, dtype: torch.dtype) -> LlamaForCausalLM:
-    """A Llama with the proportions of Llama-3.2-1B at half its width."""
+def llama(layers: int, dtype: torch.dtype, hidden_size: int = HIDDEN_SIZE) -> LlamaForCausalLM:
+    """A Llama with the proportions of Llama-3.2-1B; at half its width, if nothing else is asked for."""
     config = LlamaConfig(
-        hidden_size=HIDDEN_SIZE,
-        intermediate_size=4 * HIDDEN_SIZE,
+        hidden_size=hidden_size,
+        intermediate_size=4 * hidden_size,
         num_hidden_layers=layers,
-        num_attention_heads=HIDDEN_SIZE // 64,
-        num_key_value_heads=HIDDEN_SIZE // 256,
+        num_attention_heads=hidden_size // 64,
+        num_key_value_heads=hidden_size // 256,
         vocab_size=VOCABULARY,
         use_cache=False,
     )

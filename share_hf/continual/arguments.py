@@ -39,6 +39,9 @@ class ShareTrainingArguments(TrainingArguments):
             task before it, as forward transfer needs.
         score_metric (`str`, *optional*):
             The metric that is a task's score, higher better; `"accuracy"` if it is measured, or else minus the loss.
+        ddp_broadcast_buffers (`bool`, *optional*, defaults to `False`):
+            As of [`~transformers.TrainingArguments`], but off: the bases are buffers, which DDP would send to all
+            processes at every step, though they are the same there.
     """
 
     method: Method = field(
@@ -68,6 +71,9 @@ class ShareTrainingArguments(TrainingArguments):
     )
     score_metric: str | None = field(
         default=None, metadata={"help": "The metric that is a task's score; accuracy, or minus the loss."}
+    )
+    ddp_broadcast_buffers: bool | None = field(
+        default=False, metadata={"help": "Whether DDP sends all buffers, the bases among them, at every step."}
     )
 
     def __post_init__(self) -> None:

@@ -337,7 +337,7 @@ class Linear(nn.Module, ShareLayer):
         for adapter in self.active_adapters:
             if self.has_task(adapter):
                 down, up = self._folded_factors(adapter, x.dtype)
-                result = result + F.linear(F.linear(x, down), up).to(result.dtype)
+                result = _with_update(result, F.linear(x, down), up)
         return result
 
     def extra_repr(self) -> str:
@@ -355,6 +355,14 @@ def placeholder_basis(module_name: str, features: int, num_components: int, side
     generator = torch.Generator().manual_seed(zlib.crc32(f"{module_name}.{side}".encode()))
     columns = torch.randn(features, num_components, generator=generator, dtype=torch.float64, device="cpu")
     return torch.linalg.qr(columns).Q.float()
+
+
+def _with_update(result: Tensor, z: Tensor, up: Tensor) -> Tensor:
+    """``result + z up^T``, if dtypes allow in one product, without the update as a tensor of its own."""
+    if z.dtype != result.dtype:
+        return result + F.linear(z, up).to(result.dtype)
+    rows = torch.addmm(result.reshape(-1, result.shape[-1]), z.reshape(-1, z.shape[-1]), up.T)
+    return rows.view(result.shape)
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:

@@ -56,3 +56,17 @@ def test_steps_and_all_else_in_a_stream_are_timed(rows: dict[str, dict[str, Any]
     goals = [*rows_named(rows, "step of the "), *rows_named(rows, "its share of the time of 500 steps")]
     assert [row["goal"] for row in goals] == ["<= 1.02", "<= 1.2", "<= 1.02", "<= 1.2", "<= 2"]
     assert all(row["value"] > 0 for row in goals), goals
+
+
+@pytest.mark.slow
+@pytest.mark.benchmark
+@pytest.mark.distributed
+def test_zero_is_compared_with_ddp_for_a_lora_and_for_each_phase(rows: dict[str, dict[str, Any]]) -> None:
+    pytest.importorskip("deepspeed")
+    assert len([name for name in rows if name.startswith("a step in two processes, ")]) == 9  # by adapter and engine
+    for engine in ("ZeRO-2", "ZeRO-3"):
+        lora = rows[f"{engine} over DDP: LoRA"]
+        goals = rows_named(rows, f"{engine} over DDP: Share, ")
+        assert len(goals) == 2
+        assert lora["value"] > 0
+        assert all(row["value"] > 0 and row["ok"] == (row["value"] <= lora["value"]) for row in goals), goals

@@ -103,6 +103,17 @@ def test_the_forward_is_the_formula_of_the_paper_computed_densely(
     assert_close(logits(model, case.batch()), logits(dense, case.batch()))
 
 
+@each_phase
+@pytest.mark.parametrize("shape", [(64,), (0, 64), (3, 64), (2, 0, 64), (2, 5, 64)])
+def test_a_layer_takes_inputs_of_any_number_of_dimensions(
+    shape: tuple[int, ...], phase: str, tiny_model: Callable[[str], PreTrainedModel]
+) -> None:
+    layer = an_adapted_layer(with_tasks(tiny_model("llama"), LLAMA, "alone", phase=phase))
+    x = torch.randn(shape)
+    expected = layer.base_layer(x).double() + x.double() @ update_by_hand(layer, "alone").T
+    torch.testing.assert_close(layer(x).double(), expected, rtol=1e-4, atol=1e-5)
+
+
 @each_architecture
 @each_phase
 def test_training_lowers_the_loss_and_leaves_base_and_basis_as_they_are(

@@ -1,0 +1,135 @@
+"""Steps of two processes under DDP, ZeRO-2 and ZeRO-3, for the benchmark of training steps.
+
+Two processes hold a copy of one model for each adapter and engine, DeepSpeed's among them (several of its engines can
+live in one process), and take a step of each after the other.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from _report import interleaved
+from peft import PeftConfig, get_peft_model
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
+
+
+PROCESSES = 2
+ENGINES = ("DDP", "ZeRO-2", "ZeRO-3")
+
+Seconds = dict[tuple[str, str], list[float]]  # by adapter and engine, one for each round
+MakeModel = Callable[[], PreTrainedModel]  # on the current device
+
+
+def reason_against() -> str | None:
+    """Why the engines cannot be measured here, if they cannot."""
+    if importlib.util.find_spec("deepspeed") is None:
+        return "deepspeed is not installed"
+    if torch.cuda.device_count() == 1:
+        return f"{PROCESSES} processes need a GPU each, found 1"
+    return None
+
+
+def seconds_in_two_processes(
+    make_base: MakeModel, adapters: Mapping[str, PeftConfig], batch: tuple[int, int], repeats: int
+) -> Seconds:
+    """Seconds of each step of each adapter under each engine. An error of a process is raised, and ends both."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_take_steps, (make_base, dict(adapters), batch, repeats, folder), nprocs=PROCESSES, daemon=True)
+        measured = json.loads((Path(folder) / "seconds.json").read_text())
+    return {(adapter, engine): seconds for adapter, engine, seconds in measured}
+
+
+def _take_steps(
+    rank: int, make_base: MakeModel, adapters: dict[str, PeftConfig], batch: tuple[int, int], repeats: int, folder: str
+) -> None:
+    """One process: a step of each adapter under each engine in turn, in the same order in both processes."""
+    warnings.simplefilter("ignore", FutureWarning)  # of DeepSpeed's calls of torch, at every step
+    _join(rank, Path(folder))
+    torch.manual_seed(0)
+    base = make_base()
+    torch.manual_seed(rank)
+    input_ids = torch.randint(base.config.vocab_size, batch, device=base.device)
+    steps = {
+        (adapter, engine): _step(engine, base, config, input_ids)
+        for adapter, config in adapters.items()
+        for engine in ENGINES
+    }
+    seconds = interleaved(steps, repeats=repeats, warmup=2)
+    if rank == 0:
+        measured = [(adapter, engine, values) for (adapter, engine), values in seconds.items()]
+        (Path(folder) / "seconds.json").write_text(json.dumps(measured))
+    dist.destroy_process_group()
+
+
+def _join(rank: int, folder: Path) -> None:
+    cuda = torch.cuda.is_available()
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(PROCESSES)}
+    os.environ["DS_ACCELERATOR"] = "cuda" if cuda else "cpu"
+    if cuda:
+        torch.cuda.set_device(rank)
+    else:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // PROCESSES))
+    store = f"file://{folder / 'store'}"
+    dist.init_process_group("nccl" if cuda else "gloo", init_method=store, rank=rank, world_size=PROCESSES)
+
+
+def _step(engine: str, base: PreTrainedModel, config: PeftConfig, input_ids: Tensor) -> Callable[[], None]:
+    """A step that is over when both processes have done it."""
+    model = get_peft_model(copy.deepcopy(base), copy.deepcopy(config), adapter_name="task").train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    if engine == "DDP":
+        take = _ddp_step(model, optimizer, input_ids)
+    else:
+        take = _zero_step(int(engine[-1]), base.dtype, model, optimizer, input_ids)
+
+    def step() -> None:
+        take()
+        dist.barrier()
+
+    return step
+
+
+def _ddp_step(model: nn.Module, optimizer: torch.optim.Optimizer, input_ids: Tensor) -> Callable[[], None]:
+    # As `ShareTrainingArguments` has it: DDP would send the bases at every step, which makes ZeRO look cheap.
+    parallel = DistributedDataParallel(model, broadcast_buffers=False)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        parallel(input_ids=input_ids, labels=input_ids).loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def _zero_step(
+    stage: int, dtype: torch.dtype, model: nn.Module, optimizer: torch.optim.Optimizer, input_ids: Tensor
+) -> Callable[[], None]:
+    import deepspeed
+
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": len(input_ids),
+        "zero_optimization": {"stage": stage},
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "zero_allow_untested_optimizer": True,
+    }
+    parallel = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+
+    def step() -> None:
+        parallel.backward(parallel(input_ids=input_ids, labels=input_ids).loss)
+        parallel.step()
+
+    return step
