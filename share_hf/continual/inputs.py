@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from datasets import Dataset, DatasetDict
 from peft import TaskType
@@ -23,6 +24,20 @@ TaskData = Dataset | DatasetDict | Mapping[str, Dataset]
 
 TRAIN_SPLIT = "train"
 EVALUATION_SPLITS = ("test", "validation", "eval")
+
+
+class TaskSplits(NamedTuple):
+    """Data of a task.
+
+    Args:
+        train: What it is learned from.
+        evaluation: What it is scored on after each task.
+        selection: What is evaluated while it trains, so that the test split need not choose the best checkpoint.
+    """
+
+    train: Dataset
+    evaluation: Dataset | None
+    selection: Dataset | None
 
 
 def config_for(model: nn.Module, share_config: ShareConfig | None, subspace: SharedSubspace | None) -> ShareConfig:
@@ -54,8 +69,8 @@ def _task_type_of(model: nn.Module) -> TaskType | None:
     return TaskType.CAUSAL_LM if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else None
 
 
-def split_data(name: str, data: TaskData) -> tuple[Dataset, Dataset | None]:
-    """Training and evaluation data of a task.
+def split_data(name: str, data: TaskData) -> TaskSplits:
+    """The splits of a task: it is scored on `test` if there is one, and selected on another if there is one.
 
     Raises:
         ValueError: If there is no training data.
@@ -67,8 +82,9 @@ def split_data(name: str, data: TaskData) -> tuple[Dataset, Dataset | None]:
     train = data[TRAIN_SPLIT]
     if train is None or (hasattr(train, "__len__") and len(train) == 0):
         raise ValueError(f"task {name!r} has no training examples, expected at least one")
-    evaluation = next((data[split] for split in EVALUATION_SPLITS if split in data), None)
-    return train, evaluation if evaluation is not None and len(evaluation) else None
+    found = [data[split] for split in EVALUATION_SPLITS if split in data]
+    evaluation, selection = (found[0], found[-1]) if found else (None, None)
+    return TaskSplits(train, evaluation if evaluation else None, selection if selection else None)
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:

@@ -42,7 +42,7 @@ from .distributed import (
     trained_parameters,
 )
 from .fsdp import average_gradients, broadcast, shard_base_model
-from .inputs import EVALUATION_SPLITS, TRAIN_SPLIT, TaskData, accuracy, config_for, split_data
+from .inputs import EVALUATION_SPLITS, TRAIN_SPLIT, TaskData, TaskSplits, accuracy, config_for, split_data
 from .labels import LabelMask, count_labels, rule_out_labels
 from .lost_ranks import naming_lost_ranks
 from .phases import PLACEHOLDER, TrainingPhase, begin_phase, describe_task, take_coefficients, take_merged
@@ -77,7 +77,8 @@ class ShareTrainer(Trainer):
             k, p, φ and the target modules.
         tasks (`Mapping[str, Dataset | DatasetDict]`, *optional*):
             The stream, in its order: task name to its data. The `train` split is learned; the `test` split, or else
-            `validation` or `eval`, scores the task.
+            `validation` or `eval`, scores the task. With `eval_strategy`, `validation` or `eval`, or else `test`, is
+            evaluated while it trains, unless `eval_dataset` is given.
         subspace ([`SharedSubspace`], *optional*):
             A subspace to continue. Its tasks stay.
         adapters (`Mapping[str, str]` or `Sequence[str]`, *optional*):
@@ -120,10 +121,14 @@ class ShareTrainer(Trainer):
         if adapters is not None:
             settings = (share_config or ShareConfig()).subspace_settings()
             subspace = SharedSubspace.from_adapters(adapters, **vars(settings), progress=not args.disable_tqdm)
+        # Within a phase, the task that is trained is evaluated, unless there is data for all of them.
+        self._evaluates_own_task = args.eval_strategy != "no" and kwargs.get("eval_dataset") is None
+        if self._evaluates_own_task:
+            kwargs["eval_dataset"] = {}
         self.share_config = config_for(model, share_config, subspace)
         settings = self.share_config.subspace_settings()
         self._subspace_state = subspace.state if subspace is not None else SubspaceState(settings=settings)
-        self.tasks: dict[str, tuple[Dataset, Dataset | None]] = {}
+        self.tasks: dict[str, TaskSplits] = {}
         self._num_labels: dict[str, int] = {}
         self._label_names: dict[str, list[str] | None] = {}
         for name, data in (tasks or {}).items():
@@ -197,7 +202,7 @@ class ShareTrainer(Trainer):
             if position < begun.position or learned:
                 continue
             stage = begun.stage if begun.task == name else None
-            outputs += self._learn(name, *self.tasks[name], resumed_stage=stage)
+            outputs += self._learn(name, resumed_stage=stage)
             is_last = position + 1 == len(self.tasks)
             if self.args.push_to_hub and self.args.hub_strategy == HubStrategy.EVERY_SAVE and not is_last:
                 self._push_while_training()
@@ -232,7 +237,7 @@ class ShareTrainer(Trainer):
         self._merge_report = None
         continual = copy.deepcopy(self._continual)
         try:
-            for _ in self._learn(name, *self.tasks[name]):
+            for _ in self._learn(name):
                 pass
         except BaseException:
             if name not in self._subspace_state.tasks:
@@ -244,7 +249,7 @@ class ShareTrainer(Trainer):
     def evaluate_tasks(self) -> dict[str, dict[str, float]]:
         """Metrics of every task learned so far that has evaluation data, by task. The active adapter stays."""
         learned = [task for task in self.tasks if task in self._subspace_state.tasks]
-        return {task: self._evaluate_task(task) for task in learned if self.tasks[task][1] is not None}
+        return {task: self._evaluate_task(task) for task in learned if self.tasks[task].evaluation is not None}
 
     def push_to_hub(
         self,
@@ -344,9 +349,7 @@ class ShareTrainer(Trainer):
 
     # ---- One task --------------------------------------------------------------------------------------------------
 
-    def _learn(
-        self, name: str, train_dataset: Dataset, eval_dataset: Dataset | None, resumed_stage: Stage | None = None
-    ) -> Iterator[TrainOutput]:
+    def _learn(self, name: str, resumed_stage: Stage | None = None) -> Iterator[TrainOutput]:
         """The stages of one task: learn and merge, finetune, evaluate. Yields the outcome of each phase."""
         started = time.monotonic()
         self._begin()
@@ -355,13 +358,13 @@ class ShareTrainer(Trainer):
         if resumed_stage in (None, "learn"):
             phase = self._next_phase()
             self._note_stage(name, "learn")
-            output = self._train_phase(name, phase, train_dataset)
+            output = self._train_phase(name, phase)
             yield output
             self._note_stage(name, "learn", output.global_step)
             self._take(name, phase)
         if resumed_stage != "evaluate" and self.args.finetune_num_train_epochs > 0:
             self._note_stage(name, "finetune")
-            output = self._train_phase(name, "finetune", train_dataset)
+            output = self._train_phase(name, "finetune")
             yield output
             self._note_stage(name, "finetune", output.global_step)
             self._take(name, "finetune")
@@ -378,7 +381,7 @@ class ShareTrainer(Trainer):
             return "init"
         return "adapt" if self.args.method == "share" else "coefficients"
 
-    def _train_phase(self, name: str, phase: TrainingPhase, train_dataset: Dataset) -> TrainOutput:
+    def _train_phase(self, name: str, phase: TrainingPhase) -> TrainOutput:
         """One optimizer run in a folder of its own, from its newest whole checkpoint if there is one."""
         position = self._position_of(name)
         # A phase depends on the seed and its place alone, so that one that is run again runs the same.
@@ -388,7 +391,9 @@ class ShareTrainer(Trainer):
             broadcast([p for p in self.model.parameters() if p.requires_grad], self.accelerator.device)
         self._continual.parameters[phase] = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self._progress.title = f"{name} [{phase}]"
-        self.train_dataset = train_dataset
+        self.train_dataset = self.tasks[name].train
+        if self._evaluates_own_task:
+            self.eval_dataset = self.tasks[name].selection
         history = self.state.log_history
         self.optimizer = self.lr_scheduler = None
         self.model_wrapped = self.model
@@ -493,7 +498,7 @@ class ShareTrainer(Trainer):
 
     def _evaluate_task(self, task: str, adapter: str | None = None) -> dict[str, float]:
         """Metrics of a task with its own adapter, or another's; without their prefix."""
-        data = self.tasks[task][1]
+        data = self.tasks[task].evaluation
         active = self.model.active_adapter
         self.model.set_adapter(adapter or task)
         try:
@@ -526,7 +531,7 @@ class ShareTrainer(Trainer):
             continual.baseline.append(None)
             for row in continual.matrix:
                 row.append(None)
-        if not self.args.evaluate_before or self.tasks[name][1] is None:
+        if not self.args.evaluate_before or self.tasks[name].evaluation is None:
             return
         newest = next(reversed(self._subspace_state.tasks), PLACEHOLDER)
         with self.model.disable_adapter():
@@ -540,7 +545,7 @@ class ShareTrainer(Trainer):
         evaluated = continual.tasks if self.args.evaluate_seen_tasks else [name]
         row: list[float | None] = [None] * len(continual.tasks)
         for j, task in enumerate(continual.tasks):
-            if task in evaluated and self.tasks[task][1] is not None:
+            if task in evaluated and self.tasks[task].evaluation is not None:
                 row[j] = self._score(self._evaluate_task(task))
         continual.matrix.append(row)
         own = row[continual.tasks.index(name)]
@@ -581,12 +586,17 @@ class ShareTrainer(Trainer):
     def _note_task(self, model: nn.Module, name: str, data: TaskData) -> None:
         """Check a task's name and data, and only then take it into the stream."""
         check_task_name(name, [*self._subspace_state.tasks, *self.tasks])
-        train, evaluation = split_data(name, data)
+        splits = split_data(name, data)
+        if self._evaluates_own_task and splits.selection is None:
+            raise ValueError(
+                f"task {name!r} has splits {sorted(data)}, expected one of {EVALUATION_SPLITS} too, or eval_dataset: "
+                "eval_strategy asks for evaluations while it is trained"
+            )
         if self.share_config.task_type == TaskType.SEQ_CLS:
             self._num_labels[name], self._label_names[name] = count_labels(
-                name, train, evaluation, model.config.num_labels
+                name, splits.train, splits.evaluation, model.config.num_labels
             )
-        self.tasks[name] = (train, evaluation)
+        self.tasks[name] = splits
 
     def _withdraw_task(self, name: str) -> None:
         """Take a task that was not learned out of the stream and the model."""
