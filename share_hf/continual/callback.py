@@ -14,6 +14,7 @@ from ..shared_subspace import SharedSubspace
 from ..subspace import MergeReport
 from ..tuner.model import share_layers
 from ..tuner.state import is_share_model, load_tasks, state_of
+from .engines import check_foreign_engine, take_trained_values
 from .phases import begin_phase, describe_task, take_merged
 
 
@@ -34,6 +35,9 @@ class ShareCallback(TrainerCallback):
     `trl.DPOTrainer` takes the base model and `peft_config=ShareConfig(...)` for the first task. For a later one it
     wants an adapter named `default` in the model that has the others, which is gone when the task is set up:
     `model.add_adapter("default", ShareConfig(...))`. Its reference is the base model either way.
+
+    Under DDP, ZeRO-1 and ZeRO-2 every process merges the same. FSDP and ZeRO-3 keep an adapter in parts as long as the
+    Trainer lives, and are refused: [`ShareTrainer`] takes them. DeepSpeed allows one Trainer, so one task, a process.
 
     Args:
         task (`str`):
@@ -74,6 +78,7 @@ class ShareCallback(TrainerCallback):
                 f"ShareCallback needs a PeftModel of a ShareConfig, found {type(model).__name__}: wrap the model with "
                 "get_peft_model(model, ShareConfig()) or SharedSubspace.apply(model) first"
             )
+        check_foreign_engine()
         known: SubspaceState = self.subspace.state if self.subspace is not None else state_of(model)
         check_task_name(self.task, known.tasks)
         rounded = _rounded_tasks(model, known)
@@ -110,6 +115,7 @@ class ShareCallback(TrainerCallback):
         model: PeftModel | None = None,
         **kwargs: Any,
     ) -> None:
+        take_trained_values(model)
         if REFERENCE in model.peft_config:
             # It is no task, and has no coefficients in the basis that the merge makes.
             model.delete_adapter(REFERENCE)

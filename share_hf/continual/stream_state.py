@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -82,6 +83,18 @@ def _is_torn(file: Path) -> bool:
     """Whether what torch saved lacks its end, the table of a zip archive. DeepSpeed may be told to write pickles."""
     with file.open("rb") as opened:
         return opened.read(2) in (b"", b"PK") and not is_zipfile(file)
+
+
+def delete_checkpoints_before(phase: Path, limit: int) -> None:
+    """Delete the oldest checkpoints of earlier phases until all phases together have no more than `limit`.
+
+    None of them is resumed from any more; those of the phase itself are the Trainer's own business.
+    """
+    own = list(phase.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
+    earlier = set(phase.parent.glob(f"*/{PREFIX_CHECKPOINT_DIR}-*")) - set(own)
+    oldest_first = sorted(earlier, key=lambda path: path.stat().st_mtime)
+    for checkpoint in oldest_first[: max(0, len(own) + len(earlier) - limit)]:
+        shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def _is_json(path: Path) -> bool:

@@ -31,14 +31,13 @@ from ..subspace import MergeReport
 from ..tuner import ShareConfig
 from ..tuner.state import load_bases, load_tasks, share_config_for
 from .arguments import Method, ShareTrainingArguments, training_facts
-from .distributed import (
+from .distributed import on_first_process, together
+from .engines import (
     check_engine,
     engine_of,
     engine_that_wrote,
-    on_first_process,
     ready_for_inference,
     release_engine,
-    together,
     trained_parameters,
 )
 from .fsdp import average_gradients, broadcast, shard_base_model
@@ -47,7 +46,13 @@ from .labels import LabelMask, count_labels, rule_out_labels
 from .lost_ranks import naming_lost_ranks
 from .phases import PLACEHOLDER, TrainingPhase, begin_phase, describe_task, take_coefficients, take_merged
 from .progress import StreamProgressCallback
-from .stream_state import STREAM_STATE_FILE, Stage, StreamState, newest_whole_checkpoint
+from .stream_state import (
+    STREAM_STATE_FILE,
+    Stage,
+    StreamState,
+    delete_checkpoints_before,
+    newest_whole_checkpoint,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -341,6 +346,8 @@ class ShareTrainer(Trainer):
                 if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
                     raise
                 raise OSError(f"{place}: could not be written, is the disk full? ({error})") from error
+        if self.args.should_save and self.args.save_total_limit:
+            delete_checkpoints_before(Path(self.args.output_dir), self.args.save_total_limit)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -589,13 +596,14 @@ class ShareTrainer(Trainer):
         splits = split_data(name, data)
         if self._evaluates_own_task and splits.selection is None:
             raise ValueError(
-                f"task {name!r} has splits {sorted(data)}, expected one of {EVALUATION_SPLITS} too, or eval_dataset: "
-                "eval_strategy asks for evaluations while it is trained"
+                f"task {name!r} has no evaluation data, expected {EVALUATION_SPLITS} in its data, or eval_dataset: "
+                "eval_strategy asks for evaluations while it trains"
             )
         if self.share_config.task_type == TaskType.SEQ_CLS:
-            self._num_labels[name], self._label_names[name] = count_labels(
-                name, splits.train, splits.evaluation, model.config.num_labels
-            )
+            for split in (splits.selection, splits.evaluation):
+                self._num_labels[name], self._label_names[name] = count_labels(
+                    name, splits.train, split, model.config.num_labels
+                )
         self.tasks[name] = splits
 
     def _withdraw_task(self, name: str) -> None:

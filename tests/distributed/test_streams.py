@@ -22,8 +22,8 @@ from tests.hub.cases import distance
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
-SCRIPT = Path(__file__).with_name("stream.py")
-ROOT = SCRIPT.parents[2]
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 TIMEOUT = 240
 
 Launch = Callable[..., SharedSubspace]
@@ -69,15 +69,15 @@ def launcher(engine: str) -> list[str]:
     return [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port", "29517"]
 
 
-def command(engine: str, folder: Path, model: str = "bert", **options: Any) -> list[str]:
-    """Runs a stream under an engine."""
-    options = {"folder": str(folder), "model": model, **options}
+def command(engine: str, script: str, folder: Path, **options: Any) -> list[str]:
+    """Runs a script of this folder under an engine."""
+    options = {"folder": str(folder), **options}
     if engine.startswith("zero"):
         options["deepspeed"] = zero_config(engine)
     elif engine != "one":
         options["ddp_backend"] = "gloo"
         options["fsdp"] = engine == "fsdp"
-    return [*launcher(engine), str(SCRIPT), json.dumps(options)]
+    return [*launcher(engine), str(HERE / script), json.dumps(options)]
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
         key = json.dumps([engine, model, options])
         if key not in known:
             folder = tmp_path_factory.mktemp(engine) / "out"
-            done = run(command(engine, folder, model, **options))
+            done = run(command(engine, "stream.py", folder, model=model, **options))
             assert done.returncode == 0, done.stdout[-6000:]
             assert_whole_checkpoints(folder)
             known[key] = SharedSubspace.from_pretrained(folder / "subspace")
@@ -208,10 +208,36 @@ def test_a_quantized_and_partitioned_backbone_learns_in_bfloat16_with_accumulate
 
 
 def test_packed_weights_that_an_engine_would_cast_are_refused_before_training(tmp_path: Path) -> None:
-    done = run(command("zero3", tmp_path / "out", "llama", quantized="nf4", bf16=True))
+    done = run(command("zero3", "stream.py", tmp_path / "out", model="llama", quantized="nf4", bf16=True))
     assert done.returncode != 0
     assert "bnb_4bit_quant_storage=torch.bfloat16" in done.stdout
     assert not (tmp_path / "out" / "subspace").exists()
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2"])
+def test_a_plain_trainer_in_two_processes_merges_what_one_does(engine: str, tmp_path: Path) -> None:
+    for each in ("one", engine):
+        for _ in range(2):  # DeepSpeed allows one Trainer in a process
+            done = run(command(each, "foreign.py", tmp_path / each))
+            assert done.returncode == 0, done.stdout[-6000:]
+    found, expected = (SharedSubspace.from_pretrained(tmp_path / each) for each in (engine, "one"))
+    assert expected.tasks == ("a", "b")
+    assert_close(found, expected, 1e-4)
+
+
+def test_a_plain_trainer_trains_float32_values_that_its_engine_keeps(tmp_path: Path) -> None:
+    done = run(command("zero2", "foreign.py", tmp_path / "out", bf16=True))
+    assert done.returncode == 0, done.stdout[-6000:]
+    for layer in SharedSubspace.from_pretrained(tmp_path / "out").state.layers.values():
+        update = layer.update_of("a").dense()
+        assert (update - update.bfloat16().float()).abs().max() > 0
+
+
+@pytest.mark.parametrize("engine", ["zero3", "fsdp"])
+def test_engines_that_keep_adapters_in_parts_are_refused_in_a_plain_trainer(engine: str, tmp_path: Path) -> None:
+    done = run(command(engine, "foreign.py", tmp_path / "out"))
+    assert done.returncode != 0
+    assert "or ShareTrainer, which takes any of them" in done.stdout
 
 
 RECIPES = ROOT / "recipes"
