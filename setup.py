@@ -41,7 +41,7 @@ extras_require = {
     "trl": ["trl>=1.0"],
 }
 extras_require["all"] = sorted({requirement for extra in extras_require.values() for requirement in extra})
-# Not in `all`: PEFT imports them wherever they are installed, which takes seconds.
+# Not in `all`: PEFT imports them wherever they are installed, and HQQ has no wheel.
 extras_require["quantizers"] = ["hqq>=0.2.8", "torchao>=0.18"]
 extras_require["tests"] = [
     "hypothesis",
