@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from share_hf import ShareConfig, ShareTrainer
@@ -67,8 +68,9 @@ def _llama(folder: Path, quantized: str | None) -> torch.nn.Module:
     if quantized is None:
         return _tiny_llama()
     base = folder.with_name("base")
-    if not base.exists():
-        _tiny_llama().save_pretrained(base)
+    with PartialState().main_process_first():
+        if not base.exists():
+            _tiny_llama().save_pretrained(base)
     options = QUANTIZATIONS[quantized]
     dtype = options.get("bnb_4bit_compute_dtype", torch.float32)
     return AutoModelForCausalLM.from_pretrained(base, quantization_config=BitsAndBytesConfig(**options), dtype=dtype)
