@@ -140,16 +140,15 @@ def ready_for_inference(trainer: Trainer) -> Iterator[None]:
     finally:
         trainer.is_deepspeed_enabled = enabled
         if not trainer.is_sharded:
-            # A model that was prepared for evaluation alone would not be wrapped for training any more.
-            vars(trainer.model).pop("_is_accelerate_prepared", None)
             accelerator = trainer.accelerator
             accelerator._models = [model for model in accelerator._models if model is not trainer.model]
             _take_off_autocast(trainer)
 
 
 def _take_off_autocast(trainer: Trainer) -> None:
-    """Undo what mixed precision wraps the model's forward in: the next phase does so again, and again."""
+    """Undo what a model is prepared by for a phase or an evaluation: the next would wrap it again, or not at all."""
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    vars(trainer.model).pop("_is_accelerate_prepared", None)
 
 
 def _take_off(trainer: Trainer, trained: Mapping[str, Tensor]) -> None:

@@ -125,7 +125,10 @@ class ShareTrainer(Trainer):
             raise ValueError(f"method is {args.method!r}, expected one of {get_args(Method)}")
         if adapters is not None:
             settings = (share_config or ShareConfig()).subspace_settings()
-            subspace = SharedSubspace.from_adapters(adapters, **vars(settings), progress=not args.disable_tqdm)
+            state = on_first_process(
+                lambda: SharedSubspace.from_adapters(adapters, **vars(settings), progress=not args.disable_tqdm).state
+            )
+            subspace = SharedSubspace(state)
         # Within a phase, the task that is trained is evaluated, unless there is data for all of them.
         self._evaluates_own_task = args.eval_strategy != "no" and kwargs.get("eval_dataset") is None
         if self._evaluates_own_task:

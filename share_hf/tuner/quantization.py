@@ -37,7 +37,8 @@ def check_supported(layer: nn.Module, module_name: str, model: nn.Module) -> Non
         found += " without a weight (one that is still compressed may have it after a forward)"
     else:
         backend = quantization_backend_of(layer)
-        if isinstance(layer, (nn.Linear, Conv1D)) if backend is None else backend.layer_type == "linear":
+        is_dense = isinstance(layer, (nn.Linear, Conv1D)) if backend is None else backend.layer_type == "linear"
+        if is_dense:
             return
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     quantizer = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import DatasetDict
 from transformers import EvalPrediction
 
 from share_hf import ShareTrainer
@@ -48,6 +49,20 @@ def test_save_total_limit_is_how_many_checkpoints_a_phase_has(start: Start, phas
     trainer.train()
     for phase, steps in PHASES.items():
         assert seen[phase] == [list(range(max(1, step - 1), step + 1)) for step in range(1, steps + 1)]
+
+
+def test_save_total_limit_is_how_many_checkpoints_the_whole_stream_has(start: Start, phases: Path) -> None:  # noqa: F811
+    written: list[str] = []
+
+    def note(args: Any, state: Any, **kwargs: Any) -> None:
+        written.append(f"{Path(args.output_dir).name}/checkpoint-{state.global_step}")
+        kept = {str(path.relative_to(phases)) for path in phases.glob("*/checkpoint-*")}
+        assert kept == set(written[-3:])
+
+    trainer = start(save_total_limit=3)
+    trainer.add_callback(At("on_save", note))
+    trainer.train()
+    assert len(written) == sum(PHASES.values())
 
 
 @pytest.mark.parametrize("phase", ["colors-init", "shapes-adapt"])
@@ -196,3 +211,59 @@ def test_the_best_checkpoint_is_known_after_an_interruption(
     resumed.compute_metrics.score = -100  # falls further, as it would have
     resumed.train(resume_from_checkpoint=True)
     assert_same_tasks(resumed.subspace, whole.subspace)
+
+
+# ---- Evaluation while a phase trains --------------------------------------------------------------------------------
+
+
+def with_validation(*names: str) -> dict[str, DatasetDict]:
+    """Tasks whose splits can be told by their lengths."""
+    tasks = classification_tasks(*names)
+    for i, splits in enumerate(tasks.values()):
+        splits["validation"] = splits["test"].select(range(10 + i))
+    return tasks
+
+
+def test_a_phase_evaluates_the_validation_data_of_its_own_task(start: Start) -> None:  # noqa: F811
+    trainer = start(tasks=with_validation("colors", "shapes"), eval_strategy="steps", eval_steps=2)
+    evaluated: list[tuple[str, int]] = []
+
+    def note(args: Any, state: Any, **kwargs: Any) -> None:
+        if Path(args.output_dir).parent.name == "phases":
+            evaluated.append((Path(args.output_dir).name, len(trainer.eval_dataset)))
+
+    trainer.add_callback(At("on_evaluate", note))
+    trainer.train()
+    assert evaluated == [
+        *[("0001-colors-init", 10)] * 2,
+        ("0001-colors-finetune", 10),
+        *[("0002-shapes-adapt", 11)] * 2,
+        ("0002-shapes-finetune", 11),
+    ]
+    assert sum("eval_loss" in log for log in trainer.state.log_history) == len(evaluated)
+
+
+def test_the_best_checkpoint_is_that_of_the_own_task(start: Start) -> None:  # noqa: F811
+    changes = dict(eval_strategy="steps", eval_steps=1, load_best_model_at_end=True, learning_rate=0.5)
+    trainer = start(tasks=with_validation("colors", "shapes"), **changes)
+    losses: dict[str, list[float]] = {}
+    best: dict[str, float] = {}
+
+    def note(args: Any, state: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        if "eval_loss" in metrics:
+            losses.setdefault(Path(args.output_dir).name, []).append(metrics["eval_loss"])
+
+    trainer.add_callback(At("on_evaluate", note))
+    trainer.add_callback(
+        At("on_train_end", lambda args, state, **kwargs: best.update({Path(args.output_dir).name: state.best_metric}))
+    )
+    trainer.train()
+    assert set(best) == {"0001-colors-init", "0001-colors-finetune", "0002-shapes-adapt", "0002-shapes-finetune"}
+    assert best == {phase: min(of_phase) for phase, of_phase in losses.items()}
+
+
+def test_a_task_without_data_to_evaluate_is_refused_before_anything_is_trained(start: Start) -> None:  # noqa: F811
+    tasks = classification_tasks("colors", "shapes")
+    del tasks["shapes"]["test"]
+    with pytest.raises(ValueError, match=r"task 'shapes' has no evaluation data, expected .*'validation'"):
+        start(tasks=tasks, eval_strategy="epoch")
