@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from datasets import Dataset, DatasetDict
@@ -27,17 +27,10 @@ EVALUATION_SPLITS = ("test", "validation", "eval")
 
 
 class TaskSplits(NamedTuple):
-    """Data of a task.
-
-    Args:
-        train: What it is learned from.
-        evaluation: What it is scored on after each task.
-        selection: What is evaluated while it trains, so that the test split need not choose the best checkpoint.
-    """
+    """What a task is learned from, and what it is scored on after each task."""
 
     train: Dataset
     evaluation: Dataset | None
-    selection: Dataset | None
 
 
 def config_for(model: nn.Module, share_config: ShareConfig | None, subspace: SharedSubspace | None) -> ShareConfig:
@@ -70,7 +63,7 @@ def _task_type_of(model: nn.Module) -> TaskType | None:
 
 
 def split_data(name: str, data: TaskData) -> TaskSplits:
-    """The splits of a task: it is scored on `test` if there is one, and selected on another if there is one.
+    """Training and evaluation data of a task.
 
     Raises:
         ValueError: If there is no training data.
@@ -82,9 +75,18 @@ def split_data(name: str, data: TaskData) -> TaskSplits:
     train = data[TRAIN_SPLIT]
     if train is None or (hasattr(train, "__len__") and len(train) == 0):
         raise ValueError(f"task {name!r} has no training examples, expected at least one")
-    found = [data[split] for split in EVALUATION_SPLITS if split in data]
-    evaluation, selection = (found[0], found[-1]) if found else (None, None)
-    return TaskSplits(train, evaluation if evaluation else None, selection if selection else None)
+    return TaskSplits(train, next(_evaluation_splits(data), None))
+
+
+def selection_data(data: TaskData) -> Dataset | None:
+    """What a task is evaluated on while it trains, so that its test data need not choose the best checkpoint."""
+    return next(_evaluation_splits(data, reverse=True), None)
+
+
+def _evaluation_splits(data: TaskData, *, reverse: bool = False) -> Iterator[Dataset]:
+    if isinstance(data, Mapping):
+        names = reversed(EVALUATION_SPLITS) if reverse else EVALUATION_SPLITS
+        yield from (data[name] for name in names if data.get(name) is not None and len(data[name]))
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:

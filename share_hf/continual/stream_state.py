@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,10 +12,13 @@ from zipfile import is_zipfile
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..hub.files import read_json, write_atomically
+from ..hub.files import read_json, restore_folder, write_atomically
+from ..hub.state import SubspaceState
+from ..hub.tree import read_tree
 
 
 STREAM_STATE_FILE = "stream_state.json"
+SUBSPACE_FOLDER = "subspace"
 
 Stage = Literal["learn", "finetune", "evaluate"]
 
@@ -60,6 +64,45 @@ class StreamState:
             return cls(**read_json(path))
         except TypeError as error:
             raise ValueError(f"{path}: not a stream state ({error})") from error
+
+
+def read_stream(
+    folder: Path, tasks: Sequence[str], state: SubspaceState
+) -> tuple[StreamState | None, SubspaceState | None]:
+    """
+    What an interrupted stream has left in its folder.
+
+    Args:
+        folder: Of the stream.
+        tasks: The tasks of the stream that is to go on, in their order.
+        state: The subspace that it would begin from.
+
+    Returns:
+        Its position and its subspace, each None if there is none.
+
+    Raises:
+        ValueError: If what is there is damaged, or belongs to a stream with other settings or tasks.
+    """
+    begun = StreamState.load(folder)
+    if begun is None:
+        return None, None
+    order = list(tasks)
+    if begun.task is not None and (begun.position >= len(order) or order[begun.position] != begun.task):
+        raise ValueError(
+            f"{folder}: the stream was at task {begun.task!r}, number {begun.position + 1}, but tasks is {order}"
+        )
+    learned = (begun.metrics or {}).get("tasks", [])[: begun.position]
+    if learned != order[: begun.position]:
+        raise ValueError(f"{folder}: the stream has learned {learned}, but tasks is {order}")
+    place = folder / SUBSPACE_FOLDER
+    restore_folder(place)
+    saved = read_tree(place) if place.exists() else None
+    if saved is not None and saved.settings != state.settings:
+        raise ValueError(f"{folder}: the stream has {saved.settings}, expected {state.settings}")
+    in_subspace = list((saved or state).tasks)
+    if not set(learned) <= set(in_subspace):
+        raise ValueError(f"{place}: has tasks {in_subspace}, expected {learned} as in {STREAM_STATE_FILE}")
+    return begun, saved
 
 
 def newest_whole_checkpoint(folder: Path) -> Path | None:

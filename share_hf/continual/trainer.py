@@ -6,7 +6,6 @@ import copy
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -14,56 +13,50 @@ from typing import Any, get_args
 from datasets import Dataset
 from huggingface_hub import CommitInfo
 from peft import PeftModel, TaskType, get_peft_model
-from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, set_seed
-from transformers.trainer_callback import ProgressCallback, TrainerState
+from torch import nn
+from transformers import PreTrainedModel, set_seed
+from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import HubStrategy, TrainOutput
 from transformers.utils import logging
 
-from ..hub.files import naming, restore_folder
 from ..hub.metrics import ContinualMetrics
 from ..hub.names import check_task_name
 from ..hub.reconcile import combined_metrics
 from ..hub.state import LearnedBy, SubspaceState
-from ..hub.tree import read_tree, write_tree
+from ..hub.tree import write_tree
 from ..shared_subspace import Adapters, SharedSubspace
 from ..subspace import MergeReport
 from ..tuner import ShareConfig
 from ..tuner.state import load_bases, load_tasks, share_config_for
 from .arguments import Method, ShareTrainingArguments, training_facts
 from .distributed import on_first_process, together
-from .engines import (
-    check_engine,
-    engine_of,
-    engine_that_wrote,
-    ready_for_inference,
-    release_engine,
-    trained_parameters,
+from .engines import ready_for_inference
+from .inputs import (
+    EVALUATION_SPLITS,
+    TRAIN_SPLIT,
+    TaskData,
+    TaskSplits,
+    accuracy,
+    config_for,
+    selection_data,
+    split_data,
 )
-from .fsdp import average_gradients, broadcast, shard_base_model
-from .inputs import EVALUATION_SPLITS, TRAIN_SPLIT, TaskData, TaskSplits, accuracy, config_for, split_data
 from .labels import LabelMask, count_labels, rule_out_labels
 from .lost_ranks import naming_lost_ranks
+from .phase_trainer import PhaseTrainer
 from .phases import PLACEHOLDER, TrainingPhase, begin_phase, describe_task, take_coefficients, take_merged
 from .progress import StreamProgressCallback
-from .stream_state import (
-    STREAM_STATE_FILE,
-    Stage,
-    StreamState,
-    delete_checkpoints_before,
-    newest_whole_checkpoint,
-)
+from .stream_state import STREAM_STATE_FILE, SUBSPACE_FOLDER, Stage, StreamState, read_stream
 
 
 logger = logging.get_logger(__name__)
 
 TaskScorer = Callable[[PreTrainedModel | PeftModel, str, Dataset], dict[str, float]]
 
-SUBSPACE_FOLDER = "subspace"
 PHASES_FOLDER = "phases"
 
 
-class ShareTrainer(Trainer):
+class ShareTrainer(PhaseTrainer):
     """
     Learns a stream of tasks with Share: old tasks stay, without their data.
 
@@ -137,6 +130,7 @@ class ShareTrainer(Trainer):
         settings = self.share_config.subspace_settings()
         self._subspace_state = subspace.state if subspace is not None else SubspaceState(settings=settings)
         self.tasks: dict[str, TaskSplits] = {}
+        self._selection: dict[str, Dataset | None] = {}
         self._num_labels: dict[str, int] = {}
         self._label_names: dict[str, list[str] | None] = {}
         for name, data in (tasks or {}).items():
@@ -153,10 +147,6 @@ class ShareTrainer(Trainer):
         if self.share_config.task_type == TaskType.SEQ_CLS:
             kwargs.setdefault("compute_metrics", accuracy)
         super().__init__(model=peft_model, args=args, **kwargs)
-        check_engine(self)
-        self.is_sharded = self.is_fsdp_enabled
-        if self.is_sharded:
-            shard_base_model(self)
         if self.share_config.task_type == TaskType.SEQ_CLS:
             # Classifiers take the keyword that tells the items of a whole step, but return the mean over their own
             # batch: taken for a sum over all, it would count once for each process and accumulated batch.
@@ -313,49 +303,16 @@ class ShareTrainer(Trainer):
         except Exception as error:  # whatever ails the network, the stream goes on
             logger.warning("The subspace was not pushed (%s); the push after the next task catches up.", error)
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss = super().training_step(*args, **kwargs)
-        if self.is_sharded and self.accelerator.sync_gradients:
-            average_gradients(self.model)
-        return loss
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
-        Save the adapters of the model; in the checkpoint of a phase only the one that it trains.
+        Save the adapters of the model, and publish the subspace with `push_to_hub`.
 
         Args:
             output_dir (`str`, *optional*): Where; the trainer's own folder if not given.
         """
-        folder = output_dir if output_dir is not None else self.args.output_dir
-        state_dict = trained_parameters(self.model) if _internal_call and self.deepspeed is not None else None
-        if self.args.should_save:
-            adapters = [self.model.active_adapter] if _internal_call else None
-            self.model.save_pretrained(folder, selected_adapters=adapters, state_dict=state_dict)
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(folder)
+        super().save_model(output_dir, _internal_call)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub()
-
-    def _load_best_model(self) -> None:
-        # The Trainer looks for an adapter in the checkpoint itself; one with a name is in a folder of that name.
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        place = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
-        with naming(place):
-            try:
-                super()._save_checkpoint(model, trial)
-            except RuntimeError as error:
-                if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
-                    raise
-                raise OSError(f"{place}: could not be written, is the disk full? ({error})") from error
-        if self.args.should_save and self.args.save_total_limit:
-            delete_checkpoints_before(Path(self.args.output_dir), self.args.save_total_limit)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        # The first process marks the checkpoint as whole next, and deletes older ones.
-        self.accelerator.wait_for_everyone()
 
     # ---- One task --------------------------------------------------------------------------------------------------
 
@@ -392,76 +349,35 @@ class ShareTrainer(Trainer):
         return "adapt" if self.args.method == "share" else "coefficients"
 
     def _train_phase(self, name: str, phase: TrainingPhase) -> TrainOutput:
-        """One optimizer run in a folder of its own, from its newest whole checkpoint if there is one."""
         position = self._position_of(name)
         # A phase depends on the seed and its place alone, so that one that is run again runs the same.
         set_seed(self.args.seed + 2 * position + (phase == "finetune"))
         begin_phase(self.model, self._subspace_state, name, phase, self.share_config)
-        if self.is_sharded:
-            broadcast([p for p in self.model.parameters() if p.requires_grad], self.accelerator.device)
         self._continual.parameters[phase] = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self._progress.title = f"{name} [{phase}]"
-        self.train_dataset = self.tasks[name].train
         if self._evaluates_own_task:
-            self.eval_dataset = self.tasks[name].selection
-        history = self.state.log_history
-        self.optimizer = self.lr_scheduler = None
-        self.model_wrapped = self.model
-        with self._phase_arguments(position, name, phase):
-            checkpoint = on_first_process(self._checkpoint_to_resume)
-            self._resumed_folder = None
-            if checkpoint is None and self.args.should_save:
-                shutil.rmtree(self.args.output_dir, ignore_errors=True)  # of an earlier try
-            state = checkpoint and TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-            if state and state.global_step >= state.max_steps:
-                # The Trainer would take one more step where the last is not the end of an epoch.
-                self._load_from_checkpoint(str(checkpoint))
-                self.state = state
-                output = TrainOutput(state.global_step, 0.0, {})
-                if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
-                    self._load_best_model()
-            else:
-                output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
-        release_engine(self)
-        # The Trainer begins a new history with every run; this is one stream.
-        self.state.log_history = history + self.state.log_history
+            self.eval_dataset = self._selection[name]
+        folder = f"{PHASES_FOLDER}/{position + 1:04d}-{name}-{phase}"
+        resumed, self._resumed_folder = self._resumed_folder, None
+        output = self.run_phase(
+            self._arguments_of(phase, self._output_dir / folder),
+            self.tasks[name].train,
+            resumed / folder if resumed is not None else None,
+        )
         self._stream_steps += output.global_step
         return output
 
-    def _checkpoint_to_resume(self) -> Path | None:
-        """Of an interrupted phase, the newest checkpoint that this engine can continue from."""
-        if self._resumed_folder is None:
-            return None
-        checkpoint = newest_whole_checkpoint(self._resumed_folder / PHASES_FOLDER / Path(self.args.output_dir).name)
-        if checkpoint is None:
-            return None
-        written = engine_that_wrote(checkpoint), len(list(checkpoint.glob("rng_state*.pth")))
-        resumed = engine_of(self), self.args.world_size
-        if written == resumed:
-            return checkpoint
-        found = "{}: written with {} by {} process(es), resumed with {} by {}".format(checkpoint, *written, *resumed)
-        if written[0] == resumed[0] == "PyTorch":
-            logger.warning("%s; random numbers, as of dropout, go on from another state.", found)
-            return checkpoint
-        logger.warning("%s, which cannot read its optimizer; the phase begins anew.", found)
-        return None
-
-    @contextmanager
-    def _phase_arguments(self, position: int, name: str, phase: TrainingPhase) -> Iterator[None]:
-        args = self.args
-        self.args = copy.copy(args)
-        self.args.output_dir = str(self._output_dir / PHASES_FOLDER / f"{position + 1:04d}-{name}-{phase}")
-        self.args.push_to_hub = False  # what goes to the hub is the subspace, not the checkpoints of a phase
+    def _arguments_of(self, phase: TrainingPhase, folder: Path) -> ShareTrainingArguments:
+        args = copy.copy(self.args)
+        args.output_dir = str(folder)
+        args.push_to_hub = False  # what goes to the hub is the subspace, not the checkpoints of a phase
         if phase == "init":
-            self.args.learning_rate = args.init_learning_rate or args.learning_rate
-            self.args.num_train_epochs = args.init_num_train_epochs or args.num_train_epochs
+            args.learning_rate = self.args.init_learning_rate or args.learning_rate
+            args.num_train_epochs = self.args.init_num_train_epochs or args.num_train_epochs
         if phase == "finetune":
-            self.args.learning_rate = args.finetune_learning_rate or args.learning_rate
-            self.args.num_train_epochs = args.finetune_num_train_epochs
-        try:
-            yield
-        finally:
-            self.args = args
+            args.learning_rate = self.args.finetune_learning_rate or args.learning_rate
+            args.num_train_epochs = self.args.finetune_num_train_epochs
+        return args
 
     def _take(self, name: str, phase: TrainingPhase) -> None:
         """Take what a phase trained into the subspace, and save it."""
@@ -597,21 +513,22 @@ class ShareTrainer(Trainer):
         """Check a task's name and data, and only then take it into the stream."""
         check_task_name(name, [*self._subspace_state.tasks, *self.tasks])
         splits = split_data(name, data)
-        if self._evaluates_own_task and splits.selection is None:
+        selection = selection_data(data)
+        if self._evaluates_own_task and selection is None:
             raise ValueError(
                 f"task {name!r} has no evaluation data, expected {EVALUATION_SPLITS} in its data, or eval_dataset: "
                 "eval_strategy asks for evaluations while it trains"
             )
         if self.share_config.task_type == TaskType.SEQ_CLS:
-            for split in (splits.selection, splits.evaluation):
+            for split in (selection, splits.evaluation):
                 self._num_labels[name], self._label_names[name] = count_labels(
                     name, splits.train, split, model.config.num_labels
                 )
-        self.tasks[name] = splits
+        self.tasks[name], self._selection[name] = splits, selection
 
     def _withdraw_task(self, name: str) -> None:
         """Take a task that was not learned out of the stream and the model."""
-        for noted in (self.tasks, self._num_labels, self._label_names):
+        for noted in (self.tasks, self._selection, self._num_labels, self._label_names):
             noted.pop(name, None)
         if name in self.model.peft_config:
             if not self._subspace_state.tasks:
@@ -650,7 +567,7 @@ class ShareTrainer(Trainer):
         Raises:
             ValueError: If what is there is damaged, or belongs to a stream with other settings or tasks.
         """
-        begun, state = on_first_process(lambda: self._read_stream(folder))
+        begun, state = on_first_process(lambda: read_stream(folder, list(self.tasks), self._subspace_state))
         if begun is None:
             return StreamState()
         if state is not None:
@@ -666,29 +583,6 @@ class ShareTrainer(Trainer):
         self._resumed_folder = folder if begun.task is not None else None
         logger.info("Resuming at task %d (%s, %s)", begun.position + 1, begun.task, begun.stage)
         return begun
-
-    def _read_stream(self, folder: Path) -> tuple[StreamState | None, SubspaceState | None]:
-        begun = StreamState.load(folder)
-        if begun is None:
-            return None, None
-        order = list(self.tasks)
-        if begun.task is not None and (begun.position >= len(order) or order[begun.position] != begun.task):
-            raise ValueError(
-                f"{folder}: the stream was at task {begun.task!r}, number {begun.position + 1}, but tasks is {order}"
-            )
-        learned = (begun.metrics or {}).get("tasks", [])[: begun.position]
-        if learned != order[: begun.position]:
-            raise ValueError(f"{folder}: the stream has learned {learned}, but tasks is {order}")
-        restore_folder(folder / SUBSPACE_FOLDER)
-        state = read_tree(folder / SUBSPACE_FOLDER) if (folder / SUBSPACE_FOLDER).exists() else None
-        if state is not None and state.settings != self._subspace_state.settings:
-            raise ValueError(f"{folder}: the stream has {state.settings}, expected {self._subspace_state.settings}")
-        tasks = (state or self._subspace_state).tasks
-        if not set(learned) <= set(tasks):
-            raise ValueError(
-                f"{folder / SUBSPACE_FOLDER}: has tasks {list(tasks)}, expected {learned} as in {STREAM_STATE_FILE}"
-            )
-        return begun, state
 
     def _load_subspace(self, state: SubspaceState) -> None:
         load_bases(self.model, state)

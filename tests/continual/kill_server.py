@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from share_hf import ShareTrainer
+from share_hf.continual import phase_trainer, stream_state
 from share_hf.continual import phases as phases_module
 from share_hf.continual import trainer as trainer_module
 from share_hf.hub import files as files_module
@@ -38,7 +39,7 @@ TASKS = list(LABELS)[:3]
 
 # What a random moment is counted in: time, or lines of these modules, or operations on files in the output folder.
 CLOCKS = ("seconds", "lines", "operations")
-WATCHED = {module.__file__ for module in (files_module, tree_module, trainer_module)}
+WATCHED = {module.__file__ for module in (files_module, tree_module, trainer_module, phase_trainer, stream_state)}
 OPERATIONS = {"open", "os.chmod", "os.mkdir", "os.remove", "os.rename", "os.rmdir"}
 
 # What else a moment may be counted in: events of the Trainer, and merges begun.

@@ -1,0 +1,155 @@
+"""A Trainer that is run again and again: the phases of a stream."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import TrainOutput
+from transformers.utils import logging
+
+from ..hub.files import naming
+from .distributed import on_first_process
+from .engines import check_engine, engine_of, engine_that_wrote, release_engine, trained_parameters
+from .fsdp import average_gradients, broadcast, shard_base_model
+from .stream_state import delete_checkpoints_before, newest_whole_checkpoint
+
+
+logger = logging.get_logger(__name__)
+
+
+class PhaseTrainer(Trainer):
+    """
+    Trains one adapter of a model after the other, each in an optimizer run with arguments and a folder of its own.
+
+    Between the runs, adapters are whole and in float32 on every process, whatever engine trains them.
+
+    Args:
+        model ([`~peft.PeftModel`]): With Share adapters.
+        args ([`~transformers.TrainingArguments`]): What all runs have in common.
+        **kwargs: As for [`~transformers.Trainer`].
+
+    Attributes:
+        is_sharded (`bool`): Whether FSDP shards the base model.
+
+    Raises:
+        ValueError: If no phase could be trained by the engine that `args` or the launcher ask for.
+    """
+
+    def __init__(self, model: PeftModel, args: TrainingArguments, **kwargs: Any) -> None:
+        super().__init__(model=model, args=args, **kwargs)
+        check_engine(self)
+        self.is_sharded = self.is_fsdp_enabled
+        if self.is_sharded:
+            shard_base_model(self)
+
+    def run_phase(self, args: TrainingArguments, train_dataset: Dataset, resumed: Path | None = None) -> TrainOutput:
+        """
+        Train what the model has set to be trained, in one optimizer run.
+
+        Args:
+            args: Of this run.
+            train_dataset: What it learns from.
+            resumed: The folder of a run that was interrupted. Its newest whole checkpoint is continued from, if this
+                engine can read it.
+
+        Returns:
+            `TrainOutput`: Steps and mean loss.
+        """
+        if self.is_sharded:
+            broadcast([p for p in self.model.parameters() if p.requires_grad], self.accelerator.device)
+        self.train_dataset = train_dataset
+        history = self.state.log_history
+        self.optimizer = self.lr_scheduler = None
+        self.model_wrapped = self.model
+        with self._with_arguments(args):
+            checkpoint = on_first_process(lambda: resumed and self._checkpoint_to_resume(resumed))
+            if checkpoint is None and self.args.should_save:
+                shutil.rmtree(self.args.output_dir, ignore_errors=True)  # of an earlier try
+            state = checkpoint and TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            if state and state.global_step >= state.max_steps:
+                # The Trainer would take one more step where the last is not the end of an epoch.
+                self._load_from_checkpoint(str(checkpoint))
+                self.state = state
+                output = TrainOutput(state.global_step, 0.0, {})
+                if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+                    self._load_best_model()
+            else:
+                output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+        release_engine(self)
+        # The Trainer begins a new history with every run; this is one stream.
+        self.state.log_history = history + self.state.log_history
+        return output
+
+    @contextmanager
+    def _with_arguments(self, args: TrainingArguments) -> Iterator[None]:
+        kept, self.args = self.args, args
+        try:
+            yield
+        finally:
+            self.args = kept
+
+    def _checkpoint_to_resume(self, folder: Path) -> Path | None:
+        checkpoint = newest_whole_checkpoint(folder)
+        if checkpoint is None:
+            return None
+        written = engine_that_wrote(checkpoint), len(list(checkpoint.glob("rng_state*.pth")))
+        resumed = engine_of(self), self.args.world_size
+        if written == resumed:
+            return checkpoint
+        found = "{}: written with {} by {} process(es), resumed with {} by {}".format(checkpoint, *written, *resumed)
+        if written[0] == resumed[0] == "PyTorch":
+            logger.warning("%s; random numbers, as of dropout, go on from another state.", found)
+            return checkpoint
+        logger.warning("%s, which cannot read its optimizer; the phase begins anew.", found)
+        return None
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if self.is_sharded and self.accelerator.sync_gradients:
+            average_gradients(self.model)
+        return loss
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """
+        Save the adapters of the model; in the checkpoint of a phase only the one that it trains.
+
+        Args:
+            output_dir (`str`, *optional*): Where; the trainer's own folder if not given.
+        """
+        folder = output_dir if output_dir is not None else self.args.output_dir
+        state_dict = trained_parameters(self.model) if _internal_call and self.deepspeed is not None else None
+        if self.args.should_save:
+            adapters = [self.model.active_adapter] if _internal_call else None
+            self.model.save_pretrained(folder, selected_adapters=adapters, state_dict=state_dict)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+
+    def _load_best_model(self) -> None:
+        # The Trainer looks for an adapter in the checkpoint itself; one with a name is in a folder of that name.
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        place = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        with naming(place):
+            try:
+                super()._save_checkpoint(model, trial)
+            except RuntimeError as error:
+                if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
+                    raise
+                raise OSError(f"{place}: could not be written, is the disk full? ({error})") from error
+        if self.args.should_save and self.args.save_total_limit:
+            delete_checkpoints_before(Path(self.args.output_dir), self.args.save_total_limit)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # The first process marks the checkpoint as whole next, and deletes older ones.
+        self.accelerator.wait_for_everyone()
