@@ -7,13 +7,13 @@ their gradients are averaged before a step, as in DDP.
 
 from __future__ import annotations
 
+import accelerate
 import torch
 import torch.distributed as dist
 from accelerate.utils import FullyShardedDataParallelPlugin, fsdp2_prepare_model
 from peft import PeftModel
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, register_fsdp_forward_method
 from transformers import Trainer
 
 from ..tuner.model import share_layers
@@ -34,6 +34,8 @@ def check_fsdp(plugin: FullyShardedDataParallelPlugin) -> None:
             "fsdp_activation_checkpointing is True, expected gradient_checkpointing=True in the training arguments: "
             "FSDP's own renames the modules that a subspace belongs to"
         )
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
     if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
         raise ValueError("fsdp_offload_params is True, expected False, or DeepSpeed with offload_param")
     if plugin.ignored_modules:
@@ -46,6 +48,9 @@ def shard_base_model(trainer: Trainer) -> None:
     From then on the trainer treats the model as one that needs no engine: its own way with FSDP would gather and
     scatter adapters that are whole.
     """
+    from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+    from torch.distributed.tensor import DTensor
+
     accelerator, model = trainer.accelerator, trainer.model
     plugin = accelerator.state.fsdp_plugin
     kept = modules_kept_whole(model)
@@ -60,6 +65,11 @@ def shard_base_model(trainer: Trainer) -> None:
     # For its mixed precision: that of FSDP casts what it shards, and no more.
     accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
     fsdp2_prepare_model(accelerator, model)
+    if any(isinstance(parameter, DTensor) for module in kept for parameter in module.parameters()):
+        raise ValueError(
+            f"accelerate {accelerate.__version__} and torch {torch.__version__} shard adapters too, expected newer ones "
+            "(torch 2.7 at least), or DDP or DeepSpeed"
+        )
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # What weights are gathered in is made once; in the inference mode of a scorer it would be untrainable.
