@@ -67,8 +67,8 @@ def shard_base_model(trainer: Trainer) -> None:
     fsdp2_prepare_model(accelerator, model)
     if any(isinstance(parameter, DTensor) for module in kept for parameter in module.parameters()):
         raise ValueError(
-            f"accelerate {accelerate.__version__} and torch {torch.__version__} shard adapters too, expected newer ones, "
-            "of torch 2.7 at least, or DDP or DeepSpeed"
+            f"accelerate {accelerate.__version__} and torch {torch.__version__} shard adapters too, expected newer "
+            "ones with torch >= 2.7, or DDP or DeepSpeed"
         )
     for module in model.modules():
         if isinstance(module, FSDPModule):
