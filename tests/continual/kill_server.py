@@ -29,6 +29,7 @@ from share_hf.continual import trainer as trainer_module
 from share_hf.hub import files as files_module
 from share_hf.hub import tree as tree_module
 from tests.conftest import _tiny_bert
+from tests.distributed import fsdp_on_cpu
 
 from .cases import LABELS, At, classification_tasks, classifier_trainer
 
@@ -51,6 +52,8 @@ Ask = Callable[..., dict[str, Any]]
 def stream(folder: Path, dropout: float = 0.1, **overrides: Any) -> ShareTrainer:
     """Three tasks of four steps and two of finetuning; two checkpoints a phase, of which one is kept."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
+    if overrides.get("fsdp"):
+        fsdp_on_cpu.allow()
     if world > 1:
         overrides = {"ddp_backend": "gloo", **overrides}
     torch.manual_seed(0)

@@ -30,7 +30,7 @@ pytestmark = [
 ]
 
 SCRIPT = Path(__file__).with_name("killed.py")
-MOMENTS = {"ddp": 20, "zero2": 4, "zero3": 2}
+MOMENTS = {"ddp": 20, "zero2": 4, "zero3": 2, "fsdp": 2}
 
 # Moments by stage. Of 18 steps, 4 are of the first phase, 2 finetune it, and so on; each task has a merge.
 STAGES = {
@@ -51,6 +51,8 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
 
 
 def options_of(engine: str) -> dict[str, Any]:
+    if engine == "fsdp":
+        return {"fsdp": True}
     return {"deepspeed": zero_config(engine)} if engine.startswith("zero") else {}
 
 
@@ -103,7 +105,7 @@ def test_a_stream_that_is_killed_at_a_random_moment_ends_as_one_that_is_not(
     assert_resumes_to_the_byte(ask, folder, engine, expected)
 
 
-@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+@pytest.mark.parametrize("engine", ["zero2", "zero3", "fsdp"])
 def test_a_phase_that_was_killed_goes_on_from_its_checkpoint(
     engine: str, ask: Ask, whole: Callable[[str], End], tmp_path: Path
 ) -> None:
