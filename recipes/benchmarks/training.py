@@ -15,8 +15,10 @@ phase, on all linear modules at rank 16, k = 64, φ = 16. On CUDA in bfloat16, e
    on the same model by the calls that `ShareTrainer` makes, and added up: every checkpoint holds the adapter, the
    bases and the optimizer; the task is begun and merged once; the tree is written after the merge and at the end.
 5. What do ZeRO-2 and ZeRO-3 add to a step under DDP, for LoRA and for Share? Two processes hold a smaller model for
-   each of them, and take a step of each after the other. The ratios are medians of those of steps in one round.
-   Needs DeepSpeed, and no GPU or two.
+   each of them, and take a step of each after the other. Ratios and differences are medians of those of steps in one
+   round. The ratio also counts how fast Share is under DDP, and grows as that gets faster; what ZeRO adds is a cost by
+   module and by trained tensor that hardly depends on the length of the step, so it is told in milliseconds too. That
+   goal allows for the noise of the comparison, which has a row of its own. Needs DeepSpeed, and no GPU or two.
 """
 
 from __future__ import annotations
@@ -27,10 +29,10 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 
 import torch
-from _engines import ENGINES, reason_against, seconds_in_two_processes
+from _engines import ENGINES, Seconds, reason_against, seconds_in_two_processes
 from _report import Row, argument_parser, interleaved, medians, report, seconds_of
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -285,12 +287,12 @@ def save_checkpoint(model: PeftModel, task: str, optimizer: torch.optim.Optimize
 
 
 def engine_rows(dtype: torch.dtype, *, quick: bool) -> list[Row]:
-    """Steps of two processes, and those under ZeRO as multiples of those under DDP."""
+    """Steps of two processes under each engine, and what ZeRO adds to them over DDP."""
     reason = reason_against()
     if reason is not None:
         print(f"Steps under DDP, ZeRO-2 and ZeRO-3 are left out: {reason}")
         return []
-    hidden_size, batch, repeats = (256, (2, 64), 7) if quick else (512, (4, 256), 31)
+    hidden_size, batch, repeats = (256, (2, 64), 7) if quick else (512, (2, 128), 61)
     adapters = {"LoRA": lora(), **{phase: share(phase) for phase in PHASES}}
     make_base = partial(llama, 1 if quick else 2, dtype, hidden_size)
     seconds = seconds_in_two_processes(make_base, adapters, batch, repeats)
@@ -303,18 +305,42 @@ def engine_rows(dtype: torch.dtype, *, quick: bool) -> list[Row]:
         for (adapter, engine), values in seconds.items()
     ]
     for engine in ENGINES[1:]:
-        over_ddp = {
-            adapter: median(
-                zero / ddp for zero, ddp in zip(seconds[adapter, engine], seconds[adapter, "DDP"], strict=True)
-            )
-            for adapter in adapters
-        }
-        rows.append(Row(f"{engine} over DDP: LoRA", over_ddp["LoRA"], "x"))
-        rows += [
-            Row.at_most(f"{engine} over DDP: {NAMES[phase]}", over_ddp[phase], "x", over_ddp["LoRA"])
-            for phase in PHASES
-        ]
+        rows += over_ddp_rows(engine, seconds)
     return rows
+
+
+def over_ddp_rows(engine: str, seconds: Seconds) -> list[Row]:
+    """What the engine adds to a step, as a multiple and in milliseconds; all differences are of steps in one round."""
+    ratios, added = {}, {}
+    for adapter in NAMES:
+        pairs = list(zip(seconds[adapter, engine], seconds[adapter, "DDP"], strict=True))
+        ratios[adapter] = median(zero / ddp for zero, ddp in pairs)
+        added[adapter] = [1e3 * (zero - ddp) for zero, ddp in pairs]
+    of_lora = median(added["LoRA"])
+    noise = {
+        phase: noise_of_median([a - b for a, b in zip(added[phase], added["LoRA"], strict=True)]) for phase in PHASES
+    }
+    return [
+        Row(f"{engine} over DDP: LoRA", ratios["LoRA"], "x"),
+        *(Row.at_most(f"{engine} over DDP: {NAMES[phase]}", ratios[phase], "x", ratios["LoRA"]) for phase in PHASES),
+        Row(f"{engine} adds to a step: LoRA", of_lora, "ms"),
+        *(
+            Row.at_most(
+                f"{engine} adds to a step: {NAMES[phase]}, at most LoRA's + noise",
+                median(added[phase]),
+                "ms",
+                of_lora + noise[phase],
+            )
+            for phase in PHASES
+        ),
+        *(Row(f"{engine} adds to a step: noise of {NAMES[phase]} - LoRA", noise[phase], "ms") for phase in PHASES),
+    ]
+
+
+def noise_of_median(values: list[float]) -> float:
+    """Half of the 95 % interval of the median, as of the notch in a box plot (McGill et al. 1978)."""
+    lower, _, upper = quantiles(values, n=4)
+    return 1.57 * (upper - lower) / len(values) ** 0.5
 
 
 # ---- The models -----------------------------------------------------------------------------------------------------

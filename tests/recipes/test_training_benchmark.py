@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
 
 BENCHMARK = Path(__file__).parents[2] / "recipes" / "benchmarks" / "training.py"
@@ -65,8 +71,44 @@ def test_zero_is_compared_with_ddp_for_a_lora_and_for_each_phase(rows: dict[str,
     pytest.importorskip("deepspeed")
     assert len([name for name in rows if name.startswith("a step in two processes, ")]) == 9  # by adapter and engine
     for engine in ("ZeRO-2", "ZeRO-3"):
-        lora = rows[f"{engine} over DDP: LoRA"]
+        ratio, added = rows[f"{engine} over DDP: LoRA"], rows[f"{engine} adds to a step: LoRA"]
         goals = rows_named(rows, f"{engine} over DDP: Share, ")
         assert len(goals) == 2
-        assert lora["value"] > 0
-        assert all(row["value"] > 0 and row["ok"] == (row["value"] <= lora["value"]) for row in goals), goals
+        assert ratio["value"] > 0
+        assert all(row["value"] > 0 and row["ok"] == (row["value"] <= ratio["value"]) for row in goals), goals
+        for phase in ("coefficients", "adapt"):
+            goal = rows[f"{engine} adds to a step: Share, {phase} phase, at most LoRA's + noise"]
+            noise = rows[f"{engine} adds to a step: noise of Share, {phase} phase - LoRA"]
+            assert noise["value"] > 0
+            assert goal["ok"] == (goal["value"] <= added["value"] + noise["value"]), (goal, noise)
+
+
+@pytest.mark.slow
+@pytest.mark.benchmark
+@pytest.mark.distributed
+def test_only_zero_3_is_measured_with_the_linear_function_of_deepspeed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("deepspeed")
+    monkeypatch.syspath_prepend(BENCHMARK.parent)
+    engines = importlib.import_module("_engines")
+    monkeypatch.setenv("LINEAR_FUNCTIONS", str(tmp_path / "functions"))
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=64
+    )
+    adapters = {"LoRA": LoraConfig(r=4, target_modules=["q_proj"])}
+    make_base = partial(ModelThatNotesItsLinearFunction, config)
+    seconds = engines.seconds_in_two_processes(make_base, adapters, (1, 8), 1)
+    assert list(seconds) == [("LoRA", "DDP"), ("LoRA", "ZeRO-2"), ("LoRA", "ZeRO-3")]
+    rounds = (tmp_path / "functions").read_text().split()
+    assert rounds == ["torch._C._nn", "torch._C._nn", "deepspeed.runtime.zero.linear"] * 3  # two of them warm up
+
+
+class ModelThatNotesItsLinearFunction(LlamaForCausalLM):
+    """Notes the module of `F.linear` at every step, in the first of the processes."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.distributed.get_rank() == 0:
+            with open(os.environ["LINEAR_FUNCTIONS"], "a") as functions:
+                print(F.linear.__module__, file=functions)
+        return super().forward(*args, **kwargs)
