@@ -17,7 +17,8 @@ def on_first_process(compute: Callable[[], Value]) -> Value:
     """What the first process computes, on every process; what each would for itself may differ by rounding.
 
     Raises:
-        Exception: Whatever the first process raises, on every process.
+        Exception: Whatever the first process raises, on every process; elsewhere a `RuntimeError` with its message, if
+            it cannot be sent.
     """
     state = PartialState()
     if state.num_processes == 1:
@@ -38,7 +39,8 @@ def together(act: Callable[[], object]) -> None:
     """Act on every process, and go on when all have.
 
     Raises:
-        Exception: What one of them raises, on every process: none waits for one that failed.
+        Exception: What one of them raises, on every process: none waits for one that failed. Elsewhere it is a
+            `RuntimeError` with its message, if it cannot be sent.
     """
     own = None
     try:

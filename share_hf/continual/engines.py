@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
@@ -23,9 +24,26 @@ def check_engine(trainer: Trainer) -> None:
     Raises:
         ValueError: Naming the combination, and what works instead.
     """
+    state = trainer.accelerator.state
     if trainer.is_fsdp_enabled:
-        check_fsdp(trainer.accelerator.state.fsdp_plugin)
+        check_fsdp(state.fsdp_plugin)
+    if trainer.is_deepspeed_enabled:
+        check_deepspeed_config(state.deepspeed_plugin.hf_ds_config.config)
     check_quantized_weights(trainer.model, cast_of_engine(trainer), sharded=trainer.is_fsdp_enabled)
+
+
+def check_deepspeed_config(config: Mapping[str, Any]) -> None:
+    """Refuse what a configuration of DeepSpeed would settle for all phases: they differ in rates and lengths.
+
+    Raises:
+        ValueError: Naming it, and what works instead.
+    """
+    for block, argument in (("optimizer", "optim"), ("scheduler", "lr_scheduler_type")):
+        if block in config:
+            raise ValueError(
+                f"the DeepSpeed configuration has the {block} {config[block].get('type')!r}, expected none there, and "
+                f"{argument} in the training arguments: each phase has its own"
+            )
 
 
 def check_foreign_engine() -> None:
@@ -101,7 +119,24 @@ def release_engine(trainer: Trainer) -> None:
     if trainer.deepspeed is not None:
         _take_off(trainer, trained_parameters(trainer.model))
     elif not trainer.is_sharded:
-        _take_off_autocast(trainer)
+        _unprepare(trainer)
+
+
+def recover_engine(trainer: Trainer) -> None:
+    """Take off the engine of a phase that was broken off, without asking other processes, which may be gone.
+
+    Raises:
+        RuntimeError: Under ZeRO-3, where they have parts of the adapters.
+    """
+    if is_deepspeed_zero3_enabled():
+        raise RuntimeError(
+            "a phase was broken off under ZeRO-3, which leaves adapters in parts, expected a new process: "
+            "resume_from_checkpoint=True goes on from what is saved"
+        )
+    if trainer.deepspeed is not None:
+        _take_off(trainer, {})
+    elif not trainer.is_sharded:
+        _unprepare(trainer)
 
 
 def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -140,13 +175,12 @@ def ready_for_inference(trainer: Trainer) -> Iterator[None]:
     finally:
         trainer.is_deepspeed_enabled = enabled
         if not trainer.is_sharded:
-            accelerator = trainer.accelerator
-            accelerator._models = [model for model in accelerator._models if model is not trainer.model]
-            _take_off_autocast(trainer)
+            _unprepare(trainer)
 
 
-def _take_off_autocast(trainer: Trainer) -> None:
+def _unprepare(trainer: Trainer) -> None:
     """Undo what a model is prepared by for a phase or an evaluation: the next would wrap it again, or not at all."""
+    trainer.accelerator._models.clear()
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     vars(trainer.model).pop("_is_accelerate_prepared", None)
 

@@ -7,6 +7,8 @@ their gradients are averaged before a step, as in DDP.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import accelerate
 import torch
 import torch.distributed as dist
@@ -62,6 +64,9 @@ def shard_base_model(trainer: Trainer) -> None:
     plugin.ignored_modules = kept
     if plugin.transformer_cls_names_to_wrap is None:
         plugin.transformer_cls_names_to_wrap = layer_classes(model)
+    if plugin.mixed_precision_policy is not None:
+        # Outputs, the loss among them, stay as precise as they are computed.
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
     # For its mixed precision: that of FSDP casts what it shards, and no more.
     accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
     fsdp2_prepare_model(accelerator, model)
@@ -104,9 +109,20 @@ def broadcast(tensors: list[Tensor], device: torch.device) -> None:
 @torch.no_grad()
 def average_gradients(model: nn.Module) -> None:
     """Replace the gradients of what is trained by their mean over the processes, in one exchange."""
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # What the batch of one process did not reach has no gradient there, but may have one elsewhere.
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
-    for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
-        gradient.copy_(mean.view_as(gradient))
+    for parameter, mean in zip(trained, flat.split([p.numel() for p in trained]), strict=True):
+        parameter.grad = mean.view_as(parameter).clone()
+
+
+def reshard(model: nn.Module) -> None:
+    """Give up weights that a forward has left gathered: reading a state dict would, and then on one process alone."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -19,7 +19,7 @@ from transformers.utils import logging
 from ..hub.files import naming
 from .distributed import on_first_process
 from .engines import check_engine, engine_of, engine_that_wrote, release_engine, trained_parameters
-from .fsdp import average_gradients, broadcast, shard_base_model
+from .fsdp import average_gradients, broadcast, reshard, shard_base_model
 from .stream_state import delete_checkpoints_before, newest_whole_checkpoint
 
 
@@ -39,6 +39,7 @@ class PhaseTrainer(Trainer):
 
     Attributes:
         is_sharded (`bool`): Whether FSDP shards the base model.
+        is_broken_off (`bool`): Whether a run was begun that did not come to its end.
 
     Raises:
         ValueError: If no phase could be trained by the engine that `args` or the launcher ask for.
@@ -47,6 +48,7 @@ class PhaseTrainer(Trainer):
     def __init__(self, model: PeftModel, args: TrainingArguments, **kwargs: Any) -> None:
         super().__init__(model=model, args=args, **kwargs)
         check_engine(self)
+        self.is_broken_off = False
         self.is_sharded = self.is_fsdp_enabled
         if self.is_sharded:
             shard_base_model(self)
@@ -75,16 +77,18 @@ class PhaseTrainer(Trainer):
             if checkpoint is None and self.args.should_save:
                 shutil.rmtree(self.args.output_dir, ignore_errors=True)  # of an earlier try
             state = checkpoint and TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            self.is_broken_off = True
             if state and state.global_step >= state.max_steps:
                 # The Trainer would take one more step where the last is not the end of an epoch.
                 self._load_from_checkpoint(str(checkpoint))
                 self.state = state
                 output = TrainOutput(state.global_step, 0.0, {})
-                if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
-                    self._load_best_model()
             else:
                 output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
-        release_engine(self)
+            release_engine(self)
+            if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+                self._load_from_checkpoint(self.state.best_model_checkpoint)
+            self.is_broken_off = False
         # The Trainer begins a new history with every run; this is one stream.
         self.state.log_history = history + self.state.log_history
         return output
@@ -96,6 +100,7 @@ class PhaseTrainer(Trainer):
             yield
         finally:
             self.args = kept
+            self.is_in_train = False  # as it would stay where a run is broken off
 
     def _checkpoint_to_resume(self, folder: Path) -> Path | None:
         checkpoint = newest_whole_checkpoint(folder)
@@ -125,6 +130,8 @@ class PhaseTrainer(Trainer):
         Args:
             output_dir (`str`, *optional*): Where; the trainer's own folder if not given.
         """
+        if self.is_sharded:
+            reshard(self.model)
         folder = output_dir if output_dir is not None else self.args.output_dir
         state_dict = trained_parameters(self.model) if _internal_call and self.deepspeed is not None else None
         if self.args.should_save:
@@ -134,8 +141,7 @@ class PhaseTrainer(Trainer):
                 self.processing_class.save_pretrained(folder)
 
     def _load_best_model(self) -> None:
-        # The Trainer looks for an adapter in the checkpoint itself; one with a name is in a folder of that name.
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        """Nothing yet: an engine may hold other values. It is loaded when the adapter is whole again."""
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         place = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")

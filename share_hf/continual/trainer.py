@@ -30,7 +30,7 @@ from ..tuner import ShareConfig
 from ..tuner.state import load_bases, load_tasks, share_config_for
 from .arguments import Method, ShareTrainingArguments, training_facts
 from .distributed import on_first_process, together
-from .engines import ready_for_inference
+from .engines import ready_for_inference, recover_engine
 from .inputs import (
     EVALUATION_SPLITS,
     TRAIN_SPLIT,
@@ -227,6 +227,7 @@ class ShareTrainer(PhaseTrainer):
             ValueError: If name or data is unusable; nothing has changed then.
             DriftToleranceError: If the tolerated drift cannot be met. Whatever ends the learning before its merge, the
                 trainer is as before, and may learn the task again.
+            RuntimeError: If an earlier phase was broken off under ZeRO-3: that needs a new process.
         """
         data = {TRAIN_SPLIT: train_dataset}
         if eval_dataset is not None:
@@ -319,6 +320,7 @@ class ShareTrainer(PhaseTrainer):
     def _learn(self, name: str, resumed_stage: Stage | None = None) -> Iterator[TrainOutput]:
         """The stages of one task: learn and merge, finetune, evaluate. Yields the outcome of each phase."""
         started = time.monotonic()
+        self._recover()
         self._begin()
         if resumed_stage is None:
             self._evaluate_before(name)
@@ -342,6 +344,13 @@ class ShareTrainer(PhaseTrainer):
         if self.is_world_process_zero() and not self.args.disable_tqdm:
             learned_by = self._subspace_state.tasks[name].learned_by
             self._progress.task_line(self._continual, learned_by, time.monotonic() - started)
+
+    def _recover(self) -> None:
+        """Put the tasks of the model back as they are in the subspace, if a phase was broken off."""
+        if self.is_broken_off:
+            recover_engine(self)
+            load_tasks(self.model, self._subspace_state, self._subspace_state.tasks)
+            self.is_broken_off = False
 
     def _next_phase(self) -> TrainingPhase:
         if len(self._subspace_state.tasks) < self.args.num_init_tasks:
@@ -424,6 +433,7 @@ class ShareTrainer(PhaseTrainer):
 
     def _evaluate_task(self, task: str, adapter: str | None = None) -> dict[str, float]:
         """Metrics of a task with its own adapter, or another's; without their prefix."""
+        self._recover()
         data = self.tasks[task].evaluation
         active = self.model.active_adapter
         self.model.set_adapter(adapter or task)
@@ -556,10 +566,12 @@ class ShareTrainer(PhaseTrainer):
         if self._begun:
             return
         self._begun = True
-        if self.args.should_save:
-            (self._output_dir / STREAM_STATE_FILE).unlink(missing_ok=True)
-            shutil.rmtree(self._output_dir / PHASES_FOLDER, ignore_errors=True)
+        together(lambda: self.args.should_save and self._clear_folder())
         self._save_subspace()
+
+    def _clear_folder(self) -> None:
+        (self._output_dir / STREAM_STATE_FILE).unlink(missing_ok=True)
+        shutil.rmtree(self._output_dir / PHASES_FOLDER, ignore_errors=True)
 
     def _restore(self, folder: Path) -> StreamState:
         """Take up subspace, metrics and position of an interrupted stream, as the first process finds them.

@@ -8,18 +8,22 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from datasets import DatasetDict
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from share_hf import ShareConfig, ShareTrainer
+from share_hf import ShareConfig, ShareTrainer, ShareTrainingArguments
 from tests.conftest import _tiny_bert, _tiny_llama
 from tests.continual.cases import (
     BERT_TARGETS,
     LLAMA_TARGETS,
+    At,
+    Interruption,
     arguments,
     classification_tasks,
     config,
@@ -45,6 +49,7 @@ def main() -> None:
     options = json.loads(next(argument for argument in sys.argv[1:] if argument.startswith("{")))
     folder, kind, tasks = Path(options.pop("folder")), options.pop("model"), options.pop("tasks", 3)
     resume, quantized = options.pop("resume", False), options.pop("quantized", None)
+    broken_off = options.pop("broken_off", None)
     fsdp_on_cpu.allow()
     world = int(os.environ.get("WORLD_SIZE", "1"))
     values = dict(
@@ -61,7 +66,7 @@ def main() -> None:
         )
     else:
         model, share, data = _llama(folder, quantized), config(LLAMA_TARGETS), language_tasks(*"abc"[:tasks])
-    _train(model, args, share, data, resume)
+    _train(model, args, share, data, resume, broken_off)
 
 
 def _llama(folder: Path, quantized: str | None) -> torch.nn.Module:
@@ -76,11 +81,35 @@ def _llama(folder: Path, quantized: str | None) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(base, quantization_config=BitsAndBytesConfig(**options), dtype=dtype)
 
 
-def _train(model: torch.nn.Module, args: object, share: ShareConfig, data: dict, resume: bool) -> None:
-    trainer = ShareTrainer(model, args, share, data)
+def _train(
+    model: torch.nn.Module,
+    args: ShareTrainingArguments,
+    share: ShareConfig,
+    data: dict[str, DatasetDict],
+    resume: bool,
+    broken_off: bool | None,
+) -> None:
+    """The stream; or its last task by itself, after a save, and on request after a try that does not end."""
+    last = list(data)[-1] if broken_off is not None else None
+    trainer = ShareTrainer(model, args, share, {name: splits for name, splits in data.items() if name != last})
     trainer.train(resume_from_checkpoint=resume or None)
+    if last is not None:
+        splits = list(data[last].values())
+        trainer.save_model(str(Path(args.output_dir, "adapters")))
+        if broken_off:
+            breaks = At("on_step_end", _break_off)
+            trainer.add_callback(breaks)
+            with suppress(Interruption):
+                trainer.learn_task(last, *splits)
+            trainer.remove_callback(breaks)
+            trainer.evaluate_tasks()
+        trainer.learn_task(last, *splits)
     if trainer.is_world_process_zero():
         print(trainer.metrics_table)
+
+
+def _break_off(args: Any, state: Any, **kwargs: Any) -> None:
+    raise Interruption
 
 
 if __name__ == "__main__":

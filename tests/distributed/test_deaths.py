@@ -7,7 +7,6 @@ import os
 import random
 import re
 import signal
-import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ from share_hf import SharedSubspace
 from share_hf.continual.stream_state import newest_whole_checkpoint
 from tests.continual.kill_server import CLOCKS, TASKS, Ask, end_of, kill_server
 
-from .test_streams import assert_close, run, zero_config
+from .test_streams import assert_close, free_port, run, zero_config
 
 
 pytestmark = [
@@ -177,10 +176,8 @@ def test_a_stream_is_resumed_by_other_processes_than_began_it(
 # ---- Under the launchers --------------------------------------------------------------------------------------------
 
 
-def launcher(name: str) -> list[str]:
-    with socket.create_server(("localhost", 0)) as server:
-        port = str(server.getsockname()[1])
-    programs = Path(sys.executable).parent
+def started_by(name: str) -> list[str]:
+    port, programs = free_port(), Path(sys.executable).parent
     return {
         "torchrun": [str(programs / "torchrun"), "--nproc-per-node", "2", "--master-port", port],
         "accelerate": [
@@ -221,7 +218,7 @@ def test_a_launcher_ends_when_a_rank_is_killed_and_the_rank_is_named(
 ) -> None:
     clock, moment = STAGES[stage]
     options = {"folder": str(tmp_path / "out"), "clock": clock, "moment": moment, "rank": rank, **options_of(engine)}
-    done = run([*launcher(program), str(SCRIPT), json.dumps(options)], timeout=90)
+    done = run([*started_by(program), str(SCRIPT), json.dumps(options)], timeout=90)
     assert done.returncode != 0
     # torchrun stops the other rank as soon as it sees one end, and tells which did; deepspeed gives it a second.
     named = "Root Cause.*rank +: {} " if engine == "ddp" else r"RuntimeError: rank {} \(process"
@@ -234,7 +231,7 @@ def test_a_launcher_ends_when_a_rank_is_killed_and_the_rank_is_named(
 @pytest.mark.parametrize(("program", "engine"), [("torchrun", "ddp"), ("deepspeed", "zero3")])
 def test_a_launcher_ends_when_a_rank_fails_and_its_error_is_shown(program: str, engine: str, tmp_path: Path) -> None:
     options = {"folder": str(tmp_path), "clock": "predictions", "moment": 3, "rank": 1, "fails": True}
-    done = run([*launcher(program), str(SCRIPT), json.dumps({**options, **options_of(engine)})], timeout=120)
+    done = run([*started_by(program), str(SCRIPT), json.dumps({**options, **options_of(engine)})], timeout=120)
     assert done.returncode != 0
     assert "KeyError: 'a row that cannot be read'" in done.stdout, done.stdout[-6000:]
     assert not left_of(tmp_path)

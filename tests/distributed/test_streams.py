@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -60,13 +61,18 @@ def children_of(pid: int) -> list[psutil.Process]:
     return [process, *process.children(recursive=True)]
 
 
+def free_port() -> str:
+    with socket.create_server(("localhost", 0)) as server:
+        return str(server.getsockname()[1])
+
+
 def launcher(engine: str) -> list[str]:
     """What starts the script under an engine; one process with none."""
     if engine == "one":
         return [sys.executable]
     if engine in ("ddp", "fsdp"):
         return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port", "29517"]
+    return [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port", free_port()]
 
 
 def command(engine: str, script: str, folder: Path, **options: Any) -> list[str]:
@@ -163,6 +169,33 @@ def test_every_phase_runs_in_two_processes(engine: str, launch: Launch) -> None:
 def test_coefficients_alone_are_learned_in_two_processes(launch: Launch) -> None:
     options = {"method": "coefficients", "tasks": 2}
     assert_close(launch("zero2", **options), launch("one", **options), 1e-3)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp"])
+def test_the_best_checkpoint_of_evaluations_while_a_phase_trains_is_what_is_merged(
+    engine: str, launch: Launch
+) -> None:
+    """By a score that falls, the best is not what a phase ends with."""
+    options = {
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_steps": 1,
+        "tasks": 2,
+        "evaluate_before": True,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": True,
+    }
+    expected = launch("one", **options)
+    assert distance(expected, launch("one", tasks=2), "colors") > 0.1
+    assert_close(launch(engine, **options), expected, 1e-4)
+
+
+@pytest.mark.parametrize(("engine", "broken_off"), [("ddp", True), ("zero2", True), ("zero3", False), ("fsdp", True)])
+def test_a_task_is_learned_by_itself_after_a_save_and_after_a_try_that_was_broken_off(
+    engine: str, broken_off: bool, launch: Launch
+) -> None:
+    assert_close(launch(engine, broken_off=broken_off, tasks=2), launch("one", tasks=2), 1e-4)
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp"])
