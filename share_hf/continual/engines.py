@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,12 +10,12 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, parse_flag_from_env
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.integrations.deepspeed import deepspeed_init, is_deepspeed_zero3_enabled
 
-from ..tuner.model import ShareModel
+from ..tuner.model import ShareModel, share_layers
 from .fsdp import check_fsdp
 
 
@@ -25,6 +26,12 @@ def check_engine(trainer: Trainer) -> None:
         ValueError: Naming the combination, and what works instead.
     """
     state = trainer.accelerator.state
+    asked_for_fsdp = trainer.args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")
+    if asked_for_fsdp and state.distributed_type != DistributedType.FSDP:
+        raise ValueError(
+            f"FSDP was asked for, and accelerate took {state.distributed_type.value}, expected a GPU for each "
+            "of several processes, or DDP or DeepSpeed"
+        )
     if trainer.is_fsdp_enabled:
         check_fsdp(state.fsdp_plugin)
     if trainer.is_deepspeed_enabled:
@@ -157,16 +164,57 @@ def take_trained_values(model: nn.Module) -> None:
         _make_adapters_whole(model, trained_parameters(model))
 
 
+# What other libraries say of each other at every step, and no user can change.
+NOISE = (
+    ".*broadcast_buffers.*",
+    ".*torch.distributed.*is deprecated.*",
+    ".*is_gradient_checkpointing.*is deprecated.*",
+)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without the warnings that make the output of an engine unreadable."""
+    with warnings.catch_warnings():
+        for message in NOISE:
+            warnings.filterwarnings("ignore", message, FutureWarning)
+        yield
+
+
+@contextmanager
+def without_empty_parameters(model: nn.Module) -> Iterator[None]:
+    """ZeRO-3 cannot partition what has no elements: the coefficients of a layer whose updates are zero so far.
+
+    Inside of it, such a layer does not have the task, which computes the same.
+    """
+    taken: list[tuple[nn.ParameterDict, str, nn.Parameter]] = []
+    if is_deepspeed_zero3_enabled():
+        for layer in share_layers(model).values():
+            for task in layer.tasks:
+                holders = [getattr(layer, name) for name in layer.adapter_layer_names]
+                found = [(holder, task, holder[task]) for holder in holders if task in holder]
+                if any(parameter.numel() == 0 for *_, parameter in found):
+                    taken += found
+    for holder, task, _ in taken:
+        del holder[task]
+    try:
+        yield
+    finally:
+        for holder, task, parameter in taken:
+            holder[task] = parameter
+
+
 @contextmanager
 def ready_for_inference(trainer: Trainer) -> Iterator[None]:
     """The model can be run inside of it: with ZeRO-3, an engine gathers its parameters where they are used."""
     if is_deepspeed_zero3_enabled():
-        deepspeed_init(trainer, num_training_steps=0, inference=True)
-        trainer.deepspeed = trainer.model_wrapped = trainer.accelerator.prepare(trainer.model)
-        try:
+        with without_empty_parameters(trainer.model), quietly():
+            deepspeed_init(trainer, num_training_steps=0, inference=True)
+            trainer.deepspeed = trainer.model_wrapped = trainer.accelerator.prepare(trainer.model)
+            trainer.is_broken_off = True
             yield
-        finally:
             _take_off(trainer, {})
+            trainer.is_broken_off = False
         return
     # Other stages keep parameters whole. The Trainer would look for an engine where none has been trained yet.
     enabled, trainer.is_deepspeed_enabled = trainer.is_deepspeed_enabled, False

@@ -18,7 +18,15 @@ from transformers.utils import logging
 
 from ..hub.files import naming
 from .distributed import on_first_process
-from .engines import check_engine, engine_of, engine_that_wrote, release_engine, trained_parameters
+from .engines import (
+    check_engine,
+    engine_of,
+    engine_that_wrote,
+    quietly,
+    release_engine,
+    trained_parameters,
+    without_empty_parameters,
+)
 from .fsdp import average_gradients, broadcast, reshard, shard_base_model
 from .stream_state import delete_checkpoints_before, newest_whole_checkpoint
 
@@ -72,7 +80,7 @@ class PhaseTrainer(Trainer):
         history = self.state.log_history
         self.optimizer = self.lr_scheduler = None
         self.model_wrapped = self.model
-        with self._with_arguments(args):
+        with self._with_arguments(args), without_empty_parameters(self.model), quietly():
             checkpoint = on_first_process(lambda: resumed and self._checkpoint_to_resume(resumed))
             if checkpoint is None and self.args.should_save:
                 shutil.rmtree(self.args.output_dir, ignore_errors=True)  # of an earlier try

@@ -98,7 +98,10 @@ def read_stream(
     restore_folder(place)
     saved = read_tree(place) if place.exists() else None
     if saved is not None and saved.settings != state.settings:
-        raise ValueError(f"{folder}: the stream has {saved.settings}, expected {state.settings}")
+        found, expected = vars(saved.settings), vars(state.settings)
+        differing = [name for name in expected if found[name] != expected[name]]
+        found, expected = (", ".join(f"{name}={of[name]!r}" for name in differing) for of in (found, expected))
+        raise ValueError(f"{folder}: the stream has {found}, expected {expected}")
     in_subspace = list((saved or state).tasks)
     if not set(learned) <= set(in_subspace):
         raise ValueError(f"{place}: has tasks {in_subspace}, expected {learned} as in {STREAM_STATE_FILE}")

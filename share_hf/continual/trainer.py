@@ -15,6 +15,7 @@ from huggingface_hub import CommitInfo
 from peft import PeftModel, TaskType, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, set_seed
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import HubStrategy, TrainOutput
 from transformers.utils import logging
@@ -144,6 +145,7 @@ class ShareTrainer(PhaseTrainer):
         self._begun = False
         self._resumed_folder: Path | None = None
         self._stream_steps = 0
+        self._in_phase = False
         if self.share_config.task_type == TaskType.SEQ_CLS:
             kwargs.setdefault("compute_metrics", accuracy)
         super().__init__(model=peft_model, args=args, **kwargs)
@@ -151,6 +153,10 @@ class ShareTrainer(PhaseTrainer):
             # Classifiers take the keyword that tells the items of a whole step, but return the mean over their own
             # batch: taken for a sum over all, it would count once for each process and accumulated batch.
             self.model_accepts_loss_kwargs = False
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and getattr(callback, "logging_dir", "") is None:
+                # Where the Trainer would put them, if they were not of phases.
+                callback.logging_dir = str(Path(args.output_dir, "runs", time.strftime("%b%d_%H-%M-%S")))
         self._progress = StreamProgressCallback()
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
@@ -184,16 +190,16 @@ class ShareTrainer(PhaseTrainer):
 
         Args:
             resume_from_checkpoint (`bool` or `str`, *optional*):
-                `True`, or the output directory of an earlier run, to continue where that run was interrupted. Nothing
-                is lost: not even the steps of a phase since its last checkpoint are if `save_strategy` wrote one.
+                `True` to continue where an earlier run in `output_dir` was interrupted, or to begin if there was none;
+                or the `output_dir` of an earlier run. Of a phase, the steps since its last checkpoint are done again:
+                `save_strategy` says when one is written.
 
         Returns:
             `TrainOutput`: Steps and mean loss over the phases that were run, and the metrics of the stream.
         """
         if not self.tasks:
             raise ValueError("no tasks to train on, expected tasks={name: dataset, ...}")
-        folder = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, str) else self._output_dir
-        begun = self._restore(folder) if resume_from_checkpoint else StreamState()
+        begun = self._restore(resume_from_checkpoint) if resume_from_checkpoint else StreamState()
         outputs = []
         for position, name in enumerate(self.tasks):
             learned = name in self._subspace_state.tasks and name != begun.task
@@ -368,11 +374,15 @@ class ShareTrainer(PhaseTrainer):
             self.eval_dataset = self._selection[name]
         folder = f"{PHASES_FOLDER}/{position + 1:04d}-{name}-{phase}"
         resumed, self._resumed_folder = self._resumed_folder, None
-        output = self.run_phase(
-            self._arguments_of(phase, self._output_dir / folder),
-            self.tasks[name].train,
-            resumed / folder if resumed is not None else None,
-        )
+        self._in_phase = True
+        try:
+            output = self.run_phase(
+                self._arguments_of(phase, self._output_dir / folder),
+                self.tasks[name].train,
+                resumed / folder if resumed is not None else None,
+            )
+        finally:
+            self._in_phase = False
         self._stream_steps += output.global_step
         return output
 
@@ -422,10 +432,20 @@ class ShareTrainer(PhaseTrainer):
         )
 
     def _log_stream(self, logs: Mapping[str, float]) -> None:
-        """Log under `share/`, at the step of the stream rather than of its last phase."""
-        step, self.state.global_step = self.state.global_step, self._stream_steps
+        self.log({f"share/{name}": value for name, value in logs.items()})
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """
+        Log at the step of the stream rather than of its phase, so that all phases make one curve.
+
+        Args:
+            logs (`dict[str, float]`): The values.
+            start_time (`float`, *optional*): As for [`~transformers.Trainer`].
+        """
+        step = self.state.global_step
+        self.state.global_step = self._stream_steps + (step if self._in_phase else 0)
         try:
-            self.log({f"share/{name}": value for name, value in logs.items()})
+            super().log(logs, start_time)
         finally:
             self.state.global_step = step
 
@@ -445,7 +465,8 @@ class ShareTrainer(PhaseTrainer):
                 metrics = self.evaluate(data, metric_key_prefix=prefix)
                 return {name.removeprefix(f"{prefix}_"): value for name, value in metrics.items()}
         finally:
-            self.model.set_adapter(active)
+            if not self.is_broken_off:
+                self.model.set_adapter(active)
 
     def _score(self, metrics: Mapping[str, float]) -> float:
         if self.args.score_metric is not None:
@@ -573,14 +594,22 @@ class ShareTrainer(PhaseTrainer):
         (self._output_dir / STREAM_STATE_FILE).unlink(missing_ok=True)
         shutil.rmtree(self._output_dir / PHASES_FOLDER, ignore_errors=True)
 
-    def _restore(self, folder: Path) -> StreamState:
+    def _restore(self, resumed: str | bool) -> StreamState:
         """Take up subspace, metrics and position of an interrupted stream, as the first process finds them.
 
         Raises:
             ValueError: If what is there is damaged, or belongs to a stream with other settings or tasks.
         """
+        is_named = isinstance(resumed, str) and resumed.lower() != "true"  # as a command line has it
+        folder = Path(resumed) if is_named else self._output_dir
         begun, state = on_first_process(lambda: read_stream(folder, list(self.tasks), self._subspace_state))
         if begun is None:
+            if is_named:
+                raise ValueError(
+                    f"{folder}: no {STREAM_STATE_FILE} there, expected the output_dir of an earlier stream"
+                )
+            if self.is_world_process_zero():
+                logger.warning("%s: no stream to resume there, it begins.", folder)
             return StreamState()
         if state is not None:
             self._load_subspace(state)

@@ -140,6 +140,27 @@ def test_the_folder_of_the_stream_can_be_named(start: Start, whole: ShareTrainer
     assert_same_tasks(trainer.subspace, whole.subspace)
 
 
+@pytest.mark.parametrize("place", ["nowhere", "stream/phases/0001-colors-init/checkpoint-2"])
+def test_a_folder_that_has_no_stream_is_refused_and_nothing_is_deleted(
+    place: str, start: Start, tmp_path: Path
+) -> None:
+    interrupt(start(), stop_at("shapes-adapt", 2))
+    before = {path: path.read_bytes() for path in (tmp_path / "stream").rglob("*") if path.is_file()}
+    with pytest.raises(
+        ValueError, match=rf"{place}: no stream_state.json there, expected the output_dir of an earlier"
+    ):
+        start().train(resume_from_checkpoint=str(tmp_path / place))
+    assert {path: path.read_bytes() for path in (tmp_path / "stream").rglob("*") if path.is_file()} == before
+
+
+def test_true_as_a_command_line_has_it_resumes_too(start: Start, whole: ShareTrainer) -> None:
+    interrupt(start(), stop_at("shapes-adapt", 2))
+    trainer = start()
+    trainer.train(resume_from_checkpoint="true")
+    assert_same_tasks(trainer.subspace, whole.subspace)
+    assert trainer.state.global_step > 0
+
+
 def test_steps_are_counted_on_where_the_stream_was_interrupted(start: Start, whole: ShareTrainer) -> None:
     interrupt(start(), stop_at("shapes-adapt", 2))
     trainer = start()
@@ -149,6 +170,17 @@ def test_steps_are_counted_on_where_the_stream_was_interrupted(start: Start, who
     )
     assert expected == [6, 12, 18]
     assert resumed == expected[1:]
+
+
+def test_all_phases_are_logged_as_one_curve_in_one_place(start: Start, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    trainer = start(report_to="tensorboard", logging_steps=1)
+    trainer.train()
+    steps = [log["step"] for log in trainer.state.log_history if "loss" in log]
+    assert steps == list(range(1, 19))
+    assert not list((tmp_path / "stream" / "phases").rglob("events.*"))
+    (folder,) = (tmp_path / "stream" / "runs").iterdir()
+    assert list(folder.glob("events.*"))
 
 
 # ---- What an earlier run left ---------------------------------------------------------------------------------------

@@ -198,6 +198,13 @@ def test_a_task_is_learned_by_itself_after_a_save_and_after_a_try_that_was_broke
     assert_close(launch(engine, broken_off=broken_off, tasks=2), launch("one", tasks=2), 1e-4)
 
 
+def test_tasks_without_an_update_have_nothing_to_partition(launch: Launch) -> None:
+    subspace = launch("zero3", learning_rate=0.0, init_learning_rate=0.0, tasks=2, finetune_num_train_epochs=1)
+    assert subspace.tasks == ("colors", "shapes")
+    (first, *_) = subspace.state.layers_of("colors").values()
+    assert not first.update_of("colors").dense().any()
+
+
 @pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp"])
 def test_accumulated_gradients_in_bfloat16_keep_float32_coefficients(engine: str, launch: Launch) -> None:
     subspace = launch(
