@@ -141,6 +141,7 @@ def main() -> None:
     if trainer.is_world_process_zero():
         print(trainer.metrics_table)
         print(f"Subspace of {len(trainer.subspace.tasks)} tasks in {args.output_dir}/subspace")
+    trainer.accelerator.end_training()
 
 
 def baseline_arguments(args: StreamArguments) -> StreamArguments:

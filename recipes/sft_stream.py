@@ -153,6 +153,7 @@ def main() -> None:
     if trainer.is_world_process_zero():
         print(metrics.table())
         print(f"Subspace of {len(subspace.tasks)} tasks in {args.output_dir}/subspace")
+    trainer.accelerator.end_training()
 
 
 def prompt_and_completion(example: dict[str, Any]) -> dict[str, Any]:

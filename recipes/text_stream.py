@@ -110,6 +110,7 @@ def main() -> None:
     if trainer.is_world_process_zero():
         print(trainer.metrics_table)
         print(f"Subspace of {len(trainer.subspace.tasks)} tasks in {args.output_dir}/subspace")
+    trainer.accelerator.end_training()
 
 
 def tokenize(name: str, data: DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length: int) -> DatasetDict:

@@ -39,9 +39,11 @@ def main() -> None:
         model, task = before.apply(base), "b"
     callback = ShareCallback(task, before)
     data = language_task("ab".index(task))["train"]
-    Trainer(model=model, args=args, train_dataset=data, callbacks=[callback]).train()
+    trainer = Trainer(model=model, args=args, train_dataset=data, callbacks=[callback])
+    trainer.train()
     if args.process_index == 0:
         callback.subspace.save_pretrained(folder)
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -106,6 +106,7 @@ def _train(
         trainer.learn_task(last, *splits)
     if trainer.is_world_process_zero():
         print(trainer.metrics_table)
+    trainer.accelerator.end_training()
 
 
 def _break_off(args: Any, state: Any, **kwargs: Any) -> None:
