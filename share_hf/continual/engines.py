@@ -123,10 +123,7 @@ def release_engine(trainer: Trainer) -> None:
     also partitions every parameter and hooks into every module: the base model's parameters stay partitioned, those of
     adapters, which are small, become plain ones on every process.
     """
-    if trainer.deepspeed is not None:
-        _take_off(trainer, trained_parameters(trainer.model))
-    elif not trainer.is_sharded:
-        _unprepare(trainer)
+    _release(trainer, trained_parameters(trainer.model) if trainer.deepspeed is not None else {})
 
 
 def recover_engine(trainer: Trainer) -> None:
@@ -140,8 +137,12 @@ def recover_engine(trainer: Trainer) -> None:
             "a phase was broken off under ZeRO-3, which leaves adapters in parts, expected a new process: "
             "resume_from_checkpoint=True goes on from what is saved"
         )
+    _release(trainer, {})
+
+
+def _release(trainer: Trainer, trained: Mapping[str, Tensor]) -> None:
     if trainer.deepspeed is not None:
-        _take_off(trainer, {})
+        _take_off(trainer, trained)
     elif not trainer.is_sharded:
         _unprepare(trainer)
 
