@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from likelihood import LabelLikelihoodScorer, PromptFormat, prompt_completion_task
 from peft import LoraConfig
 from task_data import dataset_ids, flags_with_config, load_task, parse_tasks, quantization, train_loras
 from transformers import (
@@ -31,7 +32,6 @@ from transformers import (
 )
 
 from share_hf import ShareConfig, ShareTrainer, ShareTrainingArguments
-from share_hf.continual.likelihood import LabelLikelihoodScorer, PromptFormat, prompt_completion_task
 
 
 ASSETS = Path(__file__).parent / "assets"

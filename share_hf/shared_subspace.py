@@ -4,84 +4,38 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import CommitInfo
-from peft import PeftModel, get_peft_model
-from peft.tuners.tuners_utils import _get_in_out_features
+from peft import PeftModel
 from peft.utils import CONFIG_NAME
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
-from transformers.utils import logging
 
-from .hub.adapters import LoraAdapter, read_lora, write_lora
-from .hub.card import CardOptions
-from .hub.files import replacing_folder
-from .hub.index import INDEX_FILE
-from .hub.names import check_task_name, listing
+from .card import CardOptions, write_tree
+from .format.files import FolderWriter, replacing_folder
+from .format.index import INDEX_FILE
+from .format.lora import LoraAdapter, lora_files, read_lora
+from .format.names import check_task_name, listing
+from .format.tree import ADAPTER_FILES, lora_of, read_tree
+from .hub.fetch import RemoteTree, is_local
 from .hub.push import PushOptions, push_state
-from .hub.reconcile import reconcile, without_task
-from .hub.remote import RemoteTree, is_local
-from .hub.state import SubspaceState, TaskInfo, initialization_of, merge_tasks
-from .hub.tree import lora_of, read_tree, write_tree
+from .state import (
+    SubspaceReport,
+    SubspaceState,
+    TaskInfo,
+    initialization_of,
+    merge_tasks,
+    reconcile,
+    report_of,
+    without_task,
+)
 from .subspace import BasisKind, MergeReport, SubspaceSettings
-from .tuner.head import check_saved_modules
-from .tuner.state import load_tasks, missing_labels, share_config_for
+from .tuner.transfer import inject_tasks
 
-
-logger = logging.get_logger(__name__)
 
 Adapters = Mapping[str, str | os.PathLike] | Sequence[str | os.PathLike]
-
-
-@dataclass(frozen=True)
-class TaskReport:
-    """A task in numbers.
-
-    Args:
-        name: Its name.
-        learned_by: The phase that trained it, or `"adapter"`.
-        parameters: Numbers in its coefficients.
-        bytes: Size of its coefficients and head in float32.
-        drift: Estimated drift since it was learned, over all layers.
-        drift_bound: Certified bound on its drift in any one layer.
-    """
-
-    name: str
-    learned_by: str
-    parameters: int
-    bytes: int
-    drift: float
-    drift_bound: float
-
-
-@dataclass(frozen=True)
-class SubspaceReport:
-    """A subspace in numbers.
-
-    Args:
-        tasks: In the order they were learned.
-        modules: Number of adapted modules.
-        num_components: Smallest and largest number of directions of a layer, over both sides.
-        pseudo_rank: Rank p of a task's update.
-        basis_bytes: Size of all bases in float32.
-        explained_variance: Mean over modules.
-        lora_bytes: What the tasks would take as LoRAs of rank p, for comparison.
-    """
-
-    tasks: tuple[TaskReport, ...]
-    modules: int
-    num_components: tuple[int, int]
-    pseudo_rank: int
-    basis_bytes: int
-    explained_variance: float
-    lora_bytes: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as JSON."""
-        return asdict(self)
 
 
 class SharedSubspace:
@@ -247,8 +201,11 @@ class SharedSubspace:
         self._check_known(task)
         if Path(folder, INDEX_FILE).is_file():
             raise ValueError(f"{folder}: holds a subspace or a model's checkpoint, expected another folder")
-        with replacing_folder(Path(folder), ("adapter_config.json", "adapter_model.safetensors")) as scratch:
-            write_lora(scratch, lora_of(self._holding([task]), task), self.settings.pseudo_rank)
+        files = lora_files(lora_of(self._holding([task]), task), self.settings.pseudo_rank)
+        with replacing_folder(Path(folder), ADAPTER_FILES) as scratch:
+            writer = FolderWriter(scratch)
+            for name, content in files.items():
+                writer.put(name, content)
 
     def apply(self, model: nn.Module, tasks: Sequence[str] | None = None, *, trainable: bool = False) -> PeftModel:
         """
@@ -270,35 +227,12 @@ class SharedSubspace:
             raise ValueError("no tasks to apply, expected at least one")
         for name in names:
             self._check_known(name)
-        state = self._holding(names)
-        _check_fits(model, state, names)
-        base_name = getattr(model, "name_or_path", None) or self.base_model_name_or_path
-        configs = {name: share_config_for(state, name, trainable=trainable) for name in names}
-        for config in configs.values():
-            config.base_model_name_or_path = base_name
-        peft_model = get_peft_model(model, configs[names[0]], adapter_name=names[0])
-        for name in names[1:]:
-            peft_model.add_adapter(name, configs[name])
-        load_tasks(peft_model, state, names)
+        peft_model = inject_tasks(model, self._holding(names), names, trainable=trainable)
         return peft_model if trainable else peft_model.eval()
 
     def report(self) -> SubspaceReport:
         """Sizes, k, explained variance and drift."""
-        state = self.state
-        layers = state.layers.values()
-        components = [k for layer in layers for k in layer.num_components] or [0]
-        tasks = tuple(_task_report(state, task) for task in self.tasks)
-        p = self.settings.pseudo_rank
-        lora_numbers = sum(len(layer.tasks) * p * sum(layer.shape) for layer in layers)
-        return SubspaceReport(
-            tasks=tasks,
-            modules=len(layers),
-            num_components=(min(components), max(components)),
-            pseudo_rank=p,
-            basis_bytes=sum(4 * (layer.basis_out.numel() + layer.basis_in.numel()) for layer in layers),
-            explained_variance=sum(layer.explained_variance() for layer in layers) / max(1, len(layers)),
-            lora_bytes=4 * lora_numbers,
-        )
+        return report_of(self.state)
 
     def save_pretrained(self, folder: str | os.PathLike, *, card_template: str | os.PathLike | None = None) -> None:
         """
@@ -439,42 +373,6 @@ class SharedSubspace:
                 raise ValueError(f"adapter {name!r} belongs to base model {found!r}, expected {base!r}")
             base = base or found
         return base
-
-
-def _task_report(state: SubspaceState, task: str) -> TaskReport:
-    layers = state.layers_of(task).values()
-    parameters = sum(state.settings.pseudo_rank * sum(layer.num_components) for layer in layers)
-    head: Mapping[str, Tensor] = state.tasks[task].head
-    bounds = [float(layer.records.drift_bounds[layer.index(task)]) for layer in layers]
-    return TaskReport(
-        name=task,
-        learned_by=state.tasks[task].learned_by,
-        parameters=parameters,
-        bytes=4 * parameters + sum(tensor.numel() * tensor.element_size() for tensor in head.values()),
-        drift=state.drift_of(task),
-        drift_bound=max(bounds, default=0.0),
-    )
-
-
-def _check_fits(model: nn.Module, state: SubspaceState, tasks: Sequence[str]) -> None:
-    if isinstance(model, PeftModel) or getattr(model, "peft_config", None):
-        raise ValueError("model has adapters already, expected the base model")
-    modules = dict(model.named_modules())
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
-    for task in tasks:
-        for module, layer in state.layers_of(task).items():
-            if module not in modules:
-                raise ValueError(f"task {task!r} adapts {module!r}, which {type(model).__name__} does not have")
-            in_features, out_features = _get_in_out_features(modules[module])
-            if (out_features, in_features) != layer.shape:
-                raise ValueError(
-                    f"{module!r} has shape {(out_features, in_features)}, the subspace expects {layer.shape}"
-                )
-        head = state.tasks[task].head
-        saved = state.tasks[task].target.get("modules_to_save", []) if head else []
-        check_saved_modules(model, saved, head, state.layers_of(task))
-        for name, stored in head.items():
-            missing_labels(task, name, stored, shapes.get(name), head)
 
 
 def _by_name(adapters: Adapters) -> dict[str, str | os.PathLike]:

@@ -25,7 +25,8 @@ from transformers import PreTrainedModel
 from share_hf import SharedSubspace
 from share_hf.cli import build_parser, commands, main, parse
 from share_hf.cli.tables import size
-from tests.hub.cases import (
+from tests.hub_server.fixtures import Hub
+from tests.trees import (
     assert_close,
     assert_same_state,
     edit_json,
@@ -35,7 +36,6 @@ from tests.hub.cases import (
     named,
     save_adapter,
 )
-from tests.hub_server.fixtures import Hub
 
 
 COMMANDS = ("init", "add", "info", "audit", "export", "push", "pull")

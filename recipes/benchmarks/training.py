@@ -39,9 +39,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from share_hf import ShareConfig
+from share_hf.card import write_tree
 from share_hf.continual.phases import begin_phase, describe_task, take_merged
-from share_hf.hub.state import SubspaceState
-from share_hf.hub.tree import write_tree
+from share_hf.state import SubspaceState
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

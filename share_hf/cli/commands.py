@@ -21,11 +21,12 @@ from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from share_hf import SharedSubspace
-from share_hf.hub.adapters import read_lora
-from share_hf.hub.index import INDEX_FILE
-from share_hf.hub.remote import RemoteTree
-from share_hf.hub.state import SubspaceState, scores_of, sketch_of
-from share_hf.subspace import AuditReport, LowRankUpdate, SubspaceSettings, audit_layers, audit_updates
+from share_hf.card import audit_of
+from share_hf.format.index import INDEX_FILE
+from share_hf.format.lora import read_lora
+from share_hf.hub.fetch import RemoteTree
+from share_hf.state import SubspaceState
+from share_hf.subspace import AuditReport, LowRankUpdate, SubspaceSettings, audit_updates
 from share_hf.subspace.audit import ModuleAudit
 
 from .tables import drift, names, percent, score, size, table
@@ -89,11 +90,7 @@ def info(args: Namespace) -> Outcome:
 def audit(args: Namespace) -> Outcome:
     progress = partial(tqdm, desc="Auditing", unit="layer", leave=False, disable=not args.progress)
     if len(args.places) == 1:
-        state = _load(args.places[0][1], args).state
-        # A task that was trained from the basis, or inside of it, is explained by it for that reason.
-        free = [task for task, known in state.tasks.items() if known.learned_by in ("adapter", "init")]
-        sketches = {task: sketch_of(state.tasks[task]) for task in free}
-        return _audited(audit_layers(state.layers, sketches, tasks=free, progress=progress), args.per_module)
+        return _audited(audit_of(_load(args.places[0][1], args).state, progress=progress), args.per_module)
     layers = _updates_by_layer(_by_name(args.places), args)
     return _audited(audit_updates(layers, args.num_components, progress=progress), args.per_module)
 
@@ -231,8 +228,8 @@ def _changed(changes: dict[str, list[str]]) -> list[str]:
 
 def _described(subspace: SharedSubspace, place: str) -> Outcome:
     state, settings, report = subspace.state, subspace.settings, subspace.report()
-    scores = {task: scores_of(state, task) for task in subspace.tasks}
-    scored = any(learned is not None for _, learned, _ in scores.values())
+    scores = state.scores()
+    scored = any(score.learned is not None for score in scores.values())
     header = ["task", "learned by", "size", "drift", "bound", *(("score", "learned", "now") if scored else ())]
     rows = []
     for task in report.tasks:
@@ -261,9 +258,7 @@ def _described(subspace: SharedSubspace, place: str) -> Outcome:
         "base_model": subspace.base_model_name_or_path,
         "settings": asdict(settings),
         **report.to_dict(),
-        "scores": {
-            task: dict(zip(("metric", "learned", "now"), known, strict=True)) for task, known in scores.items()
-        },
+        "scores": {task: known._asdict() for task, known in scores.items()},
         "metrics": means,
     }
     return Outcome("\n".join(lines), facts)

@@ -1,6 +1,6 @@
 """Continual learning in the Trainer: phases, the stream and its state, metrics, and a callback for other Trainers."""
 
-from ..hub.metrics import ContinualMetrics
+from ..state import ContinualMetrics
 from .arguments import ShareTrainingArguments
 from .callback import ShareCallback
 from .trainer import ShareTrainer

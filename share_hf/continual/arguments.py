@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
+from ..state import Phase
 from ..tuner import ShareConfig
 
 
@@ -90,6 +93,20 @@ class ShareTrainingArguments(TrainingArguments):
                 )
             if self.hub_revision not in (None, "main"):
                 raise ValueError(f"hub_revision is {self.hub_revision!r}, expected none: branches are tasks")
+
+
+def arguments_of_phase(args: ShareTrainingArguments, phase: Phase, folder: Path) -> ShareTrainingArguments:
+    """The arguments of one phase, with its rate and its epochs, and a folder of its own."""
+    own = copy.copy(args)
+    own.output_dir = str(folder)
+    own.push_to_hub = False  # what goes to the hub is the subspace, not the checkpoints of a phase
+    if phase == Phase.INIT:
+        own.learning_rate = args.init_learning_rate or args.learning_rate
+        own.num_train_epochs = args.init_num_train_epochs or args.num_train_epochs
+    if phase == Phase.FINETUNE:
+        own.learning_rate = args.finetune_learning_rate or args.learning_rate
+        own.num_train_epochs = args.finetune_num_train_epochs
+    return own
 
 
 def training_facts(args: ShareTrainingArguments, config: ShareConfig) -> dict[str, Any]:

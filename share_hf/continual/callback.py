@@ -8,13 +8,13 @@ import torch
 from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..hub.names import check_task_name
-from ..hub.state import SubspaceState
+from ..engines import check_foreign_engine, take_trained_values
+from ..format.names import check_task_name
 from ..shared_subspace import SharedSubspace
+from ..state import Phase, SubspaceState
 from ..subspace import MergeReport
 from ..tuner.model import share_layers
-from ..tuner.state import is_share_model, load_tasks, state_of
-from .engines import check_foreign_engine, take_trained_values
+from ..tuner.transfer import is_share_model, load_tasks, state_of
 from .phases import begin_phase, describe_task, take_merged
 
 
@@ -90,7 +90,7 @@ class ShareCallback(TrainerCallback):
             )
         self.subspace = SharedSubspace(known)
         config = model.peft_config[model.active_adapter]
-        self._phase = "adapt" if known.tasks else "init"
+        self._phase = Phase.ADAPT if known.tasks else Phase.INIT
         begin_phase(model, known, self.task, self._phase, config)
         if rounded:
             load_tasks(model, known, rounded)

@@ -12,47 +12,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from datasets import ClassLabel, Dataset
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from ..tuner.state import NEVER_PREDICTED
-
-
-LABEL_COLUMNS = ("label", "labels")
-
-
-def count_labels(
-    task: str, train: Dataset, evaluation: Dataset | None, num_labels: int
-) -> tuple[int, list[str] | None]:
-    """Number of labels of a classification task, and their names if the data set knows them.
-
-    Raises:
-        ValueError: If the model has fewer labels, or the evaluation data has one that is never seen in training.
-    """
-    column = next((name for name in LABEL_COLUMNS if name in train.column_names), None)
-    if column is None:
-        raise ValueError(f"task {task!r} has columns {train.column_names}, expected one of {LABEL_COLUMNS}")
-    if evaluation is not None and column not in evaluation.column_names:
-        raise ValueError(
-            f"task {task!r} has columns {evaluation.column_names} in its evaluation data, expected {column!r}"
-        )
-    labels = list(train.with_format(None)[column])
-    for label in labels:
-        if not isinstance(label, int) or not 0 <= label < num_labels:
-            raise ValueError(
-                f"task {task!r} has label {label!r}, expected integers under num_labels = {num_labels} of the model"
-            )
-    seen = set(labels)
-    if evaluation is not None and (unseen := sorted(set(evaluation.with_format(None)[column]) - seen)):
-        raise ValueError(
-            f"task {task!r} has label {unseen[0]!r} in its evaluation data, expected one of those it is trained on: "
-            f"{sorted(seen)}"
-        )
-    feature = train.features[column]
-    if isinstance(feature, ClassLabel):
-        return len(feature.names), list(feature.names)
-    return max(seen) + 1, None
+from ..tuner.transfer import NEVER_PREDICTED
+from .data import TaskDetails
 
 
 class LabelMask:
@@ -62,11 +26,11 @@ class LabelMask:
 
     Args:
         model: With a `ModulesToSaveWrapper` around its head.
-        num_labels: By task, its number of labels; of other tasks nothing is masked.
+        details: What is known of the tasks by name, among it their numbers of labels; of others nothing is masked.
     """
 
-    def __init__(self, model: nn.Module, num_labels: Mapping[str, int]) -> None:
-        self._num_labels = num_labels
+    def __init__(self, model: nn.Module, details: Mapping[str, TaskDetails]) -> None:
+        self._details = details
         self._task: str | None = None
         for name, module in model.named_modules():
             if isinstance(module, ModulesToSaveWrapper) and name.rpartition(".")[2] in ("classifier", "score"):
@@ -82,7 +46,8 @@ class LabelMask:
             self._task = before
 
     def _mask(self, module: ModulesToSaveWrapper, args: tuple[Any, ...], logits: Tensor) -> Tensor:
-        num_labels = self._num_labels.get(self._task or module.active_adapters[0])
+        details = self._details.get(self._task or module.active_adapters[0])
+        num_labels = details.num_labels if details is not None else None
         if num_labels is None or num_labels >= logits.shape[-1]:
             return logits
         beyond = torch.arange(logits.shape[-1], device=logits.device) >= num_labels

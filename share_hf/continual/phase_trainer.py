@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,23 +12,15 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
-from ..hub.files import naming
-from .distributed import on_first_process
-from .engines import (
-    check_engine,
-    engine_of,
-    engine_that_wrote,
-    quietly,
-    release_engine,
-    trained_parameters,
-    without_empty_parameters,
-)
-from .fsdp import average_gradients, broadcast, reshard, shard_base_model
-from .stream_state import delete_checkpoints_before, newest_whole_checkpoint
+from ..engines import engine_for, engine_that_wrote, on_first_process
+from ..engines.local import LocalEngine
+from ..format.files import naming
+from .checkpoints import claim_phase, delete_checkpoints_before, empty_phase, newest_whole_checkpoint
 
 
 logger = logging.get_logger(__name__)
@@ -46,8 +38,9 @@ class PhaseTrainer(Trainer):
         **kwargs: As for [`~transformers.Trainer`].
 
     Attributes:
-        is_sharded (`bool`): Whether FSDP shards the base model.
-        is_broken_off (`bool`): Whether a run was begun that did not come to its end.
+        engine ([`~share_hf.engines.Engine`]): What runs the phases.
+        trained_steps (`int`): Steps of the optimizer in the runs that are over. Logs count them, so that all runs make
+            one curve.
 
     Raises:
         ValueError: If no phase could be trained by the engine that `args` or the launcher ask for.
@@ -55,37 +48,43 @@ class PhaseTrainer(Trainer):
 
     def __init__(self, model: PeftModel, args: TrainingArguments, **kwargs: Any) -> None:
         super().__init__(model=model, args=args, **kwargs)
-        check_engine(self)
-        self.is_broken_off = False
-        self.is_sharded = self.is_fsdp_enabled
-        if self.is_sharded:
-            shard_base_model(self)
+        self.engine = engine_for(self)
+        self.trained_steps = 0
+        self._in_phase = False
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and getattr(callback, "logging_dir", "") is None:
+                # Where the Trainer would put them, if they were not of phases.
+                callback.logging_dir = str(Path(args.output_dir, "runs", time.strftime("%b%d_%H-%M-%S")))
 
-    def run_phase(self, args: TrainingArguments, train_dataset: Dataset, resumed: Path | None = None) -> TrainOutput:
+    def run_phase(
+        self,
+        args: TrainingArguments,
+        train_dataset: Dataset,
+        *,
+        stream_id: str,
+        resumed: Path | None = None,
+    ) -> TrainOutput:
         """
         Train what the model has set to be trained, in one optimizer run.
 
         Args:
-            args: Of this run.
+            args: Arguments of this run.
             train_dataset: What it learns from.
+            stream_id: Name of the stream that the folder of the run is marked with.
             resumed: The folder of a run that was interrupted. Its newest whole checkpoint is continued from, if this
                 engine can read it.
 
         Returns:
             `TrainOutput`: Steps and mean loss.
         """
-        if self.is_sharded:
-            broadcast([p for p in self.model.parameters() if p.requires_grad], self.accelerator.device)
         self.train_dataset = train_dataset
         history = self.state.log_history
         self.optimizer = self.lr_scheduler = None
         self.model_wrapped = self.model
-        with self._with_arguments(args), without_empty_parameters(self.model), quietly():
-            checkpoint = on_first_process(lambda: resumed and self._checkpoint_to_resume(resumed))
-            if checkpoint is None and self.args.should_save:
-                shutil.rmtree(self.args.output_dir, ignore_errors=True)  # of an earlier try
+        with self._with_arguments(args), self.engine.train_ready():
+            checkpoint = on_first_process(lambda: self._first_checkpoint(resumed, stream_id))
             state = checkpoint and TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-            self.is_broken_off = True
+            self.engine.is_broken_off = True
             if state and state.global_step >= state.max_steps:
                 # The Trainer would take one more step where the last is not the end of an epoch.
                 self._load_from_checkpoint(str(checkpoint))
@@ -93,42 +92,67 @@ class PhaseTrainer(Trainer):
                 output = TrainOutput(state.global_step, 0.0, {})
             else:
                 output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
-            release_engine(self)
+            self.engine.release()
             if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
                 self._load_from_checkpoint(self.state.best_model_checkpoint)
-            self.is_broken_off = False
+            self.engine.is_broken_off = False
         # The Trainer begins a new history with every run; this is one stream.
         self.state.log_history = history + self.state.log_history
+        self.trained_steps += output.global_step
         return output
 
     @contextmanager
     def _with_arguments(self, args: TrainingArguments) -> Iterator[None]:
-        kept, self.args = self.args, args
+        kept, self.args, self._in_phase = self.args, args, True
         try:
             yield
         finally:
-            self.args = kept
+            self.args, self._in_phase = kept, False
             self.is_in_train = False  # as it would stay where a run is broken off
+
+    def _first_checkpoint(self, resumed: Path | None, stream_id: str) -> Path | None:
+        """The checkpoint that a run goes on from. The folder of the run is this stream's from then on."""
+        own = Path(self.args.output_dir)
+        checkpoint = self._checkpoint_to_resume(resumed) if resumed is not None else None
+        if checkpoint is None or checkpoint.parent != own:
+            empty_phase(own)
+        claim_phase(own, stream_id)
+        return checkpoint
 
     def _checkpoint_to_resume(self, folder: Path) -> Path | None:
         checkpoint = newest_whole_checkpoint(folder)
         if checkpoint is None:
             return None
         written = engine_that_wrote(checkpoint), len(list(checkpoint.glob("rng_state*.pth")))
-        resumed = engine_of(self), self.args.world_size
+        resumed = self.engine.writes, self.args.world_size
         if written == resumed:
             return checkpoint
         found = "{}: written with {} by {} process(es), resumed with {} by {}".format(checkpoint, *written, *resumed)
-        if written[0] == resumed[0] == "PyTorch":
+        if written[0] == resumed[0] == LocalEngine.writes:
             logger.warning("%s; random numbers, as of dropout, go on from another state.", found)
             return checkpoint
         logger.warning("%s, which cannot read its optimizer; the phase begins anew.", found)
         return None
 
+    def log(self, logs: Mapping[str, float], start_time: float | None = None) -> None:
+        """
+        Log at the step of the stream rather than of its phase.
+
+        Args:
+            logs (`Mapping[str, float]`): The values.
+            start_time (`float`, *optional*): As for [`~transformers.Trainer`].
+        """
+        step = self.state.global_step
+        self.state.global_step = self.trained_steps + (step if self._in_phase else 0)
+        try:
+            super().log(dict(logs), start_time)
+        finally:
+            self.state.global_step = step
+
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
-        if self.is_sharded and self.accelerator.sync_gradients:
-            average_gradients(self.model)
+        if self.accelerator.sync_gradients:
+            self.engine.after_backward()
         return loss
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -138,12 +162,11 @@ class PhaseTrainer(Trainer):
         Args:
             output_dir (`str`, *optional*): Where; the trainer's own folder if not given.
         """
-        if self.is_sharded:
-            reshard(self.model)
         folder = output_dir if output_dir is not None else self.args.output_dir
-        state_dict = trained_parameters(self.model) if _internal_call and self.deepspeed is not None else None
+        trained = self.engine.gather()
         if self.args.should_save:
             adapters = [self.model.active_adapter] if _internal_call else None
+            state_dict = trained if _internal_call else None
             self.model.save_pretrained(folder, selected_adapters=adapters, state_dict=state_dict)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)

@@ -7,26 +7,59 @@ A phase is one optimizer run. `init` trains free factors, `adapt` temporary fact
 from __future__ import annotations
 
 import copy
-from typing import Literal
 
-from peft import PeftModel
+from peft import PeftModel, TaskType
+from torch import nn
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
 
-from ..hub.state import LearnedBy, SubspaceState, TaskInfo, initialization_of, merge_tasks, with_learned_coefficients
+from ..engines import on_first_process
+from ..format.basis_file import bases_of
+from ..shared_subspace import SharedSubspace
+from ..state import Phase, SubspaceState, TaskInfo, initialization_of, merge_tasks, with_learned_coefficients
 from ..subspace import MergeReport
-from ..tuner.config import ShareConfig
+from ..tuner import ShareConfig
+from ..tuner.config import GivenBases
 from ..tuner.model import share_layers
-from ..tuner.origin import attach_bases
-from ..tuner.state import coefficients_of, head_of, load_tasks, target_of, updates_of
-from .distributed import on_first_process
+from ..tuner.transfer import coefficients_of, head_of, load_tasks, share_config_for, target_of, updates_of
 
-
-TrainingPhase = Literal["init", "adapt", "coefficients", "finetune"]
 
 # What `get_peft_model` calls an adapter that is given no name: a stand-in until the first task is there.
 PLACEHOLDER = "default"
 
 
-def begin_phase(model: PeftModel, state: SubspaceState, task: str, phase: TrainingPhase, config: ShareConfig) -> None:
+def config_for(model: nn.Module, share_config: ShareConfig | None, subspace: SharedSubspace | None) -> ShareConfig:
+    """The configuration of new tasks: the given one, or that of the subspace's newest task.
+
+    Raises:
+        ValueError: If it contradicts the subspace.
+    """
+    if share_config is not None:
+        config = copy.deepcopy(share_config)
+    elif subspace is not None and subspace.tasks:
+        config = share_config_for(subspace.state, subspace.tasks[-1], trainable=True)
+    else:
+        config = ShareConfig()
+    if subspace is not None:
+        # Centering is a property of a subspace that was made with it; a configuration has no say in it.
+        settings = config.subspace_settings(center=subspace.settings.center)
+        if settings != subspace.settings:
+            raise ValueError(f"share_config has {settings}, the subspace has {subspace.settings}")
+    if config.task_type is None:
+        config.task_type = _task_type_of(model)
+    return config
+
+
+def _task_type_of(model: nn.Module) -> TaskType | None:
+    name = type(model).__name__
+    if name in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values():
+        return TaskType.SEQ_CLS
+    return TaskType.CAUSAL_LM if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else None
+
+
+def begin_phase(model: PeftModel, state: SubspaceState, task: str, phase: Phase, config: ShareConfig) -> None:
     """Make `task` the one adapter of the model that is trained, in this phase.
 
     Args:
@@ -36,9 +69,9 @@ def begin_phase(model: PeftModel, state: SubspaceState, task: str, phase: Traini
         phase: What of the task is trained.
         config: What new tasks are configured by.
     """
-    if phase == "finetune":
+    if phase == Phase.FINETUNE:
         for module, layer in share_layers(model).items():
-            if task in state.layers[module].tasks:
+            if state.layers[module].has(task):
                 layer.set_coefficients(task, *state.layers[module].balanced(task))
     else:
         if task in model.peft_config:
@@ -46,7 +79,7 @@ def begin_phase(model: PeftModel, state: SubspaceState, task: str, phase: Traini
         task_config = copy.deepcopy(config)
         task_config.phase, task_config.inference_mode = phase, False
         if state.layers:
-            attach_bases(task_config, state.bases())
+            task_config.origin = GivenBases(bases_of(state.layers))
         model.add_adapter(task, task_config)
     model.set_adapter(task)
     if PLACEHOLDER in model.peft_config and task != PLACEHOLDER:
@@ -55,34 +88,58 @@ def begin_phase(model: PeftModel, state: SubspaceState, task: str, phase: Traini
 
 
 def take_merged(
-    model: PeftModel, state: SubspaceState, task: str, info: TaskInfo, *, progress: bool = False
+    model: PeftModel,
+    state: SubspaceState,
+    task: str,
+    info: TaskInfo,
+    *,
+    held: SubspaceState | None = None,
+    progress: bool = False,
 ) -> tuple[SubspaceState, MergeReport]:
     """Merge what `task` was trained as into the subspace, and give the model the result (Sec. 3.2.3).
+
+    Args:
+        model: Was trained on the task.
+        state: The subspace so far.
+        task: Name of the task.
+        info: What is known of it.
+        held: As for `load_tasks`.
+        progress: Whether to show a progress bar.
 
     Raises:
         DriftToleranceError: If the tolerated drift cannot be met. State and model are as before.
     """
     updates = {task: updates_of(model, task)}
-    merged, report = on_first_process(lambda: merge_tasks(state, updates, {task: info}, progress=progress))
-    model.peft_config[task].phase = "coefficients"
-    load_tasks(model, merged, merged.tasks)
+    merged, report = on_first_process(
+        lambda: merge_tasks(state, updates, {task: info}, progress=progress), known=state
+    )
+    model.peft_config[task].phase = Phase.COEFFICIENTS
+    load_tasks(model, merged, held=held)
     return merged, report
 
 
-def take_coefficients(model: PeftModel, state: SubspaceState, task: str, info: TaskInfo) -> SubspaceState:
-    """Take coefficients that were trained in the basis of the subspace as they are, and give the model the head."""
+def take_coefficients(
+    model: PeftModel, state: SubspaceState, task: str, info: TaskInfo, *, held: SubspaceState | None = None
+) -> SubspaceState:
+    """Take coefficients that were trained in the basis of the subspace as they are, and give the model the result.
+
+    Args:
+        model: Was trained on the task.
+        state: The subspace so far.
+        task: Name of the task.
+        info: What is known of it.
+        held: As for `load_tasks`.
+    """
     learned = with_learned_coefficients(state, task, coefficients_of(model, task), info)
-    load_tasks(model, learned, [task])
+    load_tasks(model, learned, held=held, trained=task)
     return learned
 
 
-def describe_task(
-    model: PeftModel, task: str, learned_by: LearnedBy, labels: tuple[str, ...] | None = None
-) -> TaskInfo:
+def describe_task(model: PeftModel, task: str, learned_by: Phase, labels: tuple[str, ...] | None = None) -> TaskInfo:
     """What is known of a task that the model was just trained on."""
     target = target_of(model.peft_config[task])
     # Only free factors start from a random A, as those of a LoRA do.
-    sketch = initialization_of(updates_of(model, task)) if learned_by == "init" else None
+    sketch = initialization_of(updates_of(model, task)) if learned_by == Phase.INIT else None
     return TaskInfo(
         learned_by=learned_by, target=target, head=head_of(model, task), labels=labels, initialization=sketch
     )

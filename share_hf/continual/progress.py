@@ -7,7 +7,7 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..hub.metrics import ContinualMetrics
+from ..state import ContinualMetrics
 
 
 class StreamProgressCallback(TrainerCallback):

@@ -1,0 +1,1 @@
+"""The network: trees in hub repositories, fetched and pushed."""

@@ -9,28 +9,34 @@ missing.
 
 from __future__ import annotations
 
-import hashlib
 import random
 import time
 import uuid
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperation,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    hf_hub_download,
+)
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile
 from peft.utils import CONFIG_NAME
 from transformers.utils import logging
 
-from .card import CardOptions, audit_sentences
-from .files import sha256_of
-from .index import INDEX_FILE, TreeIndex, read_index
-from .reconcile import extends, reconcile
-from .remote import RemoteTree
-from .state import SubspaceState, rounded, step_tags
-from .tree import CARD_FILE, ROOT_FILES, TREE_ENTRIES, expect_tree, read_tree, write_root, write_tree
+from ..card import CardOptions, audit_sentences, write_card, write_tree
+from ..format.files import FolderWriter
+from ..format.index import INDEX_FILE, TreeIndex, read_index
+from ..format.task_files import METRICS_FILE, task_folder
+from ..format.tree import ADAPTER_FILES, CARD_FILE, ROOT_FILES, TREE_ENTRIES, expect_tree, read_tree, write_root
+from ..state import SubspaceState, extends, reconcile, rounded, step_tags
+from .fetch import RemoteTree
 
 
 logger = logging.get_logger(__name__)
@@ -70,13 +76,17 @@ class PushOptions:
 
 
 @dataclass(frozen=True)
-class _Head:
-    """What is on a branch of a repository: its commit and the checksums of its files, and its tree if it has one."""
+class _Tip:
+    """What is on a branch of a repository: its commit, the blobs of its files by path, and its tree if it has one."""
 
     commit: str
-    files: Mapping[str, Set[str]]
+    blobs: Mapping[str, str]
     tree: TreeIndex | None
     card: str | None
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return self.tree.tasks if self.tree is not None else ()
 
 
 def push_state(
@@ -107,12 +117,12 @@ def push_state(
     if not (options.create_pr and api.repo_exists(repo_id)):
         repo_id = api.create_repo(repo_id, private=options.private, exist_ok=True).repo_id
     for attempt in range(options.max_attempts):
-        head = _head_of(api, repo_id, "main")
-        merged = _with_pushed(state, head, repo_id, token)
+        tip = _tip_of(api, repo_id, "main")
+        merged = _with_pushed(state, tip, repo_id, token)
         if options.default_task is not None:
             merged = replace(merged, default_task=options.default_task)
         try:
-            return merged, _push_once(api, repo_id, merged, head, options)
+            return merged, _push_once(api, repo_id, merged, tip, options)
         except HfHubHTTPError as error:
             if error.response.status_code != _PRECONDITION_FAILED:
                 raise
@@ -125,31 +135,30 @@ def push_state(
     )
 
 
-def _with_pushed(state: SubspaceState, head: _Head, repo_id: str, token: str | bool | None) -> SubspaceState:
+def _with_pushed(state: SubspaceState, tip: _Tip, repo_id: str, token: str | bool | None) -> SubspaceState:
     """The state with what the repository has beyond it."""
-    if head.tree is None:
+    if tip.tree is None:
         return state
-    if extends(state, head.tree.lineage):
-        return replace(state, default_task=head.tree.default_task if head.tree.default_task in state.tasks else None)
-    tree = RemoteTree.open(repo_id, head.commit, token=token)
+    if extends(state, tip.tree.lineage):
+        return replace(state, default_task=tip.tree.default_task if tip.tree.default_task in state.tasks else None)
+    tree = RemoteTree.open(repo_id, tip.commit, token=token)
     tree.fetch()
     return reconcile(state, read_tree(tree.folder))
 
 
-def _push_once(api: HfApi, repo_id: str, state: SubspaceState, head: _Head, options: PushOptions) -> CommitInfo:
+def _push_once(api: HfApi, repo_id: str, state: SubspaceState, tip: _Tip, options: PushOptions) -> CommitInfo:
     """The commit on `main`, then the tag of the newest task and the branches that are missing or drifted."""
     refs = api.list_repo_refs(repo_id)
     branches = {ref.name for ref in refs.branches}
     tags = {ref.name for ref in refs.tags}
-    _check_refs(api, repo_id, state, head, branches, tags)
-    drifts = {task: rounded(state.drift_of(task)) for task in state.tasks}
-    written = head.tree.branches if head.tree is not None else {}
-    known = head.tree.tasks if head.tree is not None else ()
+    _check_refs(api, repo_id, state, tip, branches, tags)
+    drifts = {task: rounded(drift) for task, drift in state.drifts().items()}
+    written = tip.tree.branches if tip.tree is not None else {}
     outdated = [
         task
         for task in state.tasks
         if task not in branches
-        or task not in known
+        or task not in tip.tasks
         or max(0.0, drifts[task] ** 2 - written.get(task, 0.0) ** 2) ** 0.5 > options.branch_tolerance
     ]
     written = {task: drifts[task] if task in outdated else written.get(task, 0.0) for task in state.tasks}
@@ -157,68 +166,90 @@ def _push_once(api: HfApi, repo_id: str, state: SubspaceState, head: _Head, opti
     with TemporaryDirectory(prefix="share_hf-") as scratch:
         folder = Path(scratch) / "tree"
         card = CardOptions(
-            repo_id=repo_id, template=options.card_template, existing=head.card, audit=audit_sentences(state)
+            repo_id=repo_id, template=options.card_template, existing=tip.card, audit=audit_sentences(state)
         )
-        write_tree(state, folder, card=card, branches={} if options.create_pr else written)
-        files = _checksums(folder)
-        commit = _commit(
-            api,
+        sha256 = write_tree(state, folder, card=card, branches={} if options.create_pr else written, there=tip.tree)
+        index = read_index(folder)
+        commit = api.create_commit(
             repo_id,
-            "main",
-            folder,
-            files,
-            head,
-            _message(state, head, options),
-            description=options.commit_description,
+            _operations(folder, sorted(_paths(folder) - _unchanged(index, tip)), gone=_gone(index, folder, tip)),
+            commit_message=_message(state, tip, options),
+            commit_description=options.commit_description,
+            revision="main",
             create_pr=options.create_pr,
+            parent_commit=tip.commit,
         )
         if options.create_pr:
             return commit
-        if head.tree is not None:  # unless the push that made it was cut off, its tag is there
-            _tag_newest(api, repo_id, head.tree, head.commit, tags)
-        on_main = _Head(commit.oid, files, read_index(folder), card.existing)
-        _tag_newest(api, repo_id, on_main.tree, commit.oid, tags)
-        _write_branches(api, repo_id, state, folder, on_main, outdated, branches, card)
+        if tip.tree is not None:  # unless the push that made it was cut off, its tag is there
+            _tag_newest(api, repo_id, tip.tree, tip.commit, tags)
+        _tag_newest(api, repo_id, index, commit.oid, tags)
+        writer = FolderWriter(folder)
+        writer.sha256.update(sha256)
+        _write_branches(api, repo_id, state, writer, commit.oid, outdated, branches, card)
     return commit
 
 
-def _head_of(api: HfApi, repo_id: str, revision: str) -> _Head:
+def _paths(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def _unchanged(index: TreeIndex, tip: _Tip) -> set[str]:
+    """Files that the hub has already, as the checksums in both indices say: nothing need be sent to find that out."""
+    there = tip.tree.sha256 if tip.tree is not None else {}
+    same = {name for name, checksum in index.sha256.items() if there.get(name) == checksum}
+    # The metrics of a task hold the checksums of its other files.
+    folders = [task_folder(task) for task in index.tasks if f"{task_folder(task)}/{METRICS_FILE}" in same]
+    same |= {f"{folder}/{name}" for folder in folders for name in ADAPTER_FILES}
+    return same & tip.blobs.keys()
+
+
+def _gone(index: TreeIndex, folder: Path, tip: _Tip) -> list[str]:
+    """The files of a tree on the hub that the new tree does not have."""
+    stays = _paths(folder) | index.sha256.keys()
+    return [path for path in tip.blobs if path not in stays and path.split("/")[0] in TREE_ENTRIES]
+
+
+def _operations(folder: Path, paths: Iterable[str], gone: Iterable[str] = ()) -> list[CommitOperation]:
+    """What a commit does; `create_commit` leaves out the files that have not changed."""
+    return [
+        *(CommitOperationAdd(path, folder / path) for path in paths),
+        *(CommitOperationDelete(path) for path in gone),
+    ]
+
+
+def _tip_of(api: HfApi, repo_id: str, revision: str) -> _Tip:
     commit = api.repo_info(repo_id, revision=revision).sha
     entries = api.list_repo_tree(repo_id, recursive=True, revision=commit)
-    files = {
-        entry.path: {entry.lfs.sha256 if entry.lfs is not None else entry.blob_id}
-        for entry in entries
-        if isinstance(entry, RepoFile)
-    }
+    blobs = {entry.path: entry.blob_id for entry in entries if isinstance(entry, RepoFile)}
     tree = card = None
-    if INDEX_FILE in files:
+    if INDEX_FILE in blobs:
         folder = Path(hf_hub_download(repo_id, INDEX_FILE, revision=commit, token=api.token)).parent
         tree = read_index(folder)
         expect_tree(folder, tree)
-    elif CONFIG_NAME in files:
+    elif CONFIG_NAME in blobs:
         raise ValueError(f"{repo_id}: holds an adapter that is no shared subspace, expected another repository")
-    if CARD_FILE in files:
+    if CARD_FILE in blobs:
         path = Path(hf_hub_download(repo_id, CARD_FILE, revision=commit, token=api.token))
         card = path.read_text(encoding="utf-8")
-    return _Head(commit, files, tree, card)
+    return _Tip(commit, blobs, tree, card)
 
 
 def _check_refs(
     api: HfApi,
     repo_id: str,
     state: SubspaceState,
-    head: _Head,
+    tip: _Tip,
     branches: Set[str],
     tags: Set[str],
 ) -> None:
     """Refuse new tasks whose names already mean something else in the repository."""
-    known = head.tree.tasks if head.tree is not None else ()
     for task in state.tasks:
         if task in tags:
             raise ValueError(
                 f"{repo_id}: has a tag {task!r}, expected none of a task's name: delete it, or rename the task"
             )
-        if task in branches and task not in known and not _is_branch_of(api, repo_id, task):
+        if task in branches and task not in tip.tasks and not _is_branch_of(api, repo_id, task):
             raise ValueError(
                 f"{repo_id}: has a branch {task!r} that is no tree of such a task, expected none: delete it, or "
                 "rename the task"
@@ -228,42 +259,10 @@ def _check_refs(
 def _is_branch_of(api: HfApi, repo_id: str, task: str) -> bool:
     """Whether a branch was written for a task of its name, before it was removed or in a push that was cut off."""
     try:
-        tree = _head_of(api, repo_id, task).tree
+        tree = _tip_of(api, repo_id, task).tree
     except ValueError:
         return False
     return tree is not None and task in tree.tasks
-
-
-def _commit(
-    api: HfApi,
-    repo_id: str,
-    revision: str,
-    folder: Path,
-    files: Mapping[str, Set[str]],
-    head: _Head,
-    message: str,
-    *,
-    description: str | None = None,
-    create_pr: bool = False,
-) -> CommitInfo:
-    """Commit what differs from the head; where nothing does, its last commit stands."""
-    changed = [path for path, known in files.items() if not known & head.files.get(path, set())]
-    gone = [path for path in head.files if path not in files and path.split("/")[0] in TREE_ENTRIES]
-    if not changed and not gone:
-        url = f"{api.endpoint}/{repo_id}/commit/{head.commit}"
-        return CommitInfo(commit_url=url, commit_message=message, commit_description="", oid=head.commit)
-    return api.create_commit(
-        repo_id,
-        [
-            *(CommitOperationAdd(path, folder / path) for path in changed),
-            *(CommitOperationDelete(path) for path in gone),
-        ],
-        commit_message=message,
-        commit_description=description,
-        revision=revision,
-        create_pr=create_pr,
-        parent_commit=head.commit,
-    )
 
 
 def _tag_newest(api: HfApi, repo_id: str, tree: TreeIndex, commit: str, tags: Set[str]) -> None:
@@ -275,55 +274,67 @@ def _write_branches(
     api: HfApi,
     repo_id: str,
     state: SubspaceState,
-    folder: Path,
-    main: _Head,
+    writer: FolderWriter,
+    main: str,
     outdated: list[str],
     branches: Set[str],
     card: CardOptions,
 ) -> None:
-    """Branches for tasks: a new one is made of a commit that already is its whole tree, on a branch of no name."""
-    workshop = f"share_hf-{uuid.uuid4().hex}"
-    workshop_head = None
+    """Branches for tasks: a new one is made of a commit that already is its whole tree, on a branch of no name.
+
+    Args:
+        writer: Has put the tree of `main`.
+        main: The commit of that tree.
+    """
+    index = read_index(writer.scratch)
+    workshop, workshop_commit = f"share_hf-{uuid.uuid4().hex}", None
+    on_main: _Tip | None = None
     for task in outdated:
         if task == state.root_task and task not in branches:
-            api.create_branch(repo_id, branch=task, revision=main.commit, exist_ok=True)
+            api.create_branch(repo_id, branch=task, revision=main, exist_ok=True)
             continue
         of_task = replace(state, default_task=task)
-        write_root(of_task, folder, card=card, branches=main.tree.branches, unchanged=main.tree.sha256)
-        files = {**main.files, **{name: _checksums_of(folder / name) for name in ROOT_FILES}}
         message = f"Task {task}"
         if task in branches:
-            _commit(api, repo_id, task, folder, files, _head_of(api, repo_id, task), message)
+            on_main = on_main or _tip_of(api, repo_id, main)
+            tip = _tip_of(api, repo_id, task)
+            _write_root_of(of_task, writer, index, card)
+            same = {path for path, blob in on_main.blobs.items() if tip.blobs.get(path) == blob}
+            changed = _paths(writer.scratch) - same - {*ROOT_FILES}
+            gone = [path for path in tip.blobs if path not in on_main.blobs and path.split("/")[0] in TREE_ENTRIES]
+            api.create_commit(
+                repo_id,
+                _operations(writer.scratch, [*sorted(changed), *ROOT_FILES], gone),
+                commit_message=message,
+                revision=task,
+                parent_commit=tip.commit,
+            )
             continue
-        if workshop_head is None:
-            api.create_branch(repo_id, branch=workshop, revision=main.commit)
-            workshop_head = main
-        commit = _commit(api, repo_id, workshop, folder, files, workshop_head, message)
-        workshop_head = replace(main, commit=commit.oid, files=files)
-        api.create_branch(repo_id, branch=task, revision=commit.oid, exist_ok=True)
-    if workshop_head is not None:
+        if workshop_commit is None:
+            api.create_branch(repo_id, branch=workshop, revision=main)
+            workshop_commit = main
+        _write_root_of(of_task, writer, index, card)
+        workshop_commit = api.create_commit(
+            repo_id,
+            _operations(writer.scratch, ROOT_FILES),
+            commit_message=message,
+            revision=workshop,
+            parent_commit=workshop_commit,
+        ).oid
+        api.create_branch(repo_id, branch=task, revision=workshop_commit, exist_ok=True)
+    if workshop_commit is not None:
         api.delete_branch(repo_id, branch=workshop)
 
 
-def _message(state: SubspaceState, head: _Head, options: PushOptions) -> str:
+def _write_root_of(state: SubspaceState, writer: FolderWriter, main: TreeIndex, card: CardOptions) -> None:
+    write_root(state, writer, branches=main.branches)
+    write_card(state, writer.scratch, card)
+
+
+def _message(state: SubspaceState, tip: _Tip, options: PushOptions) -> str:
     if options.commit_message is not None:
         return options.commit_message
-    known = head.tree.tasks if head.tree is not None else ()
-    new = [task for task in state.tasks if task not in known]
+    new = [task for task in state.tasks if task not in tip.tasks]
     if not new:
         return "Update the shared subspace"
     return f"Add task {new[0]}" if len(new) == 1 else f"Add {len(new)} tasks"
-
-
-def _checksums(folder: Path) -> dict[str, Set[str]]:
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): _checksums_of(path) for path in paths}
-
-
-def _checksums_of(path: Path) -> Set[str]:
-    """What the hub may know a file by: its sha256 if it keeps it as a large file, and else git's own checksum."""
-    if path.suffix == ".safetensors":
-        return {sha256_of(path)}
-    content = path.read_bytes()
-    of_git = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False)
-    return {sha256_of(path), of_git.hexdigest()}

@@ -1,11 +1,12 @@
 """Tensors in, tensors out: the mathematics of a shared LoRA subspace. Depends on torch alone."""
 
-from .audit import SKETCH_BUCKETS, AuditReport, audit_layers, audit_updates, initialization_sketch
+from .audit import AuditReport, audit_layers, audit_updates
 from .factors import CompactUpdate, LowRankUpdate, thin_svd_of_update
 from .layer import LayerSubspace, TaskRecords
 from .merge import DriftToleranceError, LayerMergeReport, merge_into_layer, residual_outside
 from .model import MergeReport, merge_into_layers
 from .settings import BasisKind, SubspaceSettings, check_dimensions
+from .sketch import SKETCH_BUCKETS, initialization_sketch
 
 
 __all__ = [

@@ -7,7 +7,6 @@ beside a null: updates of the same singular values and uniformly random directio
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
@@ -17,10 +16,9 @@ from torch import Tensor
 from .basis import JOINT_ITERATIONS
 from .factors import CompactUpdate, LowRankUpdate, significant_weights, thin_svd_of_update
 from .layer import LayerSubspace
+from .sketch import Numbers, group_by_initialization, initialization_sketch
 
 
-SKETCH_BUCKETS = 512  # a power of two; the cosine of two sketches is off by about 1 / sqrt(512)
-SAME_INITIALIZATION = 0.3  # seven times that error
 CHANCE_MARGIN = 0.02  # an explained variance that is above the null by less says nothing
 
 # Up to this size a full eigendecomposition is cheap; beyond it a block Krylov space finds the same leading directions.
@@ -33,9 +31,6 @@ _NAMES_SHOWN = 8
 _NEGLIGIBLE = 1e-6
 
 Progress = Callable[[Iterable[str]], Iterable[str]]
-
-# Numbers of a task, as computed or as a file has them.
-Numbers = Tensor | Sequence[float]
 
 
 @dataclass(frozen=True)
@@ -116,55 +111,6 @@ class AuditReport:
     def sentences(self) -> tuple[str, str]:
         """What the model card says: about the adapters' initialization, and about the explained variance."""
         return _initialization_sentence(self.groups, self.ungrouped), _variance_sentence(self)
-
-
-def initialization_sketch(updates: Mapping[str, LowRankUpdate]) -> Tensor:
-    """Count-sketch of an adapter's A over all its modules, (512,) float32 of unit norm; zero if A is.
-
-    Where an entry goes, and its sign, are integer arithmetic on the module's name and the entry's place in A (r, d)
-    row by row: the same on every machine, and for the leading rows of adapters of different rank.
-
-    Args:
-        updates: By module; A^T is the `in_factor`.
-    """
-    sketch = torch.zeros(SKETCH_BUCKETS, dtype=torch.float64)
-    for module, update in updates.items():
-        entries = update.in_factor.detach().cpu().double().T.flatten()
-        hashes = _entry_hashes(module, len(entries))
-        signs = (hashes >> 32 & 1) * 2 - 1
-        sketch.index_add_(0, hashes % SKETCH_BUCKETS, entries * signs)
-    return (sketch / sketch.norm().clamp_min(torch.finfo(torch.float64).tiny)).float()
-
-
-def group_by_initialization(
-    sketches: Mapping[str, Numbers | None], threshold: float = SAME_INITIALIZATION
-) -> tuple[tuple[str, ...], ...]:
-    """Groups of tasks linked by sketches of a cosine above `threshold`, in the order given (single linkage).
-
-    Args:
-        sketches: By task, `initialization_sketch` or what became of it in a file; a task without is in no group.
-        threshold: Two unrelated sketches reach 0.3 once in 10^11.
-    """
-    known = {
-        task: torch.as_tensor(sketch, dtype=torch.float64, device="cpu")
-        for task, sketch in sketches.items()
-        if sketch is not None
-    }
-    if not known:
-        return ()
-    rows = torch.nn.functional.normalize(torch.stack(list(known.values())), dim=1)
-    linked = rows @ rows.T > threshold
-    names, left, groups = list(known), torch.ones(len(known), dtype=torch.bool), []
-    while left.any():
-        members = torch.zeros_like(left)
-        members[left.nonzero()[0]] = True
-        frontier = members
-        while frontier.any():
-            frontier = linked[frontier].any(0) & ~members
-            members = members | frontier
-        left &= ~members
-        groups.append(tuple(names[i] for i in members.nonzero().flatten().tolist()))
-    return tuple(groups)
 
 
 def explained_variance(updates: Sequence[LowRankUpdate], k_out: int, k_in: int) -> Explained:
@@ -302,16 +248,6 @@ def audit_layers(
         ranks = int((values > _NEGLIGIBLE * values[:, :1]).sum())
         rows.append(_row(module, len(kept), ranks, layer.shape, (k_out, k_in), observed, null))
     return _report(sketches, rows)
-
-
-def _entry_hashes(module: str, count: int) -> Tensor:
-    """Hashes (count,) int64 of the places 0, 1, ... in a module: splitmix64, seeded with the module's name."""
-    seed = int.from_bytes(hashlib.sha256(module.encode()).digest()[:8], "little", signed=True)
-    hashes = torch.arange(count) * -0x61C8864680B583EB + seed
-    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
-        logical_shift = (hashes >> shift) & ((1 << 64 - shift) - 1)
-        hashes = (hashes ^ logical_shift) * factor
-    return hashes
 
 
 def _normalized(updates: Iterable[LowRankUpdate]) -> list[CompactUpdate]:

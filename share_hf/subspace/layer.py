@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -33,6 +35,11 @@ class TaskRecords:
     drift_bounds: Tensor
     drift_estimates: Tensor
 
+    @cached_property
+    def rows(self) -> list[list[float]]:
+        """By task, its norm, rank error, drift bound and drift estimate as numbers."""
+        return torch.stack([getattr(self, field.name) for field in fields(self)], dim=1).tolist()
+
     @classmethod
     def undrifted(cls, norms: Tensor) -> TaskRecords:
         """Records of tasks that are stored exactly as learned."""
@@ -58,7 +65,8 @@ class LayerSubspace:
     """Basis of one layer and its tasks in it: ``ΔW_i = (basis_out ε_out,i)(basis_in ε_in,i)^T``.
 
     An immutable value: a merge returns a new one. The dtype of the basis (float32 as stored) is that of everything
-    a merge writes; a merge computes in float64 whatever it is.
+    a merge writes; a merge computes in float64 whatever it is. All tensors are contiguous: BLAS rounds differently
+    for other memory layouts, and a subspace must compute the same whether it was merged or loaded.
 
     Args:
         tasks: Names of the tasks that adapt this layer, in the order they were added.
@@ -82,6 +90,11 @@ class LayerSubspace:
     spectrum_out: Tensor
     spectrum_in: Tensor
     explained_by_basis: float = 1.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if isinstance(value := getattr(self, field.name), Tensor):
+                object.__setattr__(self, field.name, value.contiguous())
 
     @classmethod
     def empty(
@@ -129,21 +142,33 @@ class LayerSubspace:
     def pseudo_rank(self) -> int:
         return self.coefficients_out.shape[2]
 
+    @cached_property
+    def _positions(self) -> Mapping[str, int]:
+        return {task: i for i, task in enumerate(self.tasks)}
+
+    def has(self, task: str) -> bool:
+        """Whether the task adapts this layer."""
+        return task in self._positions
+
     def index(self, task: str) -> int:
         """Position of `task` in this layer.
 
         Raises:
             ValueError: If the layer has no such task.
         """
-        try:
-            return self.tasks.index(task)
-        except ValueError:
-            raise ValueError(f"no task {task!r} in this layer, it has {list(self.tasks)}") from None
+        if task not in self._positions:
+            raise ValueError(f"no task {task!r} in this layer, it has {list(self.tasks)}")
+        return self._positions[task]
+
+    def coefficients_of(self, task: str) -> tuple[Tensor, Tensor]:
+        """The task's coefficients (k_out, p), (k_in, p)."""
+        i = self.index(task)
+        return self.coefficients_out[i], self.coefficients_in[i]
 
     def update_of(self, task: str) -> LowRankUpdate:
         """The task's update as rank-p factors ``(β ε_out, α ε_in)``: a LoRA of ``B = out_factor, A = in_factor^T``."""
-        i = self.index(task)
-        return LowRankUpdate(self.basis_out @ self.coefficients_out[i], self.basis_in @ self.coefficients_in[i])
+        coefficients_out, coefficients_in = self.coefficients_of(task)
+        return LowRankUpdate(self.basis_out @ coefficients_out, self.basis_in @ coefficients_in)
 
     def explained_variance(self) -> float:
         """Mean over tasks of ``‖C_i‖² / ‖ΔW_i‖²`` with ``C_i = ε_out ε_in^T``: 1 where nothing was lost."""
@@ -158,10 +183,10 @@ class LayerSubspace:
 
         The coefficients are stored as they are and count as learned: norm from now, no drift.
         """
-        kept = self.without_task(task) if task in self.tasks else self
+        kept = self.without_task(task) if self.has(task) else self
         new_out = coefficients_out.to(self.coefficients_out).unsqueeze(0)
         new_in = coefficients_in.to(self.coefficients_in).unsqueeze(0)
-        position = self.tasks.index(task) if task in self.tasks else len(self.tasks)
+        position = self.index(task) if self.has(task) else len(self.tasks)
         added = replace(
             kept,
             tasks=(*kept.tasks, task),
@@ -199,12 +224,8 @@ class LayerSubspace:
         Returns:
             (k_out, p) and (k_in, p) in the basis' dtype: where training on the coefficients starts from.
         """
-        i = self.index(task)
-        out, in_, _ = truncated_balanced_factors(
-            self.coefficients_out[i].double().contiguous(),
-            self.coefficients_in[i].double().contiguous(),
-            self.pseudo_rank,
-        )
+        stored_out, stored_in = self.coefficients_of(task)
+        out, in_, _ = truncated_balanced_factors(stored_out.double(), stored_in.double(), self.pseudo_rank)
         sizes = out.square().sum(0)  # the singular values of C
         empty = sizes <= _ROUNDING_OF_COEFFICIENTS * sizes.max()
         leading = torch.eye(len(in_), self.pseudo_rank, dtype=in_.dtype, device=in_.device).roll(

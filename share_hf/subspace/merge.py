@@ -121,7 +121,7 @@ def residual_outside(layer: LayerSubspace, update: LowRankUpdate) -> float:
 
 def _check_updates(layer: LayerSubspace, updates: Mapping[str, LowRankUpdate], settings: SubspaceSettings) -> None:
     for task, update in updates.items():
-        if task in layer.tasks:
+        if layer.has(task):
             raise ValueError(f"task {task!r} is already in the layer")
         if update.shape != layer.shape:
             raise ValueError(f"the update of task {task!r} is {update.shape}, the layer is {layer.shape}")
@@ -155,7 +155,7 @@ def _coordinates(
     stack = UpdateStack(
         rotation_out=triangle_out[:, :k_out],
         rotation_in=triangle_in[:, :k_in],
-        # In one memory layout, wherever the layer comes from: products round alike, so that merges repeat to the bit.
+        # Transposed in memory too, as the products over all tasks run along the rows.
         old_out=layer.coefficients_out.mT.contiguous(),
         old_in=layer.coefficients_in.mT.contiguous(),
         new_out=triangle_out[:, k_out:],

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 from peft.config import PeftConfig
 
+from ..format.basis_file import StoredBasis
+from ..state import Phase
 from ..subspace import BasisKind, SubspaceSettings, check_dimensions
 
 
-Phase = Literal["coefficients", "adapt", "init"]
+# What a configuration may have trained; tasks of the subspace that are trained further are in `coefficients`.
+PHASES = (Phase.COEFFICIENTS, Phase.ADAPT, Phase.INIT)
 
 
 class ShareType(str):
@@ -22,6 +27,33 @@ class ShareType(str):
 
 
 SHARE = ShareType("SHARE")
+
+
+@dataclass(frozen=True)
+class AdapterOrigin:
+    """Where the configuration of an adapter was loaded from: its basis and its weights are there too.
+
+    Args:
+        location: Folder, or id of a repository.
+        subfolder: Place of the adapter in it.
+        download_options: Options of `hf_hub_download`.
+    """
+
+    location: str
+    subfolder: str | None = None
+    download_options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        """The adapter's own folder, where the location is one."""
+        return Path(self.location, self.subfolder or "")
+
+
+@dataclass(frozen=True)
+class GivenBases:
+    """Bases by module that an adapter belongs to, of a subspace in memory."""
+
+    bases: Mapping[str, StoredBasis]
 
 
 @dataclass
@@ -67,6 +99,11 @@ class ShareConfig(PeftConfig):
             What of the task is trained: its coefficients in the frozen basis; coefficients and temporary factors
             (Sec. 3.2.2); or, before there is a subspace, free factors of rank p, as in LoRA. Set by the trainer.
 
+    Attributes:
+        origin (`AdapterOrigin` or `GivenBases`, *optional*):
+            Where the basis of the adapter comes from; None for a fresh configuration. No field, so it is never saved.
+            The model that takes the adapter reads it, and lets go of bases that were given.
+
     Raises:
         ValueError: If a value is out of range, or two contradict each other.
     """
@@ -109,9 +146,11 @@ class ShareConfig(PeftConfig):
         default=False, metadata={"help": "Whether the target layers store their weight as (in, out), as Conv1D does."}
     )
     phase: Phase = field(
-        default="coefficients",
+        default=Phase.COEFFICIENTS,
         metadata={"help": "What of the task is trained: 'coefficients', 'adapt' or 'init'. Set by the trainer."},
     )
+
+    origin = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -126,8 +165,9 @@ class ShareConfig(PeftConfig):
             )
         if not self.init_std > 0:
             raise ValueError(f"init_std is {self.init_std}, expected a positive number: zero has no gradient")
-        if self.phase not in ("coefficients", "adapt", "init"):
+        if self.phase not in PHASES:
             raise ValueError(f"phase is {self.phase!r}, expected 'coefficients', 'adapt' or 'init'")
+        self.phase = Phase(self.phase)
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern is given without layers_to_transform, expected both")
         for name in ("target_modules", "exclude_modules"):

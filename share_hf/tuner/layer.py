@@ -16,9 +16,14 @@ from peft.utils import quantization_extra_repr
 from peft.utils.other import transpose
 from torch import Tensor, nn
 
+from ..state import Phase
 from ..subspace import LowRankUpdate
 from .config import ShareConfig
 from .quantization import quantization_backend_of
+
+
+# How many tasks' folded factors a layer keeps. At rank 8 and 4096 x 4096 they take 128 kB each in bfloat16.
+FOLDED_TASKS = 8
 
 
 class _FoldedFactors:
@@ -58,6 +63,9 @@ class ShareLayer(BaseTunerLayer):
         share_coefficients_in: By task, (k_in, p) or (φ, p).
         share_temporary_out: By task in the adapt phase (n, φ), in the init phase (n, p).
         share_temporary_in: By task, (d, φ) or (d, p).
+        basis_file: Checksum of the `subspace.safetensors` that the basis was read from; None if it is from elsewhere.
+
+    In eval mode, the factors that a forward folds are kept for the last `FOLDED_TASKS` tasks that were used.
     """
 
     adapter_layer_names = (
@@ -79,6 +87,7 @@ class ShareLayer(BaseTunerLayer):
         self.register_buffer("share_basis_out", None, persistent=False)
         self.register_buffer("share_basis_in", None, persistent=False)
         self.fan_in_fan_out = False
+        self.basis_file: str | None = None
         self._folded: dict[str, _FoldedFactors] = {}
         self._disable_adapters = False
         self.merged_adapters = []
@@ -99,6 +108,7 @@ class ShareLayer(BaseTunerLayer):
         device = self._device()
         self.share_basis_out = basis_out.detach().to(device, torch.float32)
         self.share_basis_in = basis_in.detach().to(device, torch.float32)
+        self.basis_file = None
         self._folded.clear()
 
     @property
@@ -113,11 +123,11 @@ class ShareLayer(BaseTunerLayer):
         """Add a task, untrained: its update is zero, or next to it in the adapt phase (Sec. 3.2.2)."""
         p, std = config.pseudo_rank, config.init_std
         k_out, k_in = self.share_basis_out.shape[1], self.share_basis_in.shape[1]
-        if config.phase == "init" or (config.phase == "adapt" and not min(k_out, k_in)):
+        if config.phase == Phase.INIT or (config.phase == Phase.ADAPT and not min(k_out, k_in)):
             factor_in = torch.empty(self.in_features, p)
             nn.init.kaiming_uniform_(factor_in.T, a=math.sqrt(5))
             self._set(adapter_name, "temporary", torch.zeros(self.out_features, p), factor_in)
-        elif config.phase == "adapt":
+        elif config.phase == Phase.ADAPT:
             phi = min(config.num_temporary, k_out, k_in)
             self._set(
                 adapter_name,
@@ -194,13 +204,15 @@ class ShareLayer(BaseTunerLayer):
         cacheable = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
         # The tensors of an inference mode count no versions.
         cacheable = cacheable and not any(tensor.is_inference() for tensor in sources)
-        if cacheable and task in self._folded and self._folded[task].is_of(sources, dtype):
-            return self._folded[task].factors
-        update = self.factors(task)
-        factors = update.in_factor.T.to(dtype), update.out_factor.to(dtype)
+        folded = self._folded.pop(task, None) if cacheable else None
+        if folded is None or not folded.is_of(sources, dtype):
+            update = self.factors(task)
+            folded = _FoldedFactors((update.in_factor.T.to(dtype), update.out_factor.to(dtype)), dtype, sources)
         if cacheable:
-            self._folded[task] = _FoldedFactors(factors, dtype, sources)
-        return factors
+            self._folded[task] = folded  # as the last that was used
+            if len(self._folded) > FOLDED_TASKS:
+                del self._folded[next(iter(self._folded))]
+        return folded.factors
 
     def _check_forward_args(self, x: Tensor, *args: Any, **kwargs: Any) -> None:
         adapter_names = kwargs.get("adapter_names")

@@ -15,11 +15,11 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..hub.basis_file import StoredBasis
-from .config import ShareConfig
+from ..format.basis_file import StoredBasis
+from .config import GivenBases, ShareConfig
 from .head import check_head_shapes, check_saved_modules
 from .layer import Linear, ShareLayer, placeholder_basis
-from .origin import known_bases, stored_head
+from .loading import StoredAdapter, stored_adapter
 from .quantization import check_supported, keep_4bit_weights_differentiable
 
 
@@ -52,6 +52,8 @@ class ShareModel(BaseTuner):
     tuner_layer_cls = ShareLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
+    _stored = StoredAdapter()  # of the adapter that is being injected
+
     def _check_new_adapter_config(self, config: ShareConfig) -> None:
         super()._check_new_adapter_config(config)
         # The newest, as one object may configure several adapters.
@@ -83,16 +85,21 @@ class ShareModel(BaseTuner):
             for parameter, requires_grad in requires_grad_before:
                 parameter.requires_grad = requires_grad
             raise
+        finally:
+            self._stored = StoredAdapter()
 
     def _prepare_model(self, peft_config: ShareConfig, model: nn.Module) -> None:
         """Read the basis that an adapter was saved with. Runs for every adapter, before the model is touched."""
         keep_4bit_weights_differentiable(model)
-        self._stored_bases = known_bases(peft_config)
-        if (head := stored_head(peft_config)) is not None:
-            check_saved_modules(model, peft_config.modules_to_save or [], head, self._stored_bases)
+        layers = share_layers(model)
+        self._stored = stored_adapter(peft_config, {name: layer.basis_file for name, layer in layers.items()})
+        if isinstance(peft_config.origin, GivenBases):
+            peft_config.origin = None  # the layers have them now; a configuration would keep them alive past a merge
+        if (head := self._stored.head) is not None:
+            check_saved_modules(model, peft_config.modules_to_save or [], head, self._stored.modules)
             check_head_shapes(model, head)
-        for module_name, layer in share_layers(model).items():
-            stored = self._stored_bases.get(module_name)
+        for module_name, layer in layers.items():
+            stored = self._stored.bases.get(module_name)
             if stored is not None and not stored.equals(layer.share_basis_out, layer.share_basis_in):
                 raise ValueError(
                     f"the stored basis of {module_name!r} is not the one the model has, expected tasks of one "
@@ -109,8 +116,10 @@ class ShareModel(BaseTuner):
         current_key: str,
         **optional_kwargs: Any,
     ) -> None:
-        if self._stored_bases and current_key not in self._stored_bases:
-            raise ValueError(f"the stored subspace has no basis for {current_key!r}, it has {len(self._stored_bases)}")
+        if self._stored.modules and current_key not in self._stored.modules:
+            raise ValueError(
+                f"the stored subspace has no basis for {current_key!r}, it has {len(self._stored.modules)}"
+            )
         if isinstance(target, ShareLayer):
             target.update_layer(adapter_name, peft_config, inference_mode=peft_config.inference_mode)
             return
@@ -121,14 +130,15 @@ class ShareModel(BaseTuner):
         new_module = Linear(
             target, adapter_name, peft_config, basis_out, basis_in, **get_quantization_kwargs(self.model)
         )
+        new_module.basis_file = self._stored.basis_file
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
 
     def _basis_for(self, config: ShareConfig, base_layer: nn.Module, module_name: str) -> tuple[Tensor, Tensor]:
         in_features, out_features = _get_in_out_features(base_layer)
-        if self._stored_bases:
-            stored = self._stored_bases[module_name]
+        if self._stored.bases:
+            stored = self._stored.bases[module_name]
             if stored.shape != (out_features, in_features):
                 raise ValueError(
                     f"the stored basis of {module_name!r} is for a layer of shape {stored.shape}, the model's is "

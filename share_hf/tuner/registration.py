@@ -16,12 +16,12 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, hotswap, save_and_load
 from transformers import PreTrainedModel
 
-from ..hub.basis_file import SUBSPACE_FILE, StoredBasis, basis_tensors
-from ..hub.files import sha256_of, write_tensors
-from ..hub.index import ModuleEntry, TreeIndex, write_index
+from ..format.basis_file import SUBSPACE_FILE, StoredBasis, basis_tensors
+from ..format.files import FolderWriter, tensor_bytes
+from ..format.index import INDEX_FILE, ModuleEntry, TreeIndex, index_bytes
 from .config import SHARE, ShareConfig
+from .loading import remember_origins
 from .model import ShareModel, stored_bases
-from .origin import remember_origins
 
 
 def register() -> None:
@@ -91,13 +91,14 @@ def _find_subfolders_offline() -> None:
 
 
 def _write_bases(folder: Path, bases: Mapping[str, StoredBasis], config: ShareConfig) -> None:
-    write_tensors(folder / SUBSPACE_FILE, basis_tensors(bases))
+    writer = FolderWriter(folder)
+    writer.put(SUBSPACE_FILE, tensor_bytes(basis_tensors(bases)))
     index = TreeIndex(
         kind="checkpoint",
         base_model_name_or_path=config.base_model_name_or_path,
         settings=config.subspace_settings(),
         modules={name: ModuleEntry(basis.shape, basis.num_components) for name, basis in bases.items()},
         tasks=(),
-        sha256={SUBSPACE_FILE: sha256_of(folder / SUBSPACE_FILE)},
+        sha256=dict(writer.sha256),
     )
-    write_index(folder, index)
+    writer.put(INDEX_FILE, index_bytes(index))

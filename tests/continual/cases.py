@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
 from share_hf import ShareConfig, SharedSubspace, ShareTrainer, ShareTrainingArguments
-from share_hf.hub.state import SubspaceState
+from share_hf.state import SubspaceState
 
 
 K, P = 12, 4

@@ -23,11 +23,13 @@ from typing import Any
 import torch
 
 from share_hf import ShareTrainer
-from share_hf.continual import phase_trainer, stream_state
+from share_hf.card import tree as card_tree
+from share_hf.continual import checkpoints, phase_trainer, task_trainer
 from share_hf.continual import phases as phases_module
+from share_hf.continual import stream as stream_module
 from share_hf.continual import trainer as trainer_module
-from share_hf.hub import files as files_module
-from share_hf.hub import tree as tree_module
+from share_hf.format import files as files_module
+from share_hf.format import tree as tree_module
 from tests.conftest import _tiny_bert
 from tests.distributed import fsdp_on_cpu
 
@@ -40,7 +42,13 @@ TASKS = list(LABELS)[:3]
 
 # What a random moment is counted in: time, or lines of these modules, or operations on files in the output folder.
 CLOCKS = ("seconds", "lines", "operations")
-WATCHED = {module.__file__ for module in (files_module, tree_module, trainer_module, phase_trainer, stream_state)}
+WATCHED = {
+    module.__file__
+    for module in (
+        *(files_module, tree_module, card_tree, checkpoints),
+        *(trainer_module, task_trainer, phase_trainer, stream_module),
+    )
+}
 OPERATIONS = {"open", "os.chmod", "os.mkdir", "os.remove", "os.rename", "os.rmdir"}
 
 # What else a moment may be counted in: events of the Trainer, and merges begun.

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from share_hf import SharedSubspace, ShareTrainer
+from share_hf.continual.stream import Stream
 
 from .conftest import MakeTrainer, assert_same_to_the_bit, coefficients
 
@@ -150,11 +151,11 @@ def test_an_export_that_finds_no_room_leaves_the_one_before_it(whole: ShareTrain
     [
         ("_save_checkpoint", 1),
         ("_save_checkpoint", 7),
-        ("_save_subspace", 2),
-        ("_save_subspace", 4),
-        ("_save_subspace", 5),
-        ("_save_stream", 2),
-        ("_save_stream", 4),
+        ("save_subspace", 2),
+        ("save_subspace", 4),
+        ("save_subspace", 5),
+        ("save_position", 2),
+        ("save_position", 4),
     ],
 )
 def test_a_stream_whose_disk_is_full_goes_on_to_the_bit_when_there_is_room(
@@ -175,7 +176,8 @@ def test_a_stream_whose_disk_is_full_goes_on_to_the_bit_when_there_is_room(
         disk.fill(sizes_of_last(folder, method), share)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ShareTrainer, method, filling(getattr(ShareTrainer, method), call, fill))
+        owner = ShareTrainer if method == "_save_checkpoint" else Stream
+        patch.setattr(owner, method, filling(getattr(owner, method), call, fill))
         with raises_clearly(disk):
             make_trainer(folder="disk/out", **ARGUMENTS).train()
     disk.make_space()
@@ -204,8 +206,8 @@ def filling(original: Callable[..., Any], call: int, fill: Callable[[], None]) -
 def sizes_of_last(folder: Path, method: str) -> list[int]:
     """What was written before of what the method writes; a guess where there is none."""
     places = {
-        "_save_subspace": [folder / "subspace"],
-        "_save_stream": [folder / "stream_state.json"],
+        "save_subspace": [folder / "subspace"],
+        "save_position": [folder / "stream_state.json"],
         "_save_checkpoint": sorted(folder.glob("phases/*/checkpoint-*"))[-1:],
     }
     return [len(content) for content in files_of(*places[method]).values()] or [30_000, 15_000]

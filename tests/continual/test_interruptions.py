@@ -13,9 +13,11 @@ import pytest
 from transformers import PreTrainedModel
 
 from share_hf import SharedSubspace, ShareTrainer
-from share_hf.continual import trainer as trainer_module
-from share_hf.continual.stream_state import newest_whole_checkpoint
-from share_hf.hub.tree import read_tree
+from share_hf.continual import stream as stream_module
+from share_hf.continual import task_trainer as task_trainer_module
+from share_hf.continual.checkpoints import newest_whole_checkpoint
+from share_hf.continual.stream import Stream
+from share_hf.format.tree import read_tree
 
 from .cases import (
     LLAMA_TARGETS,
@@ -99,7 +101,8 @@ def test_a_stream_that_is_interrupted_again_and_again_ends_as_one_that_is_not(
             interrupt(start())
     for name in ("take_merged", "write_tree", "take_coefficients"):
         with monkeypatch.context() as patch:
-            patch.setattr(trainer_module, name, raising(getattr(trainer_module, name)))
+            module = stream_module if name == "write_tree" else task_trainer_module
+            patch.setattr(module, name, raising(getattr(module, name)))
             interrupt(start())
     assert_ends_as(start(), whole)
 
@@ -117,16 +120,16 @@ def test_a_stream_that_is_interrupted_between_two_saves_ends_as_one_that_is_not(
 ) -> None:
     """The subspace is saved, what it says of the stream's position is not."""
     calls = [0]
-    original = ShareTrainer._save_stream
+    original = Stream.save_position
 
-    def save(self: ShareTrainer, stream: Any) -> None:
+    def save(self: Stream, *args: Any, **kwargs: Any) -> None:
         calls[0] += 1
         if calls[0] == call:
             raise Interruption
-        original(self, stream)
+        original(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ShareTrainer, "_save_stream", save)
+        patch.setattr(Stream, "save_position", save)
         interrupt(start())
     assert_ends_as(start(), whole)
 

@@ -188,7 +188,7 @@ def test_adapters_start_the_subspace_and_stay_within_their_drift(
     assert trainer.subspace.tasks == ("one", "two", "colors")
     assert trainer.subspace.state.tasks["colors"].learned_by == "adapt"
     for task in adapters:
-        drift = trainer.subspace.state.drift_of(task)
+        drift = trainer.subspace.state.drifts()[task]
         assert trainer.metrics["drift"][task] == drift
         for name, tensor in expected.state.tasks[task].head.items():
             assert torch.equal(trainer.subspace.state.tasks[task].head[name], tensor)

@@ -11,7 +11,8 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from share_hf import ShareTrainer
-from share_hf.continual import trainer as trainer_module
+from share_hf.continual import stream as stream_module
+from share_hf.continual import task_trainer as task_trainer_module
 
 from .conftest import MakeTrainer, assert_same_to_the_bit, coefficients
 
@@ -79,7 +80,8 @@ def test_a_run_cut_off_around_a_merge_or_a_save_continues_to_the_bit(
     name: str,
     after: bool,
 ) -> None:
-    original, calls = getattr(trainer_module, name), [0]
+    module = stream_module if name == "write_tree" else task_trainer_module
+    original, calls = getattr(module, name), [0]
 
     def cut_off(*args: Any, **kwargs: Any) -> Any:
         calls[0] += 1
@@ -90,9 +92,9 @@ def test_a_run_cut_off_around_a_merge_or_a_save_continues_to_the_bit(
             raise Interrupted
         return result
 
-    monkeypatch.setattr(trainer_module, name, cut_off)
+    monkeypatch.setattr(module, name, cut_off)
     interrupt(make_trainer(**ARGUMENTS).train)
-    monkeypatch.setattr(trainer_module, name, original)
+    monkeypatch.setattr(module, name, original)
     assert_same_to_the_bit(coefficients(resume(make_trainer)), uninterrupted)
 
 

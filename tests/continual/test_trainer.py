@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from share_hf import ShareConfig, SharedSubspace, ShareTrainer, ShareTrainingArguments
 
-from .conftest import LABELS, MakeTrainer, assert_same_to_the_bit, classification_data, coefficients, language_data
+from .conftest import MakeTrainer, assert_same_to_the_bit, classification_data, coefficients, language_data
 
 
 def heads(trainer: ShareTrainer, task: str) -> dict[str, torch.Tensor]:
@@ -60,7 +60,6 @@ def test_labels_beyond_a_task_own_are_neither_predicted_nor_trained(make_trainer
     trainer = make_trainer()
     trainer.train()
     trainer.model.set_adapter("b")
-    trainer._label_mask.num_labels = LABELS["b"]
     predictions = trainer.predict(trainer.tasks["a"][1].remove_columns("label")).predictions
     assert set(predictions.argmax(-1)) <= {0, 1}
     untouched = trainer.model.get_base_model().classifier.original_module.weight[2]

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from share_hf import SharedSubspace
-from share_hf.continual.stream_state import newest_whole_checkpoint
+from share_hf.continual.checkpoints import newest_whole_checkpoint
 from tests.continual.kill_server import CLOCKS, TASKS, Ask, end_of, kill_server
 
 from .test_streams import assert_close, free_port, run, zero_config

@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 from share_hf import SharedSubspace
 from tests.continual.cases import P
-from tests.hub.cases import distance
+from tests.trees import distance
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]

@@ -22,12 +22,11 @@ from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
 
 from share_hf import SharedSubspace
-from share_hf.hub.files import MAX_JSON_BYTES
-from share_hf.hub.state import SubspaceState
+from share_hf.format.files import MAX_JSON_BYTES
+from share_hf.state import SubspaceState
 from tests.hub_server import DropDownload, is_download_of
 from tests.hub_server.fixtures import Hub
-
-from .cases import (
+from tests.trees import (
     assert_same_state,
     edit_index,
     edit_json,

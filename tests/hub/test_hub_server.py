@@ -38,8 +38,9 @@ from huggingface_hub.errors import (
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from tests.trees import lora_config
+
 from ..hub_server import Answer, Delay, DropDownload, DropUpload, Hub, is_commit, is_download_of, is_upload
-from .cases import lora_config
 
 
 REPO = "alice/model"

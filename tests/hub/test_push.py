@@ -15,8 +15,7 @@ from share_hf import SharedSubspace
 from tests.hub_server import Answer, DropUpload, Request
 from tests.hub_server.faults import Fault
 from tests.hub_server.fixtures import Hub
-
-from .cases import assert_same_state, files_of
+from tests.trees import assert_same_state, files_of
 
 
 REPO = "org/share-subspace"
@@ -127,7 +126,7 @@ def test_the_branch_of_a_task_is_written_again_when_it_drifted_too_far(
     subspace.push_to_hub(REPO)
     root = content(hub, "adapter_model.safetensors", "mrpc")
     subspace.add_adapters({"rte": loras["rte"]}, progress=False)
-    drift = subspace.state.drift_of("mrpc")
+    drift = subspace.state.drifts()["mrpc"]
     assert drift > 0.05
     subspace.push_to_hub(REPO, branch_tolerance=2.0)
     assert content(hub, "adapter_model.safetensors", "mrpc") == root

@@ -14,12 +14,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from share_hf import SharedSubspace
-from share_hf.hub.state import SubspaceState, TaskInfo
+from share_hf.state import SubspaceState, TaskInfo
 from share_hf.subspace import LayerSubspace, SubspaceSettings
 from tests.hub_server import DropDownload, is_download_of
 from tests.hub_server.fixtures import Hub
-
-from .cases import INPUT_IDS, assert_close, assert_same_state, logits, lora_config, named, save_adapter, untouched
+from tests.trees import INPUT_IDS, assert_close, assert_same_state, logits, lora_config, named, save_adapter, untouched
 
 
 REPO = "org/share-subspace"

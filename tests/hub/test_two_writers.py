@@ -12,11 +12,10 @@ import torch
 
 from share_hf import SharedSubspace
 from share_hf.hub.push import PushConflictError
-from share_hf.hub.reconcile import reconcile
+from share_hf.state import reconcile
 from tests.hub_server import DropDownload, is_commit
 from tests.hub_server.fixtures import Hub
-
-from .cases import assert_same_state, distance
+from tests.trees import assert_same_state, distance
 
 
 REPO = "org/share-subspace"
@@ -49,7 +48,7 @@ def test_both_tasks_end_up_on_main(hub: Hub, writers: tuple[SharedSubspace, Shar
     assert_same_state(on_main.state, second.state)
     assert on_main.state.lineage[: len(first.state.lineage)] == first.state.lineage
     for task, learned in (("rte", first), ("cola", SharedSubspace(before))):
-        assert distance(on_main, learned, task) <= on_main.state.drift_of(task) + 1e-6
+        assert distance(on_main, learned, task) <= on_main.state.drifts()[task] + 1e-6
     refs = hub.repository(REPO)
     assert sorted(refs.branches) == ["cola", "main", "mrpc", "rte", "sst2"]
     assert sorted(refs.tags) == ["step-0002-sst2", "step-0003-rte", "step-0004-cola"]
@@ -205,5 +204,5 @@ def test_merging_is_the_same_whoever_comes_second(writers: tuple[SharedSubspace,
     for module, layer in one.layers.items():
         for task in layer.tasks:
             a, b = layer.update_of(task).dense(), other.layers[module].update_of(task).dense()
-            drift = 2 * max(one.drift_of(task), other.drift_of(task), 1e-6)
+            drift = 2 * max(one.drifts()[task], other.drifts()[task], 1e-6)
             assert torch.linalg.matrix_norm(a - b) <= 2 * drift * torch.linalg.matrix_norm(a) + 1e-6

@@ -528,7 +528,7 @@ def test_few_adapters_in_a_large_basis_prove_nothing() -> None:
 
 @pytest.mark.parametrize("seeds", ["shared", "own"])
 def test_real_adapters_are_grouped_by_the_seed_they_started_from(shared_data: Path, seeds: str) -> None:
-    from share_hf.hub.adapters import read_lora
+    from share_hf.format.lora import read_lora
 
     folders = sorted((shared_data / "adapters" / f"minilm-{seeds}-seed").iterdir())
     adapters = {folder.name: read_lora(folder).updates for folder in folders}

@@ -128,4 +128,4 @@ def test_a_loaded_config_can_be_copied_and_pickled_and_still_brings_its_basis(du
     copied = duplicate(loaded)
     assert copied == loaded
     assert copied.peft_type.value == "SHARE"
-    assert copied._share_origin == loaded._share_origin
+    assert copied.origin == loaded.origin

@@ -21,7 +21,7 @@ from peft import (
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from share_hf.hub.basis_file import read_bases
+from share_hf.format.basis_file import read_bases
 from share_hf.tuner import share_layers
 
 from .cases import (

@@ -1,0 +1,257 @@
+"""The model card of a tree, from the template in `model_cards/`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import TemplateError
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from yaml import YAMLError
+
+from ..format.basis_file import SUBSPACE_FILE
+from ..format.names import HUB_ID
+from ..format.task_files import task_folder
+from ..format.tree import CARD_FILE, FIGURES_FOLDER
+from ..state import Phase, SubspaceState, TaskScore, sketch_of, step_tags
+from ..subspace import AuditReport, audit_layers
+from ..version import __version__
+from .figures import CAPTIONS
+
+
+_AUTO_CLASSES = {
+    "CAUSAL_LM": ("AutoPeftModelForCausalLM", "AutoModelForCausalLM"),
+    "SEQ_CLS": ("AutoPeftModelForSequenceClassification", "AutoModelForSequenceClassification"),
+    "SEQ_2_SEQ_LM": ("AutoPeftModelForSeq2SeqLM", "AutoModelForSeq2SeqLM"),
+    "TOKEN_CLS": ("AutoPeftModelForTokenClassification", "AutoModelForTokenClassification"),
+    "QUESTION_ANS": ("AutoPeftModelForQuestionAnswering", "AutoModelForQuestionAnswering"),
+    "FEATURE_EXTRACTION": ("AutoPeftModelForFeatureExtraction", "AutoModel"),
+}
+
+
+GENERATED_BEGIN = "<!-- share_hf: generated from here; what stands outside is kept when the card is written again -->"
+GENERATED_END = "<!-- share_hf: generated to here -->"
+
+# What the audit of a card looks at: enough for two sentences, within a second or two. `share-hf audit` has no limits.
+AUDITED_LAYERS = 8
+MAX_AUDITED_TASKS = 100
+
+# A table of more columns is no table any more; the figure and `metrics.json` have the whole matrix.
+MAX_MATRIX_TASKS = 30
+
+
+@dataclass(frozen=True)
+class CardOptions:
+    """How a model card is written.
+
+    Args:
+        repo_id: The repository that the snippets name.
+        template: A Jinja template to use instead of the package's own; it is given the same variables.
+        existing: The card so far. Its text outside the generated part stays, and so do its other metadata.
+        audit: What to say of the audit; found out if not given.
+    """
+
+    repo_id: str = "org/share-subspace"
+    template: Path | None = None
+    existing: str | None = None
+    audit: tuple[str, ...] | None = None
+
+
+def write_card(state: SubspaceState, folder: Path, options: CardOptions) -> None:
+    """Write `README.md` for the tree that is in `folder`.
+
+    Raises:
+        ValueError: If the template is missing or no template of a card, or the metadata so far cannot be read.
+    """
+    template = options.template or _template()
+    if not template.is_file():
+        raise ValueError(f"{template}: no such model card template")
+    data, facts = _card_data(state), _facts(state, folder, options)
+    try:
+        generated = ModelCard.from_template(data, template_path=str(template), **facts).text
+    except (TemplateError, TypeError) as error:
+        raise ValueError(f"{template}: not a usable model card template ({error})") from error
+    before, owned, after = _outside(options.existing)
+    text = f"{before}{GENERATED_BEGIN}\n\n{generated.strip()}\n\n{GENERATED_END}{after}"
+    card = ModelCard(f"---\n{_joined(owned, data).to_yaml()}\n---\n\n{text.strip()}\n")
+    (folder / CARD_FILE).write_text(str(card), encoding="utf-8")
+
+
+def audit_sentences(state: SubspaceState) -> tuple[str, ...]:
+    """What can be said of whether the tasks share a subspace; nothing of fewer than two that were learned freely."""
+    if not 2 <= len(freely_learned(state)) <= MAX_AUDITED_TASKS:
+        return ()
+    return audit_of(state, max_layers=AUDITED_LAYERS).sentences()
+
+
+def audit_of(state: SubspaceState, **options: Any) -> AuditReport:
+    """The audit of the tasks that were learned freely; options as for `audit_layers`."""
+    free = freely_learned(state)
+    sketches = {task: sketch_of(state.tasks[task]) for task in free}
+    return audit_layers(state.layers, sketches, tasks=free, **options)
+
+
+def freely_learned(state: SubspaceState) -> list[str]:
+    """The tasks whose explained variance tells something of the basis.
+
+    A task that was trained from the basis, or inside of it, is explained by it for that reason.
+    """
+    return [task for task, info in state.tasks.items() if info.learned_by in (Phase.ADAPTER, Phase.INIT)]
+
+
+def _outside(existing: str | None) -> tuple[str, ModelCardData | None, str]:
+    """What a card has before the generated part, its metadata, and what it has after."""
+    if existing is None:
+        return "", None, ""
+    try:
+        card = ModelCard(existing)
+    except (ValueError, TypeError, YAMLError) as error:
+        raise ValueError(f"README.md: the metadata of the model card cannot be read ({error})") from error
+    before, begin, rest = card.text.partition(GENERATED_BEGIN)
+    if not begin:
+        return f"{card.text.strip()}\n\n", card.data, ""
+    _, _, after = rest.partition(GENERATED_END)
+    return before, card.data, after
+
+
+def _joined(owned: ModelCardData | None, data: ModelCardData) -> ModelCardData:
+    """The owner's metadata with those of the tree: ours where both have a field, both where it is a list."""
+    if owned is None:
+        return data
+    fields = {name: value for name, value in owned.to_dict().items() if name != "model-index"}
+    for name, value in data.to_dict().items():
+        if name in ("tags", "datasets") and isinstance(fields.get(name), list):
+            value = list(dict.fromkeys([*fields[name], *value]))
+        fields[name] = value
+    return ModelCardData(**fields)
+
+
+def _template() -> Path:
+    """The template: inside an installed package, beside it in a checkout."""
+    package = Path(__file__).parents[1]
+    return next(
+        path
+        for folder in (package, package.parent)
+        if (path := folder / "model_cards" / "subspace.md.jinja").is_file()
+    )
+
+
+def _card_data(state: SubspaceState) -> ModelCardData:
+    results, scores = [], state.scores()
+    for task, info in state.tasks.items():
+        name, learned, now = scores[task]
+        score = learned if now is None else now
+        if score is not None:
+            results.append(
+                EvalResult(
+                    task_type="text-classification" if info.labels else "text-generation",
+                    dataset_type=info.dataset or task,
+                    dataset_name=task,
+                    metric_type=name,
+                    metric_value=score,
+                )
+            )
+    base = state.base_model_name_or_path
+    return ModelCardData(
+        base_model=base if base and HUB_ID.fullmatch(base) and not Path(base).exists() else None,
+        library_name="peft",
+        tags=["share", "lora", "continual-learning", "base_model:adapter"],
+        datasets=list(dict.fromkeys(info.dataset for info in state.tasks.values() if info.dataset)) or None,
+        model_name="share-subspace",
+        eval_results=results or None,
+    )
+
+
+def _facts(state: SubspaceState, folder: Path, options: CardOptions) -> dict[str, Any]:
+    """What the template says beside the metadata."""
+    default_task = state.root_task or ""
+    target = state.tasks[default_task].target if default_task else {}
+    auto_class, base_class = _AUTO_CLASSES.get(target.get("task_type"), ("AutoPeftModel", "AutoModel"))
+    example_task = next(iter(state.tasks), "")
+    heads = [
+        f", num_labels={n}" if (n := _num_labels(state, tasks)) else ""
+        for tasks in ([default_task], [example_task], state.tasks)
+    ]
+    bytes_of = {task: (folder / task_folder(task) / SAFETENSORS_WEIGHTS_NAME).stat().st_size for task in state.tasks}
+    figures = [{"path": f"{FIGURES_FOLDER}/{name}", "caption": text} for name, text in CAPTIONS.items()]
+    drifts, scores = state.drifts(), state.scores()
+    return {
+        "title": f"Shared subspace of {len(state.tasks)} tasks",
+        "repo_id": options.repo_id,
+        "base_model": state.base_model_name_or_path or "the base model",
+        "default_task": default_task,
+        "auto_class": auto_class,
+        "base_class": base_class,
+        "head_argument": heads[0],
+        "example_task": example_task,
+        "example_head_argument": heads[1],
+        "newest_task": next(reversed(state.tasks), ""),
+        "head_argument_of_all": heads[2],
+        "kilobytes_per_task": _kilobytes(max(bytes_of.values(), default=0)),
+        "basis_kilobytes": _kilobytes((folder / SUBSPACE_FILE).stat().st_size),
+        "tasks": [_task_row(state, task, scores[task], drifts[task], bytes_of[task]) for task in state.tasks],
+        "score_name": _score_name(scores.values()),
+        "matrix": _matrix(state),
+        "metrics": {
+            name: _number(state.metrics.get(name))
+            for name in ("average", "forgetting", "backward_transfer", "forward_transfer")
+        },
+        "figures": [figure for figure in figures if (folder / figure["path"]).is_file()],
+        "steps": step_tags(state.lineage, tuple(state.tasks)),
+        "audit": audit_sentences(state) if options.audit is None else options.audit,
+        "training": state.metrics.get("training") or {},
+        "datasets": {task: info.dataset for task, info in state.tasks.items() if info.dataset},
+        "num_layers": len(state.layers),
+        "num_components": state.settings.num_components,
+        "pseudo_rank": state.settings.pseudo_rank,
+        "basis": state.settings.basis,
+        "version": __version__,
+    }
+
+
+def _task_row(state: SubspaceState, task: str, score: TaskScore, drift: float, size: int) -> dict[str, Any]:
+    return {
+        "name": task,
+        "learned_by": state.tasks[task].learned_by,
+        "learned": _number(score.learned),
+        "now": _number(score.now),
+        "drift": f"{drift:.2g}",
+        "kilobytes": _kilobytes(size),
+    }
+
+
+def _score_name(scores: Iterable[TaskScore]) -> str:
+    names = {score.metric for score in scores}
+    return names.pop() if len(names) == 1 else "score"
+
+
+def _matrix(state: SubspaceState) -> dict[str, Any] | None:
+    names, matrix = state.metrics.get("tasks", []), state.metrics.get("matrix")
+    if not matrix:
+        return None
+    if len(names) > MAX_MATRIX_TASKS:
+        return {"tasks": names, "rows": []}
+    rows = [{"task": names[i], "scores": [_number(value) for value in row]} for i, row in enumerate(matrix)]
+    return {"tasks": names, "rows": rows}
+
+
+def _num_labels(state: SubspaceState, tasks: Iterable[str]) -> int | None:
+    """Labels of the largest classification head of these tasks; a head's last layer is the smallest of its layers."""
+    sizes = []
+    for task in tasks:
+        info = state.tasks.get(task)
+        if info is not None and info.target.get("task_type") in ("SEQ_CLS", "TOKEN_CLS"):
+            weights = [tensor for name, tensor in info.head.items() if name.endswith("weight") and tensor.ndim == 2]
+            sizes += [min(weight.shape[0] for weight in weights)] if weights else []
+    return max(sizes, default=None)
+
+
+def _kilobytes(size: int) -> str:
+    return f"{size / 1000:.1f}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"

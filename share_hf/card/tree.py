@@ -1,0 +1,50 @@
+"""A whole tree as a person finds it: with its model card and its figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from ..format.index import INDEX_FILE, TreeIndex
+from ..format.tree import CARD_FILE, FIGURES_FOLDER, writing_tree
+from ..state import SubspaceState
+from .card import CardOptions, write_card
+from .figures import write_figures
+
+
+def write_tree(
+    state: SubspaceState,
+    folder: Path,
+    *,
+    card: CardOptions | None = None,
+    branches: Mapping[str, float] | None = None,
+    known: Mapping[str, str] | None = None,
+    there: TreeIndex | None = None,
+    draft: bool = False,
+) -> dict[str, str]:
+    """Write the whole tree, or on a crash none of it. Other files in the folder stay.
+
+    Args:
+        state: What to write.
+        folder: Where.
+        card: How to write the model card, whose text outside the generated part is kept in any case.
+        branches: As in `share_config.json`.
+        known: What an earlier call returned for this folder, if nobody else has written it since: files that are
+            there already are not written again.
+        there: As for `format.tree.write_root`.
+        draft: Whether to leave out the figures and the audit, which take longer than all the rest of a small tree.
+
+    Returns:
+        Checksums by path, of all files that loading depends on.
+    """
+    card = card or CardOptions()
+    if (folder / CARD_FILE).is_file() and (card.existing is None or (folder / INDEX_FILE).is_file()):
+        card = replace(card, existing=(folder / CARD_FILE).read_text(encoding="utf-8"))
+    if draft:
+        card = replace(card, audit=())
+    with writing_tree(state, folder, branches=branches, known=known, there=there) as writer:
+        if not draft:
+            write_figures(state, writer.scratch / FIGURES_FOLDER)
+        write_card(state, writer.scratch, card)
+    return writer.sha256

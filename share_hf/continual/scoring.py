@@ -1,0 +1,68 @@
+"""What a task is scored by: the Trainer's own evaluation, or a function of the user's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from .labels import LabelMask
+from .phase_trainer import PhaseTrainer
+
+
+TaskScorer = Callable[[PreTrainedModel | PeftModel, str, Dataset], dict[str, float]]
+
+
+class Scorer:
+    """Scores tasks with the model of a trainer.
+
+    Args:
+        trainer: Its model has an adapter for each task.
+        label_mask: Rules out the labels that a task does not have.
+        task_scorer: As of `ShareTrainer`.
+        score_metric: As of `ShareTrainingArguments`.
+    """
+
+    def __init__(
+        self,
+        trainer: PhaseTrainer,
+        label_mask: LabelMask,
+        task_scorer: TaskScorer | None = None,
+        score_metric: str | None = None,
+    ) -> None:
+        self._trainer = trainer
+        self._label_mask = label_mask
+        self._task_scorer = task_scorer
+        self._score_metric = score_metric
+
+    def metrics_of(self, task: str, data: Dataset, adapter: str | None = None) -> dict[str, float]:
+        """Metrics of a task with its own adapter, or another's; without their prefix. The active adapter stays."""
+        trainer = self._trainer
+        active = trainer.model.active_adapter
+        trainer.model.set_adapter(adapter or task)
+        try:
+            with self._label_mask.of_task(task), trainer.engine.inference_ready():
+                if self._task_scorer is not None:
+                    return self._task_scorer(trainer.model, task, data)
+                prefix = f"eval_{task}"
+                metrics = trainer.evaluate(data, metric_key_prefix=prefix)
+                return {name.removeprefix(f"{prefix}_"): value for name, value in metrics.items()}
+        finally:
+            if not trainer.engine.is_broken_off:
+                trainer.model.set_adapter(active)
+
+    def score_in(self, metrics: Mapping[str, float]) -> tuple[str, float]:
+        """Which of a task's metrics is its score, and the score; higher is better.
+
+        Raises:
+            ValueError: If the metric that was asked for is not among them.
+        """
+        if self._score_metric is not None:
+            if self._score_metric not in metrics:
+                raise ValueError(f"score_metric is {self._score_metric!r}, expected one of {sorted(metrics)}")
+            return self._score_metric, metrics[self._score_metric]
+        if "accuracy" in metrics:
+            return "accuracy", metrics["accuracy"]
+        return "-loss", -metrics["loss"]

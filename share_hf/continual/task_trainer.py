@@ -1,0 +1,210 @@
+"""A Trainer that learns one task after the other in a shared subspace, and scores them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from peft import PeftModel
+from transformers import set_seed
+from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import TrainOutput
+
+from ..state import Phase
+from ..subspace import MergeReport
+from ..tuner import ShareConfig
+from ..tuner.transfer import load_tasks
+from .arguments import ShareTrainingArguments, arguments_of_phase
+from .data import TaskDetails, TaskSplits
+from .labels import LabelMask, rule_out_labels
+from .phase_trainer import PhaseTrainer
+from .phases import PLACEHOLDER, begin_phase, describe_task, take_coefficients, take_merged
+from .progress import StreamProgressCallback
+from .scoring import Scorer, TaskScorer
+from .stream import Stage, Stream
+
+
+class TaskTrainer(PhaseTrainer):
+    """
+    Learns tasks: each in one or two phases, whose results are taken into the subspace and saved, and then scored.
+
+    Args:
+        model ([`~peft.PeftModel`]): With the tasks of the stream's subspace as adapters, or a placeholder.
+        args ([`ShareTrainingArguments`]): What all phases have in common.
+        stream ([`Stream`]): What the stream has come to.
+        share_config ([`ShareConfig`]): What new tasks are configured by.
+        tasks (`dict[str, TaskSplits]`): The data of the tasks.
+        details (`dict[str, TaskDetails]`): What else is known of them.
+        dataset_ids (`Mapping[str, str]`): By task, the hub id of its data set.
+        task_scorer (`Callable`, *optional*): As of [`ShareTrainer`].
+        **kwargs: As for [`~transformers.Trainer`].
+    """
+
+    args: ShareTrainingArguments
+
+    def __init__(
+        self,
+        model: PeftModel,
+        args: ShareTrainingArguments,
+        *,
+        stream: Stream,
+        share_config: ShareConfig,
+        tasks: dict[str, TaskSplits],
+        details: dict[str, TaskDetails],
+        dataset_ids: Mapping[str, str],
+        task_scorer: TaskScorer | None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model, args, **kwargs)
+        self.share_config = share_config
+        self.tasks = tasks
+        self._stream = stream
+        self._details = details
+        self._dataset_ids = dict(dataset_ids)
+        self._merge_report: MergeReport | None = None
+        self._scorer = Scorer(self, LabelMask(model, details), task_scorer, args.score_metric)
+        self._progress = StreamProgressCallback()
+        if not args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(self._progress)
+
+    def _learn(self, name: str, resumed_stage: Stage | None = None) -> Iterator[TrainOutput]:
+        """The stages of one task: learn and merge, finetune, evaluate. Yields the outcome of each phase."""
+        started = time.monotonic()
+        self._recover()
+        self._stream.begin()
+        if resumed_stage is None:
+            self._evaluate_before(name)
+        if resumed_stage in (None, "learn"):
+            yield self._learn_in(self._next_phase(), name, "learn")
+        if resumed_stage != "evaluate" and self.args.finetune_num_train_epochs > 0:
+            yield self._learn_in(Phase.FINETUNE, name, "finetune")
+        position = self._position_of(name)
+        self._stream.save_position(position, self.trained_steps, name, "evaluate")
+        self._evaluate_after(name)
+        self._stream.save_subspace(draft=False)
+        self._stream.save_position(position + 1, self.trained_steps)
+        if self.is_world_process_zero() and not self.args.disable_tqdm:
+            learned_by = self._stream.state.tasks[name].learned_by
+            self._progress.task_line(self._stream.metrics, learned_by, time.monotonic() - started)
+
+    def _learn_in(self, phase: Phase, name: str, stage: Stage) -> TrainOutput:
+        """One phase of a task, and what it trained taken into the subspace."""
+        position = self._position_of(name)
+        self._stream.save_position(position, self.trained_steps, name, stage)
+        output = self._train_phase(name, phase)
+        self._stream.save_position(position, self.trained_steps, name, stage, phase_steps=output.global_step)
+        self._take(name, phase)
+        return output
+
+    def _recover(self) -> None:
+        """Put the tasks of the model back as they are in the subspace, if a phase was broken off."""
+        if self.engine.is_broken_off:
+            self.engine.recover()
+            load_tasks(self.model, self._stream.state)
+            self.engine.is_broken_off = False
+
+    def _next_phase(self) -> Phase:
+        if len(self._stream.state.tasks) < self.args.num_init_tasks:
+            return Phase.INIT
+        return Phase.ADAPT if self.args.method == "share" else Phase.COEFFICIENTS
+
+    def _train_phase(self, name: str, phase: Phase) -> TrainOutput:
+        position = self._position_of(name)
+        # A phase depends on the seed and its place alone, so that one that is run again runs the same.
+        set_seed(self.args.seed + 2 * position + (phase == Phase.FINETUNE))
+        begin_phase(self.model, self._stream.state, name, phase, self.share_config)
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        self._stream.metrics.parameters[phase] = trained
+        self._progress.title = f"{name} [{phase}]"
+        if self._details[name].selection is not None:
+            self.eval_dataset = self._details[name].selection
+        folder = self._stream.phase_folder(position, name, phase)
+        return self.run_phase(
+            arguments_of_phase(self.args, phase, folder),
+            self.tasks[name].train,
+            stream_id=self._stream.stream_id,
+            resumed=self._stream.resumed_phase(folder),
+        )
+
+    def _take(self, name: str, phase: Phase) -> None:
+        """Take what a phase trained into the subspace, and save it."""
+        stream, details = self._stream, self._details[name]
+        held = stream.state if self.engine.keeps_idle_adapters else None
+        learned_by = stream.state.tasks[name].learned_by if phase == Phase.FINETUNE else phase
+        info = describe_task(self.model, name, learned_by, details.label_names)
+        info = replace(info, dataset=self._dataset_ids.get(name))
+        if phase == Phase.FINETUNE:
+            info = replace(info, initialization=stream.state.tasks[name].initialization)
+        if details.num_labels is not None:
+            of_model = self.model.get_base_model().config.num_labels
+            info = replace(info, head=rule_out_labels(info.head, details.num_labels, of_model))
+        if phase in (Phase.COEFFICIENTS, Phase.FINETUNE):
+            stream.state = take_coefficients(self.model, stream.state, name, info, held=held)
+        else:
+            progress = not self.args.disable_tqdm and self.is_world_process_zero()
+            stream.state, report = take_merged(self.model, stream.state, name, info, held=held, progress=progress)
+            self._merge_report = report
+            self._log_stream(
+                {
+                    "merge_max_drift": report.max_drift,
+                    "merge_max_drift_bound": report.max_drift_bound,
+                    "merge_changed_layers": report.changed_layers,
+                    "tasks": len(stream.state.tasks),
+                }
+            )
+        if stream.state.base_model_name_or_path is None:
+            base = getattr(self.model.get_base_model(), "name_or_path", None) or None
+            stream.state = replace(stream.state, base_model_name_or_path=base)
+        stream.save_subspace()
+
+    def _log_stream(self, logs: Mapping[str, float]) -> None:
+        self.log({f"share/{name}": value for name, value in logs.items()})
+
+    # ---- Evaluation ------------------------------------------------------------------------------------------------
+
+    def _evaluate_task(self, task: str, adapter: str | None = None) -> dict[str, float]:
+        self._recover()
+        return self._scorer.metrics_of(task, self.tasks[task].evaluation, adapter)
+
+    def _score(self, task: str, adapter: str | None = None) -> float:
+        self._stream.metrics.score, score = self._scorer.score_in(self._evaluate_task(task, adapter))
+        return score
+
+    def _evaluate_before(self, name: str) -> None:
+        """Score a task that is not learned yet, with the model alone and with the newest adapter."""
+        metrics = self._stream.metrics
+        metrics.add_task(name)
+        if not self.args.evaluate_before or self.tasks[name].evaluation is None:
+            return
+        newest = next(reversed(self._stream.state.tasks), PLACEHOLDER)
+        with self.model.disable_adapter():
+            metrics.baseline[-1] = self._score(name, newest)
+        if metrics.matrix:
+            metrics.matrix[-1][-1] = self._score(name, newest)
+
+    def _evaluate_after(self, name: str) -> None:
+        """One more row of the matrix, and what else is kept of the stream."""
+        stream, metrics = self._stream, self._stream.metrics
+        evaluated = metrics.tasks if self.args.evaluate_seen_tasks else [name]
+        row = [
+            self._score(task) if task in evaluated and self.tasks[task].evaluation is not None else None
+            for task in metrics.tasks
+        ]
+        metrics.matrix.append(row)
+        own = row[metrics.tasks.index(name)]
+        if own is not None:
+            tasks = stream.state.tasks
+            scored = replace(tasks[name], scores={metrics.score: own})
+            stream.state = replace(stream.state, tasks={**tasks, name: scored})
+        metrics.drift = stream.state.drifts()
+        logs = {mean: getattr(metrics, mean) for mean in ("average", "forgetting", "backward_transfer")}
+        logs |= {f"{metrics.score}/{task}": score for task, score in zip(metrics.tasks, row, strict=True)}
+        logs |= {f"drift/{task}": drift for task, drift in metrics.drift.items()}
+        logs |= {f"trainable_parameters/{phase}": count for phase, count in metrics.parameters.items()}
+        self._log_stream({log: value for log, value in logs.items() if value is not None})
+
+    def _position_of(self, name: str) -> int:
+        return list(self.tasks).index(name)

@@ -1,0 +1,19 @@
+"""How phases run: one protocol, and a single process, DDP, DeepSpeed and FSDP behind it."""
+
+from .checks import check_foreign_engine
+from .choice import engine_for, engine_that_wrote, take_trained_values
+from .engine import Engine
+from .lost_ranks import naming_lost_ranks
+from .processes import on_first_process, together
+
+
+__all__ = [
+    "Engine",
+    "check_foreign_engine",
+    "engine_for",
+    "engine_that_wrote",
+    "naming_lost_ranks",
+    "on_first_process",
+    "take_trained_values",
+    "together",
+]

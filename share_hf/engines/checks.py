@@ -1,0 +1,98 @@
+"""What an engine cannot do is refused before any phase is begun, naming what works instead."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, parse_flag_from_env
+from torch import nn
+from transformers import Trainer
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+from .fsdp import check_fsdp
+
+
+def check_engine(trainer: Trainer) -> None:
+    """Refuse what no phase could be trained with, before any is begun.
+
+    Raises:
+        ValueError: Naming the combination, and what works instead.
+    """
+    state = trainer.accelerator.state
+    asked_for_fsdp = trainer.args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")
+    if asked_for_fsdp and state.distributed_type != DistributedType.FSDP:
+        raise ValueError(
+            f"FSDP was asked for, and accelerate took {state.distributed_type.value}, expected a GPU for each "
+            "of several processes, or DDP or DeepSpeed"
+        )
+    if trainer.is_fsdp_enabled:
+        check_fsdp(state.fsdp_plugin)
+    if trainer.is_deepspeed_enabled:
+        check_deepspeed_config(state.deepspeed_plugin.hf_ds_config.config)
+    check_quantized_weights(trainer.model, _cast_of_engine(trainer), sharded=trainer.is_fsdp_enabled)
+
+
+def check_foreign_engine() -> None:
+    """Refuse engines that keep adapters in parts, in a Trainer from which they cannot be taken off.
+
+    Raises:
+        ValueError: Naming the engine, and what works instead.
+    """
+    sharded = AcceleratorState().distributed_type == DistributedType.FSDP
+    if sharded or is_deepspeed_zero3_enabled():
+        raise ValueError(
+            f"{'FSDP' if sharded else 'ZeRO-3'} keeps every adapter in parts when ShareCallback would merge it, "
+            "expected DDP, ZeRO-1 or ZeRO-2, or ShareTrainer, which takes any of them"
+        )
+
+
+def check_deepspeed_config(config: Mapping[str, Any]) -> None:
+    """Refuse what a configuration of DeepSpeed would settle for all phases: they differ in rates and lengths.
+
+    Raises:
+        ValueError: Naming it, and what works instead.
+    """
+    for block, argument in (("optimizer", "optim"), ("scheduler", "lr_scheduler_type")):
+        if block in config:
+            raise ValueError(
+                f"the DeepSpeed configuration has the {block} {config[block].get('type')!r}, expected none there, and "
+                f"{argument} in the training arguments: each phase has its own"
+            )
+
+
+def check_quantized_weights(model: nn.Module, cast: torch.dtype | None, *, sharded: bool) -> None:
+    """Refuse weights of bitsandbytes that an engine would make another model of.
+
+    Args:
+        model: Quantized or not.
+        cast: What the engine casts weights to: a packed 4-bit weight is data of no dtype, kept in tensors of one.
+        sharded: Whether FSDP shards them.
+
+    Raises:
+        ValueError: Naming a weight, and how to load the model instead.
+    """
+    for name, parameter in model.named_parameters():
+        kind = type(parameter).__name__
+        if kind == "Int8Params" and sharded:
+            raise ValueError(
+                f"{name!r} is in 8 bits, whose scales FSDP leaves behind, expected 4 bits, DDP or DeepSpeed"
+            )
+        if kind == "Params4bit" and parameter.is_floating_point() and cast not in (None, parameter.dtype):
+            raise ValueError(
+                f"{name!r} keeps packed 4-bit weights in {parameter.dtype}, which would be cast to {cast}, expected "
+                f"BitsAndBytesConfig(bnb_4bit_quant_storage={cast}) or torch.uint8"
+            )
+
+
+def _cast_of_engine(trainer: Trainer) -> torch.dtype | None:
+    """The dtype that an engine casts floating-point weights to; None if it leaves them as they are."""
+    state = trainer.accelerator.state
+    if trainer.is_deepspeed_enabled:
+        dtype = state.deepspeed_plugin.hf_ds_config.dtype()
+        return dtype if dtype != torch.float32 else None
+    if trainer.is_fsdp_enabled and state.fsdp_plugin.mixed_precision_policy is not None:
+        return state.fsdp_plugin.mixed_precision_policy.param_dtype
+    return None

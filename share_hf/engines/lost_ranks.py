@@ -1,0 +1,91 @@
+"""Telling which rank of a run ended before the others: some launchers do not, nor do libraries that wait for it."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from threading import Thread
+
+from accelerate import PartialState
+from transformers.utils import logging
+
+from .processes import of_all_processes
+
+
+logger = logging.get_logger(__name__)
+
+SECONDS_TO_END = 2.0  # a process that ends closes its connections a moment before
+
+
+@contextmanager
+def naming_lost_ranks() -> Iterator[None]:
+    """Inside of it, a rank that ends is named at once, by each other rank on its machine (Linux only).
+
+    Raises:
+        RuntimeError: Naming the rank, in place of what communication with it raises.
+    """
+    others = _others_on_this_machine()
+    if others:
+        with _watching(others):
+            yield
+    else:
+        yield
+    PartialState().wait_for_everyone()  # nobody is watched any more: who ends from here on is not lost
+
+
+def _others_on_this_machine() -> dict[int, str]:
+    """Names of the other ranks, by descriptors that can be read from when their processes have ended."""
+    machine = _machine()
+    ranks = of_all_processes((PartialState().process_index, os.getpid(), machine))
+    others = {}
+    for rank, pid, its_machine in ranks:
+        if pid != os.getpid() and its_machine == machine is not None:
+            with suppress(OSError):  # some containers do not allow it
+                others[os.pidfd_open(pid)] = f"rank {rank} (process {pid} on {socket.gethostname()})"
+    return others
+
+
+def _machine() -> tuple[str, str] | None:
+    """What processes have in common that know each other by their numbers; None where they cannot be watched."""
+    if not hasattr(os, "pidfd_open"):
+        return None
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return None
+
+
+@contextmanager
+def _watching(others: Mapping[int, str]) -> Iterator[None]:
+    done, set_done = os.pipe()
+    lost: list[str] = []
+
+    def watch() -> None:
+        poll = select.poll()
+        for descriptor in (done, *others):
+            poll.register(descriptor, select.POLLIN)
+        ended = [descriptor for descriptor, _ in poll.poll()]
+        if done not in ended:
+            names = " and ".join(others[descriptor] for descriptor in ended)
+            lost.append(f"{names} ended in the middle of the run; resume_from_checkpoint=True continues it")
+            logger.error(lost[0])
+
+    # A thread, as a launcher that sees a rank end stops the others soon, whatever they are at.
+    watcher = Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    except RuntimeError as error:
+        watcher.join(SECONDS_TO_END)
+        if lost:
+            raise RuntimeError(lost[0]) from error
+        raise
+    finally:
+        os.write(set_done, b".")  # not closed: workers that load data may hold it too
+        watcher.join()
+        for descriptor in (done, set_done, *others):
+            os.close(descriptor)

@@ -1,0 +1,129 @@
+"""Several processes: what one of them computes or suffers, all of them know."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor
+
+
+Value = TypeVar("Value")
+
+
+def on_first_process(compute: Callable[[], Value], *, known: object = None) -> Value:
+    """What the first process computes, on every process; what each would for itself may differ by rounding.
+
+    Tensors are sent as they are, none of them pickled.
+
+    Args:
+        compute: Called on the first process.
+        known: A value that all processes have, such as the state that `compute` starts from. Its tensors are not sent
+            where the result has them too.
+
+    Raises:
+        Exception: Whatever the first process raises, on every process; elsewhere a `RuntimeError` with its message, if
+            it cannot be sent.
+    """
+    state = PartialState()
+    if state.num_processes == 1:
+        return compute()
+    sent, own = (None, []), None
+    shared = _taken_apart(known)[1]
+    if state.is_main_process:
+        try:
+            sent = _taken_apart(compute(), shared)
+        except Exception as error:
+            own = error
+    content, tensors = sent
+    layouts = [(tensor.shape, tensor.dtype, tensor.device.type) for tensor in tensors]
+    content, layouts, error = broadcast_object_list([(content, layouts, own and _sendable(own))])[0]
+    if error is not None:
+        raise own or error
+    if not state.is_main_process:
+        tensors = [torch.empty(shape, dtype=dtype) for shape, dtype, _ in layouts]
+    tensors = [_broadcast(tensor, kind) for tensor, (_, _, kind) in zip(tensors, layouts, strict=True)]
+    return _put_together(content, shared + tensors)
+
+
+def _taken_apart(value: object, shared: list[Tensor] | None = None) -> tuple[bytes, list[Tensor]]:
+    """A value without its tensors, and those of them that are not shared already."""
+    file = io.BytesIO()
+    pickler = _TensorPickler(file, shared or [])
+    pickler.dump(value)
+    return file.getvalue(), pickler.found
+
+
+def _put_together(content: bytes, tensors: list[Tensor]) -> Any:
+    return _TensorUnpickler(io.BytesIO(content), tensors).load()
+
+
+class _TensorPickler(pickle.Pickler):
+    """Writes numbers in place of tensors: first the shared ones, then others in the order they are found."""
+
+    def __init__(self, file: io.BytesIO, shared: list[Tensor]) -> None:
+        super().__init__(file)
+        self.found: list[Tensor] = []
+        self._numbers = {id(tensor): number for number, tensor in enumerate(shared)}
+
+    def persistent_id(self, value: object) -> int | None:
+        if not isinstance(value, Tensor):
+            return None
+        if id(value) not in self._numbers:
+            self._numbers[id(value)] = len(self._numbers)
+            self.found.append(value)
+        return self._numbers[id(value)]
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    """Puts tensors in the place of their numbers."""
+
+    def __init__(self, file: io.BytesIO, tensors: list[Tensor]) -> None:
+        super().__init__(file)
+        self._tensors = tensors
+
+    def persistent_load(self, number: int) -> Tensor:
+        return self._tensors[number]
+
+
+def _broadcast(tensor: Tensor, kind: str) -> Tensor:
+    """A tensor of the first process on every process; back where it was, such as on the CPU."""
+    on_device = tensor.detach().to(PartialState().device).contiguous()
+    dist.broadcast(on_device, src=0)
+    return tensor if PartialState().is_main_process else on_device.to(kind)
+
+
+def together(act: Callable[[], object]) -> None:
+    """Act on every process, and go on when all have.
+
+    Raises:
+        Exception: What one of them raises, on every process: none waits for one that failed. Elsewhere it is a
+            `RuntimeError` with its message, if it cannot be sent.
+    """
+    own = None
+    try:
+        act()
+    except Exception as error:
+        own = error
+    errors = [error for error in of_all_processes(own and _sendable(own)) if error is not None]
+    if errors:
+        raise own or errors[0]
+
+
+def of_all_processes(value: Value) -> list[Value]:
+    """What each process has here, by rank."""
+    return [value] if PartialState().num_processes == 1 else gather_object([value])
+
+
+def _sendable(error: Exception) -> Exception:
+    """The error itself if it can be pickled; other libraries' may hold what cannot."""
+    try:
+        return pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")

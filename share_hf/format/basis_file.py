@@ -1,0 +1,130 @@
+"""`subspace.safetensors`: the bases of all layers, once for all tasks.
+
+Per target module: `<module>.beta` (n, k_out) and `<module>.alpha` (d, k_in), float32 with orthonormal columns;
+`<module>.spectrum_out` (k_out,) and `<module>.spectrum_in` (k_in,), singular values of the stack of updates along them
+when the basis was last changed; `<module>.explained_variance` (1,), likewise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..subspace import LayerSubspace
+from .files import expect_tensor, read_tensors
+
+
+SUBSPACE_FILE = "subspace.safetensors"
+ORTHONORMALITY_TOLERANCE = 1e-3
+
+_PARTS = ("beta", "alpha", "spectrum_out", "spectrum_in", "explained_variance")
+
+
+@dataclass(frozen=True)
+class StoredBasis:
+    """One layer's entry of `subspace.safetensors`, all float32.
+
+    Args:
+        beta: (n, k_out).
+        alpha: (d, k_in).
+        spectrum_out: (k_out,).
+        spectrum_in: (k_in,).
+        explained_variance: In [0, 1].
+    """
+
+    beta: Tensor
+    alpha: Tensor
+    spectrum_out: Tensor
+    spectrum_in: Tensor
+    explained_variance: float
+
+    @classmethod
+    def of_layer(cls, layer: LayerSubspace) -> StoredBasis:
+        """What is stored of a layer beside the coefficients of its tasks."""
+        return cls(
+            beta=layer.basis_out,
+            alpha=layer.basis_in,
+            spectrum_out=layer.spectrum_out.float(),
+            spectrum_in=layer.spectrum_in.float(),
+            explained_variance=layer.explained_by_basis,
+        )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n, d) of the layer."""
+        return self.beta.shape[0], self.alpha.shape[0]
+
+    @property
+    def num_components(self) -> tuple[int, int]:
+        """(k_out, k_in)."""
+        return self.beta.shape[1], self.alpha.shape[1]
+
+    def equals(self, beta: Tensor, alpha: Tensor) -> bool:
+        """Whether another basis is the same to the bit."""
+        return torch.equal(self.beta, beta.cpu()) and torch.equal(self.alpha, alpha.cpu())
+
+
+def basis_tensors(bases: Mapping[str, StoredBasis]) -> dict[str, Tensor]:
+    """The tensors of `subspace.safetensors` for these modules."""
+    tensors: dict[str, Tensor] = {}
+    for module, basis in bases.items():
+        tensors[f"{module}.beta"] = basis.beta.float()
+        tensors[f"{module}.alpha"] = basis.alpha.float()
+        tensors[f"{module}.spectrum_out"] = basis.spectrum_out.float()
+        tensors[f"{module}.spectrum_in"] = basis.spectrum_in.float()
+        tensors[f"{module}.explained_variance"] = torch.tensor([basis.explained_variance], dtype=torch.float32)
+    return tensors
+
+
+def bases_of(layers: Mapping[str, LayerSubspace]) -> dict[str, StoredBasis]:
+    """The bases of a subspace, by module."""
+    return {module: StoredBasis.of_layer(layer) for module, layer in layers.items()}
+
+
+def read_bases(path: Path) -> dict[str, StoredBasis]:
+    """The bases in a `subspace.safetensors`, by module.
+
+    Raises:
+        ValueError: If the file is damaged, a module is incomplete, shapes do not fit together, or columns are not
+            orthonormal.
+    """
+    tensors = read_tensors(path)
+    modules = []
+    for name in tensors:
+        module, _, part = name.rpartition(".")
+        if not module or part not in _PARTS:
+            raise ValueError(f"{path}: unexpected tensor {name!r}, expected <module>.<{'|'.join(_PARTS)}>")
+        if part == "beta":
+            modules.append(module)
+    if len(tensors) != len(_PARTS) * len(modules):
+        raise ValueError(f"{path}: {len(tensors)} tensors for {len(modules)} modules, expected {len(_PARTS)} for each")
+    return {module: _read_basis(path, tensors, module) for module in modules}
+
+
+def _read_basis(path: Path, tensors: Mapping[str, Tensor], module: str) -> StoredBasis:
+    beta = _read_columns(path, tensors, f"{module}.beta")
+    alpha = _read_columns(path, tensors, f"{module}.alpha")
+    return StoredBasis(
+        beta=beta,
+        alpha=alpha,
+        spectrum_out=expect_tensor(path, tensors, f"{module}.spectrum_out", (beta.shape[1],)),
+        spectrum_in=expect_tensor(path, tensors, f"{module}.spectrum_in", (alpha.shape[1],)),
+        explained_variance=float(expect_tensor(path, tensors, f"{module}.explained_variance", (1,))),
+    )
+
+
+def _read_columns(path: Path, tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    found = tensors.get(name)
+    if found is None or found.ndim != 2 or found.shape[1] > found.shape[0]:
+        shape = None if found is None else tuple(found.shape)
+        raise ValueError(f"{path}: {name!r} has shape {shape}, expected a matrix with no more columns than rows")
+    columns = expect_tensor(path, tensors, name, tuple(found.shape))
+    error = (columns.T @ columns - torch.eye(columns.shape[1])).abs().max() if columns.numel() else torch.zeros(())
+    if error > ORTHONORMALITY_TOLERANCE:
+        raise ValueError(f"{path}: the columns of {name!r} are not orthonormal (off by {error:.2g})")
+    # Out of the mapped file, to an address as aligned as any other tensor's: BLAS may round by that too.
+    return columns.clone()

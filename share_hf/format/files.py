@@ -1,0 +1,289 @@
+"""Reading files that may be anything, and writing them so that a crash leaves the old tree or the new one."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+
+MAX_JSON_BYTES = 64 * 2**20
+
+# What coefficients, bases, LoRA factors and heads may be stored as.
+_DTYPES = {
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.uint8,
+    torch.bool,
+}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ValueError: If the file is missing, too large, not JSON or not an object.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    if (size := path.stat().st_size) > MAX_JSON_BYTES:
+        raise ValueError(f"{path}: {size} bytes, expected at most {MAX_JSON_BYTES}")
+    try:
+        content = json.loads(
+            path.read_text(encoding="utf-8"), parse_constant=_refuse, parse_float=_finite, parse_int=_short
+        )
+        json.dumps(
+            content, ensure_ascii=False
+        ).encode()  # refuses half a surrogate pair, which cannot be written again
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a {type(content).__name__}, expected a JSON object")
+    return content
+
+
+def _refuse(literal: str) -> float:
+    raise ValueError(f"{literal} is no number of JSON")
+
+
+def _finite(literal: str) -> float:
+    return number if math.isfinite(number := float(literal)) else _refuse(literal)
+
+
+def _short(literal: str) -> int:
+    return int(literal) if len(literal) < 20 else _refuse(f"{literal[:20]}…")
+
+
+def json_bytes(content: Mapping[str, Any]) -> bytes:
+    """JSON that a person and a diff can read: a line for each field, and for each entry of a field."""
+    return (_lines(content, depth=2) + "\n").encode()
+
+
+def _lines(value: Any, depth: int, indent: str = "") -> str:
+    if not depth or not value or not isinstance(value, (Mapping, list, tuple)):
+        return json.dumps(value, sort_keys=True, allow_nan=False, separators=(",", ":"))
+    inner = indent + " "
+    if isinstance(value, Mapping):
+        entries = [f"{json.dumps(name)}: {_lines(value[name], depth - 1, inner)}" for name in sorted(value)]
+    elif isinstance(value[0], (Mapping, list, tuple)):
+        entries = [_lines(entry, depth - 1, inner) for entry in value]
+    else:
+        return json.dumps(value, allow_nan=False, separators=(",", ":"))
+    opening, closing = "{}" if isinstance(value, Mapping) else "[]"
+    return f"{opening}\n{inner}" + f",\n{inner}".join(entries) + f"\n{indent}{closing}"
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, each finite.
+
+    Raises:
+        ValueError: If the file is missing, is not a whole safetensors file, or a tensor has NaN or infinite entries.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(f"{path}: {name!r} is {tensor.dtype}, expected torch.float32 or another common type")
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"{path}: {name!r} has NaN or infinite entries, expected finite numbers")
+    return tensors
+
+
+def tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    """A safetensors file whose bytes depend only on the tensors."""
+    return save({name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}, {"format": "pt"})
+
+
+def expect_tensor(path: Path, tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
+    """The float32 tensor of this name and shape.
+
+    Raises:
+        ValueError: Naming the file, the tensor, what was found and what was expected.
+    """
+    if name not in tensors:
+        raise ValueError(f"{path}: {name!r} is missing, expected a tensor of shape {shape}")
+    tensor = tensors[name]
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{path}: {name!r} has shape {tuple(tensor.shape)}, expected {shape}")
+    if tensor.dtype != torch.float32:
+        raise ValueError(f"{path}: {name!r} is {tensor.dtype}, expected torch.float32")
+    return tensor
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class FolderWriter:
+    """Puts files into a scratch folder that is to take the place of another.
+
+    Args:
+        scratch: Folder to write into.
+        folder: Folder that will be replaced.
+        known: Checksums, by path, of files that `folder` is known to hold. A file with the same content is linked
+            instead of written again.
+
+    Attributes:
+        sha256: By path, the checksums of what was put.
+    """
+
+    def __init__(self, scratch: Path, folder: Path | None = None, known: Mapping[str, str] | None = None) -> None:
+        self.scratch = scratch
+        self.sha256: dict[str, str] = {}
+        self._folder, self._known = folder, known or {}
+
+    def put(self, name: str, content: bytes) -> None:
+        """Write a file, or link it where it is there already."""
+        checksum = hashlib.sha256(content).hexdigest()
+        path = self.scratch / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)  # a link to a file of the other folder must not be written through
+        if self._known.get(name) != checksum or not self._link(name, path):
+            path.write_bytes(content)
+        self.sha256[name] = checksum
+
+    def _link(self, name: str, path: Path) -> bool:
+        try:
+            os.link(self._folder / name, path)
+        except OSError:  # not every file system has links
+            return False
+        return True
+
+
+@contextmanager
+def replacing_folder(folder: Path, entries: Collection[str]) -> Iterator[Path]:
+    """A scratch folder beside `folder` that takes its place when the block ends without an error.
+
+    The old folder is there until the new one is whole and on disk: it is renamed aside, the new one into place, what
+    else it held moved over, and only then deleted. `recover_folder` finishes what a crash in between left. There may
+    be one writer at a time, and any number of readers.
+
+    Args:
+        folder: The folder to replace, or to create.
+        entries: Names in it that belong to what is written; all others stay.
+    """
+    folder = _real(folder)
+    if Path.cwd().is_relative_to(folder):
+        raise ValueError(f"{folder} is or holds the current folder and would be replaced, expected another folder")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file, expected a folder, or none yet")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    recover_folder(folder, entries)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.new-", dir=folder.parent))
+    try:
+        with naming(folder):
+            yield scratch
+            _flush(scratch)
+        scratch.chmod(folder.stat().st_mode & 0o7777 if folder.exists() else 0o777 & ~_umask())
+        if folder.exists():
+            folder.rename(_aside(folder))
+        scratch.rename(folder)
+        _flush_folder(folder.parent)
+        recover_folder(folder, entries)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def restore_folder(folder: Path) -> None:
+    """Undo a replacement that was cut off between its renames. A reader may do no more: a writer may be at work."""
+    folder = _real(folder)
+    if not folder.exists() and _aside(folder).exists():
+        with suppress(OSError):  # the writer was faster
+            _aside(folder).rename(folder)
+
+
+def recover_folder(folder: Path, entries: Collection[str]) -> None:
+    """Finish or undo a replacement that was cut off: no tree is lost, nor what else its folder held."""
+    folder = _real(folder)
+    for scratch in folder.parent.glob(f".{glob.escape(folder.name)}.new-*"):
+        shutil.rmtree(scratch, ignore_errors=True)
+    restore_folder(folder)
+    aside = _aside(folder)
+    if not aside.exists():
+        return
+    for path in aside.iterdir():
+        if path.name not in entries and not (folder / path.name).exists():
+            path.rename(folder / path.name)
+    shutil.rmtree(aside)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a text file as a whole."""
+    scratch = path.with_name(f".{path.name}.new")  # one name, so that the next write takes what a crash left
+    try:
+        with naming(path):
+            scratch.write_text(text, encoding="utf-8")
+            with scratch.open("rb") as file:
+                os.fsync(file.fileno())
+            scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+    _flush_folder(path.parent)
+
+
+@contextmanager
+def naming(place: Path) -> Iterator[None]:
+    """Name what could not be written: a full disk is told of without."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{place}: could not be written ({error})") from error
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(place)) from error
+
+
+def _real(folder: Path) -> Path:
+    """The folder itself where `folder` is a link to it or a relative path: it has a name and a parent."""
+    return Path(os.path.realpath(folder))
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
+def _flush(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file() and path.stat().st_nlink == 1:  # a linked file is on disk already
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,170 @@
+"""`share_config.json`: what a tree holds, and the checksums that tell whether it still does.
+
+Fields: `format_version`; `kind` ("tree", or "checkpoint" for the folder of a `PeftModel`, which has the bases but not
+the layout of a tree); `share_hf_version`; `base_model_name_or_path`; `settings` (the fields of
+`SubspaceSettings`); `modules` (module -> `shape` [n, d] and `num_components` [k_out, k_in]); `tasks` (names in the
+order they were learned); `default_task`; `lineage` (one object a step); `branches` (task -> its drift when its branch
+on the hub was last written); `sha256` (path in the tree -> checksum, of every file that loading depends on; of a task,
+its `metrics.json`, which has the checksums of the others); `digest` (checksum of all the other fields).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ..subspace import SubspaceSettings
+from ..version import __version__
+from .files import json_bytes, read_json, sha256_of
+from .names import check_task_name
+
+
+INDEX_FILE = "share_config.json"
+FORMAT_VERSION = 1
+
+# Names and rank-1 tensors of a safetensors file, over what its matrices take.
+_BYTES_BESIDE_MATRICES = 2**20
+
+
+@dataclass(frozen=True)
+class ModuleEntry:
+    """A target module: (n, d) of its weight, (k_out, k_in) of its basis."""
+
+    shape: tuple[int, int]
+    num_components: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class TreeIndex:
+    """The content of `share_config.json`."""
+
+    base_model_name_or_path: str | None
+    settings: SubspaceSettings
+    modules: Mapping[str, ModuleEntry]
+    tasks: tuple[str, ...]
+    kind: Literal["tree", "checkpoint"] = "tree"
+    default_task: str | None = None
+    lineage: tuple[Mapping[str, Any], ...] = ()
+    branches: Mapping[str, float] = field(default_factory=dict)
+    sha256: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_tree(self) -> bool:
+        """Whether this is a whole tree, rather than the checkpoint of a model."""
+        return self.kind == "tree"
+
+    @property
+    def root_task(self) -> str | None:
+        """The default task, or the newest."""
+        return self.default_task or next(reversed(self.tasks), None)
+
+    def basis_bytes(self) -> int:
+        """Most bytes that the `subspace.safetensors` of this tree may have."""
+        matrices = sum(
+            n * k for entry in self.modules.values() for n, k in zip(entry.shape, entry.num_components, strict=True)
+        )
+        return 4 * matrices + _BYTES_BESIDE_MATRICES
+
+
+def index_bytes(index: TreeIndex) -> bytes:
+    """`share_config.json`, with the digest of its content."""
+    content = {**asdict(index), "format_version": FORMAT_VERSION, "share_hf_version": __version__}
+    content["digest"] = _digest(content)
+    return json_bytes(content)
+
+
+def read_index(folder: Path) -> TreeIndex:
+    """Read and check `share_config.json`.
+
+    Raises:
+        ValueError: If it is damaged, was edited, or belongs to a newer format; naming what was found and expected.
+    """
+    path = folder / INDEX_FILE
+    content = read_json(path)
+    version = content.get("format_version")
+    if not isinstance(version, int) or version < 1:
+        raise ValueError(f"{path}: format_version is {version!r}, expected {FORMAT_VERSION}")
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"{path}: format_version is {version}, expected at most {FORMAT_VERSION}: the tree was written by a newer "
+            "share_hf, upgrade with `pip install -U share-hf`"
+        )
+    digest = content.pop("digest", None)
+    if digest != _digest(content):
+        raise ValueError(
+            f"{path}: digest is {digest!r}, expected {_digest(content)!r}: the file was edited or damaged"
+        )
+    try:
+        tasks, default_task = content["tasks"], content["default_task"]
+        if not isinstance(tasks, list):
+            raise ValueError(f"tasks is {tasks!r}, expected a list")
+        for i, task in enumerate(tasks):
+            check_task_name(task, tasks[:i])
+        if default_task is not None and default_task not in tasks:
+            raise ValueError(f"default_task is {default_task!r}, expected one of {tasks}")
+        return TreeIndex(
+            base_model_name_or_path=content["base_model_name_or_path"],
+            settings=SubspaceSettings.from_dict(content["settings"]),
+            modules={name: _module(name, entry) for name, entry in content["modules"].items()},
+            tasks=tuple(tasks),
+            kind=content["kind"],
+            default_task=default_task,
+            lineage=_lineage(content["lineage"]),
+            branches={task: float(drift) for task, drift in content["branches"].items()},
+            sha256={relative: str(checksum) for relative, checksum in content["sha256"].items()},
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: a field is missing or of the wrong type ({error!r})") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def check_file(folder: Path, sha256: Mapping[str, str], relative: str, *, listed_in: str = INDEX_FILE) -> None:
+    """Compare the checksum of a file with the one that is noted for it.
+
+    Args:
+        folder: Of a tree.
+        sha256: Checksums by path.
+        relative: Path of the file in the folder.
+        listed_in: Where the checksums are from.
+
+    Raises:
+        ValueError: If it is missing or is not the file that was saved.
+    """
+    path = folder / relative
+    if relative not in sha256:
+        raise ValueError(f"{folder / listed_in}: sha256 has no entry for {relative!r}")
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file, but {listed_in} lists it")
+    if (found := sha256_of(path)) != sha256[relative]:
+        raise ValueError(f"{path}: sha256 is {found}, expected {sha256[relative]}: the file was truncated or edited")
+
+
+def _module(name: str, entry: Mapping[str, Any]) -> ModuleEntry:
+    shape, num_components = entry["shape"], entry["num_components"]
+    for field_name, pair, least in (("shape", shape, 1), ("num_components", num_components, 0)):
+        whole = isinstance(pair, list) and len(pair) == 2 and all(type(side) is int and side >= least for side in pair)
+        if not whole:
+            raise ValueError(f"{field_name} of {name!r} is {pair!r}, expected two integers of at least {least}")
+    if any(k > side for k, side in zip(num_components, shape, strict=True)):
+        raise ValueError(f"num_components of {name!r} is {num_components}, expected at most its shape {shape}")
+    return ModuleEntry(tuple(shape), tuple(num_components))
+
+
+def _lineage(entries: Any) -> tuple[Mapping[str, Any], ...]:
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError("lineage is no list of steps")
+    for entry in entries:
+        merged = entry.get("merged", [])
+        names = [entry["id"], entry.get("learned", ""), entry.get("removed", "")]
+        if not isinstance(merged, list) or not all(isinstance(name, str) for name in (*names, *merged)):
+            raise ValueError(f"lineage has a step {entry!r}, expected an id and names of tasks")
+    return tuple(entries)
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,254 @@
+"""Plain LoRA adapters in and out: PEFT folders and repositories, read as updates and written from them."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from peft import LoraConfig, TaskType
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import get_pattern_key
+from torch import Tensor
+
+from ..subspace import LowRankUpdate
+from .download import download
+from .files import read_json, read_tensors, tensor_bytes
+from .names import HUB_ID
+
+
+PEFT_PREFIX = "base_model.model."
+
+# Which modules an adapter targets, in the fields that LoRA and SHARE configurations have in common.
+TARGET_FIELDS = (
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "modules_to_save",
+    "fan_in_fan_out",
+    "task_type",
+)
+
+# Methods that move part of the base weights into the adapter at its start: their LoRA is no update of the base model.
+_MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+# Variants of LoRA that compute more than ``W x + s B A x``.
+_VARIANTS = (
+    "use_dora",
+    "lora_bias",
+    "use_bdlora",
+    "use_qalora",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "layer_replication",
+    "trainable_token_indices",
+)
+
+
+@dataclass(frozen=True)
+class LoraAdapter:
+    """A plain LoRA: its updates with the scale folded in, and what came with it.
+
+    Args:
+        updates: By module of the base model, ``ΔW = out_factor in_factor^T``.
+        head: Weights of `modules_to_save` by name in the base model, such as `classifier.weight`.
+        target: Values of `TARGET_FIELDS`.
+        base_model_name_or_path: As the adapter names it.
+    """
+
+    updates: dict[str, LowRankUpdate]
+    head: dict[str, Tensor] = field(default_factory=dict)
+    target: dict[str, Any] = field(default_factory=dict)
+    base_model_name_or_path: str | None = None
+
+
+def read_lora(
+    location: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+) -> LoraAdapter:
+    """Read a PEFT LoRA from a folder or a hub repository.
+
+    Raises:
+        ValueError: If it is no plain LoRA (another method, DoRA, a trained bias, an embedding, an initialization that
+            changes the base weights), a tensor is missing, of a wrong shape, or not finite; naming what was found.
+    """
+    config_path, weights_path = (
+        _resolve(location, name, revision=revision, token=token, cache_dir=cache_dir)
+        for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
+    )
+    config = read_json(config_path)
+    _check_plain_lora(config_path, config)
+    factors, head = _sort_tensors(weights_path, read_tensors(weights_path), config)
+    updates = {}
+    for module, pair in factors.items():
+        updates[module] = _scaled_update(weights_path, module, pair, config)
+    if not updates:
+        raise ValueError(f"{weights_path}: no lora_A and lora_B in it, expected a LoRA")
+    return LoraAdapter(
+        updates=updates,
+        head=head,
+        target={name: config.get(name) for name in TARGET_FIELDS},
+        base_model_name_or_path=config.get("base_model_name_or_path"),
+    )
+
+
+def read_target(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a configuration that say which modules it targets, those that are given.
+
+    Raises:
+        ValueError: If one is not of a type that PEFT takes.
+    """
+    target = {name: config[name] for name in TARGET_FIELDS if config.get(name) is not None}
+    for name, value in target.items():
+        texts = isinstance(value, list) and all(isinstance(entry, str) for entry in value)
+        whole_numbers = all(type(entry) is int for entry in (value if isinstance(value, list) else [value]))
+        usable = {
+            "modules_to_save": texts,
+            "layers_to_transform": whole_numbers,
+            "fan_in_fan_out": isinstance(value, bool),
+            "task_type": value in list(TaskType),
+        }.get(name, texts or isinstance(value, str))
+        if not usable:
+            raise ValueError(f"{path}: {name} is {value!r}, which no PEFT configuration has there")
+        if isinstance(value, str):
+            _check_pattern(path, name, value)
+    try:
+        LoraConfig(**target)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: its target modules are no PEFT configuration's ({error})") from error
+    return target
+
+
+def check_head_names(path: Path, names: Iterable[str], saved: Iterable[str]) -> None:
+    """Refuse weights that belong to no module that the adapter says it saves: a loader would put them into the base.
+
+    Raises:
+        ValueError: Naming the first.
+    """
+    saved = list(saved)
+    for name in names:
+        if not any(f".{module}." in f".{name}" for module in saved):
+            raise ValueError(f"{path}: {name!r} is unexpected, expected coefficients and modules_to_save = {saved}")
+
+
+def _check_pattern(path: Path, name: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"{path}: {name} is {pattern!r}, which is no regular expression ({error})") from error
+
+
+def lora_files(adapter: LoraAdapter, rank: int) -> dict[str, bytes]:
+    """The files of updates as a plain PEFT LoRA of this rank and scale 1, which any PEFT loads without share_hf."""
+    tensors = {f"{PEFT_PREFIX}{name}": tensor for name, tensor in adapter.head.items()}
+    for module, update in adapter.updates.items():
+        tensors[f"{PEFT_PREFIX}{module}.lora_A.weight"] = update.in_factor.T
+        tensors[f"{PEFT_PREFIX}{module}.lora_B.weight"] = update.out_factor
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        inference_mode=True,
+        base_model_name_or_path=adapter.base_model_name_or_path,
+        **{name: value for name, value in adapter.target.items() if value is not None},
+    )
+    return adapter_files(config.to_dict(), tensors)
+
+
+def adapter_files(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
+    """The files of an adapter as PEFT lays it out, with bytes that depend only on the content."""
+    text = json.dumps(config, indent=2, sort_keys=True, default=_plain) + "\n"
+    return {CONFIG_NAME: text.encode(), SAFETENSORS_WEIGHTS_NAME: tensor_bytes(tensors)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    raise TypeError(f"{value!r} is not JSON serializable")
+
+
+def _resolve(location: str | Path, name: str, **download_options: Any) -> Path:
+    folder = Path(location)
+    if folder.is_dir():
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"{folder}: no {name} in it, expected the folder of a PEFT adapter")
+        return path
+    if isinstance(location, Path) or not HUB_ID.fullmatch(location):
+        raise ValueError(f"{location}: no such folder")
+    try:
+        return download(location, name, **download_options)
+    except LocalEntryNotFoundError as error:
+        raise LocalEntryNotFoundError(
+            f"{location}: no such folder, and no repository in the cache or reach"
+        ) from error
+    except EntryNotFoundError as error:
+        raise ValueError(f"{location}: no {name} in this repository, expected a PEFT adapter") from error
+
+
+def _check_plain_lora(path: Path, config: Mapping[str, Any]) -> None:
+    if (kind := config.get("peft_type")) != "LORA":
+        advice = ", export its tasks as LoRAs first" if kind == "SHARE" else ""
+        raise ValueError(f"{path}: peft_type is {kind!r}, expected 'LORA'{advice}")
+    for name in _VARIANTS:
+        if config.get(name):
+            raise ValueError(f"{path}: {name} is {config[name]!r}, expected a plain LoRA without it")
+    if config.get("target_parameters"):
+        raise ValueError(f"{path}: target_parameters is {config['target_parameters']!r}, expected linear modules only")
+    if (bias := config.get("bias", "none")) != "none":
+        raise ValueError(f"{path}: bias is {bias!r}, expected 'none': a trained bias is no low-rank update")
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(_MUTATING_INITS):
+        raise ValueError(
+            f"{path}: init_lora_weights is {init!r}, which changes the base weights, expected an adapter that was "
+            "converted with path_initial_model_for_weight_conversion"
+        )
+    for name, alpha in {"lora_alpha": config.get("lora_alpha"), **(config.get("alpha_pattern") or {})}.items():
+        if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+            raise ValueError(f"{path}: {name} is {alpha!r}, expected a number")
+
+
+def _sort_tensors(
+    path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """Split an adapter's tensors into LoRA factors by module, and the weights of its head."""
+    factors: dict[str, dict[str, Tensor]] = {}
+    head: dict[str, Tensor] = {}
+    saved = config.get("modules_to_save") or []
+    for key, tensor in tensors.items():
+        name = key.removeprefix(PEFT_PREFIX)
+        if match := re.fullmatch(r"(.+)\.lora_([AB])\.weight", name):
+            factors.setdefault(match[1], {})[match[2]] = tensor
+        elif any(re.search(rf"(^|\.){re.escape(module)}\.", name) for module in saved):
+            head[name] = tensor
+        else:
+            raise ValueError(
+                f"{path}: unexpected tensor {key!r}, expected lora_A, lora_B and modules_to_save = {saved}"
+            )
+    return factors, head
+
+
+def _scaled_update(path: Path, module: str, pair: Mapping[str, Tensor], config: Mapping[str, Any]) -> LowRankUpdate:
+    if set(pair) != {"A", "B"}:
+        missing = "B" if "A" in pair else "A"
+        raise ValueError(f"{path}: {module!r} has no lora_{missing}, expected both lora_A and lora_B")
+    a, b = pair["A"], pair["B"]
+    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or not a.shape[0]:
+        raise ValueError(
+            f"{path}: lora_A and lora_B of {module!r} are {tuple(a.shape)} and {tuple(b.shape)}, expected (r, d) and "
+            "(n, r)"
+        )
+    patterns = config.get("alpha_pattern") or {}
+    alpha = patterns.get(get_pattern_key(patterns.keys(), module), config["lora_alpha"])
+    scale = alpha / (math.sqrt(a.shape[0]) if config.get("use_rslora") else a.shape[0])
+    return LowRankUpdate(out_factor=scale * b.to(torch.float32), in_factor=a.T.to(torch.float32))

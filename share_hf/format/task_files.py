@@ -1,0 +1,179 @@
+"""The folder of one task in a tree: its coefficients and head as a SHARE adapter, and what is known of it.
+
+adapter_config.json         peft_type SHARE
+adapter_model.safetensors   the task's coefficients and head
+metrics.json                scores, the norm and drift of each layer, which merges need, checksums of the others
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from torch import Tensor
+
+from ..state import Phase, SubspaceState, TaskInfo, sketch_of
+from .basis_file import SUBSPACE_FILE, StoredBasis
+from .files import expect_tensor, json_bytes, read_json, read_tensors
+from .index import INDEX_FILE, TreeIndex, check_file
+from .lora import PEFT_PREFIX, adapter_files, check_head_names, read_target
+
+
+METRICS_FILE = "metrics.json"
+TASKS_FOLDER = "tasks"
+
+# What a task's metrics hold of each layer, in this order.
+CERTIFICATE_COLUMNS = ("norm", "rank_error", "drift_bound", "drift_estimate")
+
+_LARGEST = 1e30  # far above any norm of a weight, and its square is a number still
+
+# Of a task in one layer: (ε_out, ε_in, certificate).
+StoredTask = tuple[Tensor, Tensor, list[float]]
+
+
+def task_folder(task: str) -> str:
+    return f"{TASKS_FOLDER}/{task}"
+
+
+def share_adapter_tensors(state: SubspaceState, task: str) -> dict[str, Tensor]:
+    """A task's coefficients and head under the names that PEFT saves and loads them by."""
+    tensors = {f"{PEFT_PREFIX}{name}": tensor for name, tensor in state.tasks[task].head.items()}
+    for module, layer in state.layers_of(task).items():
+        coefficients_out, coefficients_in = layer.coefficients_of(task)
+        tensors[f"{PEFT_PREFIX}{module}.share_coefficients_out"] = coefficients_out
+        tensors[f"{PEFT_PREFIX}{module}.share_coefficients_in"] = coefficients_in
+    return tensors
+
+
+def share_adapter_config(state: SubspaceState, task: str) -> dict[str, Any]:
+    """The values of a task's `ShareConfig`."""
+    settings = asdict(state.settings)
+    del settings["center"]  # a property of merges, which a single task has no say in
+    return {
+        "peft_type": "SHARE",
+        "base_model_name_or_path": state.base_model_name_or_path,
+        "inference_mode": True,
+        **settings,
+        **{name: value for name, value in state.tasks[task].target.items() if value is not None},
+    }
+
+
+def task_files(state: SubspaceState, task: str) -> dict[str, bytes]:
+    """The files of a task by name."""
+    files = adapter_files(share_adapter_config(state, task), share_adapter_tensors(state, task))
+    info = state.tasks[task]
+    certificate = {module: layer.records.rows[layer.index(task)] for module, layer in state.layers_of(task).items()}
+    content = {
+        "learned_by": info.learned_by,
+        "scores": dict(info.scores),
+        "labels": None if info.labels is None else list(info.labels),
+        "dataset": info.dataset,
+        "initialization": info.initialization,
+        "certificate": certificate,
+        "certificate_columns": list(CERTIFICATE_COLUMNS),
+        "sha256": {name: hashlib.sha256(file).hexdigest() for name, file in files.items()},
+    }
+    return {**files, METRICS_FILE: json_bytes(content)}
+
+
+def check_task_files(folder: Path, index: TreeIndex, task: str) -> None:
+    """Compare the files of a task with the checksums that the index leads to.
+
+    Raises:
+        ValueError: Naming the file that is not the one that was saved.
+    """
+    place = task_folder(task)
+    metrics_file = f"{place}/{METRICS_FILE}"
+    check_file(folder, index.sha256, metrics_file)
+    noted = read_json(folder / metrics_file).get("sha256")
+    sha256 = {f"{place}/{name}": checksum for name, checksum in noted.items()} if isinstance(noted, dict) else {}
+    for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+        check_file(folder, sha256, f"{place}/{name}", listed_in=metrics_file)
+
+
+def read_task(
+    folder: Path, index: TreeIndex, task: str, bases: Mapping[str, StoredBasis]
+) -> tuple[TaskInfo, dict[str, StoredTask]]:
+    """What is known of a task, and its (ε_out, ε_in, certificate) by module."""
+    place = folder / task_folder(task)
+    config_path, weights_path, metrics_path = (
+        place / name for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, METRICS_FILE)
+    )
+    config, metrics = read_json(config_path), read_json(metrics_path)
+    tensors = read_tensors(weights_path)
+    stored: dict[str, StoredTask] = {}
+    coefficients: set[str] = set()
+    try:
+        if metrics["certificate_columns"] != list(CERTIFICATE_COLUMNS):
+            raise ValueError(
+                f"{metrics_path}: certificate_columns is {metrics['certificate_columns']!r}, expected "
+                f"{list(CERTIFICATE_COLUMNS)}"
+            )
+        for module, values in metrics["certificate"].items():
+            if module not in bases:
+                raise ValueError(f"{metrics_path}: {module!r} is not in {SUBSPACE_FILE}, expected one of its modules")
+            prefix = f"{PEFT_PREFIX}{module}.share_coefficients"
+            coefficients |= {f"{prefix}_out", f"{prefix}_in"}
+            k_out, k_in = index.modules[module].num_components
+            p = index.settings.pseudo_rank
+            stored[module] = (
+                expect_tensor(weights_path, tensors, f"{prefix}_out", (k_out, p)),
+                expect_tensor(weights_path, tensors, f"{prefix}_in", (k_in, p)),
+                _certificate(metrics_path, module, values),
+            )
+        head = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items() if name not in coefficients}
+        try:
+            info = _task_info(config_path, config, metrics_path, metrics, head)
+        except ValueError as error:
+            raise ValueError(str(error) if str(place) in str(error) else f"{metrics_path}: {error}") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{metrics_path}: a field is missing or of the wrong type ({error!r})") from error
+    if odd := [name for name in info.head if ".share_coefficients_" in name]:
+        raise ValueError(f"{weights_path}: {odd[0]!r} is unexpected, {metrics_path} has no certificate of its module")
+    if (base := config.get("base_model_name_or_path")) != index.base_model_name_or_path:
+        raise ValueError(
+            f"{config_path}: base_model_name_or_path is {base!r}, expected {index.base_model_name_or_path!r} as in "
+            f"{INDEX_FILE}"
+        )
+    check_task_files(folder, index, task)
+    return info, stored
+
+
+def _task_info(
+    config_path: Path,
+    config: Mapping[str, Any],
+    metrics_path: Path,
+    metrics: Mapping[str, Any],
+    head: dict[str, Tensor],
+) -> TaskInfo:
+    target = read_target(config_path, config)
+    check_head_names(config_path.parent / SAFETENSORS_WEIGHTS_NAME, head, target.get("modules_to_save", []))
+    labels, dataset, initialization = metrics["labels"], metrics["dataset"], metrics["initialization"]
+    for name, value in (("dataset", dataset), ("initialization", initialization)):
+        if not isinstance(value, (str, NoneType)):
+            raise ValueError(f"{metrics_path}: {name} is {value!r}, expected text or null")
+    info = TaskInfo(
+        learned_by=Phase(metrics["learned_by"]),
+        target=target,
+        head=head,
+        scores={name: float(score) for name, score in metrics["scores"].items()},
+        labels=None if labels is None else tuple(str(label) for label in labels),
+        dataset=dataset,
+        initialization=initialization,
+    )
+    sketch_of(info)
+    return info
+
+
+def _certificate(path: Path, module: str, values: Sequence[Any]) -> list[float]:
+    if len(values) != len(CERTIFICATE_COLUMNS):
+        raise ValueError(f"{path}: certificate of {module!r} is {values!r}, expected {list(CERTIFICATE_COLUMNS)}")
+    for name, value in zip(CERTIFICATE_COLUMNS, values, strict=True):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < _LARGEST:
+            raise ValueError(f"{path}: {name} of {module!r} is {value!r}, expected a number of 0 or more")
+    return [float(value) for value in values]

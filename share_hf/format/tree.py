@@ -1,0 +1,251 @@
+"""The tree of a shared subspace, on disk as on the hub.
+
+README.md                                the model card
+share_config.json                        index, settings, checksums
+subspace.safetensors                     the bases, once for all tasks
+adapter_config.json, adapter_model.safetensors   a plain LoRA of the default task, for any PEFT
+tasks/<task>/                            one folder a task, see `task_files`
+metrics.json, figures/*.png              the stream's accuracy matrix, drift and spectra
+
+The card and the figures are not written here: a tree is whole without them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from torch import Tensor
+
+from ..state import ContinualMetrics, SubspaceState
+from ..subspace import LayerSubspace, SubspaceSettings, TaskRecords
+from .basis_file import SUBSPACE_FILE, StoredBasis, bases_of, basis_tensors, read_bases
+from .files import FolderWriter, json_bytes, read_json, replacing_folder, restore_folder, tensor_bytes
+from .index import INDEX_FILE, ModuleEntry, TreeIndex, check_file, index_bytes, read_index
+from .lora import LoraAdapter, lora_files
+from .task_files import METRICS_FILE, TASKS_FOLDER, StoredTask, read_task, task_files, task_folder
+
+
+CARD_FILE = "README.md"
+FIGURES_FOLDER = "figures"
+
+# Everything a tree consists of; what else a folder holds is its owner's and stays there.
+TREE_ENTRIES = (
+    CARD_FILE,
+    INDEX_FILE,
+    SUBSPACE_FILE,
+    CONFIG_NAME,
+    SAFETENSORS_WEIGHTS_NAME,
+    METRICS_FILE,
+    TASKS_FOLDER,
+    FIGURES_FOLDER,
+)
+
+# What in a tree depends on its default task.
+ROOT_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, CARD_FILE, INDEX_FILE)
+
+# What an adapter consists of: a task, and the plain LoRA at the root of a tree.
+ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
+
+
+@contextmanager
+def writing_tree(
+    state: SubspaceState,
+    folder: Path,
+    *,
+    branches: Mapping[str, float] | None = None,
+    known: Mapping[str, str] | None = None,
+    there: TreeIndex | None = None,
+) -> Iterator[FolderWriter]:
+    """Write the whole tree when the block ends, or on a crash none of it. Other files in the folder stay.
+
+    Inside the block the tree is whole in the scratch folder of the writer, but for card and figures.
+
+    Args:
+        state: What to write.
+        folder: Where.
+        branches: As in `share_config.json`.
+        known: Checksums of files that the folder is known to hold, as an earlier writer had them.
+        there: As for `write_root`.
+    """
+    with replacing_folder(folder, TREE_ENTRIES) as scratch:
+        writer = FolderWriter(scratch, folder, known)
+        writer.put(SUBSPACE_FILE, tensor_bytes(basis_tensors(bases_of(state.layers))))
+        for task in state.tasks:
+            for name, content in task_files(state, task).items():
+                writer.put(f"{task_folder(task)}/{name}", content)
+        writer.put(METRICS_FILE, json_bytes(state.metrics))
+        write_root(state, writer, branches=branches, there=there)
+        yield writer
+
+
+def write_root(
+    state: SubspaceState,
+    writer: FolderWriter,
+    *,
+    branches: Mapping[str, float] | None = None,
+    there: TreeIndex | None = None,
+) -> None:
+    """Write what in a tree depends on the default task: root adapter and index. The rest is there.
+
+    Args:
+        state: With the default task.
+        writer: Has put the rest.
+        branches: As in `share_config.json`.
+        there: Index of the tree that is to be replaced elsewhere. If its root adapter is computed from the same basis
+            and the same task, it stays and is not written: another machine may round the product differently.
+    """
+    adapter = _root_adapter_of(there, state, writer) if there is not None else {}
+    if not adapter and state.root_task is not None:
+        for name, content in lora_files(lora_of(state, state.root_task), state.settings.pseudo_rank).items():
+            writer.put(name, content)
+            adapter[name] = writer.sha256[name]
+    rest = [SUBSPACE_FILE, METRICS_FILE, *(f"{task_folder(task)}/{METRICS_FILE}" for task in state.tasks)]
+    index = TreeIndex(
+        base_model_name_or_path=state.base_model_name_or_path,
+        settings=state.settings,
+        modules={name: ModuleEntry(layer.shape, layer.num_components) for name, layer in state.layers.items()},
+        tasks=tuple(state.tasks),
+        default_task=state.default_task,
+        lineage=state.lineage,
+        branches=dict(branches or {}),
+        sha256={**{name: writer.sha256[name] for name in rest}, **adapter},
+    )
+    writer.put(INDEX_FILE, index_bytes(index))
+
+
+def _root_adapter_of(there: TreeIndex, state: SubspaceState, writer: FolderWriter) -> dict[str, str]:
+    """Checksums of the root adapter of another tree; none if it is not that of this state."""
+    root = state.root_task
+    sources = [SUBSPACE_FILE, f"{task_folder(root)}/{METRICS_FILE}"]  # the metrics have the coefficients' checksum
+    same = root == there.root_task and all(writer.sha256.get(name) == there.sha256.get(name) for name in sources)
+    return {name: there.sha256[name] for name in ADAPTER_FILES if name in there.sha256} if same else {}
+
+
+def read_tree(folder: Path, tasks: Collection[str] | None = None) -> SubspaceState:
+    """Read and check a tree.
+
+    Args:
+        folder: Of the tree.
+        tasks: Only these of its tasks, and then without the metrics of the stream; the files of others are not
+            touched. All if not given.
+
+    Raises:
+        ValueError: If a file is missing, damaged, edited or of a newer format; naming file, tensor, what was found and
+            what was expected.
+    """
+    while True:
+        restore_folder(folder)
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: no such folder")
+        found = folder.stat()
+        try:
+            return _read_whole(folder, tasks)
+        except (ValueError, OSError, RuntimeError):
+            now = folder.stat() if folder.is_dir() else None
+            if now is not None and (now.st_ino, now.st_mtime_ns) == (found.st_ino, found.st_mtime_ns):
+                raise  # unlike where a writer replaced the tree meanwhile
+
+
+def _read_whole(folder: Path, wanted: Collection[str] | None) -> SubspaceState:
+    index = read_index(folder)
+    expect_tree(folder, index)
+    bases = read_bases(folder / SUBSPACE_FILE)
+    check_bases(folder / SUBSPACE_FILE, bases, index)
+    check_file(folder, index.sha256, SUBSPACE_FILE)
+    tasks, stored = {}, {}
+    for task in index.tasks:
+        if wanted is None or task in wanted:
+            tasks[task], stored[task] = read_task(folder, index, task, bases)
+    layers = {module: _layer(module, basis, index.settings, stored) for module, basis in bases.items()}
+    metrics: dict[str, Any] = {}
+    if wanted is None:
+        metrics = read_json(folder / METRICS_FILE)
+        check_file(folder, index.sha256, METRICS_FILE)
+        _check_metrics(folder / METRICS_FILE, metrics)
+    return SubspaceState(
+        settings=index.settings,
+        layers=layers,
+        tasks=tasks,
+        base_model_name_or_path=index.base_model_name_or_path,
+        default_task=index.default_task if index.default_task in tasks else None,
+        metrics=metrics,
+        lineage=index.lineage,
+    )
+
+
+def expect_tree(folder: Path, index: TreeIndex) -> None:
+    """Refuse what is no tree.
+
+    Raises:
+        ValueError: If it is the checkpoint of a model.
+    """
+    if not index.is_tree:
+        raise ValueError(
+            f"{folder}: the checkpoint of a PeftModel, expected a tree of SharedSubspace.save_pretrained; load it "
+            "with PeftModel.from_pretrained"
+        )
+
+
+def lora_of(state: SubspaceState, task: str) -> LoraAdapter:
+    """A task as a plain LoRA of rank p."""
+    info = state.tasks[task]
+    return LoraAdapter(
+        updates=state.updates_of(task),
+        head=dict(info.head),
+        target=dict(info.target),
+        base_model_name_or_path=state.base_model_name_or_path,
+    )
+
+
+def check_bases(path: Path, bases: Mapping[str, StoredBasis], index: TreeIndex) -> None:
+    """Compare the bases in a file with the modules of the index.
+
+    Raises:
+        ValueError: If a module is in only one of them, or of another shape.
+    """
+    if set(bases) != set(index.modules):
+        odd = sorted(set(bases) ^ set(index.modules))
+        raise ValueError(f"{path}: modules {odd} are in only one of it and {INDEX_FILE}, expected the same in both")
+    for module, basis in bases.items():
+        found = ModuleEntry(basis.shape, basis.num_components)
+        if found != index.modules[module]:
+            raise ValueError(f"{path}: {module!r} is {found}, expected {index.modules[module]} as in {INDEX_FILE}")
+
+
+def _check_metrics(path: Path, metrics: Mapping[str, Any]) -> None:
+    if metrics:
+        try:
+            ContinualMetrics.from_dict(metrics)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{path}: a field is missing or of the wrong type ({error!r})") from error
+
+
+def _layer(
+    module: str,
+    basis: StoredBasis,
+    settings: SubspaceSettings,
+    stored: Mapping[str, dict[str, StoredTask]],
+) -> LayerSubspace:
+    present = [task for task, modules in stored.items() if module in modules]
+    certificate = torch.tensor([stored[task][module][2] for task in present], dtype=torch.float64).reshape(-1, 4)
+    k_out, k_in = basis.num_components
+    return LayerSubspace(
+        tasks=tuple(present),
+        basis_out=basis.beta,
+        basis_in=basis.alpha,
+        coefficients_out=_stack([stored[task][module][0] for task in present], k_out, settings.pseudo_rank),
+        coefficients_in=_stack([stored[task][module][1] for task in present], k_in, settings.pseudo_rank),
+        records=TaskRecords(*certificate.unbind(1)),
+        spectrum_out=basis.spectrum_out.double(),
+        spectrum_in=basis.spectrum_in.double(),
+        explained_by_basis=basis.explained_variance,
+    )
+
+
+def _stack(coefficients: list[Tensor], k: int, p: int) -> Tensor:
+    return torch.stack(coefficients) if coefficients else torch.zeros(0, k, p)

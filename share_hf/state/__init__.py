@@ -1,0 +1,40 @@
+"""The immutable value that a shared subspace is: its state, its lineage, and the scores of its stream."""
+
+from .lineage import Lineage, step_tags
+from .phase import Phase
+from .reconcile import extends, reconcile
+from .report import SubspaceReport, TaskReport, report_of
+from .scores import ContinualMetrics, TaskScore, combined_metrics
+from .state import (
+    SubspaceState,
+    TaskInfo,
+    initialization_of,
+    merge_tasks,
+    rounded,
+    sketch_of,
+    with_learned_coefficients,
+    without_task,
+)
+
+
+__all__ = [
+    "ContinualMetrics",
+    "Lineage",
+    "Phase",
+    "SubspaceReport",
+    "SubspaceState",
+    "TaskInfo",
+    "TaskReport",
+    "TaskScore",
+    "combined_metrics",
+    "extends",
+    "initialization_of",
+    "merge_tasks",
+    "reconcile",
+    "report_of",
+    "rounded",
+    "sketch_of",
+    "step_tags",
+    "with_learned_coefficients",
+    "without_task",
+]

@@ -1,0 +1,76 @@
+"""The lineage of a subspace: one entry for each step that changed it, by which two writers know what they share.
+
+An entry is JSON: what the step did (`merged`, `learned` or `removed`), and an `id` that stands for the step and all
+before it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+
+Lineage = tuple[Mapping[str, Any], ...]
+
+
+def extended(lineage: Lineage, coefficients: Iterable[Tensor], facts: Mapping[str, Any]) -> Lineage:
+    """A lineage with one more entry.
+
+    Args:
+        lineage: Not changed.
+        coefficients: What the step wrote: two steps of the same facts and other results are different steps.
+        facts: What the step did, as JSON.
+    """
+    before = lineage[-1]["id"] if lineage else ""
+    digest = hashlib.sha256(json.dumps([before, facts], sort_keys=True).encode())
+    for side in coefficients:
+        digest.update(side.float().cpu().contiguous().numpy().tobytes())
+    return (*lineage, {**facts, "id": digest.hexdigest()[:16]})
+
+
+def added_by(entry: Mapping[str, Any]) -> list[str]:
+    """The tasks that a step added, or trained further."""
+    return list(entry.get("merged", [])) + ([entry["learned"]] if "learned" in entry else [])
+
+
+def shared_steps(first: Lineage, second: Lineage) -> int:
+    """How many entries, from the beginning, two lineages have in common."""
+    shared = 0
+    for ours, theirs in zip(first, second, strict=False):
+        if ours["id"] != theirs["id"]:
+            break
+        shared += 1
+    return shared
+
+
+def tasks_after(lineage: Lineage) -> list[str]:
+    """The tasks that were added and not removed, in the order they were first added."""
+    tasks: dict[str, None] = {}
+    for entry in lineage:
+        tasks |= dict.fromkeys(added_by(entry))
+        tasks.pop(entry.get("removed"), None)
+    return list(tasks)
+
+
+def tasks_touched(lineage: Lineage) -> set[str]:
+    """The tasks that some step added, or trained further."""
+    return {task for entry in lineage for task in added_by(entry)}
+
+
+def step_tags(lineage: Iterable[Mapping[str, Any]], tasks: Sequence[str]) -> dict[str, str]:
+    """By task, the tag that stands for the state right after it was learned.
+
+    Its number is how many tasks had been learned with it, those counted that were removed since.
+    """
+    count, numbers = 0, {}
+    for entry in (*lineage, {"merged": tasks}):
+        for name in added_by(entry):
+            if name not in numbers:
+                count += 1
+                numbers[name] = count
+        numbers.pop(entry.get("removed"), None)
+    return {task: f"step-{numbers[task]:04d}-{task}" for task in tasks}

@@ -1,0 +1,129 @@
+"""Two writers of one subspace: what both have learned, in one subspace.
+
+Each starts from a state that both share and changes it. What they share is told by their lineages, whose entries stand
+for a step and all before it. The result is the other's state with our steps since then done to it: our new tasks are
+merged into it as if they had arrived as adapters (the asynchronous setting of Sec. 3.2.3), and what we removed is
+removed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+
+import torch
+
+from ..subspace import LayerSubspace, LowRankUpdate, TaskRecords
+from .lineage import Lineage, shared_steps, tasks_after, tasks_touched
+from .scores import combined_metrics
+from .state import SubspaceState, merge_tasks, without_task
+
+
+# Relative distance below which two updates are one task that reached both writers; float32 rounding is far below it.
+_SAME_UPDATE = 1e-4
+
+
+def extends(ours: SubspaceState, lineage: Lineage) -> bool:
+    """Whether a state has every step of another's lineage."""
+    return shared_steps(ours.lineage, lineage) == len(lineage)
+
+
+def reconcile(ours: SubspaceState, theirs: SubspaceState) -> SubspaceState:
+    """A subspace with the tasks of both.
+
+    Args:
+        ours: Its new tasks are merged into the other.
+        theirs: Not changed; the result goes on from its lineage.
+
+    Raises:
+        ValueError: If they belong to different base models or have different settings, or both have a new task of one
+            name.
+        DriftToleranceError: If the tolerated drift cannot be met.
+    """
+    if extends(ours, theirs.lineage):
+        return ours
+    if extends(theirs, ours.lineage):
+        return theirs
+    _check_mergeable(ours, theirs)
+    shared = shared_steps(ours.lineage, theirs.lineage)
+    before = tasks_after(ours.lineage[:shared])
+    ours_new = _new_tasks(ours, before, shared)
+    theirs_new = _new_tasks(theirs, before, shared)
+    merged = theirs
+    for task in before:
+        if task in theirs.tasks and (task not in ours.tasks or (task in ours_new and task not in theirs_new)):
+            merged = without_task(merged, task)
+    added = []
+    for task in ours_new:
+        if task not in merged.tasks:
+            added.append(task)
+        elif not _same_update(ours, theirs, task):
+            raise ValueError(
+                f"task {task!r} was learned by both sides, with different results: expected one of them under another "
+                "name"
+            )
+    if added:
+        updates = {task: ours.updates_of(task) for task in added}
+        merged, _ = merge_tasks(merged, updates, {task: ours.tasks[task] for task in added})
+        merged = replace(
+            merged,
+            layers={
+                module: _with_history(layer, ours.layers.get(module), added) for module, layer in merged.layers.items()
+            },
+        )
+    return replace(merged, metrics=combined_metrics(theirs.metrics, ours.metrics, merged.tasks))
+
+
+def _new_tasks(state: SubspaceState, before: Iterable[str], shared: int) -> dict[str, None]:
+    """The tasks of one side that the other cannot have from the steps they share, in their order."""
+    old = set(before) - tasks_touched(state.lineage[shared:])
+    return {task: None for task in state.tasks if task not in old}
+
+
+def _check_mergeable(ours: SubspaceState, theirs: SubspaceState) -> None:
+    bases = (ours.base_model_name_or_path, theirs.base_model_name_or_path)
+    if None not in bases and bases[0] != bases[1]:
+        raise ValueError(f"the other subspace belongs to base model {bases[1]!r}, expected {bases[0]!r}")
+    settings, others = asdict(ours.settings), asdict(theirs.settings)
+    for name, value in settings.items():
+        if others[name] != value:
+            raise ValueError(f"the other subspace has {name} = {others[name]!r}, expected {value!r}")
+    for module, layer in ours.layers.items():
+        if module in theirs.layers and theirs.layers[module].shape != layer.shape:
+            raise ValueError(
+                f"the other subspace has {module!r} of shape {theirs.layers[module].shape}, expected {layer.shape}"
+            )
+
+
+def _same_update(ours: SubspaceState, theirs: SubspaceState, task: str) -> bool:
+    updates, others = ours.updates_of(task), theirs.updates_of(task)
+    return updates.keys() == others.keys() and all(
+        _distance(update, others[module]) <= _SAME_UPDATE for module, update in updates.items()
+    )
+
+
+def _distance(first: LowRankUpdate, second: LowRankUpdate) -> float:
+    """``‖ΔW_1 - ΔW_2‖ / ‖ΔW_1‖`` without forming either."""
+    out = torch.cat([first.out_factor, second.out_factor], dim=1).double()
+    in_ = torch.cat([first.in_factor, -second.in_factor], dim=1).double()
+    difference = torch.linalg.qr(out).R @ torch.linalg.qr(in_).R.T
+    norm = torch.linalg.qr(first.out_factor.double()).R @ torch.linalg.qr(first.in_factor.double()).R.T
+    return float(difference.norm() / norm.norm()) if norm.any() else float(difference.norm())
+
+
+def _with_history(layer: LayerSubspace, origin: LayerSubspace | None, tasks: Iterable[str]) -> LayerSubspace:
+    """A layer that still knows what its newly merged tasks had lost in the subspace that they come from."""
+    columns = [column.clone() for column in vars(layer.records).values()]
+    norms, rank_errors, bounds, estimates = columns
+    for task in tasks:
+        if origin is None or not layer.has(task) or not origin.has(task):
+            continue
+        i, j, past = layer.index(task), origin.index(task), origin.records
+        if not past.norms[j]:
+            continue
+        shrunk = norms[i] / past.norms[j]
+        bounds[i] = past.drift_bounds[j] + shrunk * bounds[i]
+        estimates[i] = (past.drift_estimates[j] ** 2 + (shrunk * estimates[i]) ** 2).sqrt()
+        rank_errors[i] = past.rank_errors[j]
+        norms[i] = past.norms[j]
+    return replace(layer, records=TaskRecords(*columns))

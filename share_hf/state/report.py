@@ -1,0 +1,89 @@
+"""A subspace in numbers: sizes, directions, drift."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .phase import Phase
+from .state import SubspaceState
+
+
+@dataclass(frozen=True)
+class TaskReport:
+    """A task in numbers.
+
+    Args:
+        name: Its name.
+        learned_by: The phase that trained it, or `"adapter"`.
+        parameters: Numbers in its coefficients.
+        bytes: Size of its coefficients and head in float32.
+        drift: Estimated drift since it was learned, over all layers.
+        drift_bound: Certified bound on its drift in any one layer.
+    """
+
+    name: str
+    learned_by: Phase
+    parameters: int
+    bytes: int
+    drift: float
+    drift_bound: float
+
+
+@dataclass(frozen=True)
+class SubspaceReport:
+    """A subspace in numbers.
+
+    Args:
+        tasks: In the order they were learned.
+        modules: Number of adapted modules.
+        num_components: Smallest and largest number of directions of a layer, over both sides.
+        pseudo_rank: Rank p of a task's update.
+        basis_bytes: Size of all bases in float32.
+        explained_variance: Mean over modules.
+        lora_bytes: What the tasks would take as LoRAs of rank p, for comparison.
+    """
+
+    tasks: tuple[TaskReport, ...]
+    modules: int
+    num_components: tuple[int, int]
+    pseudo_rank: int
+    basis_bytes: int
+    explained_variance: float
+    lora_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON."""
+        return asdict(self)
+
+
+def report_of(state: SubspaceState) -> SubspaceReport:
+    """Sizes, k, explained variance and drift of a subspace."""
+    layers, p = state.layers.values(), state.settings.pseudo_rank
+    parameters, bounds = dict.fromkeys(state.tasks, 0), dict.fromkeys(state.tasks, 0.0)
+    for layer in layers:
+        for task, bound in zip(layer.tasks, layer.records.drift_bounds.tolist(), strict=True):
+            parameters[task] += p * sum(layer.num_components)
+            bounds[task] = max(bounds[task], bound)
+    drifts = state.drifts()
+    tasks = tuple(
+        TaskReport(
+            name=task,
+            learned_by=info.learned_by,
+            parameters=parameters[task],
+            bytes=4 * parameters[task] + sum(tensor.nbytes for tensor in info.head.values()),
+            drift=drifts[task],
+            drift_bound=bounds[task],
+        )
+        for task, info in state.tasks.items()
+    )
+    components = [k for layer in layers for k in layer.num_components] or [0]
+    return SubspaceReport(
+        tasks=tasks,
+        modules=len(layers),
+        num_components=(min(components), max(components)),
+        pseudo_rank=p,
+        basis_bytes=sum(layer.basis_out.nbytes + layer.basis_in.nbytes for layer in layers),
+        explained_variance=sum(layer.explained_variance() for layer in layers) / max(1, len(layers)),
+        lora_bytes=4 * sum(len(layer.tasks) * p * sum(layer.shape) for layer in layers),
+    )

@@ -1,0 +1,180 @@
+"""All of a shared subspace as one immutable value: what the tree on disk holds, and what the library works on."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..subspace import (
+    SKETCH_BUCKETS,
+    LayerSubspace,
+    LowRankUpdate,
+    MergeReport,
+    SubspaceSettings,
+    initialization_sketch,
+    merge_into_layers,
+)
+from .lineage import Lineage, extended
+from .phase import Phase
+from .scores import TaskScore, scores_in
+
+
+@dataclass(frozen=True)
+class TaskInfo:
+    """What is known of a task beside its coefficients.
+
+    Args:
+        learned_by: The phase that trained it.
+        target: Which modules it adapts: the fields of its PEFT configuration in `format.lora.TARGET_FIELDS`.
+        head: Weights of its classification head and of whatever else `modules_to_save` has, by name in the base model.
+        scores: Its score when learned, by metric.
+        labels: Names of its labels, for a classification task.
+        dataset: Hub id of the data set it was learned from.
+        initialization: Sketch of the A it was trained from, see `subspace.sketch`; None where it is not known.
+    """
+
+    learned_by: Phase = Phase.ADAPTER
+    target: Mapping[str, Any] = field(default_factory=dict)
+    head: Mapping[str, Tensor] = field(default_factory=dict)
+    scores: Mapping[str, float] = field(default_factory=dict)
+    labels: tuple[str, ...] | None = None
+    dataset: str | None = None
+    initialization: str | None = None
+
+
+@dataclass(frozen=True)
+class SubspaceState:
+    """A subspace with its tasks.
+
+    Args:
+        settings: k, p and how merges work.
+        layers: By module of the base model.
+        tasks: By name, in the order they were learned. A task need not be in every layer.
+        base_model_name_or_path: The model the subspace belongs to.
+        default_task: The task that the root of the tree stands for; the newest if not chosen.
+        metrics: What the trainer measured over the stream, as JSON.
+        lineage: One entry for each step that changed the subspace.
+    """
+
+    settings: SubspaceSettings
+    layers: Mapping[str, LayerSubspace] = field(default_factory=dict)
+    tasks: Mapping[str, TaskInfo] = field(default_factory=dict)
+    base_model_name_or_path: str | None = None
+    default_task: str | None = None
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    lineage: Lineage = ()
+
+    @property
+    def root_task(self) -> str | None:
+        """The default task, or the newest."""
+        return self.default_task or next(reversed(self.tasks), None)
+
+    def with_step(self, *, changed: Iterable[str] = (), **facts: Any) -> SubspaceState:
+        """The state with one more entry in its lineage, about these tasks of it."""
+        coefficients = (
+            side for task in changed for layer in self.layers_of(task).values() for side in layer.coefficients_of(task)
+        )
+        return replace(self, lineage=extended(self.lineage, coefficients, facts))
+
+    def layers_of(self, task: str) -> dict[str, LayerSubspace]:
+        """The layers that a task adapts."""
+        return {module: layer for module, layer in self.layers.items() if layer.has(task)}
+
+    def updates_of(self, task: str) -> dict[str, LowRankUpdate]:
+        """The task's updates by module, each as factors of rank p."""
+        return {module: layer.update_of(task) for module, layer in self.layers_of(task).items()}
+
+    def drifts(self) -> dict[str, float]:
+        """By task, its estimated drift since it was learned, over all layers: ``‖ΔW' - ΔW‖ / ‖ΔW‖``."""
+        drifted, total = dict.fromkeys(self.tasks, 0.0), dict.fromkeys(self.tasks, 0.0)
+        for layer in self.layers.values():
+            energies = layer.records.norms.square().tolist()
+            estimates = layer.records.drift_estimates.square().tolist()
+            for task, energy, estimate in zip(layer.tasks, energies, estimates, strict=True):
+                drifted[task] += energy * estimate
+                total[task] += energy
+        return {task: (drifted[task] / total[task]) ** 0.5 if total[task] else 0.0 for task in self.tasks}
+
+    def scores(self) -> dict[str, TaskScore]:
+        """By task, what its score was when it was learned, and is now."""
+        measured = scores_in(self.metrics)
+        return {task: measured.get(task) or _recorded_score(info) for task, info in self.tasks.items()}
+
+
+def merge_tasks(
+    state: SubspaceState,
+    updates: Mapping[str, Mapping[str, LowRankUpdate]],
+    infos: Mapping[str, TaskInfo],
+    *,
+    progress: bool = False,
+) -> tuple[SubspaceState, MergeReport]:
+    """A state with new tasks merged into it; the given one is not changed."""
+    layers, report = merge_into_layers(state.layers, updates, state.settings, progress=progress)
+    # In the order that a tree is read back, so that sums over layers round as they would for a loaded subspace.
+    merged = replace(state, layers=dict(sorted(layers.items())), tasks={**state.tasks, **infos})
+    return merged.with_step(changed=updates, merged=list(updates), max_drift=rounded(report.max_drift)), report
+
+
+def with_learned_coefficients(
+    state: SubspaceState, task: str, coefficients: Mapping[str, tuple[Tensor, Tensor]], info: TaskInfo
+) -> SubspaceState:
+    """A state with a task that was learned, or learned further, inside the bases there are.
+
+    Args:
+        state: Not changed.
+        task: A new task, or one whose coefficients were trained.
+        coefficients: By module, (k_out, p) and (k_in, p).
+        info: What is known of the task.
+    """
+    layers = {
+        module: layer.with_task(task, *coefficients[module]) if module in coefficients else layer
+        for module, layer in state.layers.items()
+    }
+    return replace(state, layers=layers, tasks={**state.tasks, task: info}).with_step(changed=[task], learned=task)
+
+
+def without_task(state: SubspaceState, task: str) -> SubspaceState:
+    """A state without one of its tasks. The basis and the other tasks stay as they are."""
+    layers = {module: layer.without_task(task) if layer.has(task) else layer for module, layer in state.layers.items()}
+    return replace(
+        state,
+        layers=layers,
+        tasks={name: info for name, info in state.tasks.items() if name != task},
+        default_task=None if state.default_task == task else state.default_task,
+    ).with_step(removed=task)
+
+
+def _recorded_score(info: TaskInfo) -> TaskScore:
+    """What was noted with a task of a stream whose metrics are not there."""
+    return next((TaskScore(metric, score) for metric, score in info.scores.items()), TaskScore())
+
+
+def rounded(number: float) -> float:
+    """Three significant digits, for what is told but not computed with."""
+    return float(f"{number:.3g}")
+
+
+def initialization_of(updates: Mapping[str, LowRankUpdate]) -> str:
+    """A sketch of the A that an adapter was trained from, as text: one signed byte an entry, the largest 127."""
+    sketch = initialization_sketch(updates)
+    scaled = sketch * (127 / sketch.abs().max().clamp_min(torch.finfo(sketch.dtype).tiny))
+    return base64.b64encode(scaled.round().to(torch.int8).numpy().tobytes()).decode()
+
+
+def sketch_of(info: TaskInfo) -> Tensor | None:
+    """The sketch of a task's A, None where it is not known.
+
+    Raises:
+        ValueError: If it is not one.
+    """
+    if info.initialization is None:
+        return None
+    content = base64.b64decode(info.initialization, validate=True)
+    if len(content) != SKETCH_BUCKETS:
+        raise ValueError(f"initialization has {len(content)} entries, expected {SKETCH_BUCKETS}")
+    return torch.frombuffer(bytearray(content), dtype=torch.int8).float()

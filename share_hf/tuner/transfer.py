@@ -1,0 +1,241 @@
+"""Between a model with Share layers and the immutable state of a subspace."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import _get_in_out_features
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor, nn
+
+from ..format.basis_file import bases_of
+from ..format.lora import PEFT_PREFIX, TARGET_FIELDS
+from ..format.task_files import share_adapter_config, share_adapter_tensors
+from ..state import SubspaceState, TaskInfo
+from ..subspace import LayerSubspace, LowRankUpdate
+from .config import GivenBases, ShareConfig
+from .head import check_saved_modules
+from .layer import ShareLayer
+from .model import ShareModel, share_layers
+
+
+# Bias of a label that a task does not have, in a head padded to the labels of its model.
+NEVER_PREDICTED = -1e4
+
+
+def share_config_for(state: SubspaceState, task: str, *, trainable: bool = False) -> ShareConfig:
+    """The configuration that injects a task of a subspace with its bases."""
+    values = copy.deepcopy({**share_adapter_config(state, task), "inference_mode": not trainable})
+    values.pop("peft_type")
+    config = ShareConfig(**values)
+    config.origin = GivenBases(bases_of(state.layers))
+    return config
+
+
+def inject_tasks(
+    model: nn.Module, state: SubspaceState, tasks: Sequence[str], *, trainable: bool = False
+) -> PeftModel:
+    """A base model with tasks of a subspace, one adapter each; the first is active.
+
+    Args:
+        model: The base model, without adapters.
+        state: The subspace.
+        tasks: At least one of its tasks.
+        trainable: Whether the active task's coefficients are trained.
+
+    Raises:
+        ValueError: If a task does not fit the model, which is as it was then.
+    """
+    _check_fits(model, state, tasks)
+    base_name = getattr(model, "name_or_path", None) or state.base_model_name_or_path
+    peft_model = None
+    for name in tasks:
+        config = share_config_for(state, name, trainable=trainable)
+        config.base_model_name_or_path = base_name
+        if peft_model is None:
+            peft_model = get_peft_model(model, config, adapter_name=name)
+        else:
+            peft_model.add_adapter(name, config)
+    load_tasks(peft_model, state, tasks)
+    return peft_model
+
+
+def load_tasks(
+    model: PeftModel,
+    state: SubspaceState,
+    tasks: Collection[str] | None = None,
+    *,
+    held: SubspaceState | None = None,
+    trained: str | None = None,
+) -> None:
+    """Give tasks of a subspace to a model that has their adapters: bases, coefficients and heads.
+
+    Args:
+        model: Has an adapter for each task.
+        state: The subspace.
+        tasks: The tasks; all of the subspace if not given.
+        held: The subspace that the model holds now, to the bit: what is the same there is not loaded again.
+        trained: A task of `held` whose adapter was trained since.
+    """
+    load_bases(model, state, held=held)
+    wanted = state.tasks.keys() if tasks is None else set(tasks)
+    known = set() if held is None else held.tasks.keys() - {trained}
+    for module, layer in share_layers(model).items():
+        if (stored := state.layers.get(module)) is None:
+            continue
+        before = held.layers.get(module) if held is not None else None
+        unmoved = before is not None and _same_basis(before, stored)
+        for task in stored.tasks:
+            if task in wanted and not (unmoved and task in known):
+                layer.set_coefficients(task, *stored.coefficients_of(task))
+    for task in wanted:
+        head = state.tasks[task].head
+        if head and not (task in known and held.tasks[task].head is head):
+            set_peft_model_state_dict(model, _fitting_tensors(model, state, task), adapter_name=task)
+
+
+def load_bases(model: PeftModel, state: SubspaceState, *, held: SubspaceState | None = None) -> None:
+    """Replace the bases of a model by those of a subspace; `held` as for `load_tasks`."""
+    for module, layer in share_layers(model).items():
+        stored = state.layers.get(module)
+        before = held.layers.get(module) if held is not None else None
+        if stored is not None and not (before is not None and _same_basis(before, stored)):
+            layer.set_basis(stored.basis_out, stored.basis_in)
+
+
+def _same_basis(layer: LayerSubspace, other: LayerSubspace) -> bool:
+    return layer.basis_out is other.basis_out and layer.basis_in is other.basis_in
+
+
+def _check_fits(model: nn.Module, state: SubspaceState, tasks: Sequence[str]) -> None:
+    if isinstance(model, PeftModel) or getattr(model, "peft_config", None):
+        raise ValueError("model has adapters already, expected the base model")
+    modules = dict(model.named_modules())
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
+    for task in tasks:
+        for module, layer in state.layers_of(task).items():
+            if module not in modules:
+                raise ValueError(f"task {task!r} adapts {module!r}, which {type(model).__name__} does not have")
+            in_features, out_features = _get_in_out_features(modules[module])
+            if (out_features, in_features) != layer.shape:
+                raise ValueError(
+                    f"{module!r} has shape {(out_features, in_features)}, the subspace expects {layer.shape}"
+                )
+        head = state.tasks[task].head
+        saved = state.tasks[task].target.get("modules_to_save", []) if head else []
+        check_saved_modules(model, saved, head, state.layers_of(task))
+        for name, stored in head.items():
+            missing_labels(task, name, stored, shapes.get(name), head)
+
+
+def missing_labels(
+    task: str, name: str, stored: Tensor, expected: torch.Size | None, head: Mapping[str, Tensor]
+) -> int:
+    """How many labels a task's head lacks, compared to the parameter `name` of the model, of shape `expected`.
+
+    Raises:
+        ValueError: If the model has no such parameter or one for fewer labels, or the head has no bias that could rule
+            the missing labels out.
+    """
+    if expected is None:
+        raise ValueError(f"{name!r} of task {task!r} is not in the model, expected a model with this head")
+    missing = expected[0] - stored.shape[0] if stored.ndim else 0
+    if stored.shape[1:] != expected[1:] or missing < 0 or (missing and f"{name.rpartition('.')[0]}.bias" not in head):
+        raise ValueError(
+            f"{name!r} of task {task!r} has shape {tuple(stored.shape)}, the model's has {tuple(expected)}: load the "
+            f"base model with num_labels={stored.shape[0]}"
+        )
+    return missing
+
+
+def _fitting_tensors(model: PeftModel, state: SubspaceState, task: str) -> dict[str, Tensor]:
+    """A task's tensors, its head padded to the labels of the model: PEFT keeps one shape for all tasks' heads."""
+    tensors = share_adapter_tensors(state, task)
+    parameters, head = dict(model.get_base_model().named_parameters()), state.tasks[task].head
+    for name, stored in head.items():
+        module, _, leaf = name.rpartition(".")
+        expected = parameters[f"{module}.modules_to_save.{task}.{leaf}"].shape
+        if missing := missing_labels(task, name, stored, expected, head):
+            padding = stored.new_full((missing, *expected[1:]), NEVER_PREDICTED if leaf == "bias" else 0.0)
+            tensors[f"{PEFT_PREFIX}{name}"] = torch.cat([stored, padding])
+    return tensors
+
+
+def head_of(model: PeftModel, task: str) -> dict[str, Tensor]:
+    """Copies of a task's `modules_to_save` weights by name in the base model."""
+    tensors = get_peft_model_state_dict(model, adapter_name=task, save_embedding_layers=False)
+    return {
+        name.removeprefix(PEFT_PREFIX): tensor.detach().cpu().clone()
+        for name, tensor in tensors.items()
+        if f".{ShareModel.prefix}" not in name
+    }
+
+
+def updates_of(model: PeftModel, task: str) -> dict[str, LowRankUpdate]:
+    """A task's updates by module, from whatever it was trained as; detached, float32, on the CPU."""
+    updates = {}
+    for module, layer in share_layers(model).items():
+        if layer.has_task(task):
+            factors = layer.factors(task)
+            updates[module] = LowRankUpdate(factors.out_factor.detach().cpu(), factors.in_factor.detach().cpu())
+    return updates
+
+
+def coefficients_of(model: PeftModel, task: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """A task's coefficients (k_out, p), (k_in, p) by module; detached, on the CPU."""
+    return {
+        module: (layer.share_coefficients_out[task].detach().cpu(), layer.share_coefficients_in[task].detach().cpu())
+        for module, layer in share_layers(model).items()
+        if task in layer.share_coefficients_out
+    }
+
+
+def state_of(model: PeftModel) -> SubspaceState:
+    """The subspace that a model holds: its bases and the tasks with an update, which count as just learned."""
+    layers = share_layers(model)
+    config = next(iter(model.peft_config.values()))
+    tasks = [
+        task
+        for task in model.peft_config
+        if any(_has_update(layer, task) for layer in layers.values() if task in layer.share_coefficients_out)
+    ]
+    state = SubspaceState(
+        settings=config.subspace_settings(),
+        base_model_name_or_path=getattr(model.get_base_model(), "name_or_path", None) or None,
+    )
+    if not tasks:
+        return state
+    stored = {}
+    for module, layer in layers.items():
+        bases = layer.share_basis_out.cpu(), layer.share_basis_in.cpu()
+        learned = LayerSubspace.from_basis(*bases, config.pseudo_rank)
+        for task in tasks:
+            if task in layer.share_coefficients_out:
+                coefficients = layer.share_coefficients_out[task], layer.share_coefficients_in[task]
+                learned = learned.with_task(task, *(side.detach().cpu() for side in coefficients))
+        stored[module] = learned
+    infos = {task: TaskInfo(target=target_of(model.peft_config[task]), head=head_of(model, task)) for task in tasks}
+    return replace(state, layers=stored, tasks=infos)
+
+
+def target_of(config: ShareConfig) -> dict[str, Any]:
+    """Which modules an adapter targets, as JSON."""
+    target = {name: value for name in TARGET_FIELDS if (value := getattr(config, name)) is not None}
+    for name, value in target.items():
+        if isinstance(value, (set, list)):
+            # PEFT adds the classifier to `modules_to_save` with every adapter that it is given the configuration of.
+            target[name] = sorted(value) if isinstance(value, set) else list(dict.fromkeys(value))
+    return target
+
+
+def _has_update(layer: ShareLayer, task: str) -> bool:
+    return bool(layer.share_coefficients_out[task].any() and layer.share_coefficients_in[task].any())
+
+
+def is_share_model(model: object) -> bool:
+    return isinstance(model, PeftModel) and isinstance(model.base_model, ShareModel)

@@ -1,0 +1,65 @@
+"""Names of tasks: what is refused, and that nothing has happened when it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from share_hf import ShareCallback, SharedSubspace
+from share_hf.format.names import check_task_name
+
+
+UNUSABLE = ["", "a.b", "a/b", "../up", "with space", "-first", "_first", "ünicode", "x" * 65, "new\nline", "a\n"]
+RESERVED = ["main", "default", "ref", "HEAD", "head", "Main", "step-0001-x", "step-9999-", "STEP-0001-x"]
+COMMITS = ["a" * 40, "0123456789abcdef0123456789abcdef01234567", "A" * 40]
+ATTRIBUTES = ["train", "eval", "type", "keys", "update", "values", "items", "pop", "forward", "to", "copy", "get"]
+
+
+@pytest.mark.parametrize("name", [*UNUSABLE, *RESERVED, *COMMITS, *ATTRIBUTES])
+def test_a_name_that_some_part_of_the_stack_could_not_carry_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="task name") as refusal:
+        check_task_name(name)
+    assert repr(name) in str(refusal.value)
+    assert "expected" in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", [None, 3, b"bytes", ("mrpc",)])
+def test_a_name_that_is_no_string_is_refused(name: object) -> None:
+    with pytest.raises(ValueError, match="not usable, expected 1 to 64 letters"):
+        check_task_name(name)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "name", ["a", "0", "MRPC", "sst-2_v1", "x" * 64, "a" * 39, "g" * 40, "step-1-x", "step-0001", "mains", "heads"]
+)
+def test_any_other_name_is_taken(name: str) -> None:
+    check_task_name(name, taken=["other"])
+
+
+@pytest.mark.parametrize(("name", "message"), [("mrpc", "exists already"), ("MRPC", "equals 'mrpc' but for case")])
+def test_a_name_is_taken_once_in_any_case(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_task_name(name, taken=["sst2", "mrpc"])
+
+
+@pytest.mark.parametrize("name", ["train", "main", "a/b", "mrpc", "MRPC", "RTE"])
+def test_adapters_under_a_refused_name_change_nothing(
+    name: str, subspace: SharedSubspace, loras: dict[str, Path]
+) -> None:
+    before = subspace.state
+    with pytest.raises(ValueError, match=name):
+        subspace.add_adapters({"rte": loras["rte"], name: loras["rte"]}, progress=False)
+    assert subspace.state is before
+
+
+def test_a_name_is_refused_before_its_adapter_is_looked_for(subspace: SharedSubspace) -> None:
+    with pytest.raises(ValueError, match="task name 'main' is reserved"):
+        subspace.add_adapters({"main": "/nowhere"})
+
+
+def test_a_callback_refuses_a_name_when_it_is_made(subspace: SharedSubspace) -> None:
+    with pytest.raises(ValueError, match="is reserved"):
+        ShareCallback("main")
+    with pytest.raises(ValueError, match="'mrpc' exists already"):
+        ShareCallback("mrpc", subspace)
