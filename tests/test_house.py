@@ -95,7 +95,9 @@ def test_a_module_has_a_readable_length(path: Path) -> None:
 
 
 def test_the_tuner_brings_neither_the_card_nor_the_network() -> None:
-    program = "import share_hf.tuner, sys; print(*sorted(name for name in sys.modules if name.startswith('share_hf.')))"
+    program = (
+        "import share_hf.tuner, sys; print(*sorted(name for name in sys.modules if name.startswith('share_hf.')))"
+    )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     rooms = {name.split(".")[1] for name in run.stdout.split()}
     assert rooms == {"format", "state", "subspace", "tuner", "version"}

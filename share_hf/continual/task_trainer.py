@@ -26,6 +26,10 @@ from .scoring import Scorer, TaskScorer
 from .stream import Stage, Stream
 
 
+# Past this number, the curves of single tasks are no longer logged: `metrics` and the tree have them.
+MOST_LOGGED_TASKS = 50
+
+
 class TaskTrainer(PhaseTrainer):
     """
     Learns tasks: each in one or two phases, whose results are taken into the subspace and saved, and then scored.
@@ -147,18 +151,21 @@ class TaskTrainer(PhaseTrainer):
             progress = not self.args.disable_tqdm and self.is_world_process_zero()
             stream.state, report = take_merged(self.model, stream.state, name, info, held=held, progress=progress)
             self._merge_report = report
-            self._log_stream(
-                {
-                    "merge_max_drift": report.max_drift,
-                    "merge_max_drift_bound": report.max_drift_bound,
-                    "merge_changed_layers": report.changed_layers,
-                    "tasks": len(stream.state.tasks),
-                }
-            )
+            self._log_merge(report)
         if stream.state.base_model_name_or_path is None:
             base = getattr(self.model.get_base_model(), "name_or_path", None) or None
             stream.state = replace(stream.state, base_model_name_or_path=base)
         stream.save_subspace()
+
+    def _log_merge(self, report: MergeReport) -> None:
+        self._log_stream(
+            {
+                "merge_max_drift": report.max_drift,
+                "merge_max_drift_bound": report.max_drift_bound,
+                "merge_changed_layers": report.changed_layers,
+                "tasks": len(self._stream.state.tasks),
+            }
+        )
 
     def _log_stream(self, logs: Mapping[str, float]) -> None:
         self.log({f"share/{name}": value for name, value in logs.items()})
@@ -201,8 +208,10 @@ class TaskTrainer(PhaseTrainer):
             stream.state = replace(stream.state, tasks={**tasks, name: scored})
         metrics.drift = stream.state.drifts()
         logs = {mean: getattr(metrics, mean) for mean in ("average", "forgetting", "backward_transfer")}
-        logs |= {f"{metrics.score}/{task}": score for task, score in zip(metrics.tasks, row, strict=True)}
-        logs |= {f"drift/{task}": drift for task, drift in metrics.drift.items()}
+        logs["max_drift"] = max(metrics.drift.values())
+        if len(metrics.tasks) <= MOST_LOGGED_TASKS:
+            logs |= {f"{metrics.score}/{task}": score for task, score in zip(metrics.tasks, row, strict=True)}
+            logs |= {f"drift/{task}": drift for task, drift in metrics.drift.items()}
         logs |= {f"trainable_parameters/{phase}": count for phase, count in metrics.parameters.items()}
         self._log_stream({log: value for log, value in logs.items() if value is not None})
 

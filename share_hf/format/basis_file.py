@@ -68,6 +68,27 @@ class StoredBasis:
         return torch.equal(self.beta, beta.cpu()) and torch.equal(self.alpha, alpha.cpu())
 
 
+@dataclass(frozen=True)
+class BasisFile:
+    """A `subspace.safetensors` that was read, to be known again without reading it.
+
+    Args:
+        checksum: Its sha256.
+        inode: Of the file, like `size` in bytes and `modified` in nanoseconds.
+    """
+
+    checksum: str
+    inode: int
+    size: int
+    modified: int
+
+    @classmethod
+    def at(cls, path: Path, checksum: str) -> BasisFile:
+        """The file as it is there now."""
+        found = path.stat()
+        return cls(checksum, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
 def basis_tensors(bases: Mapping[str, StoredBasis]) -> dict[str, Tensor]:
     """The tensors of `subspace.safetensors` for these modules."""
     tensors: dict[str, Tensor] = {}

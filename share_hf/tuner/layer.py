@@ -16,6 +16,7 @@ from peft.utils import quantization_extra_repr
 from peft.utils.other import transpose
 from torch import Tensor, nn
 
+from ..format.basis_file import BasisFile
 from ..state import Phase
 from ..subspace import LowRankUpdate
 from .config import ShareConfig
@@ -63,7 +64,7 @@ class ShareLayer(BaseTunerLayer):
         share_coefficients_in: By task, (k_in, p) or (φ, p).
         share_temporary_out: By task in the adapt phase (n, φ), in the init phase (n, p).
         share_temporary_in: By task, (d, φ) or (d, p).
-        basis_file: Checksum of the `subspace.safetensors` that the basis was read from; None if it is from elsewhere.
+        basis_file: The `subspace.safetensors` that the basis was read from; None if it is from elsewhere.
 
     In eval mode, the factors that a forward folds are kept for the last `FOLDED_TASKS` tasks that were used.
     """
@@ -87,7 +88,7 @@ class ShareLayer(BaseTunerLayer):
         self.register_buffer("share_basis_out", None, persistent=False)
         self.register_buffer("share_basis_in", None, persistent=False)
         self.fan_in_fan_out = False
-        self.basis_file: str | None = None
+        self.basis_file: BasisFile | None = None
         self._folded: dict[str, _FoldedFactors] = {}
         self._disable_adapters = False
         self.merged_adapters = []
@@ -204,15 +205,17 @@ class ShareLayer(BaseTunerLayer):
         cacheable = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
         # The tensors of an inference mode count no versions.
         cacheable = cacheable and not any(tensor.is_inference() for tensor in sources)
-        folded = self._folded.pop(task, None) if cacheable else None
-        if folded is None or not folded.is_of(sources, dtype):
-            update = self.factors(task)
-            folded = _FoldedFactors((update.in_factor.T.to(dtype), update.out_factor.to(dtype)), dtype, sources)
+        kept = self._folded.pop(task, None) if cacheable else None
+        if kept is not None and kept.is_of(sources, dtype):
+            self._folded[task] = kept  # as the last that was used
+            return kept.factors
+        update = self.factors(task)
+        factors = update.in_factor.T.to(dtype), update.out_factor.to(dtype)
         if cacheable:
-            self._folded[task] = folded  # as the last that was used
+            self._folded[task] = _FoldedFactors(factors, dtype, sources)
             if len(self._folded) > FOLDED_TASKS:
                 del self._folded[next(iter(self._folded))]
-        return folded.factors
+        return factors
 
     def _check_forward_args(self, x: Tensor, *args: Any, **kwargs: Any) -> None:
         adapter_names = kwargs.get("adapter_names")

@@ -9,14 +9,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub.errors import EntryNotFoundError
 from peft.config import PeftConfigMixin
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
-from ..format.basis_file import SUBSPACE_FILE, StoredBasis, read_bases
+from ..format.basis_file import SUBSPACE_FILE, BasisFile, StoredBasis, read_bases
 from ..format.download import download
 from ..format.files import MAX_JSON_BYTES, expect_tensor, read_tensors
 from ..format.index import INDEX_FILE, ModuleEntry, TreeIndex, check_file, read_index
@@ -38,22 +38,22 @@ class StoredAdapter:
         modules: Shapes of the layers and bases of its subspace, by module; empty for a fresh adapter.
         bases: The bases; empty where the model has them already.
         head: Shapes of its `modules_to_save` weights, by name in the base model; None if unknown.
-        basis_file: Checksum of the file that the bases are in; None if they are not from a file with a checksum.
+        basis_file: The file that the bases are in; None if they are not from a file with a checksum.
     """
 
     modules: Mapping[str, ModuleEntry] = field(default_factory=dict)
     bases: Mapping[str, StoredBasis] = field(default_factory=dict)
     head: Mapping[str, tuple[int, ...]] | None = None
-    basis_file: str | None = None
+    basis_file: BasisFile | None = None
 
 
-def stored_adapter(config: ShareConfig, loaded: Mapping[str, str | None]) -> StoredAdapter:
+def stored_adapter(config: ShareConfig, loaded: Mapping[str, BasisFile | None]) -> StoredAdapter:
     """What is stored with an adapter, read and checked; nothing for a fresh one.
 
     Args:
         config: Its origin says where it is from.
-        loaded: By module of the model, the checksum of the file that its basis was read from. The bases are not read
-            again if all modules of the adapter are among them.
+        loaded: By module of the model, the file that its basis was read from. The bases are not read again if this is
+            the file of all modules of the adapter.
 
     Raises:
         ValueError: If the configuration was loaded from a place without bases, or they or the adapter's weights are
@@ -88,26 +88,27 @@ def _with_bases(bases: Mapping[str, StoredBasis]) -> StoredAdapter:
     return StoredAdapter(modules, bases)
 
 
-def _read_adapter(origin: AdapterOrigin, config: ShareConfig, loaded: Mapping[str, str | None]) -> StoredAdapter:
+def _read_adapter(origin: AdapterOrigin, config: ShareConfig, loaded: Mapping[str, BasisFile | None]) -> StoredAdapter:
     path = _find_beside_adapter(origin)
-    if not (path.parent / INDEX_FILE).is_file():
-        stored, index = _with_bases(read_bases(path)), None
+    index = read_index(path.parent) if (path.parent / INDEX_FILE).is_file() else None
+    if index is None:
+        stored = _with_bases(read_bases(path))
     else:
-        index = read_index(path.parent)
-        stored = StoredAdapter(index.modules, basis_file=index.sha256.get(SUBSPACE_FILE))
-    adapted = head = None
+        checksum = index.sha256.get(SUBSPACE_FILE, "")
+        stored = StoredAdapter(index.modules, basis_file=BasisFile.at(path, checksum))
+    adapted = None
     if (weights := _weights_file(origin, index)) is not None:
-        adapted, head = _check_weights(weights, config, stored.modules, of_tree=index is not None and index.is_tree)
+        of_tree = index is not None and index.is_tree
+        adapted, head = _check_weights(weights, config, stored.modules, of_tree=of_tree)
+        stored = replace(stored, head=head)
         if index is not None:
             _check_against_tree(origin, config, weights, path.parent, index)
-    if index is None:
-        return StoredAdapter(stored.modules, stored.bases, head)
-    if adapted and stored.basis_file is not None and all(loaded.get(name) == stored.basis_file for name in adapted):
-        return StoredAdapter(stored.modules, {}, head, stored.basis_file)
+    if index is None or (adapted and all(loaded.get(module) == stored.basis_file for module in adapted)):
+        return stored
     bases = read_bases(path)
     check_bases(path, bases, index)
     check_file(path.parent, index.sha256, SUBSPACE_FILE)
-    return StoredAdapter(stored.modules, bases, head, stored.basis_file)
+    return replace(stored, bases=bases)
 
 
 def _find_beside_adapter(origin: AdapterOrigin) -> Path:

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
 from share_hf import ShareConfig, SharedSubspace, ShareTrainer, ShareTrainingArguments
-from share_hf.continual import trainer as trainer_module
+from share_hf.continual import task_trainer as task_trainer_module
 from share_hf.subspace import DriftToleranceError
 from share_hf.tuner import share_layers
 
@@ -450,7 +450,7 @@ def test_a_task_that_was_interrupted_can_be_learned_again_at_once(make: Make, mo
     trainer = make()
     trainer.learn_task("colors", tasks["colors"]["train"], tasks["colors"]["test"])
     with monkeypatch.context() as patch:
-        patch.setattr(trainer_module, "take_merged", raise_interruption)
+        patch.setattr(task_trainer_module, "take_merged", raise_interruption)
         with pytest.raises(Interruption):
             trainer.learn_task("shapes", tasks["shapes"]["train"], tasks["shapes"]["test"])
     trainer.learn_task("shapes", tasks["shapes"]["train"], tasks["shapes"]["test"])
@@ -462,7 +462,7 @@ def test_a_first_task_that_fails_makes_way_for_another(make: Make, monkeypatch: 
     tasks = classification_tasks("colors", "shapes")
     trainer, expected = make(), make(folder="expected")
     with monkeypatch.context() as patch:
-        patch.setattr(trainer_module, "take_merged", raise_interruption)
+        patch.setattr(task_trainer_module, "take_merged", raise_interruption)
         with pytest.raises(Interruption):
             trainer.learn_task("colors", tasks["colors"]["train"])
     for each in (trainer, expected):
