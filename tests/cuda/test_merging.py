@@ -66,7 +66,7 @@ def test_a_merge_on_the_device_is_that_of_the_cpu_in_double_precision(
 
 def test_a_refused_drift_is_refused_on_the_device(device: torch.device) -> None:
     settings = SubspaceSettings(num_components=6, pseudo_rank=4, drift_tolerance=1e-4, max_components=7)
-    with pytest.raises(DriftToleranceError, match="drift_tolerance is 0.0001"):
+    with pytest.raises(DriftToleranceError, match=r"drift_tolerance is 0\.0001"):
         merged(settings, device, torch.float32)
 
 
