@@ -20,7 +20,7 @@ The tasks of a layer share directions of decaying weight, and the new adapter is
 With `--size 1b` there is a fourth one: how long does the merge of a task into a whole Llama of 1B parameters take?
 Its blocks are alike, so the layers of one are merged into as many times as there are blocks; with `--quick`, once.
 
-Everything is computed on a GPU if there is one.
+Everything is computed on a GPU if there is one. (`ShareTrainer` merges on the CPU.)
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ def all_rows(options: argparse.Namespace, hidden_size: int, layers: int, batch: 
     yield from byte_rows(base)
     yield from activation_rows()
     yield from engine_rows(dtype, quick=options.quick)
-    # A merge into 112 layers takes seconds, of which one gives the share.
+    # A merge into 112 layers takes seconds: once is enough.
     yield from stream_rows(base, seconds["adapt"], 1 if options.quick or options.size == "1b" else 3)
 
 

@@ -15,6 +15,12 @@ from transformers import PreTrainedModel
 from tests.continual.conftest import short_garbage_collection, without_figures  # noqa: F401
 
 
+@pytest.fixture(autouse=True)
+def _own_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some versions of transformers leave the precision of one Trainer in the environment of the next."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+
+
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """What models are on."""
