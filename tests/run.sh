@@ -7,7 +7,8 @@
 #     bash tests/run.sh -k merge -x          any selection of pytest's
 #
 # Environment: PYTHON and SHARE_HF_VENV as in recipes/setup_env.sh; SHARE_HF_TEST_EXTRAS, the extras of setup.py to
-# test with; SHARE_HF_TEST_DATA, a folder of further real data and adapters (tests that want it are skipped without).
+# test with; SHARE_HF_TEST_DATA, a folder of further real data and adapters (tests that want it are skipped without);
+# SHARE_HF_TEST_DEVICE, what tests/cuda runs on: cuda or cpu, by default a GPU if there is one.
 
 source "$(dirname "${BASH_SOURCE[0]}")/../recipes/setup_env.sh"
 

@@ -8,8 +8,9 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from typing import Any
 import torch
 
 
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = (
-    "share-hf",
     "torch",
     "transformers",
     "peft",
@@ -27,6 +28,7 @@ PACKAGES = (
     "safetensors",
     "datasets",
     "bitsandbytes",
+    "deepspeed",
     "numpy",
 )
 
@@ -37,17 +39,19 @@ class Row:
 
     Args:
         name: What was measured, sizes included.
-        value: The number.
+        value: The number; None where it was not run, or came to no number.
         unit: Its unit: "ms", "s", "MiB", "x" for a ratio …
         goal: What it should be, such as "<= 4"; None for a number that stands for itself.
         ok: Whether it is.
+        reason: Why it was not run, or what failed. Left out of the JSON of rows that have none.
     """
 
     name: str
-    value: float
+    value: float | None
     unit: str
     goal: str | None = None
     ok: bool | None = None
+    reason: str | None = None
 
     @classmethod
     def at_most(cls, name: str, value: float, unit: str, limit: float) -> Row:
@@ -56,6 +60,10 @@ class Row:
     @classmethod
     def at_least(cls, name: str, value: float, unit: str, limit: float) -> Row:
         return cls(name, value, unit, f">= {limit:g}", value >= limit)
+
+    @classmethod
+    def not_run(cls, name: str, reason: str) -> Row:
+        return cls(name, None, "", reason=f"not run: {reason}")
 
 
 def argument_parser(description: str | None, *, repeats: int) -> argparse.ArgumentParser:
@@ -88,10 +96,10 @@ def interleaved(
 
 def seconds_of(run: Callable[[], object]) -> float:
     """Wall-clock seconds of one run, with what it leaves on an accelerator finished."""
-    _finish_pending_work()
+    finish_pending_work()
     start = time.perf_counter()
     run()
-    _finish_pending_work()
+    finish_pending_work()
     return time.perf_counter() - start
 
 
@@ -99,14 +107,38 @@ def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def report(title: str, rows: list[Row], path: Path | None = None) -> None:
-    """Print the rows as a table and, with `path`, write them there as JSON."""
-    print(f"\n{title}\n\n{_table(rows)}\n")
-    if path is not None:
-        content = {"rows": [asdict(row) for row in rows], "versions": versions(), "machine": machine()}
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def report(title: str, rows: Iterable[Row], path: Path | None = None) -> None:
+    """Print the rows as a table and, with `path`, write them there as JSON.
+
+    Args:
+        title: What stands above the table.
+        rows: Measured already, or as they are asked for: the file always has those that there are.
+        path: The file.
+    """
+    measured = []
+    for row in rows:
+        measured.append(row)
+        if path is not None:
+            write(measured, path)
+    print(f"\n{title}\n\n{table(measured)}\n")
 
 
+def write(rows: Iterable[Row], path: Path) -> None:
+    """Write rows, versions and machine as JSON. Whoever reads the file meanwhile finds the old one or the new one."""
+    content = {"rows": [_as_json(row) for row in rows], "versions": versions(), "machine": machine()}
+    draft = path.with_name(f"{path.name}.tmp")
+    draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    draft.replace(path)
+
+
+def _as_json(row: Row) -> dict[str, Any]:
+    fields = asdict(row)
+    if row.reason is None:
+        del fields["reason"]
+    return fields
+
+
+@cache
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in PACKAGES:
@@ -114,13 +146,13 @@ def versions() -> dict[str, str]:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    if "share-hf" not in found:
-        import share_hf
-
-        found["share-hf"] = share_hf.__version__
+    # Read as text: what share_hf imports may be missing where a report is still wanted.
+    source = (ROOT / "share_hf" / "version.py").read_text(encoding="utf-8")
+    found["share-hf"] = source.split('__version__ = "')[1].split('"')[0]
     return found
 
 
+@cache
 def machine() -> dict[str, Any]:
     """Processor, cores, memory and accelerator this ran on."""
     return {
@@ -133,23 +165,30 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _table(rows: list[Row]) -> str:
+def table(rows: Iterable[Row]) -> str:
+    """The rows for a person to read."""
     cells = [("", "", "", "goal", "")]
-    for row in rows:
-        verdict = "" if row.ok is None else "ok" if row.ok else "MISSED"
-        cells.append((row.name, _readable(row.value), row.unit, row.goal or "", verdict))
+    cells += [(row.name, _readable(row.value), row.unit, row.goal or "", _verdict(row)) for row in rows]
     name, value, unit, goal, _ = (max(len(line[i]) for line in cells) for i in range(5))
     lines = (f"{a:<{name}}  {b:>{value}} {c:<{unit}}  {d:<{goal}}  {e}".rstrip() for a, b, c, d, e in cells)
     return "\n".join(lines)
 
 
-def _readable(value: float) -> str:
+def _verdict(row: Row) -> str:
+    verdict = "" if row.ok is None else "ok" if row.ok else "MISSED"
+    return " ".join(filter(None, (verdict, row.reason)))
+
+
+def _readable(value: float | None) -> str:
+    if value is None:
+        return "-"
     if value and abs(value) < 1e-3:
         return f"{value:.1e}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def _finish_pending_work() -> None:
+def finish_pending_work() -> None:
+    """Wait until an accelerator has done what it was given."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

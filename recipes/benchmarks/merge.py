@@ -2,6 +2,7 @@
 
     python recipes/benchmarks/merge.py
     python recipes/benchmarks/merge.py --quick --json merge.json
+    python recipes/benchmarks/merge.py --size 1b --device cuda
 
 One rank-16 adapter is merged into a float32 layer of n = d = 2048, k = 64, p = 16 that has T tasks, with the joint
 basis, the new coefficients of all tasks and the drift certificate. Three questions:
@@ -15,18 +16,24 @@ basis, the new coefficients of all tasks and the drift certificate. Three questi
    smaller (the singular values and left vectors are the same). Both must give the same updates.
 
 The tasks of a layer share directions of decaying weight, and the new adapter is half inside the basis, half new.
+
+With `--size 1b` there is a fourth one: how long does the merge of a task into a whole Llama of 1B parameters take?
+Its blocks are alike, so the layers of one are merged into as many times as there are blocks; with `--quick`, once.
+
+Everything is computed on a GPU if there is one. (`ShareTrainer` merges on the CPU.)
 """
 
 from __future__ import annotations
 
+import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import torch
-from _report import Row, argument_parser, interleaved, medians, report
+from _report import Row, argument_parser, finish_pending_work, interleaved, medians, report, seconds_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -50,22 +57,43 @@ TASKS = (10, 100, 1_000, 10_000)
 COMPARED_TASKS = {100: 50, 1_000: 100}  # T -> how many times faster the merge should be
 JOINT_ITERATIONS = 3
 CHECKED_TASKS = 25
+# A block of Llama-3.2-1B: (outputs, inputs) of its linear modules.
+BLOCK_1B = {
+    "q_proj": (2048, 2048),
+    "k_proj": (512, 2048),
+    "v_proj": (512, 2048),
+    "o_proj": (2048, 2048),
+    "gate_proj": (8192, 2048),
+    "up_proj": (8192, 2048),
+    "down_proj": (2048, 8192),
+}
+BLOCKS = 16
 
 
 def main() -> None:
     parser = argument_parser(__doc__, repeats=9)
+    parser.add_argument("--size", choices=("layer", "1b"), default="layer", help="1b: a whole Llama too")
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="what everything is computed on (default: a GPU if there is one)",
+    )
     options = parser.parse_args()
-    features = QUICK_FEATURES if options.quick else FEATURES
-    rows = [
-        *growth_rows(FEATURES, 3 if options.quick else options.repeats),
-        *comparison_rows(features, 3 if options.quick else options.repeats),
-    ]
-    report("Merging task T + 1 into one layer (k = 64, p = 16, joint basis, with certificate)", rows, options.json)
+    title = f"Merging task T + 1 into one layer (k = 64, p = 16, joint basis, with certificate), on {options.device}"
+    report(title, all_rows(options), options.json)
 
 
-def growth_rows(features: int, repeats: int) -> list[Row]:
+def all_rows(options: argparse.Namespace) -> Iterator[Row]:
+    repeats, device = 3 if options.quick else options.repeats, torch.device(options.device)
+    yield from growth_rows(FEATURES, repeats, device)
+    if options.size == "1b":
+        yield from model_rows(1 if options.quick else BLOCKS, device)
+    yield from comparison_rows(QUICK_FEATURES if options.quick else FEATURES, repeats, device)
+
+
+def growth_rows(features: int, repeats: int, device: torch.device) -> list[Row]:
     """How the parts of a merge grow with the number of tasks."""
-    layers = {tasks: layer_with_tasks(features, tasks) for tasks in TASKS}
+    layers = {tasks: layer_with_tasks((features, features), tasks, device) for tasks in TASKS}
     adapter = new_adapter(layers[TASKS[0]])
 
     def merge(tasks: int) -> Callable[[], object]:
@@ -94,42 +122,54 @@ def growth_rows(features: int, repeats: int) -> list[Row]:
     return rows
 
 
-def comparison_rows(features: int, repeats: int) -> list[Row]:
+def model_rows(blocks: int, device: torch.device) -> Iterator[Row]:
+    """A task merged into every layer of a model."""
+    for tasks in (10, 100):
+        layers = [layer_with_tasks(shape, tasks, device) for shape in BLOCK_1B.values()]
+        adapters = [new_adapter(layer) for layer in layers]
+
+        def merge_into_block() -> None:
+            for layer, adapter in zip(layers, adapters, strict=True):  # noqa: B023
+                merge_into_layer(layer, {"new": adapter}, SETTINGS)
+
+        merge_into_block()  # to warm up
+        seconds = seconds_of(lambda: [merge_into_block() for _ in range(blocks)])
+        size = f"{blocks * len(layers)} layers of a Llama of hidden size 2048"
+        yield Row(f"whole merges into {size}, T = {tasks}", seconds, "s")
+
+
+def comparison_rows(features: int, repeats: int, device: torch.device) -> Iterator[Row]:
     """The merge beside reconstruct-and-SVD: time and result."""
-    rows = []
     for tasks, times_faster in COMPARED_TASKS.items():
-        layer = layer_with_tasks(features, tasks)
+        layer = layer_with_tasks((features, features), tasks, device)
         adapter = new_adapter(layer)
         merge = {"merge": lambda: merge_into_layer(layer, {"new": adapter}, SETTINGS)}  # noqa: B023
         ours = interleaved(merge, repeats=repeats)["merge"]
-        start = time.perf_counter()
-        expected = reconstruct_and_decompose(layer, adapter)
-        plain = time.perf_counter() - start
+        results: list[DenseResult] = []
+        plain = seconds_of(lambda: results.append(reconstruct_and_decompose(layer, adapter)))  # noqa: B023
         ours += interleaved(merge, repeats=repeats)["merge"]
         merged, _ = merge["merge"]()
 
         where = f"T = {tasks:,}, n = d = {features}"
-        rows += [
-            Row(f"reconstruct-and-SVD, {where}", plain, "s"),
-            Row(f"merge, {where}", median(ours), "s"),
-            Row.at_least(f"times faster, {where}", plain / median(ours), "x", times_faster),
-            Row.at_most(f"largest relative difference of an update, {where}", difference(merged, expected), "", 1e-6),
-        ]
-    return rows
+        yield Row(f"reconstruct-and-SVD, {where}", plain, "s")
+        yield Row(f"merge, {where}", median(ours), "s")
+        yield Row.at_least(f"times faster, {where}", plain / median(ours), "x", times_faster)
+        largest = difference(merged, results[0])
+        yield Row.at_most(f"largest relative difference of an update, {where}", largest, "", 1e-6)
 
 
-def layer_with_tasks(features: int, tasks: int) -> LayerSubspace:
-    """A float32 layer of `tasks` tasks that use the directions of its basis with decaying weight."""
+def layer_with_tasks(shape: tuple[int, int], tasks: int, device: torch.device) -> LayerSubspace:
+    """A float32 layer (n, d) of `tasks` tasks that use the directions of its basis with decaying weight."""
     generator = torch.Generator().manual_seed(tasks)
     k, p = SETTINGS.num_components, SETTINGS.pseudo_rank
     decay = torch.arange(1, k + 1).rsqrt()[:, None]
-    basis_out, basis_in = (torch.linalg.qr(normal(generator, features, k).double()).Q.float() for _ in range(2))
+    basis_out, basis_in = (torch.linalg.qr(normal(generator, side, k).double()).Q.float() for side in shape)
     coefficients_out, coefficients_in = (decay * normal(generator, tasks, k, p) for _ in range(2))
     # As learned, the updates were a little larger: compression has cost them some of their norm.
     norms = update_norms(coefficients_out, coefficients_in) * (1 + 0.1 * torch.rand(tasks, generator=generator))
     nothing = torch.zeros(tasks, dtype=torch.float64)
     drifted = nothing + 0.4
-    return LayerSubspace(
+    layer = LayerSubspace(
         tasks=tuple(f"task_{i}" for i in range(tasks)),
         basis_out=basis_out,
         basis_in=basis_in,
@@ -139,6 +179,7 @@ def layer_with_tasks(features: int, tasks: int) -> LayerSubspace:
         spectrum_out=decay[:, 0].double(),
         spectrum_in=decay[:, 0].double(),
     )
+    return layer.to(device)
 
 
 def new_adapter(layer: LayerSubspace) -> LowRankUpdate:
@@ -147,8 +188,8 @@ def new_adapter(layer: LayerSubspace) -> LowRankUpdate:
     decay = torch.arange(1, SETTINGS.num_components + 1).rsqrt()[:, None]
     factors = []
     for basis in (layer.basis_out, layer.basis_in):
-        inside = basis @ (decay * normal(generator, len(decay), NEW_RANK))
-        outside = normal(generator, len(basis), NEW_RANK)
+        inside = basis @ (decay * normal(generator, len(decay), NEW_RANK)).to(basis)
+        outside = normal(generator, len(basis), NEW_RANK).to(basis)
         factors.append(inside + outside * inside.norm() / outside.norm())
     return LowRankUpdate(*factors)
 
@@ -225,8 +266,10 @@ class TimedOperations(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
     ) -> Any:
+        finish_pending_work()
         start = time.perf_counter()
         result = function(*arguments, **(options or {}))
+        finish_pending_work()
         elapsed = time.perf_counter() - start
         involved = tree_leaves((arguments, options, result))
         if any(isinstance(value, Tensor) and self.side in value.shape for value in involved):

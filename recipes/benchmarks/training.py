@@ -3,10 +3,12 @@
     python recipes/benchmarks/training.py
     python recipes/benchmarks/training.py --quick --json training.json
     python recipes/benchmarks/training.py --dtype bfloat16
+    python recipes/benchmarks/training.py --size 1b
 
 Copies of one Llama of hidden size 1024 with random weights take the same steps (forward, backward, fused AdamW) in one
 process, one of each after the other: frozen, with a LoRA of PEFT, and with Share in its `coefficients` and its `adapt`
-phase, on all linear modules at rank 16, k = 64, φ = 16. On CUDA in bfloat16, elsewhere in float32. Five questions:
+phase, on all linear modules at rank 16, k = 64, φ = 16. On CUDA in bfloat16, elsewhere in float32. `--size 1b` is for
+a GPU: hidden size 2048, 16 layers, otherwise the same. Five questions:
 
 1. How much longer is a step than with LoRA, and than backward through the frozen model alone, down to its embeddings?
 2. How many bytes do trained parameters, their gradients and the optimizer hold? All tensors are added up.
@@ -19,13 +21,17 @@ phase, on all linear modules at rank 16, k = 64, φ = 16. On CUDA in bfloat16, e
    round. The ratio also counts how fast Share is under DDP, and grows as that gets faster; what ZeRO adds is a cost by
    module and by trained tensor that hardly depends on the length of the step, so it is told in milliseconds too. That
    goal allows for the noise of the comparison, which has a row of its own. Needs DeepSpeed, and no GPU or two.
+
+The layers are those of Llama-3.2-1B, the vocabulary of 128,256 tokens is not: no adapter is in the head, which would
+add the same to every step, several GB of logits among it, and only bring all ratios nearer to one.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -45,7 +51,7 @@ from share_hf.state import SubspaceState
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-HIDDEN_SIZE = 1024
+SIZES = {"half": (1024, 4), "1b": (2048, 16)}  # hidden size and layers
 VOCABULARY = 1024  # small, so that the head is not everything
 RANK = 16
 COMPONENTS, TEMPORARY = 64, 16
@@ -61,7 +67,8 @@ ODD_TOKENS = 37  # divides no other size, so that what holds tokens can be told 
 
 def main() -> None:
     parser = argument_parser(__doc__, repeats=15)
-    parser.add_argument("--layers", type=int, default=4, help="layers of the model (default: %(default)s)")
+    parser.add_argument("--size", choices=SIZES, default="half", help="width of Llama-3.2-1B, or half of it")
+    parser.add_argument("--layers", type=int, help="layers of the model (default: 4, or the 16 of Llama-3.2-1B)")
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
@@ -69,26 +76,28 @@ def main() -> None:
         help="of the base model (default: bfloat16 on CUDA, otherwise float32)",
     )
     options = parser.parse_args()
-    layers, batch, length = (1, 2, 256) if options.quick else (options.layers, 4, 512)
-    repeats = 3 if options.quick else options.repeats
+    hidden_size, layers = SIZES[options.size]
+    layers = 1 if options.quick else options.layers or layers
+    batch = (2, 256) if options.quick else (4, 512)
+    title = (
+        f"Training steps of a Llama, {layers} layers of hidden size {hidden_size}, batch {batch[0]} x {batch[1]} "
+        f"tokens, {options.dtype}, LoRA r = {RANK}, Share k = {COMPONENTS}, p = {RANK}, φ = {TEMPORARY}"
+    )
+    report(title, all_rows(options, hidden_size, layers, batch), options.json)
 
+
+def all_rows(options: argparse.Namespace, hidden_size: int, layers: int, batch: tuple[int, int]) -> Iterator[Row]:
     torch.manual_seed(0)
     dtype = getattr(torch, options.dtype)
-    base = llama(layers, dtype)
-    input_ids = torch.randint(VOCABULARY, (batch, length), device=DEVICE)
-    seconds = step_seconds(base, input_ids, repeats)
-    rows = [
-        *time_rows(seconds),
-        *byte_rows(base),
-        *activation_rows(),
-        *stream_rows(base, seconds["adapt"], 1 if options.quick else 3),
-        *engine_rows(dtype, quick=options.quick),
-    ]
-    title = (
-        f"Training steps of a Llama, {layers} layers of hidden size {HIDDEN_SIZE}, batch {batch} x {length} tokens, "
-        f"{options.dtype}, LoRA r = {RANK}, Share k = {COMPONENTS}, p = {RANK}, φ = {TEMPORARY}"
-    )
-    report(title, rows, options.json)
+    base = llama(layers, dtype, hidden_size)
+    input_ids = torch.randint(VOCABULARY, batch, device=DEVICE)
+    seconds = step_seconds(base, input_ids, 3 if options.quick else options.repeats)
+    yield from time_rows(seconds)
+    yield from byte_rows(base)
+    yield from activation_rows()
+    yield from engine_rows(dtype, quick=options.quick)
+    # A merge into 112 layers takes seconds: once is enough.
+    yield from stream_rows(base, seconds["adapt"], 1 if options.quick or options.size == "1b" else 3)
 
 
 # ---- Time -----------------------------------------------------------------------------------------------------------
@@ -116,7 +125,7 @@ class Training:
     """A copy of the model with an adapter, and the optimizer of what the adapter trains."""
 
     def __init__(self, base: LlamaForCausalLM, config: PeftConfig) -> None:
-        self.model = get_peft_model(copy.deepcopy(base), config, adapter_name="task").train()
+        self.model = get_peft_model(copy_of(base), config, adapter_name="task").train()
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, fused=True)
 
@@ -137,7 +146,7 @@ class Training:
 
 def frozen_step(base: LlamaForCausalLM, input_ids: Tensor) -> Callable[[], None]:
     """Forward, and backward to the embeddings of the tokens; nothing is trained."""
-    model = copy.deepcopy(base).requires_grad_(False).train()
+    model = copy_of(base).requires_grad_(False).train()
     model.enable_input_require_grads()
     return lambda: model(input_ids=input_ids, labels=input_ids).loss.backward()
 
@@ -222,7 +231,7 @@ def shares_memory(tensor: Tensor, other: Tensor) -> bool:
 def stream_rows(base: LlamaForCausalLM, step: float, repeats: int) -> list[Row]:
     """Seconds of all that is no step in a task of a stream, as its share of the task's time."""
     config = share("coefficients")
-    model = get_peft_model(copy.deepcopy(base), config, adapter_name="default")
+    model = get_peft_model(copy_of(base), config, adapter_name="default")
     config.target_modules = model.peft_config["default"].target_modules
     state = SubspaceState(settings=config.subspace_settings())
     for i in range(STREAM_TASKS):
@@ -288,22 +297,19 @@ def save_checkpoint(model: PeftModel, task: str, optimizer: torch.optim.Optimize
 
 def engine_rows(dtype: torch.dtype, *, quick: bool) -> list[Row]:
     """Steps of two processes under each engine, and what ZeRO adds to them over DDP."""
-    reason = reason_against()
-    if reason is not None:
-        print(f"Steps under DDP, ZeRO-2 and ZeRO-3 are left out: {reason}")
-        return []
     hidden_size, batch, repeats = (256, (2, 64), 7) if quick else (512, (2, 128), 61)
     adapters = {"LoRA": lora(), **{phase: share(phase) for phase in PHASES}}
+    names = {
+        (adapter, engine): f"a step in two processes, hidden size {hidden_size}, {engine}: {NAMES[adapter]}"
+        for adapter in adapters
+        for engine in ENGINES
+    }
+    reason = reason_against()
+    if reason is not None:
+        return [Row.not_run(name, reason) for name in names.values()]
     make_base = partial(llama, 1 if quick else 2, dtype, hidden_size)
     seconds = seconds_in_two_processes(make_base, adapters, batch, repeats)
-    rows = [
-        Row(
-            f"a step in two processes, hidden size {hidden_size}, {engine}: {NAMES[adapter]}",
-            1e3 * median(values),
-            "ms",
-        )
-        for (adapter, engine), values in seconds.items()
-    ]
+    rows = [Row(names[variant], 1e3 * median(values), "ms") for variant, values in seconds.items()]
     for engine in ENGINES[1:]:
         rows += over_ddp_rows(engine, seconds)
     return rows
@@ -346,8 +352,8 @@ def noise_of_median(values: list[float]) -> float:
 # ---- The models -----------------------------------------------------------------------------------------------------
 
 
-def llama(layers: int, dtype: torch.dtype, hidden_size: int = HIDDEN_SIZE) -> LlamaForCausalLM:
-    """A Llama with the proportions of Llama-3.2-1B; at half its width, if nothing else is asked for."""
+def llama(layers: int, dtype: torch.dtype, hidden_size: int) -> LlamaForCausalLM:
+    """A Llama with the proportions of Llama-3.2-1B, whose hidden size is 2048."""
     config = LlamaConfig(
         hidden_size=hidden_size,
         intermediate_size=4 * hidden_size,
@@ -357,7 +363,13 @@ def llama(layers: int, dtype: torch.dtype, hidden_size: int = HIDDEN_SIZE) -> Ll
         vocab_size=VOCABULARY,
         use_cache=False,
     )
-    return LlamaForCausalLM(config).to(DEVICE, dtype)
+    with torch.device(DEVICE):  # a billion random numbers take a CPU long
+        return LlamaForCausalLM(config).to(dtype)
+
+
+def copy_of(base: LlamaForCausalLM) -> LlamaForCausalLM:
+    """A model of its own that shares the weights, which nothing here trains, so that a GPU has them once."""
+    return copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
 
 
 def lora() -> LoraConfig:

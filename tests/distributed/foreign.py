@@ -27,7 +27,7 @@ def main() -> None:
     folder = Path(options.pop("folder"))
     world = int(os.environ.get("WORLD_SIZE", "1"))
     args = TrainingArguments(
-        str(folder), max_steps=4, per_device_train_batch_size=8 // world, learning_rate=5e-3, seed=3, use_cpu=True,
+        str(folder), max_steps=4, per_device_train_batch_size=8 // world, learning_rate=5e-3, seed=3,
         lr_scheduler_type="constant", save_strategy="no", report_to="none", disable_tqdm=True, **options,
     )  # fmt: skip
     torch.manual_seed(0)

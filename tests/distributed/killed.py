@@ -14,4 +14,4 @@ from tests.continual.kill_server import run_stream
 
 if __name__ == "__main__":
     options = json.loads(sys.argv[-1])  # deepspeed puts arguments of its own before it
-    run_stream(Path(options.pop("folder")), **options)
+    print(json.dumps(run_stream(Path(options.pop("folder")), **options)))

@@ -30,20 +30,22 @@ TIMEOUT = 240
 Launch = Callable[..., SharedSubspace]
 
 
-def environment() -> dict[str, str]:
+def environment(device: str = "cpu") -> dict[str, str]:
     return {
         **os.environ,
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
-        "DS_ACCELERATOR": "cpu",
+        "DS_ACCELERATOR": device,
     }
 
 
-def run(command: list[str], timeout: float = TIMEOUT, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def run(
+    command: list[str], timeout: float = TIMEOUT, cwd: Path | None = None, device: str = "cpu"
+) -> subprocess.CompletedProcess[str]:
     """Run a command, of which no process is left afterwards."""
     process = subprocess.Popen(
-        command, cwd=cwd, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, cwd=cwd, env=environment(device), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     try:
         output, _ = process.communicate(timeout=timeout)
@@ -66,24 +68,28 @@ def free_port() -> str:
         return str(server.getsockname()[1])
 
 
-def launcher(engine: str) -> list[str]:
+def launcher(engine: str, processes: int = 2) -> list[str]:
     """What starts the script under an engine; one process with none."""
     if engine == "one":
         return [sys.executable]
     if engine in ("ddp", "fsdp"):
-        return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port", free_port()]
+        torchrun = [sys.executable, "-m", "torch.distributed.run"]
+        return [*torchrun, "--standalone", "--nproc-per-node", str(processes)]
+    deepspeed = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(processes)]
+    return [*deepspeed, "--master_port", free_port()]
 
 
-def command(engine: str, script: str, folder: Path, **options: Any) -> list[str]:
+def command(
+    engine: str, script: str, folder: Path, processes: int = 2, device: str = "cpu", **options: Any
+) -> list[str]:
     """Runs a script of this folder under an engine."""
-    options = {"folder": str(folder), **options}
+    options = {"folder": str(folder), "use_cpu": device == "cpu", **options}
     if engine.startswith("zero"):
         options["deepspeed"] = zero_config(engine)
     elif engine != "one":
-        options["ddp_backend"] = "gloo"
+        options["ddp_backend"] = "gloo" if device == "cpu" else "nccl"
         options["fsdp"] = engine == "fsdp"
-    return [*launcher(engine), str(HERE / script), json.dumps(options)]
+    return [*launcher(engine, processes), str(HERE / script), json.dumps(options)]
 
 
 @pytest.fixture(scope="module")

@@ -83,6 +83,19 @@ def test_zero_is_compared_with_ddp_for_a_lora_and_for_each_phase(rows: dict[str,
             assert goal["ok"] == (goal["value"] <= added["value"] + noise["value"]), (goal, noise)
 
 
+def test_steps_that_need_more_gpus_than_there_are_were_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARK.parent)
+    training, engines = (importlib.import_module(name) for name in ("training", "_engines"))
+    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    rows = training.engine_rows(torch.bfloat16, quick=False)
+    assert len({row.name for row in rows}) == 9  # by adapter and engine
+    assert rows[0].name == "a step in two processes, hidden size 512, DDP: LoRA"
+    for row in rows:
+        assert row.value is row.ok is None
+        assert row.reason == "not run: 2 processes need a GPU each, found 1"
+
+
 @pytest.mark.slow
 @pytest.mark.benchmark
 @pytest.mark.distributed

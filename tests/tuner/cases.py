@@ -109,10 +109,16 @@ def an_adapted_layer(model: nn.Module) -> ShareLayer:
     return next(iter(share_layers(model).values()))
 
 
+def on_device_of(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The batch where the model is."""
+    device = next(model.parameters()).device
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
 def logits(model: nn.Module, batch: Mapping[str, Tensor], **kwargs: Any) -> Tensor:
     """Without gradients, so that eval mode may keep what it folded."""
     with torch.no_grad():
-        return model(input_ids=batch["input_ids"], **kwargs).logits
+        return model(input_ids=on_device_of(model, batch)["input_ids"], **kwargs).logits
 
 
 def update_by_hand(layer: ShareLayer, task: str) -> Tensor:
@@ -140,6 +146,7 @@ def with_updates_in_weights(base: PreTrainedModel, updates: Mapping[str, Tensor]
 def learn(model: nn.Module, batch: Mapping[str, Tensor], steps: int = 5, learning_rate: float = 0.02) -> list[float]:
     """Train what is trainable; the loss before each step and after the last one."""
     model.train()
+    batch = on_device_of(model, batch)
     optimizer = torch.optim.AdamW(trainable(model).values(), lr=learning_rate, weight_decay=0.0)
     losses = []
     for _ in range(steps):
@@ -157,7 +164,7 @@ def gradients(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor
     """Gradients of the loss with respect to what is trainable, in train mode."""
     model.train()
     model.zero_grad()
-    model(**batch).loss.backward()
+    model(**on_device_of(model, batch)).loss.backward()
     return {name: parameter.grad.clone() for name, parameter in trainable(model).items()}
 
 

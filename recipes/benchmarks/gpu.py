@@ -1,0 +1,325 @@
+"""Does everything run on this CUDA card, and how fast?
+
+    bash recipes/benchmarks/gpu.sh
+    bash recipes/benchmarks/gpu.sh --only streams --only merge.py
+    python recipes/benchmarks/gpu.py --device cpu
+
+Runs the tests of tests/cuda, a process a file, and training.py and merge.py at the size of a Llama of 1B parameters,
+within a time limit and without a network. Every test is a row, whose value is its seconds and whose goal is to pass;
+every row of a benchmark is one too. What a missing package, a missing card or the time limit prevents is a row that
+says "not run" and why. The JSON goes to recipes/benchmarks/results/ under the name of the card and the time; it is
+written anew with every row, so that nothing is lost when the run is broken off, and what was printed lies beside it.
+
+`--device cpu` is a rehearsal: what a CPU can run of the tests, and the benchmarks with `--quick`. The exit status is
+1 if a test has failed, otherwise 0: a goal that is missed, or a benchmark that dies, has `ok` false in its row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from _report import ROOT, Row, table, write
+
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+SECONDS = 430  # with the start and the end of it all, less than 8 minutes
+SECONDS_TO_STOP = 10
+SECONDS_BETWEEN_LOOKS = 0.2
+
+# What `import share_hf` and the tests take, beside torch.
+LIBRARIES = ("accelerate", "datasets", "huggingface_hub", "jinja2", "peft", "safetensors", "tqdm", "transformers")
+TEST_LIBRARIES = (*LIBRARIES, "hypothesis", "psutil", "pytest")
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a process has ended.
+
+    Args:
+        code: Of its exit; None if the time limit came first.
+        limit: In seconds.
+    """
+
+    code: int | None
+    limit: float
+
+    @property
+    def reason(self) -> str:
+        if self.code is None:
+            return f"the time limit of {self.limit:.0f} s came first"
+        return f"the process ended with {_name_of_exit(self.code)}"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One process of the run.
+
+    Args:
+        name: What stands for it where it is not run.
+        seconds: Its share of the time; what others leave over is divided in proportion.
+        command: Its command line, given the file that it writes as it goes.
+        rows: Its rows so far, from that file and from how the process ended, None while it runs.
+        needs: Packages that it imports.
+    """
+
+    name: str
+    seconds: float
+    command: Callable[[Path], list[str]]
+    rows: Callable[[Path, Ending | None], list[Row]]
+    needs: tuple[str, ...] = ()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where the rows go, instead of results/")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal")
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, help="time limit of all parts together (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--only", action="append", metavar="TEXT", help="only parts with TEXT in their name; may be given again"
+    )
+    options = parser.parse_args()
+    if options.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    parts = [part for part in all_parts(options.device) if any(text in part.name for text in options.only or [""])]
+    path = options.json or RESULTS / f"{name_of_device(options.device)}-{time.strftime('%Y-%m-%dT%H%M%S')}.json"
+    sys.exit(run_parts(parts, path, seconds=options.seconds, device=options.device))
+
+
+def all_parts(device: str) -> list[Part]:
+    """Tests first, and of them those that do not start processes of their own."""
+    size = ("--size", "1b") if device == "cuda" else ("--quick",)
+    return [
+        tests_of(ROOT / "tests" / "cuda" / "test_adapters.py", 50),
+        tests_of(ROOT / "tests" / "cuda" / "test_merging.py", 20),
+        tests_of(ROOT / "tests" / "cuda" / "test_streams.py", 60),
+        tests_of(ROOT / "tests" / "cuda" / "test_engines.py", 180),
+        benchmark("training.py", size, 80),
+        benchmark("merge.py", size, 40),
+    ]
+
+
+def run_parts(parts: Sequence[Part], path: Path, *, seconds: float, device: str) -> int:
+    """Run parts one after the other; returns the exit status.
+
+    Args:
+        parts: What is run.
+        path: The JSON. What the parts print goes to the same name with `.log`.
+        seconds: Time limit of all of them together.
+        device: What they need: "cuda", or nothing but a "cpu".
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no process is left behind
+    path.parent.mkdir(parents=True, exist_ok=True)
+    results = Results(parts, path)
+    end = time.monotonic() + seconds
+    reasons = {part.name: reason_against(part, device) for part in parts}
+    for position, part in enumerate(parts):
+        reason = reasons[part.name]
+        if reason is not None:
+            results.take(part, [Row.not_run(part.name, reason)])
+            continue
+        still_to_run = sum(other.seconds for other in parts[position:] if reasons[other.name] is None)
+        limit = max(0.0, end - time.monotonic()) * part.seconds / still_to_run
+        print(f"{part.name}: {limit:.0f} s at most", flush=True)
+        with path.with_suffix(".log").open("a", encoding="utf-8") as log:
+            for rows in run(part, limit, device, log):
+                results.take(part, rows)
+    print(f"\n{table(results.rows)}\n\n{path}")
+    return int(any(row.goal == PASSES and row.ok is False for row in results.rows))
+
+
+class Results:
+    """The rows of all parts. The file has them at any time, and those of parts that are not reached yet."""
+
+    def __init__(self, parts: Sequence[Part], path: Path) -> None:
+        self._path = path
+        self._by_part = {part.name: [Row.not_run(part.name, NOT_REACHED)] for part in parts}
+        write(self.rows, path)
+
+    @property
+    def rows(self) -> list[Row]:
+        return [row for rows in self._by_part.values() for row in rows]
+
+    def take(self, part: Part, rows: list[Row]) -> None:
+        if rows != self._by_part[part.name]:
+            self._by_part[part.name] = rows
+            write(self.rows, self._path)
+
+
+def reason_against(part: Part, device: str) -> str | None:
+    """Why a part cannot be run here, if it cannot."""
+    missing = [package for package in part.needs if find_spec(package) is None]
+    if missing:
+        return f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed"
+    if device == "cuda" and not torch.cuda.is_available():
+        return f"no CUDA device: torch {torch.__version__} finds none"
+    return None
+
+
+def name_of_device(device: str) -> str:
+    """For a file's name."""
+    if device == "cuda":
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no-cuda"
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+# ---- Processes ------------------------------------------------------------------------------------------------------
+
+
+def run(part: Part, limit: float, device: str, log: IO[str]) -> Iterator[list[Row]]:
+    """Run a part for at most `limit` seconds: its rows, again and again as they become more."""
+    with tempfile.TemporaryDirectory() as folder:
+        written = Path(folder) / "written"
+        process = subprocess.Popen(
+            part.command(written),
+            cwd=ROOT,
+            env=environment(device, written),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            end = time.monotonic() + limit
+            while process.poll() is None and time.monotonic() < end:
+                yield part.rows(written, None)
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+            code = process.poll()
+        finally:
+            stop(process)
+        yield part.rows(written, Ending(code, limit))
+
+
+def environment(device: str, events: Path) -> dict[str, str]:
+    """Of a part: nothing is downloaded, and a test that wants a GPU is not run on the CPU instead."""
+    folders = (str(ROOT), str(HERE), os.environ.get("PYTHONPATH"))
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, folders)),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "SHARE_HF_TEST_DEVICE": device,
+        "SHARE_HF_EVENTS": str(events),
+    }
+
+
+def stop(process: subprocess.Popen[Any]) -> None:
+    """End a process and its group. It is interrupted first, so that tests end the launchers that they have started."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(SECONDS_TO_STOP)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _name_of_exit(code: int) -> str:
+    return f"code {code}" if code >= 0 else signal.Signals(-code).name
+
+
+# ---- Tests ----------------------------------------------------------------------------------------------------------
+
+PASSES = "passes"
+NOT_REACHED = "the run was broken off before"
+
+
+def tests_of(file: Path, seconds: float) -> Part:
+    """A file of tests, the slow ones included."""
+    pytest = [sys.executable, "-m", "pytest", str(file), "-m", "", "-p", "_pytest_rows", "-p", "no:cacheprovider"]
+    return Part(file.name, seconds, lambda events: pytest, lambda *args: test_rows(file.name, *args), TEST_LIBRARIES)
+
+
+def test_rows(name: str, events: Path, ending: Ending | None) -> list[Row]:
+    """A row a test, from what the plugin of pytest has noted.
+
+    Args:
+        name: Of the file.
+        events: Lines of JSON, the last of which may be incomplete.
+        ending: None while pytest runs.
+    """
+    rows: dict[str, Row] = {}
+    running = None
+    for event in _events(events):
+        test = event.get("ended") or event.get("broken")
+        if "tests" in event:
+            rows |= {test: Row.not_run(_short(test), NOT_REACHED) for test in event["tests"]}
+        elif "began" in event:
+            running = event["began"]
+        elif "skipped" in event:
+            rows[test] = Row.not_run(_short(test), event["skipped"])
+        elif "failed" in event:
+            rows[test] = Row(_short(test), event.get("seconds"), "s", PASSES, False, event["failed"])
+        else:
+            rows[test] = Row(_short(test), event["seconds"], "s", PASSES, True)
+    if ending is None:
+        return list(rows.values()) or [Row.not_run(name, NOT_REACHED)]
+    unfinished = {test: row for test, row in rows.items() if row.reason == f"not run: {NOT_REACHED}"}
+    rows |= {test: Row.not_run(row.name, ending.reason) for test, row in unfinished.items()}
+    if ending.code is not None and running in unfinished:
+        rows[running] = Row(_short(running), None, "", PASSES, False, ending.reason)
+    if not rows and ending.code is None:
+        return [Row.not_run(name, ending.reason)]
+    return list(rows.values()) or [Row(name, None, "", PASSES, False, ending.reason)]
+
+
+def _short(test: str) -> str:
+    """A test's name without the folders of its file."""
+    file, colons, of_test = test.partition("::")
+    return f"{Path(file).name}{colons}{of_test}"
+
+
+def _events(path: Path) -> Iterator[dict[str, Any]]:
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with suppress(json.JSONDecodeError):
+                yield json.loads(line)
+
+
+# ---- Benchmarks -----------------------------------------------------------------------------------------------------
+
+
+def benchmark(script: str, options: Sequence[str], seconds: float) -> Part:
+    """A benchmark of this folder, which writes its rows as it measures them."""
+    command = [sys.executable, str(HERE / script), *options, "--json"]
+    return Part(
+        script,
+        seconds,
+        lambda path: [*command, str(path)],
+        lambda path, ending: benchmark_rows(script, path, ending),
+        LIBRARIES,
+    )
+
+
+def benchmark_rows(script: str, path: Path, ending: Ending | None) -> list[Row]:
+    """The rows that a benchmark has written, under its name."""
+    written = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+    rows = [Row(**row) for row in written]
+    rows = [replace(row, name=f"{script}: {row.name}") for row in rows]
+    rest = f"{script}: what follows" if rows else script
+    if ending is None:
+        return [*rows, Row.not_run(rest, NOT_REACHED)]
+    if ending.code is None:
+        return [*rows, Row.not_run(rest, ending.reason)]
+    return rows if ending.code == 0 else [*rows, Row(rest, None, "", "runs", False, ending.reason)]
+
+
+if __name__ == "__main__":
+    main()
