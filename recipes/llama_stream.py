@@ -14,6 +14,10 @@ runs the baselines the same way: a LoRA of its own for each task, or one LoRA tr
 
 from __future__ import annotations
 
+import quiet  # noqa: F401
+
+
+# isort: split
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -50,8 +50,9 @@ find_python() {
     return 1
 }
 
+# Errors only: pip's warnings, about its configuration or its cache, are nothing that this script could act on.
 quiet_pip() {
-    python -m pip --quiet --disable-pip-version-check "$@"
+    python -m pip --quiet --quiet --disable-pip-version-check "$@"
 }
 
 # What an installation depends on: any change of it makes every stamp stale.

@@ -16,6 +16,10 @@ Every task has a trainer of its own, which DeepSpeed refuses in one process: the
 
 from __future__ import annotations
 
+import quiet  # noqa: F401
+
+
+# isort: split
 import sys
 import time
 from dataclasses import dataclass, field, replace

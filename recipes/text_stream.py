@@ -13,6 +13,10 @@ the baselines the same way: a LoRA of its own for each task, or one LoRA trained
 
 from __future__ import annotations
 
+import quiet  # noqa: F401
+
+
+# isort: split
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -10,6 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import copy
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,6 +34,9 @@ from tests.hub_server.fixtures import hub, hub_server  # noqa: F401
 VOCABULARY = 64
 HIDDEN = 64
 LAYERS = 2
+
+# Said by bitsandbytes in every process where the package `kernels` is missing.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 # The models are so small that a second thread costs more than it brings, by far so when cores are shared.
 torch.set_num_threads(1)

@@ -42,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
             if not debug:
                 warnings.simplefilter("ignore")
-                logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns when it is imported
+                # Both warn when they are imported; DeepSpeed sets the level of its logger anew.
+                logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+                logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
             from . import commands  # torch and all
 
             outcome = commands.run(args, debug=debug)

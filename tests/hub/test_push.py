@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 
 from share_hf import SharedSubspace
+from share_hf.subspace import LayerSubspace, LowRankUpdate
 from tests.hub_server import Answer, DropUpload, Request
 from tests.hub_server.faults import Fault
 from tests.hub_server.fixtures import Hub
@@ -361,3 +362,35 @@ def test_a_template_of_ones_own_writes_the_card(hub: Hub, subspace: SharedSubspa
             (tmp_path / name).write_text(text)
         with pytest.raises(ValueError, match=f"{name}: (no such model card template|not a usable model card templ)"):
             subspace.push_to_hub(REPO, card_template=tmp_path / name)
+
+
+def test_another_machine_that_rounds_otherwise_pushes_nothing_where_nothing_changed(
+    hub: Hub, subspace: SharedSubspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether something changed is decided by bases and coefficients, not by the product that the root adapter is."""
+    subspace.push_to_hub(REPO)
+    before = {branch: hub.repository(REPO).commit_at(branch).oid for branch in ("main", *subspace.tasks)}
+    exact = LayerSubspace.update_of
+
+    def rounded_otherwise(self: LayerSubspace, task: str) -> LowRankUpdate:
+        update = exact(self, task)
+        return LowRankUpdate(update.out_factor * (1 + 1e-7), update.in_factor)
+
+    monkeypatch.setattr(LayerSubspace, "update_of", rounded_otherwise)
+    loaded = SharedSubspace.from_pretrained(REPO)
+    hub.server.forget_requests()
+    loaded.push_to_hub(REPO)
+    assert {branch: hub.repository(REPO).commit_at(branch).oid for branch in before} == before
+    assert hub.server.uploaded(REPO, "adapter_model.safetensors") == 0
+    SharedSubspace.from_pretrained(REPO)
+
+
+def test_the_root_adapter_follows_its_task(hub: Hub, subspace: SharedSubspace) -> None:
+    subspace.push_to_hub(REPO)
+    files = hub.repository(REPO).commit_at("main").files
+    subspace.push_to_hub(REPO, default_task="mrpc")
+    changed = hub.repository(REPO).commit_at("main").files
+    assert changed["adapter_model.safetensors"].content != files["adapter_model.safetensors"].content
+    subspace.push_to_hub(REPO, default_task="sst2")
+    again = hub.repository(REPO).commit_at("main").files
+    assert again["adapter_model.safetensors"].content == files["adapter_model.safetensors"].content

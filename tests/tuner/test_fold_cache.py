@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from share_hf.tuner import ShareLayer, share_layers
+from share_hf.tuner.layer import FOLDED_TASKS
 
 from .cases import (
     LLAMA,
@@ -255,3 +256,20 @@ def test_a_deleted_task_keeps_no_memory(model: PeftModel) -> None:
     model.delete_adapter("one")
     gc.collect()
     assert kept() is None
+
+
+def test_a_layer_keeps_the_folded_factors_of_a_few_tasks_only(
+    tiny_model: Callable[[str], PreTrainedModel],
+) -> None:
+    tasks = [f"task{i}" for i in range(FOLDED_TASKS + 3)]
+    model = with_tasks(tiny_model("llama"), LLAMA, *tasks).eval()
+    expected = {}
+    with torch.no_grad():
+        for task in (*tasks, *reversed(tasks), tasks[0]):
+            model.set_adapter(task)
+            found = logits(model, LLAMA.batch())
+            assert torch.equal(expected.setdefault(task, found), found)
+    for layer in share_layers(model).values():
+        assert len(layer._folded) == FOLDED_TASKS
+        assert list(layer._folded)[-1] == tasks[0]  # the last that was used stays longest
+        assert tasks[FOLDED_TASKS] not in layer._folded  # pushed out by the last one, which was there no more
