@@ -110,8 +110,8 @@ def train_loras(
 
     Args:
         model: The base model.
-        args: Of every task's training.
-        lora_config: Of every LoRA.
+        args: Arguments of every task's training.
+        lora_config: Configuration of every LoRA.
         tasks: The stream.
         score: Scores the active adapter on a task.
         sequential: One LoRA for all tasks.

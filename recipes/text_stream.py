@@ -151,7 +151,7 @@ def lora_baseline(
 
     def prepare(peft_model: PeftModel, task: str) -> None:
         if not labels_of_adapter:
-            LabelMask(peft_model, labels_of_adapter)
+            LabelMask(peft_model, labels_of_adapter.get)
         labels_of_adapter[peft_model.active_adapter] = num_labels[task]
 
     def score(trainer: Trainer, task: str, data: Any) -> float:

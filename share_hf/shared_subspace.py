@@ -269,8 +269,8 @@ class SharedSubspace:
 
         Args:
             repo_id (`str`): The repository, created if need be.
-            commit_message (`str`, *optional*): Of the commit on `main`; tells the new tasks if not given.
-            commit_description (`str`, *optional*): Of that commit.
+            commit_message (`str`, *optional*): Message of the commit on `main`; tells the new tasks if not given.
+            commit_description (`str`, *optional*): Description of that commit.
             private (`bool`, *optional*): Whether a repository that is created is private.
             token (`str` or `bool`, *optional*): For the hub.
             create_pr (`bool`, *optional*, defaults to `False`):

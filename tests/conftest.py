@@ -29,6 +29,16 @@ from transformers import (
 )
 
 from tests.hub_server.fixtures import hub, hub_server  # noqa: F401
+from tests.tree_fixtures import (  # noqa: F401
+    copy_of,
+    loras,
+    save_classifier,
+    save_lora,
+    saved,
+    subspace,
+    tree,
+    with_figures,
+)
 
 
 VOCABULARY = 64

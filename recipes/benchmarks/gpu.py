@@ -52,7 +52,7 @@ class Ending:
     """How a process has ended.
 
     Args:
-        code: Of its exit; None if the time limit came first.
+        code: Exit code; None if the time limit came first.
         limit: In seconds.
     """
 
@@ -208,7 +208,7 @@ def run(part: Part, limit: float, device: str, log: IO[str]) -> Iterator[list[Ro
 
 
 def environment(device: str, events: Path) -> dict[str, str]:
-    """Of a part: nothing is downloaded, and a test that wants a GPU is not run on the CPU instead."""
+    """Environment of a part: nothing is downloaded, and a test that wants a GPU is not run on the CPU instead."""
     folders = (str(ROOT), str(HERE), os.environ.get("PYTHONPATH"))
     return {
         **os.environ,
@@ -251,7 +251,7 @@ def test_rows(name: str, events: Path, ending: Ending | None) -> list[Row]:
     """A row a test, from what the plugin of pytest has noted.
 
     Args:
-        name: Of the file.
+        name: Name of the file.
         events: Lines of JSON, the last of which may be incomplete.
         ending: None while pytest runs.
     """

@@ -31,7 +31,8 @@ class ShareTrainingArguments(TrainingArguments):
             How many tasks, the first ones, are trained as free factors of rank p, as a LoRA is, before others build on
             the subspace that they span.
         init_learning_rate (`float`, *optional*): Learning rate of the init phase; `learning_rate` if not given.
-        finetune_learning_rate (`float`, *optional*): Of the finetune phase; `learning_rate` if not given.
+        finetune_learning_rate (`float`, *optional*):
+            Learning rate of the finetune phase; `learning_rate` if not given.
         init_num_train_epochs (`float`, *optional*): Epochs of the init phase; `num_train_epochs` if not given.
         finetune_num_train_epochs (`float`, *optional*, defaults to `0`):
             Epochs in which a task's coefficients are trained after its merge (Sec. 3.2.3).

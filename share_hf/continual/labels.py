@@ -7,7 +7,7 @@ its bias rules it out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,6 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..tuner.transfer import NEVER_PREDICTED
-from .data import TaskDetails
 
 
 class LabelMask:
@@ -26,11 +25,11 @@ class LabelMask:
 
     Args:
         model: With a `ModulesToSaveWrapper` around its head.
-        details: What is known of the tasks by name, among it their numbers of labels; of others nothing is masked.
+        num_labels_of: Tells the number of labels of a task; None for one of which nothing is masked.
     """
 
-    def __init__(self, model: nn.Module, details: Mapping[str, TaskDetails]) -> None:
-        self._details = details
+    def __init__(self, model: nn.Module, num_labels_of: Callable[[str], int | None]) -> None:
+        self._num_labels_of = num_labels_of
         self._task: str | None = None
         for name, module in model.named_modules():
             if isinstance(module, ModulesToSaveWrapper) and name.rpartition(".")[2] in ("classifier", "score"):
@@ -46,8 +45,7 @@ class LabelMask:
             self._task = before
 
     def _mask(self, module: ModulesToSaveWrapper, args: tuple[Any, ...], logits: Tensor) -> Tensor:
-        details = self._details.get(self._task or module.active_adapters[0])
-        num_labels = details.num_labels if details is not None else None
+        num_labels = self._num_labels_of(self._task or module.active_adapters[0])
         if num_labels is None or num_labels >= logits.shape[-1]:
             return logits
         beyond = torch.arange(logits.shape[-1], device=logits.device) >= num_labels
@@ -59,7 +57,7 @@ def rule_out_labels(head: Mapping[str, Tensor], num_labels: int, of_model: int) 
 
     Args:
         head: Weights by name; a last layer without a bias cannot rule anything out, and stays.
-        num_labels: Of the task.
+        num_labels: Number of labels of the task.
         of_model: Outputs of the model's head.
     """
     ruled = dict(head)

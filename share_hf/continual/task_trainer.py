@@ -68,7 +68,7 @@ class TaskTrainer(PhaseTrainer):
         self._details = details
         self._dataset_ids = dict(dataset_ids)
         self._merge_report: MergeReport | None = None
-        self._scorer = Scorer(self, LabelMask(model, details), task_scorer, args.score_metric)
+        self._scorer = Scorer(self, LabelMask(model, self._num_labels_of), task_scorer, args.score_metric)
         self._progress = StreamProgressCallback()
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
@@ -214,6 +214,9 @@ class TaskTrainer(PhaseTrainer):
             logs |= {f"drift/{task}": drift for task, drift in metrics.drift.items()}
         logs |= {f"trainable_parameters/{phase}": count for phase, count in metrics.parameters.items()}
         self._log_stream({log: value for log, value in logs.items() if value is not None})
+
+    def _num_labels_of(self, task: str) -> int | None:
+        return self._details[task].num_labels if task in self._details else None
 
     def _position_of(self, name: str) -> int:
         return list(self.tasks).index(name)

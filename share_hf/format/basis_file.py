@@ -74,7 +74,9 @@ class BasisFile:
 
     Args:
         checksum: Its sha256.
-        inode: Of the file, like `size` in bytes and `modified` in nanoseconds.
+        inode: Number of the file on its disk.
+        size: Bytes.
+        modified: Time of its last change, in nanoseconds.
     """
 
     checksum: str

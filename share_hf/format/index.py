@@ -127,7 +127,7 @@ def check_file(folder: Path, sha256: Mapping[str, str], relative: str, *, listed
     """Compare the checksum of a file with the one that is noted for it.
 
     Args:
-        folder: Of a tree.
+        folder: Folder of a tree.
         sha256: Checksums by path.
         relative: Path of the file in the folder.
         listed_in: Where the checksums are from.

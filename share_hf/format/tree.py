@@ -130,7 +130,7 @@ def read_tree(folder: Path, tasks: Collection[str] | None = None) -> SubspaceSta
     """Read and check a tree.
 
     Args:
-        folder: Of the tree.
+        folder: Folder of the tree.
         tasks: Only these of its tasks, and then without the metrics of the stream; the files of others are not
             touched. All if not given.
 

@@ -55,8 +55,8 @@ class PushOptions:
     """How a subspace is pushed.
 
     Args:
-        commit_message: Of the commit on `main`; tells the new tasks if not given.
-        commit_description: Of that commit.
+        commit_message: Message of the commit on `main`; tells the new tasks if not given.
+        commit_description: Description of that commit.
         private: Whether a repository that is created is private; as the hub's default if not given.
         create_pr: Open a pull request instead of changing `main`. Branches and tags wait for a push after its merge.
         default_task: The task that the root of `main` stands for; as it is there if not given, the newest at first.
@@ -97,7 +97,7 @@ def push_state(
     Args:
         state: Not changed.
         repo_id: Created if need be.
-        token: Of a user who may write to it.
+        token: Token of a user who may write to it.
         options: How.
 
     Returns:
@@ -106,7 +106,7 @@ def push_state(
     Raises:
         ValueError: If the repository holds a subspace that this one cannot be merged with, or a name is taken there.
         PushConflictError: If others keep pushing; this or a later push may be tried again.
-        HfHubHTTPError: Of the hub.
+        HfHubHTTPError: Whatever the hub refuses.
     """
     options = options or PushOptions()
     if not state.tasks:

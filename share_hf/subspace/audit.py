@@ -56,8 +56,8 @@ class ModuleAudit:
         module: Its name.
         tasks: Updates that count: all but zero ones and those far below the largest.
         num_components: (k_out, k_in) of the basis.
-        observed: Of the updates.
-        null: Of updates of the same singular values and random directions.
+        observed: Fractions of the updates.
+        null: Fractions of updates of the same singular values and random directions.
         trivial: Whether so many directions hold any updates of these ranks, so that `observed` says nothing.
     """
 
@@ -143,7 +143,7 @@ def null_explained_variance(
         k_in: Input directions.
         norms: (tasks,), ``‖ΔW_i‖`` where the singular values are not all of it. What is missing is explained by
             nothing.
-        seed: Of the directions.
+        seed: Seed of the directions.
         draws: How many to average over.
     """
     values = _padded([values.double().cpu() for values in singular_values])[:, : min(shape)]
@@ -176,8 +176,8 @@ def audit_updates(
         num_components: Directions of a basis on each side.
         sketches: By task; computed from the updates if not given.
         modules: Those whose variance is compared; all by default. The sketches are of all in any case.
-        draws: Of the null, in each module.
-        seed: Of the null.
+        draws: Draws of the null in each module.
+        seed: Seed of the null.
         progress: Wraps the iteration over modules, as `tqdm` does.
     """
     if sketches is None:
@@ -223,8 +223,8 @@ def audit_layers(
         tasks: Those whose variance counts, all by default. A task that was trained inside the basis is explained by it
             for no merit of the basis, so leave those out.
         max_layers: Audit so many layers, evenly spaced; all by default.
-        draws: Of the null, in each layer.
-        seed: Of the null.
+        draws: Draws of the null in each layer.
+        seed: Seed of the null.
         progress: Wraps the iteration over modules, as `tqdm` does.
     """
     modules = list(layers)

@@ -57,7 +57,7 @@ def merge_into_layers(
     Args:
         layers: By module; not changed.
         updates: Task -> module -> update. A task need not be in every layer.
-        settings: Of every layer.
+        settings: Settings of every layer.
         progress: Whether to show a progress bar.
 
     Raises:

@@ -18,7 +18,7 @@ from tests.continual.kill_server import TASKS, end_of
 from tests.distributed.test_deaths import STAGES
 from tests.distributed.test_streams import HERE as SCRIPTS
 from tests.distributed.test_streams import RECIPES, assert_close, command, run
-from tests.hub.cases import distance
+from tests.trees import distance
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]

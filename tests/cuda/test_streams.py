@@ -24,7 +24,7 @@ from tests.continual.cases import (
     language_task,
     language_tasks,
 )
-from tests.hub.cases import distance
+from tests.trees import distance
 from tests.tuner.cases import LLAMA, assert_close, assert_differ, logits, update_by_hand, with_tasks
 from tests.tuner.test_quantized import assert_near, dequantized_weights, kind_of, parameter
 
