@@ -10,19 +10,24 @@ from zipfile import is_zipfile
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 
-# In the folder of a phase, the id of the stream that it is of. Nothing is removed from a folder without it.
+# Says that a folder is that of a phase, and its checkpoints a stream's. Nothing is removed from a folder without it.
 MARKER_FILE = ".share_hf_phase"
 
 
-def claim_phase(phase: Path, stream_id: str) -> None:
-    """Mark the folder of a phase as this stream's."""
+def claim_phase(phase: Path) -> None:
+    """Mark a folder as that of a phase."""
     phase.mkdir(parents=True, exist_ok=True)
-    (phase / MARKER_FILE).write_text(stream_id, encoding="utf-8")
+    (phase / MARKER_FILE).touch()
+
+
+def is_claimed(phase: Path) -> bool:
+    """Whether a folder is marked as that of a phase."""
+    return (phase / MARKER_FILE).is_file()
 
 
 def empty_phase(phase: Path) -> None:
     """Remove what a stream wrote into the folder of a phase, and the folder if nothing else is in it."""
-    if not (phase / MARKER_FILE).is_file():
+    if not is_claimed(phase):
         return
     for checkpoint in phase.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         shutil.rmtree(checkpoint, ignore_errors=True)
@@ -37,17 +42,11 @@ def check_unclaimed(phases: Path) -> None:
         ValueError: Naming one of them.
     """
     for checkpoint in phases.glob(f"*/{PREFIX_CHECKPOINT_DIR}-*"):
-        if not (checkpoint.parent / MARKER_FILE).is_file():
+        if not is_claimed(checkpoint.parent):
             raise ValueError(
                 f"{checkpoint}: not a checkpoint of a stream, or of an earlier version of share_hf; expected another "
                 "output_dir, or none there"
             )
-
-
-def is_phase_of(phase: Path, stream_id: str | None) -> bool:
-    """Whether the folder of a phase is of this stream; streams of earlier versions have no id, and leave no mark."""
-    marker = phase / MARKER_FILE
-    return (marker.read_text(encoding="utf-8") if marker.is_file() else None) == stream_id
 
 
 def newest_whole_checkpoint(folder: Path) -> Path | None:

@@ -56,21 +56,13 @@ class PhaseTrainer(Trainer):
                 # Where the Trainer would put them, if they were not of phases.
                 callback.logging_dir = str(Path(args.output_dir, "runs", time.strftime("%b%d_%H-%M-%S")))
 
-    def run_phase(
-        self,
-        args: TrainingArguments,
-        train_dataset: Dataset,
-        *,
-        stream_id: str,
-        resumed: Path | None = None,
-    ) -> TrainOutput:
+    def run_phase(self, args: TrainingArguments, train_dataset: Dataset, resumed: Path | None = None) -> TrainOutput:
         """
         Train what the model has set to be trained, in one optimizer run.
 
         Args:
             args: Arguments of this run.
             train_dataset: What it learns from.
-            stream_id: Name of the stream that the folder of the run is marked with.
             resumed: The folder of a run that was interrupted. Its newest whole checkpoint is continued from, if this
                 engine can read it.
 
@@ -82,7 +74,7 @@ class PhaseTrainer(Trainer):
         self.optimizer = self.lr_scheduler = None
         self.model_wrapped = self.model
         with self._with_arguments(args), self.engine.train_ready():
-            checkpoint = on_first_process(lambda: self._first_checkpoint(resumed, stream_id))
+            checkpoint = on_first_process(lambda: self._first_checkpoint(resumed))
             state = checkpoint and TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
             self.engine.is_broken_off = True
             if state and state.global_step >= state.max_steps:
@@ -110,13 +102,13 @@ class PhaseTrainer(Trainer):
             self.args, self._in_phase = kept, False
             self.is_in_train = False  # as it would stay where a run is broken off
 
-    def _first_checkpoint(self, resumed: Path | None, stream_id: str) -> Path | None:
+    def _first_checkpoint(self, resumed: Path | None) -> Path | None:
         """The checkpoint that a run goes on from. The folder of the run is this stream's from then on."""
         own = Path(self.args.output_dir)
         checkpoint = self._checkpoint_to_resume(resumed) if resumed is not None else None
         if checkpoint is None or checkpoint.parent != own:
             empty_phase(own)
-        claim_phase(own, stream_id)
+        claim_phase(own)
         return checkpoint
 
     def _checkpoint_to_resume(self, folder: Path) -> Path | None:

@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import json
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from ..format.files import read_json, restore_folder, write_atomically
 from ..format.tree import read_tree
 from ..shared_subspace import SharedSubspace
 from ..state import ContinualMetrics, SubspaceState, combined_metrics
-from .checkpoints import MARKER_FILE, check_unclaimed, empty_phase, is_phase_of
+from .checkpoints import MARKER_FILE, check_unclaimed, empty_phase, is_claimed
 
 
 STREAM_STATE_FILE = "stream_state.json"
@@ -43,7 +42,7 @@ class StreamPosition:
         trained_steps: Steps of the optimizer in the phases that are done.
         phase_steps: Steps of the stage's own phase, where it is trained and only its result has to be taken.
         metrics: `ContinualMetrics` so far.
-        stream_id: Name of the stream in the folders of its phases; None for streams of earlier versions.
+        marks_phases: Whether the folders of its phases are marked; those of earlier versions are not.
     """
 
     position: int = 0
@@ -53,7 +52,7 @@ class StreamPosition:
     trained_steps: int = 0
     phase_steps: int = 0
     metrics: dict[str, Any] | None = None
-    stream_id: str | None = None
+    marks_phases: bool = False
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -87,7 +86,6 @@ class Stream:
     Attributes:
         state (`SubspaceState`): The subspace so far.
         metrics (`ContinualMetrics`): What was measured so far.
-        stream_id (`str`): Name of the stream in the folders of its phases.
     """
 
     def __init__(
@@ -96,10 +94,9 @@ class Stream:
         self.folder = folder
         self.state = state
         self.metrics = metrics
-        self.stream_id = uuid.uuid4().hex
         self._saves = saves
         self._begun = False
-        self._resumed: tuple[Path, str | None] | None = None  # an interrupted stream's folder and id
+        self._resumed: tuple[Path, bool] | None = None  # an interrupted stream's folder, and whether it marks phases
         self._on_disk: dict[str, str] = {}
 
     @property
@@ -117,8 +114,9 @@ class Stream:
         resumed, self._resumed = self._resumed, None
         if resumed is None:
             return None
-        phase = resumed[0] / folder.relative_to(self.folder)
-        return phase if is_phase_of(phase, resumed[1]) else None
+        interrupted, marks_phases = resumed
+        phase = interrupted / folder.relative_to(self.folder)
+        return phase if is_claimed(phase) or not marks_phases else None
 
     def begin(self) -> None:
         """Make the folder this stream's, once: what an earlier run left there must not be taken for it on a resume."""
@@ -148,7 +146,7 @@ class Stream:
             trained_steps=trained_steps - phase_steps,
             phase_steps=phase_steps,
             metrics=self.metrics.as_dict(),
-            stream_id=self.stream_id,
+            marks_phases=True,
         )
         together(lambda: self._saves() and position.save(self.folder))
 
@@ -182,8 +180,7 @@ class Stream:
             stage = "finetune" if found.stage == "learn" else "evaluate"
             found = replace(found, stage=stage, trained_steps=trained_steps)
         self._begun = True
-        self.stream_id = found.stream_id or self.stream_id
-        self._resumed = (resumed, found.stream_id) if found.task is not None else None
+        self._resumed = (resumed, found.marks_phases) if found.task is not None else None
         return found
 
     def _clear(self) -> None:

@@ -129,8 +129,7 @@ class TaskTrainer(PhaseTrainer):
         return self.run_phase(
             arguments_of_phase(self.args, phase, folder),
             self.tasks[name].train,
-            stream_id=self._stream.stream_id,
-            resumed=self._stream.resumed_phase(folder),
+            self._stream.resumed_phase(folder),
         )
 
     def _take(self, name: str, phase: Phase) -> None:
