@@ -79,9 +79,12 @@ def load_tasks(
         model: Has an adapter for each task.
         state: The subspace.
         tasks: The tasks; all of the subspace if not given.
-        held: The subspace that the model holds now, to the bit: what is the same there is not loaded again.
+        held: The subspace that the model holds now, to the bit: what is the same there is not loaded again. A model
+            that was cast since, as for an evaluation in bfloat16, is loaded whole.
         trained: A task of `held` whose adapter was trained since.
     """
+    if held is not None and _was_cast(model):
+        held = None
     load_bases(model, state, held=held)
     wanted = state.tasks.keys() if tasks is None else set(tasks)
     known = set() if held is None else held.tasks.keys() - {trained}
@@ -106,6 +109,12 @@ def load_bases(model: PeftModel, state: SubspaceState, *, held: SubspaceState | 
         before = held.layers.get(module) if held is not None else None
         if stored is not None and not (before is not None and _same_basis(before, stored)):
             layer.set_basis(stored.basis_out, stored.basis_in)
+
+
+def _was_cast(model: PeftModel) -> bool:
+    """Whether the coefficients are no longer in float32; a cast of a model casts them all, so one a layer tells."""
+    first = (next(iter(layer.share_coefficients_out.values()), None) for layer in share_layers(model).values())
+    return any(coefficients is not None and coefficients.dtype != torch.float32 for coefficients in first)
 
 
 def _same_basis(layer: LayerSubspace, other: LayerSubspace) -> bool:

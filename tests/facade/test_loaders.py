@@ -20,6 +20,7 @@ from transformers import BertForSequenceClassification, LlamaConfig, LlamaForSeq
 
 from share_hf import SharedSubspace
 from share_hf.tuner import share_layers
+from share_hf.tuner.transfer import load_tasks
 from tests.tree_fixtures import SaveLora
 from tests.trees import (
     BERT_LORA,
@@ -354,3 +355,24 @@ def test_an_exported_classifier_keeps_its_own_labels(
     assert isinstance(model, BertForSequenceClassification)
     found = plain_logits(model, tmp_path / "exported")
     assert_close(found, plain_logits(bert_with_labels(tiny_model("bert"), 2), folders["two"]), tolerance=1e-4)
+
+
+@pytest.mark.parametrize("cast", [True, False])
+def test_what_a_model_holds_is_not_loaded_again_unless_it_was_cast(
+    cast: bool, subspace: SharedSubspace, tiny_model: Callable[[str], PreTrainedModel]
+) -> None:
+    """As the Trainer casts it for an evaluation in bfloat16, and leaves it so."""
+    model = subspace.apply(tiny_model("llama"))
+    if cast:
+        model.to(torch.bfloat16)
+    before = {parameter: parameter._version for parameter in model.parameters()}
+    load_tasks(model, subspace.state, held=subspace.state)
+    for module, layer in share_layers(model).items():
+        for task in subspace.tasks:
+            expected = subspace.state.layers[module].coefficients_of(task)
+            for found, stored in zip(
+                (layer.share_coefficients_out[task], layer.share_coefficients_in[task]), expected, strict=True
+            ):
+                assert found.dtype == torch.float32 and torch.equal(found, stored)
+                assert cast == (found not in before)
+                assert cast or found._version == before[found]
