@@ -365,11 +365,16 @@ class Linear(nn.Module, ShareLayer):
 def placeholder_basis(module_name: str, features: int, num_components: int, side: str) -> Tensor:
     """A random orthonormal basis (features, k) for a layer that has not seen a task.
 
-    It depends on the module's name alone, so that a process that resumes from a checkpoint builds the same one.
+    Every feature belongs to one direction, with a random sign. It depends on the module's name alone, to the bit on
+    every machine, unlike an orthogonalized random matrix: a task that was saved with it fits a model that is made
+    elsewhere.
     """
     generator = torch.Generator().manual_seed(zlib.crc32(f"{module_name}.{side}".encode()))
-    columns = torch.randn(features, num_components, generator=generator, dtype=torch.float64, device="cpu")
-    return torch.linalg.qr(columns).Q.float()
+    direction = torch.randperm(features, generator=generator, device="cpu") % num_components
+    signs = 2.0 * torch.randint(2, (features,), generator=generator, device="cpu") - 1
+    basis = torch.zeros(features, num_components, dtype=torch.float64, device="cpu")
+    basis[torch.arange(features, device="cpu"), direction] = signs.double() / direction.bincount()[direction].double().sqrt()
+    return basis.float()
 
 
 def _with_update(result: Tensor, z: Tensor, up: Tensor) -> Tensor:

@@ -124,7 +124,7 @@ def test_images_of_more_dimensions_will_do() -> None:
 def test_generated_text_is_that_of_each_task_alone(
     architecture: str, generation: dict[str, Any], tiny_model: Callable[[str], PreTrainedModel]
 ) -> None:
-    targets = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn"], "t5": ["q", "v", "wo"]}[architecture]
+    targets = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"], "t5": ["q", "v", "wo"]}[architecture]
     case = Case(architecture, tuple(targets), "SEQ_2_SEQ_LM" if architecture == "t5" else "CAUSAL_LM")
     model = with_tasks(tiny_model(architecture), case, "one", "two", "three")
     ids = case.batch(size=6)["input_ids"]
