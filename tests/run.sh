@@ -21,4 +21,7 @@ if [ -z "${SHARE_HF_TEST_DATA:-}" ] && [ -d ../shared/data/cl_bench ]; then
     export SHARE_HF_TEST_DATA
 fi
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# DeepSpeed compiles an operator on its first use, and a run that was killed meanwhile leaves a lock that the next one
+# waits for without end: an environment of its own is rid of it with the environment.
+export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$VIRTUAL_ENV/torch_extensions}"
 exec python -m pytest "$@"
