@@ -16,7 +16,7 @@ from torch import Tensor
 
 # Far above any norm of a weight, and its square is a number still. No file holds a larger one.
 LARGEST_NORM = 1e30
-# Balanced coefficients of an update this quiet are float32 numbers of full precision, and so is the root of its weight.
+# Balanced coefficients of an update this quiet are float32 numbers of full precision, as is the root of its weight.
 SMALLEST_NORM = 1e-70
 
 

@@ -89,7 +89,7 @@ def smaller_layers(shapes: Mapping[str, tuple[int, int]], num_components: int) -
         shapes: (n, d) by module.
         num_components: k.
     """
-    small = [f"{module!r} {shape}" for module, shape in shapes.items() if min(shape) < num_components]
+    small = [f"{module!r} {shape}" for module, shape in sorted(shapes.items()) if min(shape) < num_components]
     if not small:
         return None
     more = f" and {len(small) - _SHOWN} more" if len(small) > _SHOWN else ""
