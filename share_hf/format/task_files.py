@@ -1,7 +1,7 @@
 """The folder of one task in a tree: its coefficients and head as a SHARE adapter, and what is known of it.
 
 adapter_config.json         peft_type SHARE
-adapter_model.safetensors   the task's coefficients and head
+adapter_model.safetensors   coefficients (k_out, min(p, n, d)) and (k_in, min(p, n, d)) of each layer, and the head
 metrics.json                scores, the norm and drift of each layer, which merges need, checksums of the others
 """
 

@@ -169,9 +169,9 @@ def truncated_balanced_factors(out_factor: Tensor, in_factor: Tensor, rank: int)
 
 
 def inverse_norms(norms: Tensor) -> Tensor:
-    """Weights ``w_i = 1 / ‖ΔW_i‖`` (tasks,), 0 for an update that is zero.
+    """Weights ``w_i = 1 / ‖ΔW_i‖`` (tasks,), 0 for an update that is zero, or smaller than any that is taken.
 
     The weights keep a loud task from buying the basis. What is zero is decided by an update's own factors, in
     `thin_svd_of_update`, never because another is louder: a quiet task counts as much as any.
     """
-    return torch.where(norms > 0, 1 / norms, torch.zeros_like(norms))
+    return torch.where(norms > SMALLEST_NORM, 1 / norms, torch.zeros_like(norms))

@@ -170,10 +170,16 @@ class LayerSubspace:
         i = self.index(task)
         return self.coefficients_out[i], self.coefficients_in[i]
 
-    def update_of(self, task: str) -> LowRankUpdate:
-        """The task's update as rank-p factors ``(β ε_out, α ε_in)``: a LoRA of ``B = out_factor, A = in_factor^T``."""
-        coefficients_out, coefficients_in = self.coefficients_of(task)
-        return LowRankUpdate(self.basis_out @ coefficients_out, self.basis_in @ coefficients_in)
+    def update_of(self, task: str, dtype: torch.dtype | None = None) -> LowRankUpdate:
+        """The task's update as rank-p factors ``(β ε_out, α ε_in)``: a LoRA of ``B = out_factor, A = in_factor^T``.
+
+        Args:
+            task: A task of the layer.
+            dtype: Of the products; that of the basis if not given, which may round them.
+        """
+        dtype = dtype or self.basis_out.dtype
+        out, in_ = (side.to(dtype) for side in self.coefficients_of(task))
+        return LowRankUpdate(self.basis_out.to(dtype) @ out, self.basis_in.to(dtype) @ in_)
 
     def explained_variance(self) -> float:
         """Mean over tasks of ``‖C_i‖² / ‖ΔW_i‖²`` with ``C_i = ε_out ε_in^T``: 1 where nothing was lost."""
@@ -213,7 +219,7 @@ class LayerSubspace:
         if not all(torch.isfinite(side).all() for side in stored):
             raise ValueError(f"task {task!r}: its coefficients have NaN or infinite entries, expected finite numbers")
         bases = self.basis_out, self.basis_in
-        # Of triangular factors: columns that cancel each other would spoil a product of Gram matrices.
+        # Of triangular factors, as columns that cancel each other would spoil a product of Gram matrices.
         triangles = [
             torch.linalg.qr(basis.double() @ side.double(), mode="r").R
             for basis, side in zip(bases, stored, strict=True)
