@@ -363,14 +363,12 @@ class Linear(nn.Module, ShareLayer):
 
 
 def placeholder_basis(module_name: str, features: int, num_components: int, side: str) -> Tensor:
-    """A random orthonormal basis (features, min(k, features)) for a layer that has not seen a task.
+    """A random orthonormal basis (features, k) for a layer that has not seen a task.
 
     It depends on the module's name alone, so that a process that resumes from a checkpoint builds the same one.
     """
     generator = torch.Generator().manual_seed(zlib.crc32(f"{module_name}.{side}".encode()))
-    columns = torch.randn(
-        features, min(num_components, features), generator=generator, dtype=torch.float64, device="cpu"
-    )
+    columns = torch.randn(features, num_components, generator=generator, dtype=torch.float64, device="cpu")
     return torch.linalg.qr(columns).Q.float()
 
 

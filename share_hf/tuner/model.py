@@ -164,8 +164,8 @@ class ShareModel(BaseTuner):
                 )
             return stored.beta, stored.alpha
         return (
-            placeholder_basis(module_name, out_features, config.num_components, "out"),
-            placeholder_basis(module_name, in_features, config.num_components, "in"),
+            placeholder_basis(module_name, out_features, min(config.num_components, out_features), "out"),
+            placeholder_basis(module_name, in_features, min(config.num_components, in_features), "in"),
         )
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
