@@ -12,6 +12,7 @@ from peft import PeftModel
 from peft.utils import CONFIG_NAME
 from torch import nn
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from .card import CardOptions, write_tree
 from .format.files import FolderWriter, replacing_folder
@@ -31,9 +32,11 @@ from .state import (
     report_of,
     without_task,
 )
-from .subspace import BasisKind, MergeReport, SubspaceSettings
+from .subspace import BasisKind, MergeReport, SubspaceSettings, smaller_layers
 from .tuner.transfer import inject_tasks
 
+
+logger = logging.get_logger(__name__)
 
 Adapters = Mapping[str, str | os.PathLike] | Sequence[str | os.PathLike]
 
@@ -107,8 +110,9 @@ class SharedSubspace:
             adapters (`Mapping[str, str]` or `Sequence[str]`):
                 Folders or hub ids of plain LoRAs, of any ranks and scales; by task name, or in a list, where the last
                 part of each is its task's name.
-            num_components (`int`, *optional*, defaults to `32`): Cap k on the directions of a layer, on each side.
-            pseudo_rank (`int`, *optional*, defaults to `8`): Rank p of a task.
+            num_components (`int`, *optional*, defaults to `32`):
+                Cap k on the directions of a layer, on each side; a layer has no more than outputs, or inputs.
+            pseudo_rank (`int`, *optional*, defaults to `8`): Cap p on the rank of a task in a layer.
             basis (`Literal["joint", "factor"]`, *optional*, defaults to `"joint"`):
                 Weigh all updates equally, or take the paper's stack of LoRA factors.
             center (`bool`, *optional*, defaults to `False`): Subtract the mean column first; `"factor"` only.
@@ -163,6 +167,7 @@ class SharedSubspace:
         ):
             loras[name] = read_lora(location if isinstance(location, str) else Path(location), token=token)
         state = replace(self.state, base_model_name_or_path=self._common_base(loras))
+        known = set(state.layers)
         infos = {
             name: TaskInfo(target=lora.target, head=lora.head, initialization=initialization_of(lora.updates))
             for name, lora in loras.items()
@@ -170,6 +175,9 @@ class SharedSubspace:
         self._held, report = merge_tasks(
             state, {name: lora.updates for name, lora in loras.items()}, infos, progress=progress
         )
+        shapes = {module: layer.shape for module, layer in self._held.layers.items() if module not in known}
+        if (line := smaller_layers(shapes, self.settings.num_components)) is not None:
+            logger.warning_once(line)
         return report
 
     def update_from(self, other: SharedSubspace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -12,10 +13,10 @@ from ..engines import check_foreign_engine, take_trained_values
 from ..format.names import check_task_name
 from ..shared_subspace import SharedSubspace
 from ..state import Phase, SubspaceState
-from ..subspace import MergeReport
+from ..subspace import DriftToleranceError, MergeReport
 from ..tuner.model import share_layers
 from ..tuner.transfer import is_share_model, load_tasks, state_of
-from .phases import begin_phase, describe_task, take_merged
+from .phases import RefusedTaskError, begin_phase, describe_task, put_back, take_merged
 
 
 # What `trl.DPOTrainer` calls its copy of the adapter that it starts from.
@@ -89,7 +90,7 @@ class ShareCallback(TrainerCallback):
                 f"ShareCallback({self.task!r}, subspace)"
             )
         self.subspace = SharedSubspace(known)
-        config = model.peft_config[model.active_adapter]
+        self._config = config = copy.copy(model.peft_config[model.active_adapter])
         self._phase = Phase.ADAPT if known.tasks else Phase.INIT
         begin_phase(model, known, self.task, self._phase, config)
         if rounded:
@@ -120,8 +121,14 @@ class ShareCallback(TrainerCallback):
             # It is no task, and has no coefficients in the basis that the merge makes.
             model.delete_adapter(REFERENCE)
             model.set_adapter(self.task)
-        info = describe_task(model, self.task, self._phase)
-        merged, self.report = take_merged(model, self.subspace.state, self.task, info)
+        info, known = describe_task(model, self.task, self._phase), self.subspace.state
+        try:
+            merged, self.report = take_merged(model, known, self.task, info)
+        except DriftToleranceError:
+            raise
+        except ValueError as error:
+            put_back(model, known, self.task, self._config)
+            raise RefusedTaskError(str(error)) from error
         self.subspace = SharedSubspace(merged)
 
 

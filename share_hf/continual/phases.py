@@ -30,6 +30,10 @@ from ..tuner.transfer import coefficients_of, head_of, load_tasks, share_config_
 PLACEHOLDER = "default"
 
 
+class RefusedTaskError(ValueError):
+    """What a phase trained cannot be taken into the subspace: it has NaN, say. Model and subspace are as before it."""
+
+
 def config_for(model: nn.Module, share_config: ShareConfig | None, subspace: SharedSubspace | None) -> ShareConfig:
     """The configuration of new tasks: the given one, or that of the subspace's newest task.
 
@@ -107,7 +111,8 @@ def take_merged(
         progress: Whether to show a progress bar.
 
     Raises:
-        DriftToleranceError: If the tolerated drift cannot be met. State and model are as before.
+        ValueError: If what was trained is not finite; naming the task. State and model are as before.
+        DriftToleranceError: If the tolerated drift cannot be met. Likewise.
     """
     updates = {task: updates_of(model, task)}
     merged, report = on_first_process(
@@ -129,10 +134,31 @@ def take_coefficients(
         task: Name of the task.
         info: What is known of it.
         held: As for `load_tasks`.
+
+    Raises:
+        ValueError: If what was trained is not finite; naming the task. State and model are as before.
     """
     learned = with_learned_coefficients(state, task, coefficients_of(model, task), info)
     load_tasks(model, learned, held=held, trained=task)
     return learned
+
+
+def put_back(model: PeftModel, state: SubspaceState, task: str, config: ShareConfig) -> None:
+    """Make the model hold of `task` what the subspace holds, whatever a phase has made of it since.
+
+    Args:
+        model: Has the tasks of `state` as adapters.
+        state: The subspace.
+        task: A task of it, or one that was not learned, which is no adapter then.
+        config: What a placeholder is configured by, where there is no other task.
+    """
+    if task in state.tasks:
+        load_tasks(model, state, [task])
+    elif task in model.peft_config:
+        if not state.tasks:
+            model.add_adapter(PLACEHOLDER, copy.deepcopy(config))
+        model.set_adapter(next(reversed(state.tasks), PLACEHOLDER))
+        model.delete_adapter(task)
 
 
 def describe_task(model: PeftModel, task: str, learned_by: Phase, labels: tuple[str, ...] | None = None) -> TaskInfo:

@@ -11,20 +11,33 @@ from peft import PeftModel
 from transformers import set_seed
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import TrainOutput
+from transformers.utils import logging
 
-from ..state import Phase
-from ..subspace import MergeReport
+from ..engines import together
+from ..state import Phase, measured
+from ..subspace import DriftToleranceError, MergeReport
 from ..tuner import ShareConfig
 from ..tuner.transfer import load_tasks
 from .arguments import ShareTrainingArguments, arguments_of_phase
+from .checkpoints import empty_phase
 from .data import TaskDetails, TaskSplits
 from .labels import LabelMask, rule_out_labels
 from .phase_trainer import PhaseTrainer
-from .phases import PLACEHOLDER, begin_phase, describe_task, take_coefficients, take_merged
+from .phases import (
+    PLACEHOLDER,
+    RefusedTaskError,
+    begin_phase,
+    describe_task,
+    put_back,
+    take_coefficients,
+    take_merged,
+)
 from .progress import StreamProgressCallback
 from .scoring import Scorer, TaskScorer
 from .stream import Stage, Stream
 
+
+logger = logging.get_logger(__name__)
 
 # Past this number, the curves of single tasks are no longer logged: `metrics` and the tree have them.
 MOST_LOGGED_TASKS = 50
@@ -100,8 +113,23 @@ class TaskTrainer(PhaseTrainer):
         self._stream.save_position(position, self.trained_steps, name, stage)
         output = self._train_phase(name, phase)
         self._stream.save_position(position, self.trained_steps, name, stage, phase_steps=output.global_step)
-        self._take(name, phase)
+        try:
+            self._take(name, phase)
+        except DriftToleranceError:
+            raise
+        except ValueError as error:
+            self._forget_phase(name, phase, stage, output.global_step)
+            raise RefusedTaskError(str(error)) from error
         return output
+
+    def _forget_phase(self, name: str, phase: Phase, stage: Stage, steps: int) -> None:
+        """Begin a phase anew when it is resumed: what it trained is refused, and so are its checkpoints."""
+        position, stream = self._position_of(name), self._stream
+        put_back(self.model, stream.state, name, self.share_config)
+        folder = stream.phase_folder(position, name, phase)
+        together(lambda: self.args.should_save and empty_phase(folder))
+        self.trained_steps -= steps
+        stream.save_position(position, self.trained_steps, name, stage)
 
     def _recover(self) -> None:
         """Put the tasks of the model back as they are in the subspace, if a phase was broken off."""
@@ -175,8 +203,13 @@ class TaskTrainer(PhaseTrainer):
         self._recover()
         return self._scorer.metrics_of(task, self.tasks[task].evaluation, adapter)
 
-    def _score(self, task: str, adapter: str | None = None) -> float:
-        self._stream.metrics.score, score = self._scorer.score_in(self._evaluate_task(task, adapter))
+    def _score(self, task: str, adapter: str | None = None) -> float | None:
+        """The task's score; None where it is NaN or infinite, which says nothing of the task and is no JSON."""
+        self._stream.metrics.score, found = self._scorer.score_in(self._evaluate_task(task, adapter))
+        if (score := measured(found)) is None:
+            logger.warning(
+                "%s of task %r is %s, which counts as not measured.", self._stream.metrics.score, task, found
+            )
         return score
 
     def _evaluate_before(self, name: str) -> None:

@@ -24,7 +24,7 @@ from ..tuner import ShareConfig
 from ..tuner.transfer import load_bases, load_tasks, share_config_for
 from .arguments import Method, ShareTrainingArguments, training_facts
 from .data import EVALUATION_SPLITS, TRAIN_SPLIT, TaskData, TaskDetails, TaskSplits, accuracy, split_data, task_details
-from .phases import PLACEHOLDER, config_for
+from .phases import PLACEHOLDER, RefusedTaskError, config_for, put_back
 from .scoring import TaskScorer
 from .stream import STREAM_STATE_FILE, Stream, StreamPosition
 from .task_trainer import TaskTrainer
@@ -203,6 +203,7 @@ class ShareTrainer(TaskTrainer):
 
         Raises:
             ValueError: If name or data is unusable; nothing has changed then.
+            RefusedTaskError: If what was trained is not finite. Trainer and files are as before.
             DriftToleranceError: If the tolerated drift cannot be met. Whatever ends the learning before its merge, the
                 trainer is as before, and may learn the task again.
             RuntimeError: If an earlier phase was broken off under ZeRO-3: that needs a new process.
@@ -213,10 +214,18 @@ class ShareTrainer(TaskTrainer):
         check_task_name(name, [*self._stream.state.tasks, *self.tasks])
         self.tasks[name], self._details[name] = self._read_task(name, data)
         self._merge_report = None
-        metrics = copy.deepcopy(self._stream.metrics)
+        state, metrics = self._stream.state, copy.deepcopy(self._stream.metrics)
         try:
             for _ in self._learn(name):
                 pass
+        except RefusedTaskError:
+            # With a task that was merged, but did not survive its finetuning.
+            self._stream.state, self._stream.metrics = state, metrics
+            load_tasks(self.model, state)
+            self._withdraw_task(name)
+            self._stream.save_subspace(draft=False)
+            self._stream.save_position(len(self.tasks), self.trained_steps)
+            raise
         except BaseException:
             if name not in self._stream.state.tasks:
                 self._stream.metrics = metrics
@@ -302,11 +311,7 @@ class ShareTrainer(TaskTrainer):
         """Take a task that was not learned out of the stream and the model."""
         self.tasks.pop(name, None)
         self._details.pop(name, None)
-        if name in self.model.peft_config:
-            if not self._stream.state.tasks:
-                self.model.add_adapter(PLACEHOLDER, copy.deepcopy(self.share_config))
-            self.model.set_adapter(next(reversed(self._stream.state.tasks), PLACEHOLDER))
-            self.model.delete_adapter(name)
+        put_back(self.model, self._stream.state, name, self.share_config)
 
     def _restore(self, resumed: str | bool) -> StreamPosition:
         """Take up an interrupted stream, or begin if there is none.

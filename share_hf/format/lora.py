@@ -150,11 +150,16 @@ def _check_pattern(path: Path, name: str, pattern: str) -> None:
 
 
 def lora_files(adapter: LoraAdapter, rank: int) -> dict[str, bytes]:
-    """The files of updates as a plain PEFT LoRA of this rank and scale 1, which any PEFT loads without share_hf."""
+    """The files of updates as a plain PEFT LoRA of this rank and scale 1, which any PEFT loads without share_hf.
+
+    Factors of a smaller rank, as of layers with fewer outputs or inputs, are filled up with zeros: unlike a
+    `rank_pattern`, every PEFT and every server of LoRAs reads that.
+    """
     tensors = {f"{PEFT_PREFIX}{name}": tensor for name, tensor in adapter.head.items()}
     for module, update in adapter.updates.items():
-        tensors[f"{PEFT_PREFIX}{module}.lora_A.weight"] = update.in_factor.T
-        tensors[f"{PEFT_PREFIX}{module}.lora_B.weight"] = update.out_factor
+        missing = (0, rank - update.out_factor.shape[1])
+        tensors[f"{PEFT_PREFIX}{module}.lora_A.weight"] = torch.nn.functional.pad(update.in_factor, missing).T
+        tensors[f"{PEFT_PREFIX}{module}.lora_B.weight"] = torch.nn.functional.pad(update.out_factor, missing)
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
@@ -251,4 +256,6 @@ def _scaled_update(path: Path, module: str, pair: Mapping[str, Tensor], config: 
     patterns = config.get("alpha_pattern") or {}
     alpha = patterns.get(get_pattern_key(patterns.keys(), module), config["lora_alpha"])
     scale = alpha / (math.sqrt(a.shape[0]) if config.get("use_rslora") else a.shape[0])
-    return LowRankUpdate(out_factor=scale * b.to(torch.float32), in_factor=a.T.to(torch.float32))
+    # A power of two rounds nothing in float32; what another scale would round, no drift bound would know of.
+    dtype = torch.float32 if math.frexp(scale)[0] == 0.5 else torch.float64
+    return LowRankUpdate(out_factor=scale * b.to(dtype), in_factor=a.T.to(dtype))

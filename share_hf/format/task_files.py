@@ -1,13 +1,14 @@
 """The folder of one task in a tree: its coefficients and head as a SHARE adapter, and what is known of it.
 
 adapter_config.json         peft_type SHARE
-adapter_model.safetensors   the task's coefficients and head
+adapter_model.safetensors   coefficients (k_out, min(p, n, d)) and (k_in, min(p, n, d)) of each layer, and the head
 metrics.json                scores, the norm and drift of each layer, which merges need, checksums of the others
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +19,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
 from ..state import Phase, SubspaceState, TaskInfo, sketch_of
+from ..subspace import LARGEST_NORM, rank_in_layer
 from .basis_file import SUBSPACE_FILE, StoredBasis
 from .files import expect_tensor, json_bytes, read_json, read_tensors
 from .index import INDEX_FILE, TreeIndex, check_file
@@ -29,8 +31,6 @@ TASKS_FOLDER = "tasks"
 
 # What a task's metrics hold of each layer, in this order.
 CERTIFICATE_COLUMNS = ("norm", "rank_error", "drift_bound", "drift_estimate")
-
-_LARGEST = 1e30  # far above any norm of a weight, and its square is a number still
 
 # Of a task in one layer: (ε_out, ε_in, certificate).
 StoredTask = tuple[Tensor, Tensor, list[float]]
@@ -120,7 +120,7 @@ def read_task(
             prefix = f"{PEFT_PREFIX}{module}.share_coefficients"
             coefficients |= {f"{prefix}_out", f"{prefix}_in"}
             k_out, k_in = index.modules[module].num_components
-            p = index.settings.pseudo_rank
+            p = rank_in_layer(index.settings.pseudo_rank, index.modules[module].shape)
             stored[module] = (
                 expect_tensor(weights_path, tensors, f"{prefix}_out", (k_out, p)),
                 expect_tensor(weights_path, tensors, f"{prefix}_in", (k_in, p)),
@@ -161,7 +161,7 @@ def _task_info(
         learned_by=Phase(metrics["learned_by"]),
         target=target,
         head=head,
-        scores={name: float(score) for name, score in metrics["scores"].items()},
+        scores={name: _finite_score(metrics_path, name, score) for name, score in metrics["scores"].items()},
         labels=None if labels is None else tuple(str(label) for label in labels),
         dataset=dataset,
         initialization=initialization,
@@ -170,10 +170,16 @@ def _task_info(
     return info
 
 
+def _finite_score(path: Path, name: str, score: Any) -> float:
+    if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
+        raise ValueError(f"{path}: score {name!r} is {score!r}, expected a finite number")
+    return float(score)
+
+
 def _certificate(path: Path, module: str, values: Sequence[Any]) -> list[float]:
     if len(values) != len(CERTIFICATE_COLUMNS):
         raise ValueError(f"{path}: certificate of {module!r} is {values!r}, expected {list(CERTIFICATE_COLUMNS)}")
     for name, value in zip(CERTIFICATE_COLUMNS, values, strict=True):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < _LARGEST:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < LARGEST_NORM:
             raise ValueError(f"{path}: {name} of {module!r} is {value!r}, expected a number of 0 or more")
     return [float(value) for value in values]

@@ -22,7 +22,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
 from ..state import ContinualMetrics, SubspaceState
-from ..subspace import LayerSubspace, SubspaceSettings, TaskRecords
+from ..subspace import LayerSubspace, SubspaceSettings, TaskRecords, rank_in_layer
 from .basis_file import SUBSPACE_FILE, StoredBasis, bases_of, basis_tensors, read_bases
 from .files import FolderWriter, json_bytes, read_json, replacing_folder, restore_folder, tensor_bytes
 from .index import INDEX_FILE, ModuleEntry, TreeIndex, check_file, index_bytes, read_index
@@ -234,12 +234,13 @@ def _layer(
     present = [task for task, modules in stored.items() if module in modules]
     certificate = torch.tensor([stored[task][module][2] for task in present], dtype=torch.float64).reshape(-1, 4)
     k_out, k_in = basis.num_components
+    p = rank_in_layer(settings.pseudo_rank, basis.shape)
     return LayerSubspace(
         tasks=tuple(present),
         basis_out=basis.beta,
         basis_in=basis.alpha,
-        coefficients_out=_stack([stored[task][module][0] for task in present], k_out, settings.pseudo_rank),
-        coefficients_in=_stack([stored[task][module][1] for task in present], k_in, settings.pseudo_rank),
+        coefficients_out=_stack([stored[task][module][0] for task in present], k_out, p),
+        coefficients_in=_stack([stored[task][module][1] for task in present], k_in, p),
         records=TaskRecords(*certificate.unbind(1)),
         spectrum_out=basis.spectrum_out.double(),
         spectrum_in=basis.spectrum_in.double(),

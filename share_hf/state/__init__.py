@@ -4,7 +4,7 @@ from .lineage import Lineage, step_tags
 from .phase import Phase
 from .reconcile import extends, reconcile
 from .report import SubspaceReport, TaskReport, report_of
-from .scores import ContinualMetrics, TaskScore, combined_metrics
+from .scores import ContinualMetrics, TaskScore, combined_metrics, measured
 from .state import (
     SubspaceState,
     TaskInfo,
@@ -29,6 +29,7 @@ __all__ = [
     "combined_metrics",
     "extends",
     "initialization_of",
+    "measured",
     "merge_tasks",
     "reconcile",
     "report_of",

@@ -63,7 +63,11 @@ def reconcile(ours: SubspaceState, theirs: SubspaceState) -> SubspaceState:
                 "name"
             )
     if added:
-        updates = {task: ours.updates_of(task) for task in added}
+        # In float64: no bound would know of what rounding the factors changes.
+        updates = {
+            task: {module: layer.update_of(task, torch.float64) for module, layer in ours.layers_of(task).items()}
+            for task in added
+        }
         merged, _ = merge_tasks(merged, updates, {task: ours.tasks[task] for task in added})
         merged = replace(
             merged,

@@ -59,11 +59,11 @@ class SubspaceReport:
 
 def report_of(state: SubspaceState) -> SubspaceReport:
     """Sizes, k, explained variance and drift of a subspace."""
-    layers, p = state.layers.values(), state.settings.pseudo_rank
+    layers = state.layers.values()
     parameters, bounds = dict.fromkeys(state.tasks, 0), dict.fromkeys(state.tasks, 0.0)
     for layer in layers:
         for task, bound in zip(layer.tasks, layer.records.drift_bounds.tolist(), strict=True):
-            parameters[task] += p * sum(layer.num_components)
+            parameters[task] += layer.pseudo_rank * sum(layer.num_components)
             bounds[task] = max(bounds[task], bound)
     drifts = state.drifts()
     tasks = tuple(
@@ -82,8 +82,8 @@ def report_of(state: SubspaceState) -> SubspaceReport:
         tasks=tasks,
         modules=len(layers),
         num_components=(min(components), max(components)),
-        pseudo_rank=p,
+        pseudo_rank=state.settings.pseudo_rank,
         basis_bytes=sum(layer.basis_out.nbytes + layer.basis_in.nbytes for layer in layers),
         explained_variance=sum(layer.explained_variance() for layer in layers) / max(1, len(layers)),
-        lora_bytes=4 * sum(len(layer.tasks) * p * sum(layer.shape) for layer in layers),
+        lora_bytes=4 * sum(len(layer.tasks) * layer.pseudo_rank * sum(layer.shape) for layer in layers),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -13,6 +14,11 @@ class TaskScore(NamedTuple):
     metric: str = "score"
     learned: float | None = None
     now: float | None = None
+
+
+def measured(score: float | None) -> float | None:
+    """A score as it counts: NaN or an infinite one, as of a loss that overflows, was not measured."""
+    return score if score is not None and math.isfinite(score) else None
 
 
 def scores_in(metrics: Mapping[str, Any]) -> dict[str, TaskScore]:
@@ -123,8 +129,8 @@ class ContinualMetrics:
         return cls(
             score=score,
             tasks=list(tasks),
-            matrix=[list(row) for row in matrix],
-            baseline=list(baseline),
+            matrix=[[measured(score) for score in row] for row in matrix],
+            baseline=[measured(score) for score in baseline],
             drift={task: float(drift) for task, drift in values.get("drift", {}).items()},
             parameters={phase: int(count) for phase, count in values.get("parameters", {}).items()},
             training=dict(values.get("training", {})),

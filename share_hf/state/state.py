@@ -113,7 +113,14 @@ def merge_tasks(
     *,
     progress: bool = False,
 ) -> tuple[SubspaceState, MergeReport]:
-    """A state with new tasks merged into it; the given one is not changed."""
+    """A state with new tasks merged into it; the given one is not changed.
+
+    Raises:
+        ValueError: If a task has NaN or infinite weights, or cannot be merged; naming it.
+        DriftToleranceError: If the tolerated drift cannot be met.
+    """
+    for task, info in infos.items():
+        _check_head(task, info)
     layers, report = merge_into_layers(state.layers, updates, state.settings, progress=progress)
     # In the order that a tree is read back, so that sums over layers round as they would for a loaded subspace.
     merged = replace(state, layers=dict(sorted(layers.items())), tasks={**state.tasks, **infos})
@@ -130,11 +137,18 @@ def with_learned_coefficients(
         task: A new task, or one whose coefficients were trained.
         coefficients: By module, (k_out, p) and (k_in, p).
         info: What is known of the task.
+
+    Raises:
+        ValueError: If the task has NaN or infinite weights; naming it.
     """
-    layers = {
-        module: layer.with_task(task, *coefficients[module]) if module in coefficients else layer
-        for module, layer in state.layers.items()
-    }
+    _check_head(task, info)
+    layers = dict(state.layers)
+    for module, layer in state.layers.items():
+        if module in coefficients:
+            try:
+                layers[module] = layer.with_task(task, *coefficients[module])
+            except ValueError as error:
+                raise ValueError(f"{module!r}: {error}") from error
     return replace(state, layers=layers, tasks={**state.tasks, task: info}).with_step(changed=[task], learned=task)
 
 
@@ -147,6 +161,12 @@ def without_task(state: SubspaceState, task: str) -> SubspaceState:
         tasks={name: info for name, info in state.tasks.items() if name != task},
         default_task=None if state.default_task == task else state.default_task,
     ).with_step(removed=task)
+
+
+def _check_head(task: str, info: TaskInfo) -> None:
+    for name, weight in info.head.items():
+        if not torch.isfinite(weight).all():
+            raise ValueError(f"{name!r}: task {task!r}: it has NaN or infinite entries, expected finite numbers")
 
 
 def _recorded_score(info: TaskInfo) -> TaskScore:

@@ -1,15 +1,16 @@
 """Tensors in, tensors out: the mathematics of a shared LoRA subspace. Depends on torch alone."""
 
 from .audit import AuditReport, audit_layers, audit_updates
-from .factors import CompactUpdate, LowRankUpdate, thin_svd_of_update
+from .factors import LARGEST_NORM, CompactUpdate, LowRankUpdate, thin_svd_of_update
 from .layer import LayerSubspace, TaskRecords
 from .merge import DriftToleranceError, LayerMergeReport, merge_into_layer, residual_outside
 from .model import MergeReport, merge_into_layers
-from .settings import BasisKind, SubspaceSettings, check_dimensions
+from .settings import BasisKind, SubspaceSettings, check_dimensions, rank_in_layer, smaller_layers
 from .sketch import SKETCH_BUCKETS, initialization_sketch
 
 
 __all__ = [
+    "LARGEST_NORM",
     "SKETCH_BUCKETS",
     "AuditReport",
     "BasisKind",
@@ -27,6 +28,8 @@ __all__ = [
     "initialization_sketch",
     "merge_into_layer",
     "merge_into_layers",
+    "rank_in_layer",
     "residual_outside",
+    "smaller_layers",
     "thin_svd_of_update",
 ]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .basis import JOINT_ITERATIONS
-from .factors import CompactUpdate, LowRankUpdate, significant_weights, thin_svd_of_update
+from .factors import CompactUpdate, LowRankUpdate, inverse_norms, thin_svd_of_update
 from .layer import LayerSubspace
 from .sketch import Numbers, group_by_initialization, initialization_sketch
 
@@ -54,7 +54,7 @@ class ModuleAudit:
 
     Args:
         module: Its name.
-        tasks: Updates that count: all but zero ones and those far below the largest.
+        tasks: Updates that count: all but zero ones.
         num_components: (k_out, k_in) of the basis.
         observed: Fractions of the updates.
         null: Fractions of updates of the same singular values and random directions.
@@ -147,7 +147,7 @@ def null_explained_variance(
         draws: How many to average over.
     """
     values = _padded([values.double().cpu() for values in singular_values])[:, : min(shape)]
-    weights = significant_weights(values.norm(dim=1) if norms is None else norms.double().cpu())
+    weights = inverse_norms(values.norm(dim=1) if norms is None else norms.double().cpu())
     values = values[weights > 0] * weights[weights > 0, None]
     if not len(values):
         return Explained(1.0, 1.0, 1.0)
@@ -235,7 +235,7 @@ def audit_layers(
         layer = layers[module]
         if not all(layer.num_components):
             continue
-        weights = significant_weights(layer.records.norms)
+        weights = inverse_norms(layer.records.norms)
         kept = [j for j, task in enumerate(layer.tasks) if weights[j] > 0 and (tasks is None or task in tasks)]
         if not kept:
             continue
@@ -255,7 +255,7 @@ def _normalized(updates: Iterable[LowRankUpdate]) -> list[CompactUpdate]:
     compact = [thin_svd_of_update(update) for update in updates]
     if not compact:
         return []
-    weights = significant_weights(torch.stack([update.norm for update in compact]))
+    weights = inverse_norms(torch.stack([update.norm for update in compact]))
     return [
         replace(update, singular_values=update.singular_values * weight)
         for update, weight in zip(compact, weights, strict=True)

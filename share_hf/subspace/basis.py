@@ -19,6 +19,10 @@ from .stack import UpdateStack
 # Alternating half-steps of the joint basis converge fast; after three of each the objective is stationary to 1e-4.
 JOINT_ITERATIONS = 3
 
+# Energy, relative to a task's, of a direction that counts however many tasks there are: its square root is what a new
+# update may have outside the basis without a merge.
+_NOTABLE_ENERGY = 1e-12
+
 
 @dataclass(frozen=True)
 class Directions:
@@ -112,7 +116,8 @@ class _JointProblem:
     def __init__(self, stack: UpdateStack) -> None:
         self.stack, self.mirrored = stack, stack.mirrored
         self.moment_out, self.moment_in = self.stack.second_moment(), self.mirrored.second_moment()
-        self.start_out, self.start_in = _eigen_directions(self.moment_out), _eigen_directions(self.moment_in)
+        self.start_out = _with_faint_directions(self.stack, _eigen_directions(self.moment_out))
+        self.start_in = _with_faint_directions(self.mirrored, _eigen_directions(self.moment_in))
 
     def solve(self, kept_out: int, kept_in: int) -> tuple[Directions, Directions]:
         """Alternating half-steps, each exact, from the one-sided directions of the input side."""
@@ -151,5 +156,25 @@ def _eigen_directions(moment: Tensor) -> Directions:
     """
     values, vectors = torch.linalg.eigh(moment)
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
-    noise = 8 * len(values) * torch.finfo(torch.float64).eps * (values[0] if len(values) else 0.0)
-    return Directions(vectors, values.sqrt(), int((values > noise).sum()))
+    return Directions(vectors, values.sqrt(), int((values > _noise(values)).sum()))
+
+
+def _with_faint_directions(stack: UpdateStack, found: Directions) -> Directions:
+    """Directions of a second moment, with those that its rounding error hides: it grows with the number of tasks.
+
+    What a task has along them may be all that it has of its own, so they are found from the factors.
+    """
+    if not found.kept or found.kept == len(found.spectrum) or _noise(found.spectrum.square()) < _NOTABLE_ENERGY:
+        return found
+    hidden = _eigen_directions(stack.second_moment_along(found.discarded))
+    notable = int((hidden.spectrum.square() > _NOTABLE_ENERGY).sum())
+    return Directions(
+        torch.cat([found.basis, found.discarded @ hidden.vectors], dim=1),
+        torch.cat([found.spectrum[: found.kept], hidden.spectrum]),
+        found.kept + notable,
+    )
+
+
+def _noise(eigenvalues: Tensor) -> Tensor:
+    """Rounding error of the eigenvalues (q,) of a second moment, descending."""
+    return 8 * len(eigenvalues) * torch.finfo(torch.float64).eps * eigenvalues[:1].sum()

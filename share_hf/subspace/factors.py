@@ -7,10 +7,17 @@ An update of a linear layer with n outputs and d inputs is kept as its factors, 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+
+# Far above any norm of a weight, and its square is a number still. No file holds a larger one.
+LARGEST_NORM = 1e30
+# Balanced coefficients of an update this quiet are float32 numbers of full precision, as is the root of its weight.
+SMALLEST_NORM = 1e-70
 
 
 @dataclass(frozen=True)
@@ -54,11 +61,13 @@ class CompactUpdate:
         left: (n, ρ), orthonormal columns.
         singular_values: (ρ,), descending.
         right: (d, ρ), orthonormal columns.
+        noise: 0-d, bound on ``‖·‖`` of what was cut and of the rounding error.
     """
 
     left: Tensor
     singular_values: Tensor
     right: Tensor
+    noise: Tensor
 
     @property
     def norm(self) -> Tensor:
@@ -85,14 +94,40 @@ def thin_svd_of_update(update: LowRankUpdate) -> CompactUpdate:
     for name, factor in (("out_factor", out_factor), ("in_factor", in_factor)):
         if not torch.isfinite(factor).all():
             raise ValueError(f"{name} has NaN or infinite entries, expected finite numbers")
-    basis_out, core_out = torch.linalg.qr(out_factor)
-    basis_in, core_in = torch.linalg.qr(in_factor)
+    # In a common scale, at which neither squares nor products overflow or vanish.
+    scale_out, scale_in = _power_of_two_near(out_factor), _power_of_two_near(in_factor)
+    basis_out, core_out = torch.linalg.qr(out_factor / scale_out)
+    basis_in, core_in = torch.linalg.qr(in_factor / scale_in)
     left, singular_values, right_t = torch.linalg.svd(core_out @ core_in.T, full_matrices=False)
     noise = max(update.shape) * torch.finfo(torch.float64).eps * core_out.norm() * core_in.norm()
     rank = int((singular_values > noise).sum())
     left, right = basis_out @ left[:, :rank], basis_in @ right_t[:rank].T
     signs = orienting_signs(left)
-    return CompactUpdate(left * signs, singular_values[:rank], right * signs)
+    noise = noise * len(singular_values) ** 0.5
+    scale = scale_out * scale_in
+    return CompactUpdate(left * signs, singular_values[:rank] * scale, right * signs, noise * scale)
+
+
+def _power_of_two_near(factor: Tensor) -> float:
+    """The size of a factor's largest entry, to divide by without rounding; 1 for zeros."""
+    largest = float(factor.abs().max()) if factor.numel() else 0.0
+    return 2.0 ** min(max(math.frexp(largest)[1], -1000), 1000)
+
+
+def check_norm(norm: Tensor, task: str) -> None:
+    """Refuse a task whose update no file holds, or no coefficients in float32 with full precision.
+
+    Args:
+        norm: 0-d, ``‖ΔW‖`` of an update that is not zero.
+        task: Its name.
+
+    Raises:
+        ValueError: If it is out of range.
+    """
+    if not SMALLEST_NORM < norm < LARGEST_NORM:
+        raise ValueError(
+            f"task {task!r}: its update has norm {float(norm):.3g}, expected {SMALLEST_NORM:g} to {LARGEST_NORM:g}"
+        )
 
 
 def orienting_signs(columns: Tensor) -> Tensor:
@@ -119,7 +154,10 @@ def truncated_balanced_factors(out_factor: Tensor, in_factor: Tensor, rank: int)
         ``U √S`` (..., k_out, rank), ``V √S`` (..., k_in, rank), and the Frobenius norm (...) of what was cut off.
     """
     left, singular_values, right_t = torch.linalg.svd(out_factor @ in_factor.mT, full_matrices=False)
-    kept = singular_values[..., :rank]
+    # The root of a singular value that is rounding error would be a column of notable size.
+    sizes = torch.linalg.matrix_norm(out_factor) * torch.linalg.matrix_norm(in_factor)
+    noise = max(out_factor.shape[-2], in_factor.shape[-2]) * torch.finfo(out_factor.dtype).eps * sizes.unsqueeze(-1)
+    kept = torch.where(singular_values > noise, singular_values, 0.0)[..., :rank]
     left, right = left[..., :rank], right_t[..., :rank, :].mT
     root = kept.sqrt().unsqueeze(-2) * orienting_signs(left)
     padding = (0, rank - kept.shape[-1])
@@ -130,10 +168,10 @@ def truncated_balanced_factors(out_factor: Tensor, in_factor: Tensor, rank: int)
     )
 
 
-def significant_weights(norms: Tensor) -> Tensor:
-    """Weights ``w_i = 1 / ‖ΔW_i‖`` (tasks,), 0 for an update that is zero or far below its layer's largest.
+def inverse_norms(norms: Tensor) -> Tensor:
+    """Weights ``w_i = 1 / ‖ΔW_i‖`` (tasks,), 0 for an update that is zero, or smaller than any that is taken.
 
-    The weights keep a loud task from buying the basis; an update under 1e-7 of the largest is noise in float32.
+    The weights keep a loud task from buying the basis. What is zero is decided by an update's own factors, in
+    `thin_svd_of_update`, never because another is louder: a quiet task counts as much as any.
     """
-    floor = 1e-7 * norms.max() if norms.numel() else norms.new_zeros(())
-    return torch.where(norms > floor, 1 / norms, torch.zeros_like(norms))
+    return torch.where(norms > SMALLEST_NORM, 1 / norms, torch.zeros_like(norms))

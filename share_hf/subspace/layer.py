@@ -9,7 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .factors import LowRankUpdate, significant_weights, truncated_balanced_factors
+from .factors import LowRankUpdate, check_norm, inverse_norms, truncated_balanced_factors
+from .settings import rank_in_layer
 from .stack import TASKS_PER_CHUNK
 
 
@@ -115,8 +116,12 @@ class LayerSubspace:
 
     @classmethod
     def from_basis(cls, basis_out: Tensor, basis_in: Tensor, pseudo_rank: int) -> LayerSubspace:
-        """A layer with a basis, (n, k_out) and (d, k_in) orthonormal, of unknown spectrum and without tasks."""
+        """A layer with a basis, (n, k_out) and (d, k_in) orthonormal, of unknown spectrum and without tasks.
+
+        Its tasks have rank `pseudo_rank`, or as much as the layer has outputs and inputs.
+        """
         k_out, k_in = basis_out.shape[1], basis_in.shape[1]
+        pseudo_rank = rank_in_layer(pseudo_rank, (basis_out.shape[0], basis_in.shape[0]))
         return cls(
             tasks=(),
             basis_out=basis_out,
@@ -165,14 +170,20 @@ class LayerSubspace:
         i = self.index(task)
         return self.coefficients_out[i], self.coefficients_in[i]
 
-    def update_of(self, task: str) -> LowRankUpdate:
-        """The task's update as rank-p factors ``(β ε_out, α ε_in)``: a LoRA of ``B = out_factor, A = in_factor^T``."""
-        coefficients_out, coefficients_in = self.coefficients_of(task)
-        return LowRankUpdate(self.basis_out @ coefficients_out, self.basis_in @ coefficients_in)
+    def update_of(self, task: str, dtype: torch.dtype | None = None) -> LowRankUpdate:
+        """The task's update as rank-p factors ``(β ε_out, α ε_in)``: a LoRA of ``B = out_factor, A = in_factor^T``.
+
+        Args:
+            task: A task of the layer.
+            dtype: Of the products; that of the basis if not given, which may round them.
+        """
+        dtype = dtype or self.basis_out.dtype
+        out, in_ = (side.to(dtype) for side in self.coefficients_of(task))
+        return LowRankUpdate(self.basis_out.to(dtype) @ out, self.basis_in.to(dtype) @ in_)
 
     def explained_variance(self) -> float:
         """Mean over tasks of ``‖C_i‖² / ‖ΔW_i‖²`` with ``C_i = ε_out ε_in^T``: 1 where nothing was lost."""
-        weights = significant_weights(self.records.norms)
+        weights = inverse_norms(self.records.norms)
         if not weights.any():
             return 1.0
         energy = update_norms(self.coefficients_out, self.coefficients_in).square() * weights.square()
@@ -182,7 +193,11 @@ class LayerSubspace:
         """The layer with a task learned inside its basis, which stays as it is; an existing one is replaced.
 
         The coefficients are stored as they are and count as learned: norm from now, no drift.
+
+        Raises:
+            ValueError: If they are not finite, or the norm of their update is out of range; naming the task.
         """
+        norm = self._norm_of(task, coefficients_out, coefficients_in)
         kept = self.without_task(task) if self.has(task) else self
         new_out = coefficients_out.to(self.coefficients_out).unsqueeze(0)
         new_in = coefficients_in.to(self.coefficients_in).unsqueeze(0)
@@ -192,11 +207,27 @@ class LayerSubspace:
             tasks=(*kept.tasks, task),
             coefficients_out=torch.cat([kept.coefficients_out, new_out]),
             coefficients_in=torch.cat([kept.coefficients_in, new_in]),
-            records=kept.records.append(TaskRecords.undrifted(update_norms(new_out, new_in))),
+            records=kept.records.append(TaskRecords.undrifted(norm.unsqueeze(0).to(kept.records.norms))),
         )
         order = list(range(len(kept.tasks)))
         order.insert(position, len(kept.tasks))
         return added.select(order)
+
+    def _norm_of(self, task: str, coefficients_out: Tensor, coefficients_in: Tensor) -> Tensor:
+        """``‖ΔW‖`` (0-d float64) of coefficients as they would be stored, in the basis as it is."""
+        stored = coefficients_out.to(self.coefficients_out), coefficients_in.to(self.coefficients_in)
+        if not all(torch.isfinite(side).all() for side in stored):
+            raise ValueError(f"task {task!r}: its coefficients have NaN or infinite entries, expected finite numbers")
+        bases = self.basis_out, self.basis_in
+        # Of triangular factors, as columns that cancel each other would spoil a product of Gram matrices.
+        triangles = [
+            torch.linalg.qr(basis.double() @ side.double(), mode="r").R
+            for basis, side in zip(bases, stored, strict=True)
+        ]
+        norm = (triangles[0] @ triangles[1].T).norm()
+        if norm != 0:
+            check_norm(norm, task)
+        return norm
 
     def without_task(self, task: str) -> LayerSubspace:
         """The layer without `task`; the basis and the other tasks stay as they are."""

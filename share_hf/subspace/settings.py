@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 
 BasisKind = Literal["joint", "factor"]
+
+_SHOWN = 4  # layers in a line
 
 
 @dataclass(frozen=True)
@@ -15,8 +18,9 @@ class SubspaceSettings:
 
     Args:
         num_components: Cap k on the directions of a layer's basis, on each side. A layer has fewer while fewer
-            directions have been seen.
-        pseudo_rank: Columns p of a task's coefficients: the rank of its update. At most `num_components`.
+            directions have been seen, and never more than it has outputs, or inputs.
+        pseudo_rank: Cap p on the columns of a task's coefficients: the rank of its update. At most `num_components`;
+            a layer (n, d) takes min(p, n, d).
         basis: `"joint"` (default) weighs every task's update equally and does not depend on how it was factored;
             `"factor"` is the paper's basis, from the stacked LoRA factors as they are (Sec. 3.2.1).
         center: Subtract the mean column before the decomposition, as the paper does. `"factor"` only: the mean is not
@@ -71,3 +75,25 @@ def check_dimensions(num_components: int, pseudo_rank: int) -> None:
             raise ValueError(f"{name} is {value!r}, expected a positive integer")
     if pseudo_rank > num_components:
         raise ValueError(f"pseudo_rank is {pseudo_rank}, expected at most num_components = {num_components}")
+
+
+def rank_in_layer(pseudo_rank: int, shape: tuple[int, int]) -> int:
+    """Columns of a task's coefficients in a layer (n, d): min(p, n, d), as no update of it has a larger rank."""
+    return min(pseudo_rank, *shape)
+
+
+def smaller_layers(shapes: Mapping[str, tuple[int, int]], num_components: int) -> str | None:
+    """One line about the layers that have no room for k directions on both sides; None if all have.
+
+    Args:
+        shapes: (n, d) by module.
+        num_components: k.
+    """
+    small = [f"{module!r} {shape}" for module, shape in sorted(shapes.items()) if min(shape) < num_components]
+    if not small:
+        return None
+    more = f" and {len(small) - _SHOWN} more" if len(small) > _SHOWN else ""
+    return (
+        f"{len(small)} of {len(shapes)} layers have fewer outputs or inputs than num_components = {num_components} "
+        f"and take fewer directions there: {', '.join(small[:_SHOWN])}{more}"
+    )

@@ -76,6 +76,19 @@ class UpdateStack:
         """The paper's stack ``[β ε_1 … β ε_T, N]`` (q_out, columns): factors as they are, unweighted (Sec. 3.2.1)."""
         return torch.cat([self.rotation_out @ self.old_out.double().flatten(0, 1).T, self.new_out], dim=1)
 
+    def second_moment_along(self, directions: Tensor) -> Tensor:
+        """``V^T (Σ w_i² ΔW_i ΔW_i^T) V`` (j, j) along directions V (q_out, j), from the factors there.
+
+        Its small eigenvalues are exact where those of `second_moment` are rounding error of the largest.
+        """
+        reduction = self.rotation_out.T @ directions
+        moment = directions.new_zeros(directions.shape[1], directions.shape[1])
+        for span, chunk_out, chunk_in in self.chunks():
+            old_out, old_in = chunk_out.double() @ reduction, chunk_in.double()
+            gram = (old_in @ old_in.mT) * self.old_weights[span, None, None].square()
+            moment += old_out.flatten(0, 1).T @ (gram @ old_out).flatten(0, 1)
+        return moment + self._weighted(directions.T @ self.new_out, self.new_in)
+
     def second_moment(self) -> Tensor:
         """``Σ w_i² ΔW_i ΔW_i^T`` (q_out, q_out)."""
         moment = self.rotation_out.new_zeros(self.rotation_out.shape[1], self.rotation_out.shape[1])
@@ -105,15 +118,20 @@ class UpdateStack:
         """``Σ w_i² ΔW_i D D^T ΔW_i^T`` of the old tasks, with products in the dtype the coefficients are stored in."""
         dtype = self.old_out.dtype
         reduction = (self.rotation_in.T @ directions_in).to(dtype)
-        weights = self.old_weights.to(dtype)
+        # The weight of a very quiet task is no float32 number, unlike its root.
+        roots = self.old_weights.sqrt().to(dtype)[:, None, None]
         moment = self.rotation_out.new_zeros(self.rotation_out.shape[1], self.rotation_out.shape[1])
         for span, old_out, old_in in self.chunks():
-            seen = (old_in @ reduction) * weights[span, None, None]
+            seen = (old_in @ reduction) * roots[span] * roots[span]
             images = (seen.mT @ old_out).flatten(0, 1)
             moment += images.T @ images
         return self.rotation_out @ moment @ self.rotation_out.T
 
     def _new_moment(self, seen_in: Tensor) -> Tensor:
+        return self._weighted(self.new_out, seen_in)
+
+    def _weighted(self, seen_out: Tensor, seen_in: Tensor) -> Tensor:
+        """``Σ w_j² X_j Y_j^T Y_j X_j^T`` of the new updates, with X and Y (any, m) in some coordinates."""
         same_update = self.new_owner[:, None] == self.new_owner[None, :]
         weights = self.new_weights.square()[self.new_owner]
-        return self.new_out @ ((seen_in.T @ seen_in) * same_update * weights[:, None]) @ self.new_out.T
+        return seen_out @ ((seen_in.T @ seen_in) * same_update * weights[:, None]) @ seen_out.T

@@ -68,7 +68,8 @@ class ShareConfig(PeftConfig):
         num_components (`int`, *optional*, defaults to `32`):
             Cap k on the directions of a layer's basis, on the output and on the input side.
         pseudo_rank (`int`, *optional*, defaults to `8`):
-            Rank p of a task's update in each layer. At most `num_components`.
+            Cap p on the rank of a task's update in each layer (n, d), which has at most min(p, n, d). At most
+            `num_components`.
         num_temporary (`int`, *optional*):
             Number φ of leading basis vectors that are trained as temporary factors while a new task is learned. Less
             than `num_components`; `num_components // 4` if not given.

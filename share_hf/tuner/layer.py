@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..format.basis_file import BasisFile
 from ..state import Phase
-from ..subspace import LowRankUpdate
+from ..subspace import LowRankUpdate, rank_in_layer
 from .config import ShareConfig
 from .quantization import quantization_backend_of
 
@@ -122,7 +122,7 @@ class ShareLayer(BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: ShareConfig, inference_mode: bool = False) -> None:
         """Add a task, untrained: its update is zero, or next to it in the adapt phase (Sec. 3.2.2)."""
-        p, std = config.pseudo_rank, config.init_std
+        p, std = rank_in_layer(config.pseudo_rank, (self.out_features, self.in_features)), config.init_std
         k_out, k_in = self.share_basis_out.shape[1], self.share_basis_in.shape[1]
         if config.phase == Phase.INIT or (config.phase == Phase.ADAPT and not min(k_out, k_in)):
             factor_in = torch.empty(self.in_features, p)

@@ -24,6 +24,7 @@ from ..format.lora import PEFT_PREFIX, check_head_names
 from ..format.task_files import METRICS_FILE, check_task_files, task_folder
 from ..format.tree import check_bases
 from ..state import Phase
+from ..subspace import rank_in_layer
 from .config import SHARE, AdapterOrigin, GivenBases, ShareConfig
 
 
@@ -174,7 +175,8 @@ def _check_weights(
             raise ValueError(f"{path}: {name!r} is of no module of {SUBSPACE_FILE}, it has {len(modules)}")
         else:
             k_out, k_in = modules[module].num_components
-            expect_tensor(path, tensors, name, (k_out if side == "out" else k_in, config.pseudo_rank))
+            p = rank_in_layer(config.pseudo_rank, modules[module].shape)
+            expect_tensor(path, tensors, name, (k_out if side == "out" else k_in, p))
             adapted.add(module)
     check_head_names(path, head, config.modules_to_save or [])
     return adapted, head

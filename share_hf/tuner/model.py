@@ -14,13 +14,18 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_q
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
 from ..format.basis_file import StoredBasis
+from ..subspace import smaller_layers
 from .config import GivenBases, ShareConfig
 from .head import check_head_shapes, check_saved_modules
 from .layer import Linear, ShareLayer, placeholder_basis
 from .loading import StoredAdapter, stored_adapter
 from .quantization import check_supported, keep_4bit_weights_differentiable
+
+
+logger = logging.get_logger(__name__)
 
 
 class ShareModel(BaseTuner):
@@ -85,8 +90,21 @@ class ShareModel(BaseTuner):
             for parameter, requires_grad in requires_grad_before:
                 parameter.requires_grad = requires_grad
             raise
+        else:
+            self._tell_smaller_layers(model, self.peft_config[adapter_name], layers_before)
         finally:
             self._stored = StoredAdapter()
+
+    def _tell_smaller_layers(self, model: nn.Module, config: ShareConfig, layers_before: set[str]) -> None:
+        """Log one line about fresh layers without room for k directions; a stored basis is no news."""
+        layers = {} if self._stored.bases else share_layers(model)
+        shapes = {
+            name: (layer.out_features, layer.in_features)
+            for name, layer in layers.items()
+            if name not in layers_before
+        }
+        if (line := smaller_layers(shapes, config.num_components)) is not None:
+            logger.warning_once(line)
 
     def _prepare_model(self, peft_config: ShareConfig, model: nn.Module) -> None:
         """Read the basis that an adapter was saved with. Runs for every adapter, before the model is touched."""
@@ -145,14 +163,9 @@ class ShareModel(BaseTuner):
                     f"{(out_features, in_features)}"
                 )
             return stored.beta, stored.alpha
-        if config.num_components > min(out_features, in_features):
-            raise ValueError(
-                f"num_components is {config.num_components}, expected at most {min(out_features, in_features)}: "
-                f"{module_name!r} has shape {(out_features, in_features)}"
-            )
         return (
-            placeholder_basis(module_name, out_features, config.num_components, "out"),
-            placeholder_basis(module_name, in_features, config.num_components, "in"),
+            placeholder_basis(module_name, out_features, min(config.num_components, out_features), "out"),
+            placeholder_basis(module_name, in_features, min(config.num_components, in_features), "in"),
         )
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:

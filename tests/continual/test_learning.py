@@ -362,7 +362,6 @@ def test_unusable_data_leaves_model_and_trainer_as_they_were(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"share": {"num_components": 65}}, "num_components is 65, expected at most 64"),
         ({"share": {"target_modules": ["nothing"]}}, "[Tt]arget modules|No modules were targeted"),
         ({"method": "magic"}, "method is 'magic', expected one of"),
         ({"trainer": {"adapters": ["/nowhere"]}}, "/nowhere: no such folder"),

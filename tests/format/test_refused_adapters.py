@@ -221,7 +221,6 @@ def test_one_bad_adapter_among_good_ones_changes_nothing(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_components": 33}, r"v_proj': num_components is 33, the layer is only \(32, 64\)"),
         ({"num_components": 4, "pseudo_rank": 5}, "pseudo_rank is 5, expected at most num_components = 4"),
         ({"num_components": 0}, "num_components is 0, expected a positive integer"),
         ({"num_components": 2.5}, "num_components is 2.5, expected a positive integer"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 
@@ -22,6 +23,16 @@ def test_average_is_the_mean_of_the_last_row() -> None:
 
 def test_backward_transfer_compares_the_last_row_with_the_diagonal() -> None:
     assert metrics().backward_transfer == pytest.approx(((0.85 - 0.9) + (0.5 - 0.7)) / 2)
+
+
+def test_scores_that_are_no_numbers_count_as_not_measured_when_they_are_read() -> None:
+    content = metrics().as_dict()
+    content["matrix"][1][0], content["baseline"][2] = math.nan, math.inf
+
+    read = ContinualMetrics.from_dict(json.loads(json.dumps(content)))
+
+    assert read.matrix[1] == [None, 0.7, 0.4]
+    assert read.baseline == [0.3, 0.1, None]
 
 
 def test_forgetting_compares_the_last_row_with_the_best_before_it() -> None:

@@ -17,7 +17,6 @@ from share_hf.subspace import BasisKind, LayerSubspace, LowRankUpdate, SubspaceS
 
 JOINT_ITERATIONS = 3
 NEGLIGIBLE_RESIDUAL = 1e-6
-NEGLIGIBLE_NORM = 1e-7
 
 # A singular value in between, relative to the largest, may or may not count to the numerical rank. The joint basis is
 # computed from second moments, which hold half the digits.
@@ -116,12 +115,8 @@ def reference_merge(
 
 
 def reference_weights(learned: Mapping[str, Tensor]) -> dict[str, float]:
-    """``1 / ‖ΔW‖``, or 0 for an update that is negligible beside the largest."""
-    largest = max(float(update.norm()) for update in learned.values())
-    return {
-        name: 1 / float(update.norm()) if update.norm() > NEGLIGIBLE_NORM * largest else 0.0
-        for name, update in learned.items()
-    }
+    """``1 / ‖ΔW‖``, or 0 for an update that is zero."""
+    return {name: 1 / float(update.norm()) if update.any() else 0.0 for name, update in learned.items()}
 
 
 def joint_basis(stack: list[Tensor], cap: int) -> tuple[Tensor, Tensor, float]:

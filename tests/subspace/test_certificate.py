@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -20,7 +20,6 @@ from share_hf.subspace import (
     merge_into_layer,
 )
 
-from .reference import reference_weights
 from .streams import Stream, dense_learned, dense_of, examples, random_update, streams
 
 
@@ -54,7 +53,6 @@ def assert_certificate_holds(stream: Stream, dtype: torch.dtype, *, drift_tolera
             learned[task] = dense_learned(update)
             if layer.records.norms[layer.index(task)] > 0:
                 counted.add(task)
-        counted &= {task for task, weight in reference_weights(learned).items() if weight > 0}
         for task in counted:
             after = dense_of(layer, task)
             drift = relative_change(before.get(task, learned[task]), after, learned[task])
@@ -266,7 +264,6 @@ def test_a_merge_does_not_change_its_input(stream: Stream) -> None:
         layer = merged
 
 
-@pytest.mark.xfail(reason="the tolerance is checked before rounding, the bound is reported after it")
 def test_the_tolerance_holds_for_the_bound_that_is_reported() -> None:
     generator = torch.Generator().manual_seed(0)
     updates = {f"task_{i}": random_update(generator, (20, 16), 2) for i in range(4)}
@@ -283,7 +280,6 @@ def test_the_tolerance_holds_for_the_bound_that_is_reported() -> None:
     )
 
 
-@pytest.mark.xfail(reason="an eigenvalue under rounding error of the largest, which grows with the tasks, is cut")
 def test_a_small_new_direction_is_kept_beside_many_tasks_while_there_is_room() -> None:
     generator = torch.Generator().manual_seed(0)
     settings = SubspaceSettings(num_components=8, pseudo_rank=2, drift_tolerance=1e-6)
@@ -301,18 +297,3 @@ def test_a_small_new_direction_is_kept_beside_many_tasks_while_there_is_room() -
 
     assert layer.num_components == (2, 2)
     assert report.drift["new"] <= 1e-6
-
-
-@examples(20)
-@given(st.integers(0, 2**31))
-def test_a_task_that_no_longer_counts_keeps_its_bound(seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    settings = SubspaceSettings(num_components=2, pseudo_rank=2)
-    first = {task: random_update(generator, (12, 9), 2) for task in ("a", "b")}
-    layer, report = merge_into_layer(LayerSubspace.empty(12, 9, 2), first, settings)
-    assume(report.drift_bound["a"] > 0.01)
-
-    _, later = merge_into_layer(layer, {"loud": random_update(generator, (12, 9), 2, scale=1e9)}, settings)
-
-    assert later.drift["a"] == 0
-    assert later.drift_bound["a"] == report.drift_bound["a"]

@@ -215,19 +215,6 @@ def test_a_layer_of_zero_adapters_is_as_good_as_empty() -> None:
     assert layer.update_of("a").dense().shape == SHAPE
 
 
-def test_an_update_far_below_the_largest_does_not_change_the_basis() -> None:
-    settings = SubspaceSettings(num_components=6, pseudo_rank=2)
-    loud = random_updates(SHAPE, {"loud": 2})
-    layer = initialized(loud, settings)
-    faint = random_update(generated(1), SHAPE, 2, scale=1e-9)
-
-    merged, report = merge_into_layer(layer, {"faint": faint}, settings)
-
-    assert merged.basis_out is layer.basis_out
-    assert report.drift["faint"] == report.drift_bound["faint"] == 0
-    assert merged.records.norms[1] == pytest.approx(float(faint.dense().norm()), rel=1e-12)
-
-
 @pytest.mark.parametrize("together", [True, False])
 def test_an_update_below_the_largest_but_not_far_keeps_its_directions(together: bool) -> None:
     settings = SubspaceSettings(num_components=4, pseudo_rank=2)
@@ -532,7 +519,7 @@ def test_the_residual_of_an_update_that_is_not_finite_is_refused(value: float) -
     [
         ((10, 8), "a", SubspaceSettings(4, 2), "task 'a' is already in the layer"),
         ((8, 10), "b", SubspaceSettings(4, 2), "the update of task 'b' is (8, 10), the layer is (10, 8)"),
-        ((10, 8), "b", SubspaceSettings(9, 2), "num_components is 9, the layer is only (10, 8)"),
+        ((10, 8), "b", SubspaceSettings(20, 20), "pseudo_rank is 8, the layer's tasks have 2"),
         ((10, 8), "b", SubspaceSettings(4, 3), "pseudo_rank is 3, the layer's tasks have 2"),
     ],
 )
@@ -557,7 +544,6 @@ def test_an_adapter_that_is_not_finite_is_refused(side: str, value: float) -> No
         merge_into_layer(LayerSubspace.empty(10, 8, 2), {"a": LowRankUpdate(**factors)}, SubspaceSettings(4, 2))
 
 
-@pytest.mark.xfail(reason="columns of the size of the root of rounding error count to the stack of the factor basis")
 def test_a_rank_deficient_wide_adapter_leaves_no_directions_in_the_factor_basis_that_it_does_not_use() -> None:
     generator = generated()
     settings = SubspaceSettings(num_components=6, pseudo_rank=3, basis="factor")

@@ -108,7 +108,9 @@ def test_an_update_that_is_refused_is_named_by_its_module() -> None:
     bad = adapters("a")
     bad["a"]["v_proj"].in_factor[0, 0] = math.nan
 
-    with pytest.raises(ValueError, match="'v_proj': in_factor has NaN or infinite entries, expected finite numbers"):
+    with pytest.raises(
+        ValueError, match="'v_proj': task 'a': in_factor has NaN or infinite entries, expected finite numbers"
+    ):
         merge_into_layers({}, bad, SETTINGS)
 
 

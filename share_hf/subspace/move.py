@@ -1,0 +1,152 @@
+"""What becomes of a layer's tasks in other directions: their coefficients there, and what is lost, computed exactly.
+
+Everything is in the coordinates of an `UpdateStack`. What is lost comes from the parts that are discarded rather than
+from differences of norms, which would lose half the digits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .basis import Directions
+from .factors import truncated_balanced_factors
+from .stack import UpdateStack
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Directions of a possible result, and the relative part (new tasks,) of the new updates outside them."""
+
+    out: Directions
+    in_: Directions
+    span_error: Tensor
+
+
+def old_basis_of(stack: UpdateStack) -> Directions:
+    """The old basis as directions: the first coordinates of the QR span it."""
+    kept = stack.rotation_out.shape[1]
+    identity = torch.eye(stack.rotation_out.shape[0], dtype=torch.float64, device=stack.rotation_out.device)
+    return Directions(identity, identity.new_zeros(len(identity)), kept)
+
+
+def candidate_of(stack: UpdateStack, directions: tuple[Directions, Directions]) -> Candidate:
+    """Directions with what they leave out of each new update."""
+    errors = [_span_error(stack, *directions, j) for j in range(len(stack.new_weights))]
+    lost = torch.stack(errors) if errors else torch.zeros_like(stack.new_weights)
+    return Candidate(*directions, lost * stack.new_weights)
+
+
+def _span_error(stack: UpdateStack, out: Directions, in_: Directions, j: int) -> Tensor:
+    """``‖ΔW - PP^T ΔW P'P'^T‖`` of the j-th new update: its part in discarded outputs, or only in discarded inputs."""
+    new_out, new_in = stack.new_update(j)
+    in_discarded_outputs = ((out.discarded.T @ new_out) @ new_in.T).square().sum()
+    in_discarded_inputs = ((out.basis.T @ new_out) @ (in_.discarded.T @ new_in).T).square().sum()
+    return (in_discarded_outputs + in_discarded_inputs).sqrt()
+
+
+@dataclass(frozen=True)
+class MovedTasks:
+    """Old tasks in a new basis, as stored, with what the change did to each of them.
+
+    Args:
+        coefficients_out: (tasks + new tasks, k_out', p), with room at the end for the new tasks. Likewise
+            `coefficients_in`.
+        lost: (tasks,), ``‖ΔW_i' - ΔW_i‖`` before rounding.
+        sizes: (tasks, 2), norms of the exact coefficients; the product bounds ``‖ΔW_i'‖``.
+        roundings: (tasks, 2), norms of their rounding errors.
+    """
+
+    coefficients_out: Tensor
+    coefficients_in: Tensor
+    lost: Tensor
+    sizes: Tensor
+    roundings: Tensor
+
+
+def move_old_tasks(stack: UpdateStack, candidate: Candidate) -> MovedTasks:
+    """``ε' = P^T R ε`` for all old tasks (Sec. 3.2.3), and how much of each update the new basis loses.
+
+    The loss is ``‖D_out^T ΔW‖² + ‖ΔW D_in‖² - ‖D_out^T ΔW D_in‖²`` with D the discarded directions. The last term is
+    no larger than either of the others, so nothing cancels.
+    """
+    turn_out = stack.rotation_out.T @ candidate.out.vectors
+    turn_in = stack.rotation_in.T @ candidate.in_.vectors
+    kept_out, kept_in = candidate.out.kept, candidate.in_.kept
+    tasks, pseudo_rank = stack.old_out.shape[:2]
+    with_room = tasks + len(stack.new_weights)
+    moved_out = stack.old_out.new_empty(with_room, pseudo_rank, kept_out)
+    moved_in = stack.old_in.new_empty(with_room, pseudo_rank, kept_in)
+    squared = stack.old_weights.new_empty(tasks)
+    sizes, roundings = stack.old_weights.new_empty(tasks, 2), stack.old_weights.new_empty(tasks, 2)
+    for span, stored_out, stored_in in stack.chunks():
+        old_out, old_in = stored_out.double(), stored_in.double()
+        turned_out, turned_in = old_out @ turn_out, old_in @ turn_in
+        lost_out, lost_in = turned_out[..., kept_out:], turned_in[..., kept_in:]
+        squared[span] = (
+            _product_norm_squared(lost_out, old_in @ old_in.mT)
+            + _product_norm_squared(lost_in, old_out @ old_out.mT)
+            - (lost_out.mT @ lost_in).square().sum((-2, -1))
+        )
+        exact_out, exact_in = turned_out[..., :kept_out], turned_in[..., :kept_in]
+        rounded_out, rounded_in = moved_out[:tasks][span], moved_in[:tasks][span]
+        rounded_out.copy_(exact_out)
+        rounded_in.copy_(exact_in)
+        sizes[span] = coefficient_norms(exact_out, exact_in)
+        roundings[span] = coefficient_norms(rounded_out - exact_out, rounded_in - exact_in)
+    return MovedTasks(moved_out.mT, moved_in.mT, squared.clamp_min(0).sqrt(), sizes, roundings)
+
+
+def _product_norm_squared(factor: Tensor, gram: Tensor) -> Tensor:
+    """``‖X Y^T‖²`` (tasks,) from X^T (tasks, p, j) and the Gram matrix Y^T Y (tasks, p, p)."""
+    return ((gram @ factor) * factor).sum((-2, -1)).clamp_min(0)
+
+
+def new_coefficients(stack: UpdateStack, candidate: Candidate, pseudo_rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Coefficients of the new tasks: their factors projected, or the best rank p of the product if they are wider.
+
+    Returns:
+        (new tasks, k_out', p), (new tasks, k_in', p), and the norm (new tasks,) of what a rank over p lost.
+    """
+    count = len(stack.new_weights)
+    all_out = stack.new_out.new_zeros(count, candidate.out.kept, pseudo_rank)
+    all_in = stack.new_in.new_zeros(count, candidate.in_.kept, pseudo_rank)
+    rank_errors = stack.new_weights.new_zeros(count)
+    for j in range(count):
+        new_out, new_in = stack.new_update(j)
+        new_out, new_in = candidate.out.basis.T @ new_out, candidate.in_.basis.T @ new_in
+        rank = new_out.shape[1]
+        if rank > pseudo_rank:
+            all_out[j], all_in[j], rank_errors[j] = truncated_balanced_factors(new_out, new_in, pseudo_rank)
+        else:
+            all_out[j, :, :rank], all_in[j, :, :rank] = new_out, new_in
+    return all_out, all_in, rank_errors
+
+
+def coefficient_norms(coefficients_out: Tensor, coefficients_in: Tensor) -> Tensor:
+    """Frobenius norms of both sides' coefficients, (tasks, 2)."""
+    norm = torch.linalg.vector_norm
+    return torch.stack([norm(coefficients_out, dim=(-2, -1)), norm(coefficients_in, dim=(-2, -1))], dim=-1)
+
+
+def rounded_basis(exact: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """The basis as stored, and the spectral norm of what rounding changed."""
+    rounded = exact.to(dtype)
+    change = rounded.double() - exact
+    if not change.numel():
+        return rounded, 0.0
+    return rounded, float(torch.linalg.eigvalsh(change.T @ change).max().clamp_min(0).sqrt())
+
+
+def rounding_bound(sizes: Tensor, roundings: Tensor, slack: Tensor) -> Tensor:
+    """Upper bound (tasks,) on the change of each update by rounding its coefficients and the bases.
+
+    Args:
+        sizes: (tasks, 2), norms of the exact coefficients, output and input side.
+        roundings: (tasks, 2), norms of their rounding errors.
+        slack: (2,), spectral norms of the rounding errors of the bases.
+    """
+    changes = slack * (sizes + roundings) + roundings
+    return changes[:, 0] * sizes[:, 1] + (sizes[:, 0] + changes[:, 0]) * changes[:, 1]
