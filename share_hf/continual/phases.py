@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 
+import torch
 from peft import PeftModel, TaskType
 from torch import nn
 from transformers.models.auto.modeling_auto import (
@@ -143,3 +144,9 @@ def describe_task(model: PeftModel, task: str, learned_by: Phase, labels: tuple[
     return TaskInfo(
         learned_by=learned_by, target=target, head=head_of(model, task), labels=labels, initialization=sketch
     )
+
+
+def write_final_values(optimizer: torch.optim.Optimizer | None) -> None:
+    """Give a model the values that training ends with; a schedule-free optimizer trains other ones."""
+    if callable(getattr(optimizer, "eval", None)):
+        optimizer.eval()

@@ -17,8 +17,8 @@ from ..subspace import MergeReport
 from ..tuner import ShareConfig
 from ..tuner.transfer import load_tasks
 from .arguments import ShareTrainingArguments, arguments_of_phase
-from .data import TaskDetails, TaskSplits
-from .labels import LabelMask, rule_out_labels
+from .data import TaskDetails, TaskSplits, is_streamed
+from .labels import LabelMask, LabelSmootherOfTask, rule_out_labels
 from .phase_trainer import PhaseTrainer
 from .phases import PLACEHOLDER, begin_phase, describe_task, take_coefficients, take_merged
 from .progress import StreamProgressCallback
@@ -68,7 +68,12 @@ class TaskTrainer(PhaseTrainer):
         self._details = details
         self._dataset_ids = dict(dataset_ids)
         self._merge_report: MergeReport | None = None
-        self._scorer = Scorer(self, LabelMask(model, details), task_scorer, args.score_metric)
+        label_mask = LabelMask(model, details)
+        if self.label_smoother is not None:
+            self.label_smoother = LabelSmootherOfTask(
+                self.label_smoother, lambda: label_mask.num_labels_of(self.model.active_adapter)
+            )
+        self._scorer = Scorer(self, label_mask, task_scorer, args.score_metric)
         self._progress = StreamProgressCallback()
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
@@ -126,12 +131,18 @@ class TaskTrainer(PhaseTrainer):
         if self._details[name].selection is not None:
             self.eval_dataset = self._details[name].selection
         folder = self._stream.phase_folder(position, name, phase)
-        return self.run_phase(
+        output = self.run_phase(
             arguments_of_phase(self.args, phase, folder),
             self.tasks[name].train,
             stream_id=self._stream.stream_id,
             resumed=self._stream.resumed_phase(folder),
         )
+        if output.global_step == 0 and is_streamed(self.tasks[name].train):
+            raise ValueError(
+                f"task {name!r} gave no batch in the {phase} phase, expected a stream that can be read once for each "
+                "phase and epoch"
+            )
+        return output
 
     def _take(self, name: str, phase: Phase) -> None:
         """Take what a phase trained into the subspace, and save it."""
@@ -177,7 +188,7 @@ class TaskTrainer(PhaseTrainer):
         return self._scorer.metrics_of(task, self.tasks[task].evaluation, adapter)
 
     def _score(self, task: str, adapter: str | None = None) -> float:
-        self._stream.metrics.score, score = self._scorer.score_in(self._evaluate_task(task, adapter))
+        self._stream.metrics.score, score = self._scorer.score_in(task, self._evaluate_task(task, adapter))
         return score
 
     def _evaluate_before(self, name: str) -> None:
