@@ -25,6 +25,7 @@ REFUSED_ARGUMENTS = {
         "False: a phase that it ends early would be merged half trained; save_steps says how much of a phase is lost "
         "when a stream is killed"
     ),
+    "eval_use_gather_object": "False: a Trainer forgets it after its first evaluation",
     "optim_target_modules": "None: GaLore and APOLLO project the gradients of whole weights, which tasks do not train",
     "parallelism_config": "None: tasks are trained under DDP, DeepSpeed or FSDP",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -113,6 +114,26 @@ def split_data(name: str, data: TaskData, *, max_steps: int) -> TaskSplits:
 def is_streamed(data: Data) -> bool:
     """Whether data comes one example after the other, from nobody knows how many."""
     return not has_length(data)
+
+
+@contextmanager
+def naming_used_up_streams(task: str) -> Iterator[None]:
+    """Within the block, data that should give a batch and has none left is told by its task.
+
+    Raises:
+        ValueError: Instead of accelerate's, which names nothing.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "does not contain any data" not in str(error):
+            raise
+        raise ValueError(used_up(task)) from error
+
+
+def used_up(task: str) -> str:
+    """What is said of a stream that has no batch left."""
+    return f"task {task!r} has a stream that is used up, expected one that can be read for each phase and evaluation"
 
 
 def _evaluation_splits(data: TaskData, *, reverse: bool = False) -> Iterator[Data]:

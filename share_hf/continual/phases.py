@@ -76,6 +76,9 @@ def begin_phase(model: PeftModel, state: SubspaceState, task: str, phase: Phase,
                 layer.set_coefficients(task, *state.layers[module].balanced(task))
     else:
         if task in model.peft_config:
+            if len(model.peft_config) == 1:  # a first task that was broken off; PEFT cannot be without any
+                with torch.random.fork_rng(devices=[]):
+                    model.add_adapter(PLACEHOLDER, copy.deepcopy(config))
             model.delete_adapter(task)
         task_config = copy.deepcopy(config)
         task_config.phase, task_config.inference_mode = phase, False

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from .data import Data
+from .data import Data, naming_used_up_streams
 from .labels import LabelMask
 from .phase_trainer import PhaseTrainer
 
@@ -43,7 +43,7 @@ class Scorer:
         active = trainer.model.active_adapter
         trainer.model.set_adapter(adapter or task)
         try:
-            with self._label_mask.of_task(task), trainer.engine.inference_ready():
+            with self._label_mask.of_task(task), naming_used_up_streams(task), trainer.engine.inference_ready():
                 if self._task_scorer is not None:
                     return self._task_scorer(trainer.model, task, data)
                 prefix = f"eval_{task}"

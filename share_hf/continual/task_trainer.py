@@ -17,7 +17,7 @@ from ..subspace import MergeReport
 from ..tuner import ShareConfig
 from ..tuner.transfer import load_tasks
 from .arguments import ShareTrainingArguments, arguments_of_phase
-from .data import TaskDetails, TaskSplits, is_streamed
+from .data import TaskDetails, TaskSplits, is_streamed, naming_used_up_streams, used_up
 from .labels import LabelMask, LabelSmootherOfTask, rule_out_labels
 from .phase_trainer import PhaseTrainer
 from .phases import PLACEHOLDER, begin_phase, describe_task, take_coefficients, take_merged
@@ -131,17 +131,15 @@ class TaskTrainer(PhaseTrainer):
         if self._details[name].selection is not None:
             self.eval_dataset = self._details[name].selection
         folder = self._stream.phase_folder(position, name, phase)
-        output = self.run_phase(
-            arguments_of_phase(self.args, phase, folder),
-            self.tasks[name].train,
-            stream_id=self._stream.stream_id,
-            resumed=self._stream.resumed_phase(folder),
-        )
-        if output.global_step == 0 and is_streamed(self.tasks[name].train):
-            raise ValueError(
-                f"task {name!r} gave no batch in the {phase} phase, expected a stream that can be read once for each "
-                "phase and epoch"
+        with naming_used_up_streams(name):
+            output = self.run_phase(
+                arguments_of_phase(self.args, phase, folder),
+                self.tasks[name].train,
+                stream_id=self._stream.stream_id,
+                resumed=self._stream.resumed_phase(folder),
             )
+        if output.global_step == 0 and is_streamed(self.tasks[name].train):
+            raise ValueError(used_up(name))
         return output
 
     def _take(self, name: str, phase: Phase) -> None:
