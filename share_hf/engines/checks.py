@@ -38,14 +38,21 @@ def check_engine(trainer: Trainer) -> None:
 
 
 def check_placement(model: nn.Module) -> None:
-    """Refuse a model whose placement lets no phase train it.
+    """Refuse a model that no phase could be trained on as it was loaded.
 
     Args:
-        model: Base model, which may be spread over devices, memory and disk, or over processes.
+        model: Base model, which may be quantized, or spread over devices, memory and disk, or over processes.
 
     Raises:
-        ValueError: Naming the placement, and how to load the model instead.
+        ValueError: Naming how it was loaded, and how to load it instead.
     """
+    quantizer = getattr(model, "hf_quantizer", None)
+    if getattr(model, "is_quantized", False) and quantizer is not None and not quantizer.is_trainable:
+        method = quantizer.quantization_config.quant_method
+        raise ValueError(
+            f"the model is quantized by {getattr(method, 'value', method)!r}, on which a Trainer trains no adapters, "
+            "expected its original weights, or another quantization of them; a subspace learned there is applied here"
+        )
     places = getattr(model, "hf_device_map", None) or {}
     if getattr(model, "is_distributed_loading_by_transformers", False):
         raise ValueError(
