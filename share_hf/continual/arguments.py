@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,12 +17,36 @@ from ..tuner import ShareConfig
 
 Method = Literal["share", "coefficients"]
 
+# Options of transformers that no stream can honour, and what is expected instead. All of them are off by default.
+REFUSED_ARGUMENTS = {
+    "bf16_full_eval": "False: it would round what tasks have learned; load the base model in torch.bfloat16",
+    "fp16_full_eval": "False: it would round what tasks have learned; load the base model in torch.float16",
+    "enable_jit_checkpoint": (
+        "False: a phase that it ends early would be merged half trained; save_steps says how much of a phase is lost "
+        "when a stream is killed"
+    ),
+    "eval_use_gather_object": "False: a Trainer forgets it after its first evaluation",
+    "optim_target_modules": "None: GaLore and APOLLO project the gradients of whole weights, which tasks do not train",
+    "parallelism_config": "None: tasks are trained under DDP, DeepSpeed or FSDP",
+}
+
+
+# The same of what `Trainer` is made with. All of them are None by default, or hold nothing but None.
+REFUSED_PARAMETERS = {
+    "train_dataset": "tasks={name: data}: a stream learns from them alone",
+    "model_init": "model: a stream learns all its tasks in one; make a trainer for each trial of a search",
+    "optimizers": (
+        "optim and optim_args in the arguments, or optimizer_cls_and_kwargs=(class, keywords): each phase trains "
+        "other parameters, with an optimizer of its own"
+    ),
+}
+
 
 @dataclass
 class ShareTrainingArguments(TrainingArguments):
     """
     Arguments of [`ShareTrainer`]: those of [`~transformers.TrainingArguments`], which apply to every phase, and what
-    a phase may have of its own.
+    a phase may have of its own. `max_steps`, where it is given, is the length of every phase.
 
     Args:
         method (`Literal["share", "coefficients"]`, *optional*, defaults to `"share"`):
@@ -33,9 +58,11 @@ class ShareTrainingArguments(TrainingArguments):
         init_learning_rate (`float`, *optional*): Learning rate of the init phase; `learning_rate` if not given.
         finetune_learning_rate (`float`, *optional*):
             Learning rate of the finetune phase; `learning_rate` if not given.
-        init_num_train_epochs (`float`, *optional*): Epochs of the init phase; `num_train_epochs` if not given.
+        init_num_train_epochs (`float`, *optional*):
+            Epochs of the init phase; `num_train_epochs` if not given. Not together with `max_steps`.
         finetune_num_train_epochs (`float`, *optional*, defaults to `0`):
-            Epochs in which a task's coefficients are trained after its merge (Sec. 3.2.3).
+            Epochs in which a task's coefficients are trained after its merge (Sec. 3.2.3). With `max_steps`, any
+            number over 0 adds the phase, which takes these steps.
         evaluate_seen_tasks (`bool`, *optional*, defaults to `True`):
             Whether all tasks learned so far are evaluated after each task.
         evaluate_before (`bool`, *optional*, defaults to `False`):
@@ -46,6 +73,9 @@ class ShareTrainingArguments(TrainingArguments):
         ddp_broadcast_buffers (`bool`, *optional*, defaults to `False`):
             As of [`~transformers.TrainingArguments`], but off: the bases are buffers, which DDP would send to all
             processes at every step, though they are the same there.
+
+    Raises:
+        ValueError: If an option is out of its range, contradicts another one, or is one that no stream can honour.
     """
 
     method: Method = field(
@@ -86,6 +116,14 @@ class ShareTrainingArguments(TrainingArguments):
             raise ValueError(f"num_init_tasks is {self.num_init_tasks}, expected at least 1: a subspace needs a task")
         if self.finetune_num_train_epochs < 0:
             raise ValueError(f"finetune_num_train_epochs is {self.finetune_num_train_epochs}, expected 0 or more")
+        if self.init_num_train_epochs is not None and self.max_steps > 0:
+            raise ValueError(
+                f"init_num_train_epochs is {self.init_num_train_epochs} and max_steps {self.max_steps}, expected one "
+                "of them: max_steps is the length of every phase"
+            )
+        for name, expected in REFUSED_ARGUMENTS.items():
+            if value := getattr(self, name, None):  # versions of transformers differ in what they have
+                raise ValueError(f"{name} is {value!r}, expected {expected}")
         if self.push_to_hub:
             if self.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
                 raise ValueError(
@@ -96,32 +134,68 @@ class ShareTrainingArguments(TrainingArguments):
                 raise ValueError(f"hub_revision is {self.hub_revision!r}, expected none: branches are tasks")
 
 
+def check_parameters(args: ShareTrainingArguments, parameters: Mapping[str, Any]) -> None:
+    """Refuse parameters of `Trainer` that no stream can honour.
+
+    Args:
+        args: Arguments of the stream.
+        parameters: Keywords that [`ShareTrainer`] passes on.
+
+    Raises:
+        ValueError: Naming the parameter, and what to use instead.
+    """
+    for name, expected in REFUSED_PARAMETERS.items():
+        value = parameters.get(name)
+        if value is not None and not (isinstance(value, tuple) and set(value) == {None}):
+            raise ValueError(f"{name} is given, expected {expected}")
+    optimizer, keywords = parameters.get("optimizer_cls_and_kwargs") or (None, {})
+    if bound := sorted({"params", "model", "optimizer_dict"} & keywords.keys()):
+        raise ValueError(
+            f"optimizer_cls_and_kwargs has {bound} for {optimizer.__name__}, expected none: each phase trains other "
+            "parameters"
+        )
+    for name in ("init_learning_rate", "finetune_learning_rate"):
+        if "lr" in keywords and getattr(args, name) is not None:
+            raise ValueError(
+                f"{name} is {getattr(args, name)} and optimizer_cls_and_kwargs has an 'lr' for all phases, expected "
+                "one of them: without 'lr', the optimizer has the rate of the phase"
+            )
+
+
 def arguments_of_phase(args: ShareTrainingArguments, phase: Phase, folder: Path) -> ShareTrainingArguments:
     """The arguments of one phase, with its rate and its epochs, and a folder of its own."""
     own = copy.copy(args)
     own.output_dir = str(folder)
     own.push_to_hub = False  # what goes to the hub is the subspace, not the checkpoints of a phase
     if phase == Phase.INIT:
-        own.learning_rate = args.init_learning_rate or args.learning_rate
-        own.num_train_epochs = args.init_num_train_epochs or args.num_train_epochs
+        own.learning_rate = _first_given(args.init_learning_rate, args.learning_rate)
+        own.num_train_epochs = _first_given(args.init_num_train_epochs, args.num_train_epochs)
     if phase == Phase.FINETUNE:
-        own.learning_rate = args.finetune_learning_rate or args.learning_rate
+        own.learning_rate = _first_given(args.finetune_learning_rate, args.learning_rate)
         own.num_train_epochs = args.finetune_num_train_epochs
     return own
 
 
-def training_facts(args: ShareTrainingArguments, config: ShareConfig) -> dict[str, Any]:
-    """What the model card tells of how tasks are trained."""
+def training_facts(
+    args: ShareTrainingArguments, config: ShareConfig, optimizer: tuple[type, Mapping[str, Any]] | None = None
+) -> dict[str, Any]:
+    """What the model card tells of how tasks are trained; `optimizer` is class and keywords, if they were given."""
+    name, keywords = (optimizer[0].__name__, optimizer[1]) if optimizer is not None else (args.optim, {})
+    rate = keywords.get("lr", args.learning_rate)
     return {
         "method": args.method,
         "num_init_tasks": args.num_init_tasks,
-        "learning_rate": args.learning_rate,
-        "init_learning_rate": args.init_learning_rate or args.learning_rate,
+        "learning_rate": rate,
+        "init_learning_rate": _first_given(args.init_learning_rate, rate),
         "num_train_epochs": args.num_train_epochs,
         "finetune_num_train_epochs": args.finetune_num_train_epochs,
         "train_batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-        "optimizer": str(getattr(args.optim, "value", args.optim)),
+        "optimizer": str(getattr(name, "value", name)),
         "seed": args.seed,
         "num_temporary": config.num_temporary,
         "init_std": config.init_std,
     }
+
+
+def _first_given(own: float | None, of_all: float) -> float:
+    return own if own is not None else of_all

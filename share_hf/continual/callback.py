@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..engines import check_foreign_engine, take_trained_values
+from ..engines import check_foreign_engine, check_heads, take_trained_values
 from ..format.names import check_task_name
 from ..shared_subspace import SharedSubspace
 from ..state import Phase, SubspaceState
 from ..subspace import DriftToleranceError, MergeReport
 from ..tuner.model import share_layers
 from ..tuner.transfer import is_share_model, load_tasks, state_of
-from .phases import RefusedTaskError, begin_phase, describe_task, put_back, take_merged
+from .arguments import REFUSED_ARGUMENTS
+from .phases import RefusedTaskError, begin_phase, describe_task, put_back, take_merged, write_final_values
 
 
 # What `trl.DPOTrainer` calls its copy of the adapter that it starts from.
@@ -36,6 +42,10 @@ class ShareCallback(TrainerCallback):
     `trl.DPOTrainer` takes the base model and `peft_config=ShareConfig(...)` for the first task. For a later one it
     wants an adapter named `default` in the model that has the others, which is gone when the task is set up:
     `model.add_adapter("default", ShareConfig(...))`. Its reference is the base model either way.
+
+    With `load_best_model_at_end`, the best checkpoint is merged. The Trainer itself looks for adapters that are called
+    `default` alone, and warns that it could not locate the best model. It cannot take `optimizers=`, which are made
+    before the parameters of the task, nor `model_init=`.
 
     Under DDP, ZeRO-1 and ZeRO-2 every process merges the same. FSDP and ZeRO-3 keep an adapter in parts as long as the
     Trainer lives, and are refused: [`ShareTrainer`] takes them. DeepSpeed allows one Trainer, so one task, a process.
@@ -79,6 +89,8 @@ class ShareCallback(TrainerCallback):
                 f"ShareCallback needs a PeftModel of a ShareConfig, found {type(model).__name__}: wrap the model with "
                 "get_peft_model(model, ShareConfig()) or SharedSubspace.apply(model) first"
             )
+        _check_options(args, kwargs)
+        check_heads(model)
         check_foreign_engine()
         known: SubspaceState = self.subspace.state if self.subspace is not None else state_of(model)
         check_task_name(self.task, known.tasks)
@@ -98,7 +110,12 @@ class ShareCallback(TrainerCallback):
         self._entered = True
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PeftModel | None = None,
+        **kwargs: Any,
     ) -> None:
         if not self._entered:
             raise RuntimeError(
@@ -107,6 +124,11 @@ class ShareCallback(TrainerCallback):
             )
         if self.report is not None:
             raise RuntimeError(f"task {self.task!r} is merged already, make a new Trainer and callback for another")
+        if not is_share_model(model) or self.task not in model.peft_config:
+            raise ValueError(
+                f"the model has no adapter {self.task!r}, expected the one that the Trainer was made with: model_init "
+                "makes another in train()"
+            )
 
     def on_train_end(
         self,
@@ -114,9 +136,13 @@ class ShareCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         model: PeftModel | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
         **kwargs: Any,
     ) -> None:
+        write_final_values(optimizer)
         take_trained_values(model)
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            _load_best(model, self.task, Path(state.best_model_checkpoint))
         if REFERENCE in model.peft_config:
             # It is no task, and has no coefficients in the basis that the merge makes.
             model.delete_adapter(REFERENCE)
@@ -130,6 +156,35 @@ class ShareCallback(TrainerCallback):
             put_back(model, known, self.task, self._config)
             raise RefusedTaskError(str(error)) from error
         self.subspace = SharedSubspace(merged)
+
+
+def _check_options(args: TrainingArguments, given: Mapping[str, Any]) -> None:
+    """Refuse options of a Trainer with which something else than the trained task would be merged.
+
+    Args:
+        args: Arguments of the Trainer.
+        given: What it was made with, by the names that callbacks have for it.
+    """
+    for name in ("optimizer", "lr_scheduler"):
+        if given.get(name) is not None:
+            raise ValueError(
+                f"optimizers has the {name} {type(given[name]).__name__}, made before the parameters of the task, "
+                "which it would not train; expected optim in the arguments, or optimizer_cls_and_kwargs"
+            )
+    if getattr(args, "enable_jit_checkpoint", False):
+        raise ValueError(f"enable_jit_checkpoint is True, expected {REFUSED_ARGUMENTS['enable_jit_checkpoint']}")
+
+
+def _load_best(model: PeftModel, task: str, checkpoint: Path) -> None:
+    """Load a task from the best checkpoint of a run, where a Trainer looks for an adapter named `default` alone."""
+    if AcceleratorState().distributed_type == DistributedType.DEEPSPEED:
+        return  # its engine has loaded all that is trained
+    folder = checkpoint / task
+    if folder.is_dir():
+        model.load_adapter(str(folder), task, is_trainable=True)
+        model.set_adapter(task)
+    elif PartialState().is_main_process:  # others may be on machines without it, and take what is merged here
+        raise ValueError(f"{folder}: not there, expected the best checkpoint of task {task!r} to merge")
 
 
 def _rounded_tasks(model: PeftModel, state: SubspaceState) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
+from transformers.trainer_pt_utils import LabelSmoother
 
 from ..tuner.transfer import NEVER_PREDICTED
 
@@ -44,12 +45,33 @@ class LabelMask:
         finally:
             self._task = before
 
+    def num_labels_of(self, adapter: str) -> int | None:
+        """Number of labels that are not masked while this adapter is active, None if none is masked."""
+        return self._num_labels_of(self._task or adapter)
+
     def _mask(self, module: ModulesToSaveWrapper, args: tuple[Any, ...], logits: Tensor) -> Tensor:
-        num_labels = self._num_labels_of(self._task or module.active_adapters[0])
+        num_labels = self.num_labels_of(module.active_adapters[0])
         if num_labels is None or num_labels >= logits.shape[-1]:
             return logits
         beyond = torch.arange(logits.shape[-1], device=logits.device) >= num_labels
         return logits.masked_fill(beyond, torch.finfo(logits.dtype).min)
+
+
+class LabelSmootherOfTask:
+    """Smooths over a task's own labels: a share of what is masked would make the loss endless.
+
+    Args:
+        smoother: The Trainer's, over all labels.
+        num_labels: Called for the number of labels of the task at work; None for all.
+    """
+
+    def __init__(self, smoother: LabelSmoother, num_labels: Callable[[], int | None]) -> None:
+        self._smoother = smoother
+        self._num_labels = num_labels
+
+    def __call__(self, model_output: Any, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        logits = model_output["logits"] if isinstance(model_output, dict) else model_output[0]
+        return self._smoother({"logits": logits[..., : self._num_labels()]}, labels, *args, **kwargs)
 
 
 def rule_out_labels(head: Mapping[str, Tensor], num_labels: int, of_model: int) -> dict[str, Tensor]:

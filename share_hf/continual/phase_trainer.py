@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
@@ -17,10 +16,12 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
-from ..engines import engine_for, engine_that_wrote, on_first_process
+from ..engines import check_heads, engine_for, engine_that_wrote, on_first_process
 from ..engines.local import LocalEngine
 from ..format.files import naming
 from .checkpoints import claim_phase, delete_checkpoints_before, empty_phase, newest_whole_checkpoint
+from .data import Data
+from .phases import write_final_values
 
 
 logger = logging.get_logger(__name__)
@@ -41,22 +42,26 @@ class PhaseTrainer(Trainer):
         engine ([`~share_hf.engines.Engine`]): What runs the phases.
         trained_steps (`int`): Steps of the optimizer in the runs that are over. Logs count them, so that all runs make
             one curve.
+        ignore_keys_for_eval (`list[str]`, *optional*): Outputs of the model that are left out of predictions.
 
     Raises:
         ValueError: If no phase could be trained by the engine that `args` or the launcher ask for.
     """
 
     def __init__(self, model: PeftModel, args: TrainingArguments, **kwargs: Any) -> None:
+        check_heads(model)
         super().__init__(model=model, args=args, **kwargs)
         self.engine = engine_for(self)
         self.trained_steps = 0
+        self.ignore_keys_for_eval: list[str] | None = None
+        self._given_optimizer = kwargs.get("optimizer_cls_and_kwargs")
         self._in_phase = False
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and getattr(callback, "logging_dir", "") is None:
                 # Where the Trainer would put them, if they were not of phases.
                 callback.logging_dir = str(Path(args.output_dir, "runs", time.strftime("%b%d_%H-%M-%S")))
 
-    def run_phase(self, args: TrainingArguments, train_dataset: Dataset, resumed: Path | None = None) -> TrainOutput:
+    def run_phase(self, args: TrainingArguments, train_dataset: Data, resumed: Path | None = None) -> TrainOutput:
         """
         Train what the model has set to be trained, in one optimizer run.
 
@@ -72,8 +77,13 @@ class PhaseTrainer(Trainer):
         self.train_dataset = train_dataset
         history = self.state.log_history
         self.optimizer = self.lr_scheduler = None
+        if self._given_optimizer is not None:
+            kind, keywords = self._given_optimizer
+            self.optimizer_cls_and_kwargs = kind, {"lr": args.learning_rate, **keywords}
+        # With persistent workers, the Trainer would go on evaluating the data of the first run.
+        vars(self).pop("_eval_dataloaders", None)
         self.model_wrapped = self.model
-        with self._with_arguments(args), self.engine.train_ready():
+        with self._with_arguments(args), _taking_hooks_off(self.model), self.engine.train_ready():
             checkpoint = on_first_process(lambda: self._first_checkpoint(resumed))
             state = checkpoint and TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
             self.engine.is_broken_off = True
@@ -83,7 +93,11 @@ class PhaseTrainer(Trainer):
                 self.state = state
                 output = TrainOutput(state.global_step, 0.0, {})
             else:
-                output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+                output = super().train(
+                    resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None,
+                    ignore_keys_for_eval=self.ignore_keys_for_eval,
+                )
+            write_final_values(self.optimizer)
             self.engine.release()
             if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
                 self._load_from_checkpoint(self.state.best_model_checkpoint)
@@ -141,6 +155,14 @@ class PhaseTrainer(Trainer):
         finally:
             self.state.global_step = step
 
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Names of the parameters that `weight_decay` applies to, whatever the task that is trained is called."""
+        task = f".{self.model.active_adapter}"
+        decayed = super().get_decay_parameter_names(model)
+        # The Trainer leaves out what has "bias" or "norm" in its name, but that may be the name of the task.
+        of_task = {name for name, parameter in model.named_parameters() if task in name and parameter.ndim > 1}
+        return decayed + sorted(of_task - set(decayed))
+
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
         if self.accelerator.sync_gradients:
@@ -182,3 +204,19 @@ class PhaseTrainer(Trainer):
         super()._save_rng_state(output_dir)
         # The first process marks the checkpoint as whole next, and deletes older ones.
         self.accelerator.wait_for_everyone()
+
+
+@contextmanager
+def _taking_hooks_off(model: nn.Module) -> Iterator[None]:
+    """Take off what a run has hooked into the forward of modules and left there, as a run that is broken off does.
+
+    Otherwise NEFTune's noise would be added twice by the next one, and `debug="underflow_overflow"` look at each
+    module once for each run.
+    """
+    before = {module: set(module._forward_hooks) for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module in model.modules():
+            for added in set(module._forward_hooks) - before.get(module, set(module._forward_hooks)):
+                del module._forward_hooks[added]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 
+import torch
 from peft import PeftModel, TaskType
 from torch import nn
 from transformers.models.auto.modeling_auto import (
@@ -79,6 +80,9 @@ def begin_phase(model: PeftModel, state: SubspaceState, task: str, phase: Phase,
                 layer.set_coefficients(task, *state.layers[module].balanced(task))
     else:
         if task in model.peft_config:
+            if len(model.peft_config) == 1:  # a first task that was broken off; PEFT cannot be without any
+                with torch.random.fork_rng(devices=[]):
+                    model.add_adapter(PLACEHOLDER, copy.deepcopy(config))
             model.delete_adapter(task)
         task_config = copy.deepcopy(config)
         task_config.phase, task_config.inference_mode = phase, False
@@ -169,3 +173,9 @@ def describe_task(model: PeftModel, task: str, learned_by: Phase, labels: tuple[
     return TaskInfo(
         learned_by=learned_by, target=target, head=head_of(model, task), labels=labels, initialization=sketch
     )
+
+
+def write_final_values(optimizer: torch.optim.Optimizer | None) -> None:
+    """Give a model the values that training ends with; a schedule-free optimizer trains other ones."""
+    if callable(getattr(optimizer, "eval", None)):
+        optimizer.eval()

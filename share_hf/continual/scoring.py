@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from .data import Data, naming_used_up_streams
 from .labels import LabelMask
 from .phase_trainer import PhaseTrainer
 
 
-TaskScorer = Callable[[PreTrainedModel | PeftModel, str, Dataset], dict[str, float]]
+TaskScorer = Callable[[PreTrainedModel | PeftModel, str, Data], dict[str, float]]
 
 
 class Scorer:
@@ -37,27 +37,36 @@ class Scorer:
         self._task_scorer = task_scorer
         self._score_metric = score_metric
 
-    def metrics_of(self, task: str, data: Dataset, adapter: str | None = None) -> dict[str, float]:
+    def metrics_of(self, task: str, data: Data, adapter: str | None = None) -> dict[str, float]:
         """Metrics of a task with its own adapter, or another's; without their prefix. The active adapter stays."""
         trainer = self._trainer
         active = trainer.model.active_adapter
         trainer.model.set_adapter(adapter or task)
         try:
-            with self._label_mask.of_task(task), trainer.engine.inference_ready():
+            with self._label_mask.of_task(task), naming_used_up_streams(task), trainer.engine.inference_ready():
                 if self._task_scorer is not None:
                     return self._task_scorer(trainer.model, task, data)
                 prefix = f"eval_{task}"
-                metrics = trainer.evaluate(data, metric_key_prefix=prefix)
+                metrics = self._evaluate_once(data, prefix)
                 return {name.removeprefix(f"{prefix}_"): value for name, value in metrics.items()}
         finally:
             if not trainer.engine.is_broken_off:
                 trainer.model.set_adapter(active)
 
-    def score_in(self, metrics: Mapping[str, float]) -> tuple[str, float]:
+    def _evaluate_once(self, data: Data, prefix: str) -> dict[str, float]:
+        # The Trainer takes the loader of persistent workers for any data that comes later.
+        args = self._trainer.args
+        kept, args.dataloader_persistent_workers = args.dataloader_persistent_workers, False
+        try:
+            return self._trainer.evaluate(data, self._trainer.ignore_keys_for_eval, prefix)
+        finally:
+            args.dataloader_persistent_workers = kept
+
+    def score_in(self, task: str, metrics: Mapping[str, float]) -> tuple[str, float]:
         """Which of a task's metrics is its score, and the score; higher is better.
 
         Raises:
-            ValueError: If the metric that was asked for is not among them.
+            ValueError: If the metric that was asked for is not among them, or none that could be the score.
         """
         if self._score_metric is not None:
             if self._score_metric not in metrics:
@@ -65,4 +74,9 @@ class Scorer:
             return self._score_metric, metrics[self._score_metric]
         if "accuracy" in metrics:
             return "accuracy", metrics["accuracy"]
+        if "loss" not in metrics:
+            raise ValueError(
+                f"task {task!r} has metrics {sorted(metrics)}, expected 'accuracy' or 'loss' among them, or "
+                "score_metric: its evaluation data may have no labels, or be a stream that is used up"
+            )
         return "-loss", -metrics["loss"]

@@ -20,8 +20,8 @@ from ..tuner import ShareConfig
 from ..tuner.transfer import load_tasks
 from .arguments import ShareTrainingArguments, arguments_of_phase
 from .checkpoints import empty_phase
-from .data import TaskDetails, TaskSplits
-from .labels import LabelMask, rule_out_labels
+from .data import TaskDetails, TaskSplits, is_streamed, naming_used_up_streams, used_up
+from .labels import LabelMask, LabelSmootherOfTask, rule_out_labels
 from .phase_trainer import PhaseTrainer
 from .phases import (
     PLACEHOLDER,
@@ -81,7 +81,12 @@ class TaskTrainer(PhaseTrainer):
         self._details = details
         self._dataset_ids = dict(dataset_ids)
         self._merge_report: MergeReport | None = None
-        self._scorer = Scorer(self, LabelMask(model, self._num_labels_of), task_scorer, args.score_metric)
+        label_mask = LabelMask(model, self._num_labels_of)
+        if self.label_smoother is not None:
+            self.label_smoother = LabelSmootherOfTask(
+                self.label_smoother, lambda: label_mask.num_labels_of(self.model.active_adapter)
+            )
+        self._scorer = Scorer(self, label_mask, task_scorer, args.score_metric)
         self._progress = StreamProgressCallback()
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
@@ -154,11 +159,15 @@ class TaskTrainer(PhaseTrainer):
         if self._details[name].selection is not None:
             self.eval_dataset = self._details[name].selection
         folder = self._stream.phase_folder(position, name, phase)
-        return self.run_phase(
-            arguments_of_phase(self.args, phase, folder),
-            self.tasks[name].train,
-            self._stream.resumed_phase(folder),
-        )
+        with naming_used_up_streams(name):
+            output = self.run_phase(
+                arguments_of_phase(self.args, phase, folder),
+                self.tasks[name].train,
+                self._stream.resumed_phase(folder),
+            )
+        if output.global_step == 0 and is_streamed(self.tasks[name].train):
+            raise ValueError(used_up(name))
+        return output
 
     def _take(self, name: str, phase: Phase) -> None:
         """Take what a phase trained into the subspace, and save it."""
@@ -205,7 +214,7 @@ class TaskTrainer(PhaseTrainer):
 
     def _score(self, task: str, adapter: str | None = None) -> float | None:
         """The task's score; None where it is NaN or infinite, which says nothing of the task and is no JSON."""
-        self._stream.metrics.score, found = self._scorer.score_in(self._evaluate_task(task, adapter))
+        self._stream.metrics.score, found = self._scorer.score_in(task, self._evaluate_task(task, adapter))
         if (score := measured(found)) is None:
             logger.warning(
                 "%s of task %r is %s, which counts as not measured.", self._stream.metrics.score, task, found

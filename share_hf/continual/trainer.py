@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
-from datasets import Dataset
 from huggingface_hub import CommitInfo
 from peft import PeftModel, TaskType, get_peft_model
 from torch import nn
@@ -15,15 +14,25 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import HubStrategy, TrainOutput
 from transformers.utils import logging
 
-from ..engines import naming_lost_ranks, on_first_process
+from ..engines import check_placement, naming_lost_ranks, on_first_process
 from ..format.names import check_task_name
 from ..shared_subspace import Adapters, SharedSubspace
 from ..state import ContinualMetrics, SubspaceState
 from ..subspace import MergeReport
 from ..tuner import ShareConfig
 from ..tuner.transfer import load_bases, load_tasks, share_config_for
-from .arguments import Method, ShareTrainingArguments, training_facts
-from .data import EVALUATION_SPLITS, TRAIN_SPLIT, TaskData, TaskDetails, TaskSplits, accuracy, split_data, task_details
+from .arguments import Method, ShareTrainingArguments, check_parameters, training_facts
+from .data import (
+    EVALUATION_SPLITS,
+    TRAIN_SPLIT,
+    Data,
+    TaskData,
+    TaskDetails,
+    TaskSplits,
+    accuracy,
+    split_data,
+    task_details,
+)
 from .phases import PLACEHOLDER, RefusedTaskError, config_for, put_back
 from .scoring import TaskScorer
 from .stream import STREAM_STATE_FILE, Stream, StreamPosition
@@ -51,9 +60,10 @@ class ShareTrainer(TaskTrainer):
         share_config ([`ShareConfig`], *optional*):
             k, p, φ and the target modules.
         tasks (`Mapping[str, Dataset | DatasetDict]`, *optional*):
-            The stream, in its order: task name to its data. The `train` split is learned; the `test` split, or else
-            `validation` or `eval`, scores the task. With `eval_strategy`, `validation` or `eval`, or else `test`, is
-            evaluated while it trains, unless `eval_dataset` is given.
+            The stream, in its order: task name to its data, of `datasets` or `torch`, streamed or not. The `train`
+            split is learned; the `test` split, or else `validation` or `eval`, scores the task. With `eval_strategy`,
+            `validation` or `eval`, or else `test`, is evaluated while it trains, unless `eval_dataset` is given. Data
+            that is streamed needs `max_steps` and, for a classification, a `ClassLabel` that tells its labels.
         subspace ([`SharedSubspace`], *optional*):
             A subspace to continue. Its tasks stay.
         adapters (`Mapping[str, str]` or `Sequence[str]`, *optional*):
@@ -63,10 +73,12 @@ class ShareTrainer(TaskTrainer):
         task_scorer (`Callable`, *optional*):
             Called with model, task name and evaluation data instead of the Trainer's own evaluation; returns metrics.
         **kwargs:
-            As for [`~transformers.Trainer`].
+            As for [`~transformers.Trainer`], but for `train_dataset`, `model_init` and `optimizers`, which are
+            refused. Without an `lr` among its keywords, `optimizer_cls_and_kwargs` has the learning rate of the phase.
 
     Raises:
-        ValueError: If a task's name or data is unusable, or the model has adapters already.
+        ValueError: If a task's name or data is unusable, the model has adapters already, or an option is one that no
+            stream can honour.
     """
 
     def __init__(
@@ -88,11 +100,15 @@ class ShareTrainer(TaskTrainer):
             )
         if subspace is not None and adapters is not None:
             raise ValueError("subspace and adapters are both given, expected one of them")
+        if model is None:
+            raise ValueError("model is None, expected the base model")
         args = args if args is not None else ShareTrainingArguments(output_dir="tmp_trainer")
         if not isinstance(args, ShareTrainingArguments):
             raise ValueError(f"args is a {type(args).__name__}, expected ShareTrainingArguments")
         if args.method not in get_args(Method):
             raise ValueError(f"method is {args.method!r}, expected one of {get_args(Method)}")
+        check_parameters(args, kwargs)
+        check_placement(model)
         if adapters is not None:
             settings = (share_config or ShareConfig()).subspace_settings()
             state = on_first_process(
@@ -100,14 +116,16 @@ class ShareTrainer(TaskTrainer):
             )
             subspace = SharedSubspace(state)
         # Within a phase, the task that is trained is evaluated, unless there is data for all of them.
-        self._selects = args.eval_strategy != "no" and kwargs.get("eval_dataset") is None
+        evaluates = args.eval_strategy != "no" or args.eval_on_start
+        self._selects = evaluates and kwargs.get("eval_dataset") is None
+        self._max_steps = args.max_steps
         if self._selects:
             kwargs["eval_dataset"] = {}
         share_config = config_for(model, share_config, subspace)
         stream = Stream(
             Path(args.output_dir),
             subspace.state if subspace is not None else SubspaceState(share_config.subspace_settings()),
-            ContinualMetrics(training=training_facts(args, share_config)),
+            ContinualMetrics(training=training_facts(args, share_config, kwargs.get("optimizer_cls_and_kwargs"))),
             saves=lambda: self.args.should_save,
         )
         is_classifier = share_config.task_type == TaskType.SEQ_CLS
@@ -117,8 +135,12 @@ class ShareTrainer(TaskTrainer):
         for name, data in (tasks or {}).items():
             check_task_name(name, [*stream.state.tasks, *splits])
             splits[name], details[name] = self._read_task(name, data)
-        if is_classifier:
-            kwargs.setdefault("compute_metrics", accuracy)
+        if is_classifier and "compute_metrics" not in kwargs:
+            if args.batch_eval_metrics:
+                raise ValueError(
+                    "batch_eval_metrics is True, expected compute_metrics with it: accuracy takes all batches at once"
+                )
+            kwargs["compute_metrics"] = accuracy
         super().__init__(
             _with_adapters(model, stream.state, share_config),
             args,
@@ -130,6 +152,8 @@ class ShareTrainer(TaskTrainer):
             task_scorer=task_scorer,
             **kwargs,
         )
+        if self._selects:
+            self.eval_dataset = None  # until there is a task
         if is_classifier:
             # Classifiers take the keyword that tells the items of a whole step, but return the mean over their own
             # batch: taken for a sum over all, it would count once for each process and accumulated batch.
@@ -165,12 +189,18 @@ class ShareTrainer(TaskTrainer):
                 `True` to continue where an earlier run in `output_dir` was interrupted, or to begin if there was none;
                 or the `output_dir` of an earlier run. Of a phase, the steps since its last checkpoint are done again:
                 `save_strategy` says when one is written.
+            trial (`dict`, *optional*): Not supported; a search makes a trainer for each trial.
+            ignore_keys_for_eval (`list[str]`, *optional*):
+                Outputs of the model that are left out of the predictions of evaluations.
 
         Returns:
             `TrainOutput`: Steps and mean loss over the phases that were run, and the metrics of the stream.
         """
         if not self.tasks:
             raise ValueError("no tasks to train on, expected tasks={name: dataset, ...}")
+        if trial is not None:
+            raise ValueError("trial is given, expected none: make a trainer for each trial of a search")
+        self.ignore_keys_for_eval = ignore_keys_for_eval
         begun = self._restore(resume_from_checkpoint) if resume_from_checkpoint else StreamPosition()
         outputs = []
         for position, name in enumerate(self.tasks):
@@ -189,7 +219,7 @@ class ShareTrainer(TaskTrainer):
         return TrainOutput(steps, loss / max(steps, 1), self.metrics)
 
     @naming_lost_ranks()
-    def learn_task(self, name: str, train_dataset: Dataset, eval_dataset: Dataset | None = None) -> MergeReport | None:
+    def learn_task(self, name: str, train_dataset: Data, eval_dataset: Data | None = None) -> MergeReport | None:
         """
         Learn one more task and merge it.
 
@@ -304,7 +334,7 @@ class ShareTrainer(TaskTrainer):
             self.push_to_hub()
 
     def _read_task(self, name: str, data: TaskData) -> tuple[TaskSplits, TaskDetails]:
-        splits = split_data(name, data)
+        splits = split_data(name, data, max_steps=self._max_steps)
         return splits, task_details(name, data, splits, selects=self._selects, labels_of_model=self._num_labels)
 
     def _withdraw_task(self, name: str) -> None:

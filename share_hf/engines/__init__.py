@@ -1,6 +1,6 @@
 """How phases run: one protocol, and a single process, DDP, DeepSpeed and FSDP behind it."""
 
-from .checks import check_foreign_engine
+from .checks import check_foreign_engine, check_heads, check_placement
 from .choice import engine_for, engine_that_wrote, take_trained_values
 from .engine import Engine
 from .lost_ranks import naming_lost_ranks
@@ -10,6 +10,8 @@ from .processes import on_first_process, together
 __all__ = [
     "Engine",
     "check_foreign_engine",
+    "check_heads",
+    "check_placement",
     "engine_for",
     "engine_that_wrote",
     "naming_lost_ranks",

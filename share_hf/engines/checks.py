@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, parse_flag_from_env
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import Trainer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -33,6 +35,56 @@ def check_engine(trainer: Trainer) -> None:
     if trainer.is_deepspeed_enabled:
         check_deepspeed_config(state.deepspeed_plugin.hf_ds_config.config)
     check_quantized_weights(trainer.model, _cast_of_engine(trainer), sharded=trainer.is_fsdp_enabled)
+
+
+def check_placement(model: nn.Module) -> None:
+    """Refuse a model that no phase could be trained on as it was loaded.
+
+    Args:
+        model: Base model, which may be quantized, or spread over devices, memory and disk, or over processes.
+
+    Raises:
+        ValueError: Naming how it was loaded, and how to load it instead.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    if getattr(model, "is_quantized", False) and quantizer is not None and not quantizer.is_trainable:
+        method = quantizer.quantization_config.quant_method
+        raise ValueError(
+            f"the model is quantized by {getattr(method, 'value', method)!r}, on which a Trainer trains no adapters, "
+            "expected its original weights, or another quantization of them; a subspace learned there is applied here"
+        )
+    places = getattr(model, "hf_device_map", None) or {}
+    if getattr(model, "is_distributed_loading_by_transformers", False):
+        raise ValueError(
+            "the model was loaded in parts by distributed_config, expected a whole one, which DeepSpeed or FSDP divide"
+        )
+    if len(places) > 1 and PartialState().num_processes > 1:
+        raise ValueError(
+            f"the model is spread by a device_map over {sorted(map(str, set(places.values())))}, expected one "
+            "process, or a model loaded without device_map, which DeepSpeed or FSDP divide"
+        )
+    offloaded = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+    if offloaded is not None and len(places) < 2:
+        raise ValueError(
+            f"{offloaded!r} is offloaded or was never loaded, and no device_map says where other weights are, "
+            "expected the model loaded whole, or by a device_map that offloads a part of it"
+        )
+
+
+def check_heads(model: nn.Module) -> None:
+    """Refuse a model with an offloaded head: accelerate would fetch the values it was loaded with at every forward.
+
+    Args:
+        model: With adapters.
+
+    Raises:
+        ValueError: Naming the head.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper) and any(p.is_meta for p in module.parameters()):
+            raise ValueError(
+                f"{name!r} is offloaded, and trained by each task, expected it on a device: give it one in device_map"
+            )
 
 
 def check_foreign_engine() -> None:

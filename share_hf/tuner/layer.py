@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.hooks import AlignDevicesHook, SequentialHook
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils import quantization_extra_repr
 from peft.utils.other import transpose
@@ -171,6 +172,10 @@ class ShareLayer(BaseTunerLayer):
         self._folded.pop(task, None)
 
     def _device(self) -> torch.device | None:
+        """Where the layer computes; None if that is not known."""
+        if (hook := offload_hook_of(self.get_base_layer())) is not None:
+            place = hook.execution_device
+            return torch.device(place) if not isinstance(place, torch.device) else place
         device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
         return None if device == torch.device("meta") else device
 
@@ -362,6 +367,13 @@ class Linear(nn.Module, ShareLayer):
         return "share." + super().__repr__()
 
 
+def offload_hook_of(layer: nn.Module) -> AlignDevicesHook | None:
+    """What fetches the weights of a layer for each forward, if accelerate keeps them in memory or on disk."""
+    hook = getattr(layer, "_hf_hook", None)
+    hooks = hook.hooks if isinstance(hook, SequentialHook) else [hook]
+    return next((each for each in hooks if isinstance(each, AlignDevicesHook) and each.offload), None)
+
+
 def placeholder_basis(module_name: str, features: int, num_components: int, side: str) -> Tensor:
     """A random orthonormal basis (features, k) for a layer that has not seen a task.
 
@@ -373,7 +385,8 @@ def placeholder_basis(module_name: str, features: int, num_components: int, side
     direction = torch.randperm(features, generator=generator, device="cpu") % num_components
     signs = 2.0 * torch.randint(2, (features,), generator=generator, device="cpu") - 1
     basis = torch.zeros(features, num_components, dtype=torch.float64, device="cpu")
-    basis[torch.arange(features, device="cpu"), direction] = signs.double() / direction.bincount()[direction].double().sqrt()
+    sizes = direction.bincount()[direction]  # of the direction that a feature belongs to
+    basis[torch.arange(features, device="cpu"), direction] = signs.double() / sizes.double().sqrt()
     return basis.float()
 
 

@@ -20,7 +20,7 @@ from ..format.basis_file import StoredBasis
 from ..subspace import smaller_layers
 from .config import GivenBases, ShareConfig
 from .head import check_head_shapes, check_saved_modules
-from .layer import Linear, ShareLayer, placeholder_basis
+from .layer import Linear, ShareLayer, offload_hook_of, placeholder_basis
 from .loading import StoredAdapter, stored_adapter
 from .quantization import check_supported, keep_4bit_weights_differentiable
 
@@ -169,9 +169,11 @@ class ShareModel(BaseTuner):
         )
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(new_module, ShareLayer):
+        if isinstance(new_module, ShareLayer) and offload_hook_of(new_module.get_base_layer()) is None:
             super()._replace_module(parent, child_name, new_module, child)
-        else:  # unloaded: complete as it is, and PEFT would look for a `weight`, which HQQ's and GPTQ's layers lack
+        else:
+            # Offloaded: PEFT would move the adapter to the meta device, where its values are lost. Unloaded: complete
+            # as it is, and PEFT would look for a `weight`, which HQQ's and GPTQ's layers lack.
             setattr(parent, child_name, new_module)
 
     def _check_merge_allowed(self) -> None:

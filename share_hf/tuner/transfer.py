@@ -125,7 +125,8 @@ def _check_fits(model: nn.Module, state: SubspaceState, tasks: Sequence[str]) ->
     if isinstance(model, PeftModel) or getattr(model, "peft_config", None):
         raise ValueError("model has adapters already, expected the base model")
     modules = dict(model.named_modules())
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    shapes = {name: parameter.shape for name, parameter in parameters.items()}
     for task in tasks:
         for module, layer in state.layers_of(task).items():
             if module not in modules:
@@ -140,6 +141,11 @@ def _check_fits(model: nn.Module, state: SubspaceState, tasks: Sequence[str]) ->
         check_saved_modules(model, saved, head, state.layers_of(task))
         for name, stored in head.items():
             missing_labels(task, name, stored, shapes.get(name), head)
+            if parameters[name].is_meta:
+                raise ValueError(
+                    f"{name!r} is offloaded, and task {task!r} has its own, expected it on a device: give it one in "
+                    "device_map"
+                )
 
 
 def missing_labels(

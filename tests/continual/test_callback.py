@@ -135,3 +135,68 @@ def test_a_model_without_share_is_refused_with_advice(
 def test_an_unusable_name_is_refused_before_anything_else(name: str) -> None:
     with pytest.raises(ValueError, match="task name"):
         ShareCallback(name)
+
+
+@pytest.mark.parametrize("shift", [1, 2])
+def test_the_best_checkpoint_is_what_is_merged(
+    shift: int,
+    tiny_model: Callable[[str], PreTrainedModel],
+    config: ShareConfig,
+    train: Callable[..., Trainer],
+    tmp_path: Path,
+) -> None:
+    model = get_peft_model(tiny_model("llama"), config)
+    subspace = None
+    if shift == 2:
+        first = ShareCallback("one")
+        train(model, first, 1)
+        subspace = first.subspace
+    args = TrainingArguments(
+        str(tmp_path / "best"),
+        **dict(load_best_model_at_end=True, save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1),
+        **dict(max_steps=8, learning_rate=0.3, lr_scheduler_type="constant"),
+        **dict(report_to="none", disable_tqdm=True, use_cpu=True),
+    )
+    callback = ShareCallback("task", subspace)
+    data = dict(
+        train_dataset=language_data(shift), eval_dataset=language_data(7)
+    )  # what one learns is wrong for the other
+    trainer = Trainer(model=model, args=args, callbacks=[callback], **data)
+    trainer.train()
+    losses = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
+    assert min(losses) < losses[-1] - 0.1
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), abs=1e-4)
+    assert callback.subspace is not None and callback.report is not None
+
+
+def test_an_optimizer_that_was_made_before_the_task_is_refused(
+    tiny_model: Callable[[str], PreTrainedModel], config: ShareConfig, tmp_path: Path
+) -> None:
+    model = get_peft_model(tiny_model("llama"), config)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    with pytest.raises(ValueError, match="optimizers has the optimizer SGD, made before the parameters of the task"):
+        Trainer(model=model, args=args, callbacks=[ShareCallback("one")], optimizers=(optimizer, None))
+
+
+def test_a_model_that_is_made_in_training_is_refused(
+    tiny_model: Callable[[str], PreTrainedModel], config: ShareConfig, tmp_path: Path
+) -> None:
+    trainer = Trainer(
+        model_init=lambda: get_peft_model(tiny_model("llama"), config),
+        args=TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, disable_tqdm=True),
+        train_dataset=language_data(1),
+        callbacks=[ShareCallback("one")],
+    )
+    with pytest.raises(ValueError, match=r"the model has no adapter 'one', .*model_init makes another"):
+        trainer.train()
+
+
+def test_a_phase_that_a_signal_may_end_is_refused(
+    tiny_model: Callable[[str], PreTrainedModel], config: ShareConfig, tmp_path: Path
+) -> None:
+    args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    args.enable_jit_checkpoint = True
+    callback, model = ShareCallback("one"), get_peft_model(tiny_model("llama"), config)
+    with pytest.raises(ValueError, match=r"enable_jit_checkpoint is True, expected False: .*half trained"):
+        callback.on_init_end(args, None, None, model=model)
