@@ -14,6 +14,7 @@ from ..shared_subspace import SharedSubspace
 from ..state import Phase, SubspaceState
 from ..subspace import MergeReport
 from ..tuner.model import share_layers
+from ..tuner.renaming import named_as_in
 from ..tuner.transfer import is_share_model, load_tasks, state_of
 from .phases import begin_phase, describe_task, take_merged
 
@@ -79,7 +80,9 @@ class ShareCallback(TrainerCallback):
                 "get_peft_model(model, ShareConfig()) or SharedSubspace.apply(model) first"
             )
         check_foreign_engine()
-        known: SubspaceState = self.subspace.state if self.subspace is not None else state_of(model)
+        known: SubspaceState = (
+            named_as_in(model, self.subspace.state) if self.subspace is not None else state_of(model)
+        )
         check_task_name(self.task, known.tasks)
         rounded = _rounded_tasks(model, known)
         if rounded and self.subspace is None:

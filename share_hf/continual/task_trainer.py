@@ -12,6 +12,7 @@ from transformers import set_seed
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import TrainOutput
 
+from ..format.base_model import base_name
 from ..state import Phase
 from ..subspace import MergeReport
 from ..tuner import ShareConfig
@@ -153,7 +154,7 @@ class TaskTrainer(PhaseTrainer):
             self._merge_report = report
             self._log_merge(report)
         if stream.state.base_model_name_or_path is None:
-            base = getattr(self.model.get_base_model(), "name_or_path", None) or None
+            base = base_name(getattr(self.model.get_base_model(), "name_or_path", None))
             stream.state = replace(stream.state, base_model_name_or_path=base)
         stream.save_subspace()
 

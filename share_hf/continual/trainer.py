@@ -21,6 +21,7 @@ from ..shared_subspace import Adapters, SharedSubspace
 from ..state import ContinualMetrics, SubspaceState
 from ..subspace import MergeReport
 from ..tuner import ShareConfig
+from ..tuner.renaming import named_as_in
 from ..tuner.transfer import load_bases, load_tasks, share_config_for
 from .arguments import Method, ShareTrainingArguments, training_facts
 from .data import EVALUATION_SPLITS, TRAIN_SPLIT, TaskData, TaskDetails, TaskSplits, accuracy, split_data, task_details
@@ -99,6 +100,8 @@ class ShareTrainer(TaskTrainer):
                 lambda: SharedSubspace.from_adapters(adapters, **vars(settings), progress=not args.disable_tqdm).state
             )
             subspace = SharedSubspace(state)
+        if subspace is not None:
+            subspace = SharedSubspace(named_as_in(model, subspace.state))
         # Within a phase, the task that is trained is evaluated, unless there is data for all of them.
         self._selects = args.eval_strategy != "no" and kwargs.get("eval_dataset") is None
         if self._selects:

@@ -10,9 +10,7 @@ from itertools import combinations
 from ..subspace import LayerSubspace, LowRankUpdate
 
 
-def check_one_model(
-    layers: Mapping[str, LayerSubspace], updates: Mapping[str, Mapping[str, LowRankUpdate]]
-) -> None:
+def check_one_model(layers: Mapping[str, LayerSubspace], updates: Mapping[str, Mapping[str, LowRankUpdate]]) -> None:
     """Refuse tasks that adapt the same layers under two names: merged, they would share nothing.
 
     The layers of a model have other names inside another class (`encoder.layer.0` is `bert.encoder.layer.0` with a
@@ -40,7 +38,7 @@ def check_one_model(
         if not common or any(shapes[first][rest] != shapes[second][rest] for rest in common):
             continue
         of_first, of_second = (_tasks_with(before, layers, updates) for before in (first, second))
-        if of_first.isdisjoint(of_second):
+        if of_first and of_second and of_first.isdisjoint(of_second):
             rest = min(common)
             raise ValueError(
                 f"task {_latest(of_first, updates)!r} adapts '{first}.{rest}' and task "
