@@ -262,6 +262,7 @@ def _check_head_shapes(path: Path, head: Mapping[str, Tensor]) -> None:
                 f"{path}: {name!r} is {tuple(tensor.shape)}, expected weights: DeepSpeed and FSDP leave empty tensors "
                 "where the parts of a model are not gathered before it is saved"
             )
+    for name, tensor in head.items():
         module, _, leaf = name.rpartition(".")
         weight = head.get(f"{module}.weight")
         if leaf == "bias" and weight is not None and (tensor.ndim != 1 or tensor.shape[0] not in weight.shape):
