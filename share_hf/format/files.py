@@ -120,10 +120,10 @@ def read_pickled_tensors(path: Path) -> dict[str, Tensor]:
     except (pickle.UnpicklingError, OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{path}: not a file of tensors that torch saved ({reason})") from error
-    tensors = content if isinstance(content, dict) else {}
-    if not tensors or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in tensors.items()):
+    named = isinstance(content, dict) and all(isinstance(key, str) for key in content)
+    if not named or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{path}: holds a {type(content).__name__}, expected tensors by name and nothing else")
-    return _checked(path, tensors)
+    return _checked(path, {name: tensor.detach() for name, tensor in content.items()})
 
 
 def _checked(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

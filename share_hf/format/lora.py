@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import LoraConfig, TaskType
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 from torch import Tensor
@@ -166,6 +167,10 @@ def lora_files(adapter: LoraAdapter, rank: int) -> dict[str, bytes]:
         base_model_name_or_path=adapter.base_model_name_or_path,
         **{name: value for name, value in adapter.target.items() if value is not None},
     )
+    if not config.target_modules or not all(check_target_module_exists(config, name) for name in adapter.updates):
+        # Of a model that was wrapped when the adapter was saved: PEFT would pass over what its targets do not match.
+        config.target_modules, config.exclude_modules = set(adapter.updates), None
+        config.layers_to_transform = config.layers_pattern = None
     return adapter_files(config.to_dict(), tensors)
 
 

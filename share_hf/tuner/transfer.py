@@ -36,7 +36,7 @@ def share_config_for(state: SubspaceState, task: str, *, trainable: bool = False
     values = copy.deepcopy({**share_adapter_config(state, task), "inference_mode": not trainable})
     values.pop("peft_type")
     config = ShareConfig(**values)
-    config.origin = GivenBases(bases_of(state.layers), adapted=state.layers_of(task).keys())
+    config.origin = GivenBases(bases_of(state.layers), adapted=frozenset(state.layers_of(task)))
     return config
 
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from share_hf import SharedSubspace
 from share_hf.format.lora import LoraAdapter, read_lora
 from tests.hub_server.fixtures import Hub
 from tests.tree_fixtures import SaveLora
-from tests.trees import edit_json, edit_tensors
+from tests.trees import assert_close, edit_json, edit_tensors, logits, lora_config
 
 
 # All that PEFT 0.3 wrote into `adapter_config.json`.
@@ -53,7 +54,8 @@ WRAPPED: dict[str, Callable[[str], str]] = {
 def pickled(folder: Path) -> Path:
     """An adapter whose weights are in `adapter_model.bin`, as PEFT wrote them up to 0.6."""
     safe = folder / "adapter_model.safetensors"
-    torch.save(load_file(safe), folder / "adapter_model.bin")
+    weights = {name: torch.nn.Parameter(tensor) for name, tensor in load_file(safe).items()}
+    torch.save(weights, folder / "adapter_model.bin")
     safe.unlink()
     return folder
 
@@ -85,6 +87,16 @@ def test_an_adapter_of_peft_0_3_is_read_as_it_is(save_classifier: SaveLora, copy
     path.write_text(json.dumps({name: json.loads(path.read_text())[name] for name in FIELDS_OF_0_3}))
     assert_same_adapter(read_lora(old), read_lora(today))
     assert SharedSubspace.from_adapters({"old": old}, pseudo_rank=4, progress=False).tasks == ("old",)
+
+
+def test_an_adapter_that_transformers_saved_without_a_peft_model_is_read(
+    tiny_model: Callable[[str], PreTrainedModel], tmp_path: Path
+) -> None:
+    model = tiny_model("llama")
+    model.add_adapter(lora_config())
+    model.save_pretrained(tmp_path / "native")
+    subspace = SharedSubspace.from_adapters([tmp_path / "native"], num_components=8, pseudo_rank=4, progress=False)
+    assert_close(logits(subspace.apply(tiny_model("llama"))), logits(model.eval()))
 
 
 def test_safetensors_are_read_where_a_folder_has_both(save_lora: SaveLora) -> None:

@@ -206,8 +206,9 @@ class _Print:
         ({"weight": [torch.ones(2)]}, "holds a dict, expected tensors by name and nothing else"),
         (torch.ones(2), "holds a Tensor, expected tensors by name"),
         ({LORA_A: torch.tensor([[float("nan")]])}, "has NaN or infinite entries"),
+        ({}, "no lora_A and lora_B in it, expected a LoRA"),
     ],
-    ids=["code", "list", "no-dict", "nan"],
+    ids=["code", "list", "no-dict", "nan", "empty"],
 )
 def test_pickled_weights_that_are_more_than_tensors_are_refused(
     content: object,
