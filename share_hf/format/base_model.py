@@ -82,7 +82,7 @@ def is_same_model(first: str, second: str) -> bool:
         return True
     folders = [_folder_of(name) for name in (first, second)]
     configs = [_config_of(folder) for folder in folders]
-    if _QUANTIZED.sub("", first) == _QUANTIZED.sub("", second):
+    if None not in map(published_name, (first, second)) and _QUANTIZED.sub("", first) == _QUANTIZED.sub("", second):
         return None in configs or _without(configs[0], _IN_BITS) == _without(configs[1], _IN_BITS)
     if None in configs or configs[0] != configs[1]:
         return False

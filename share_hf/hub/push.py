@@ -142,14 +142,15 @@ def push_state(
 def _published(state: SubspaceState) -> SubspaceState:
     """The state as others may see it: without a place on this machine, which the base model may be named by."""
     base = state.base_model_name_or_path
-    if base == (published := published_name(base)):
-        return state
+    published = published_name(base)
+    if base is None or published is not None:
+        return replace(state, base_model_name_or_path=published)
     logger.warning(
         "The base model %r is a place on this machine and is not published: load the model by its id on the hub, or "
         "name it with base_model= of from_adapters or add_adapters.",
         base,
     )
-    return replace(state, base_model_name_or_path=published)
+    return replace(state, base_model_name_or_path=None)
 
 
 def _with_pushed(state: SubspaceState, tip: _Tip, repo_id: str, token: str | bool | None) -> SubspaceState:

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..format.basis_file import StoredBasis
 from ..format.module_names import without_wrappers
-from .config import GivenBases, ShareConfig
+from .config import AdapterOrigin, GivenBases, ShareConfig
 from .head import check_head_shapes, check_saved_modules
 from .layer import Linear, ShareLayer, placeholder_basis
 from .loading import StoredAdapter, stored_adapter
@@ -94,15 +94,9 @@ class ShareModel(BaseTuner):
         keep_4bit_weights_differentiable(model)
         layers = share_layers(model)
         self._stored = stored_adapter(peft_config, {name: layer.basis_file for name, layer in layers.items()})
+        _check_modules(model, self._stored, from_file=isinstance(peft_config.origin, AdapterOrigin))
         if isinstance(peft_config.origin, GivenBases):
             peft_config.origin = None  # the layers have them now; a configuration would keep them alive past a merge
-        if self._stored.adapted:
-            names = {without_wrappers(name) for name, _ in model.named_modules()}
-            if missing := sorted(set(self._stored.adapted) - names):
-                raise ValueError(
-                    f"the adapter has coefficients for {missing[0]!r}, which {type(model).__name__} does not have; of "
-                    f"{len(self._stored.adapted)} modules {len(missing)} are missing"
-                )
         if (head := self._stored.head) is not None:
             check_saved_modules(model, peft_config.modules_to_save or [], head, self._stored.modules)
             check_head_shapes(model, head)
@@ -247,6 +241,28 @@ def stored_bases(model: nn.Module) -> dict[str, StoredBasis]:
         )
         for name, layer in share_layers(model).items()
     }
+
+
+def _check_modules(model: nn.Module, stored: StoredAdapter, *, from_file: bool) -> None:
+    """Refuse an adapter that PEFT would load in part: it passes over what the model has no place for.
+
+    Raises:
+        ValueError: Naming a module that the model does not have, or has inside a compiled one.
+    """
+    names = {without_wrappers(name): name for name, _ in model.named_modules()}
+    adapted = stored.modules if stored.adapted is None else stored.adapted
+    missing = [] if stored.adapted is None else sorted(set(adapted) - names.keys())
+    if missing:
+        raise ValueError(
+            f"the adapter has coefficients for {missing[0]!r}, which {type(model).__name__} does not have; of "
+            f"{len(adapted)} modules {len(missing)} are missing"
+        )
+    compiled = [names[module] for module in adapted if "_orig_mod" in names.get(module, "")]
+    if compiled and from_file:
+        raise ValueError(
+            f"the model has {compiled[0]!r} inside a compiled module, where PEFT finds no weights: load the adapter "
+            "first and compile then, or use SharedSubspace.apply"
+        )
 
 
 def _pass_adapter_names(

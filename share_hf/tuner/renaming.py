@@ -43,13 +43,11 @@ def named_as_in(model: nn.Module, state: SubspaceState) -> SubspaceState:
 def _current_names(model: PreTrainedModel, modules: Collection[str], free: Collection[str]) -> dict[str, str]:
     """By old name, the name that a model has for a module; without those that it has none for."""
     renamings = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
-    found = {}
+    found: dict[str, str] = {}
     for module in sorted(modules):
         weight, _ = rename_source_key(f"{module}.weight", renamings, [])
-        name = weight.removesuffix(".weight")
-        if name in free:
-            found[module] = name
-    return found
+        found.setdefault(weight.removesuffix(".weight"), module)
+    return {module: name for name, module in found.items() if name in free}
 
 
 def _renamed_weight(name: str, renamed: dict[str, str]) -> str:

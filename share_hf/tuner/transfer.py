@@ -174,7 +174,7 @@ def head_of(model: PeftModel, task: str) -> dict[str, Tensor]:
     """Copies of a task's `modules_to_save` weights by name in the base model."""
     tensors = get_peft_model_state_dict(model, adapter_name=task, save_embedding_layers=False)
     return {
-        name.removeprefix(PEFT_PREFIX): tensor.detach().cpu().clone()
+        without_wrappers(name).removeprefix(PEFT_PREFIX): tensor.detach().cpu().clone()
         for name, tensor in tensors.items()
         if f".{ShareModel.prefix}" not in name
     }

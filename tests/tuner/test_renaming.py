@@ -135,3 +135,9 @@ def test_layers_that_are_wrapped_one_by_one_are_adapted_by_their_own_names(
     model = subspace.apply(wrapped)
     assert share_layers(model).keys() == subspace.state.layers.keys()
     assert_close(logits(model), plain_logits(tiny_model("llama"), folder))
+    subspace.save_pretrained(tmp_path / "tree")
+    again = tiny_model("llama")
+    again.model.layers[1] = torch.compile(again.model.layers[1], backend="eager")
+    with pytest.raises(ValueError, match=r"'model.layers.1._orig_mod.* inside a compiled module"):
+        PeftModel.from_pretrained(again, tmp_path / "tree", subfolder="tasks/one")
+    assert not share_layers(again)
