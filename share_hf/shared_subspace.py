@@ -15,9 +15,10 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from .card import CardOptions, write_tree
+from .format.base_model import base_name, common_base
 from .format.files import FolderWriter, replacing_folder
 from .format.index import INDEX_FILE
-from .format.lora import LoraAdapter, lora_files, read_lora
+from .format.lora import lora_files, read_lora
 from .format.names import check_task_name, listing
 from .format.tree import ADAPTER_FILES, lora_of, read_tree
 from .hub.fetch import RemoteTree, is_local
@@ -100,6 +101,7 @@ class SharedSubspace:
         explained_variance: float | None = None,
         drift_tolerance: float | None = None,
         max_components: int | None = None,
+        base_model: str | None = None,
         token: str | bool | None = None,
         progress: bool = True,
     ) -> SharedSubspace:
@@ -119,6 +121,8 @@ class SharedSubspace:
             explained_variance (`float`, *optional*): Take the fewest directions that explain this fraction.
             drift_tolerance (`float`, *optional*): Largest relative drift that merges may add up to.
             max_components (`int`, *optional*): How far layers may grow for it.
+            base_model (`str`, *optional*):
+                Name of the base model, where the adapters call one model by several names. Not checked.
             token (`str` or `bool`, *optional*): For the hub.
             progress (`bool`, *optional*, defaults to `True`): Whether to show progress bars.
 
@@ -135,17 +139,24 @@ class SharedSubspace:
             max_components=max_components,
         )
         subspace = cls(SubspaceState(settings=settings))
-        subspace.add_adapters(adapters, token=token, progress=progress)
+        subspace.add_adapters(adapters, base_model=base_model, token=token, progress=progress)
         return subspace
 
     def add_adapters(
-        self, adapters: Adapters, *, token: str | bool | None = None, progress: bool = True
+        self,
+        adapters: Adapters,
+        *,
+        base_model: str | None = None,
+        token: str | bool | None = None,
+        progress: bool = True,
     ) -> MergeReport:
         """
         Add tasks that arrive as LoRA adapters (Sec. 3.2.3). The other tasks stay, within the drift that is reported.
 
         Args:
             adapters: As for [`~SharedSubspace.from_adapters`].
+            base_model (`str`, *optional*):
+                Name of the base model of these adapters and of the subspace, whatever they call it. Not checked.
             token (`str` or `bool`, *optional*): For the hub.
             progress (`bool`, *optional*, defaults to `True`): Whether to show progress bars.
 
@@ -156,6 +167,8 @@ class SharedSubspace:
             ValueError: As for [`~SharedSubspace.from_adapters`]; also if an adapter belongs to another base model.
             DriftToleranceError: If the tolerated drift cannot be met; the subspace is as before.
         """
+        if base_model is not None and (not isinstance(base_model, str) or base_name(base_model) is None):
+            raise ValueError(f"base_model is {base_model!r}, expected an id on the hub or a folder")
         located = _by_name(adapters)
         if not located:
             raise ValueError("no adapters given, expected at least one")
@@ -166,7 +179,10 @@ class SharedSubspace:
             located.items(), desc="Reading adapters", unit="adapter", leave=False, disable=not progress
         ):
             loras[name] = read_lora(location if isinstance(location, str) else Path(location), token=token)
-        state = replace(self.state, base_model_name_or_path=self._common_base(loras))
+        base = base_name(base_model) or common_base(
+            {name: lora.base_model_name_or_path for name, lora in loras.items()}, self.base_model_name_or_path
+        )
+        state = replace(self.state, base_model_name_or_path=base)
         known = set(state.layers)
         infos = {
             name: TaskInfo(target=lora.target, head=lora.head, initialization=initialization_of(lora.updates))
@@ -371,16 +387,6 @@ class SharedSubspace:
     def _check_known(self, task: str) -> None:
         if task not in self.tasks:
             raise ValueError(f"no task {task!r} in the subspace, it has {listing(self.tasks)}")
-
-    def _common_base(self, loras: Mapping[str, LoraAdapter]) -> str | None:
-        """The base model of the subspace and of adapters to add; one that does not name its own fits any."""
-        base = self.base_model_name_or_path or None
-        for name, lora in loras.items():
-            found = lora.base_model_name_or_path or None
-            if base is not None and found not in (base, None):
-                raise ValueError(f"adapter {name!r} belongs to base model {found!r}, expected {base!r}")
-            base = base or found
-        return base
 
 
 def _by_name(adapters: Adapters) -> dict[str, str | os.PathLike]:

@@ -127,6 +127,27 @@ class TestInit:
         assert found.tasks == ("mrpc", "second")
         assert_same_state(found.state, expected.state)
 
+    def test_a_base_model_of_several_names_is_named(
+        self,
+        share: Callable[..., Output],
+        share_json: Callable[..., Any],
+        pristine_models: dict[str, PreTrainedModel],
+        adapters: dict[str, str],
+        tmp_path: Path,
+    ) -> None:
+        model = named(copy.deepcopy(pristine_models["llama"]), "./models/tiny")
+        local = str(save_adapter(model, tmp_path / "local", lora_config(), 5))
+        sub = str(tmp_path / "sub")
+        for argv in (["init", sub, adapters["mrpc"], local], ["audit", adapters["mrpc"], local]):
+            code, _, err = share(*argv)
+            assert code == 1
+            assert "belongs to base model './models/tiny', expected 'org/tiny'" in err
+            assert "--base-model" in err
+            assert share(*argv, "--base-model", "org/tiny")[0] == 0
+        assert SharedSubspace.from_pretrained(sub).base_model_name_or_path == "org/tiny"
+        assert share("add", sub, f"again={local}")[0] == 1
+        assert share_json("add", sub, f"again={local}", "--base-model", "org/tiny")["new_tasks"] == ["again"]
+
     def test_every_setting_can_be_given(
         self, share_json: Callable[..., Any], adapters: dict[str, str], tmp_path: Path
     ) -> None:
@@ -146,7 +167,7 @@ class TestInit:
         args = vars(parse(["init", "sub", "mrpc"]))
         parameters = inspect.signature(SharedSubspace.from_adapters).parameters
         settings = {name: parameters[name].default for name in parameters if name in args and name != "adapters"}
-        assert len(settings) == 8  # the token is one
+        assert len(settings) == 9  # the base model and the token are two
         assert settings == {name: args[name] for name in settings}
 
     def test_refuses_a_folder_that_is_a_subspace(

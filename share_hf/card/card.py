@@ -12,8 +12,8 @@ from jinja2 import TemplateError
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from yaml import YAMLError
 
+from ..format.base_model import published_name
 from ..format.basis_file import SUBSPACE_FILE
-from ..format.names import HUB_ID
 from ..format.task_files import task_folder
 from ..format.tree import CARD_FILE, FIGURES_FOLDER
 from ..state import Phase, SubspaceState, TaskScore, sketch_of, step_tags
@@ -154,9 +154,8 @@ def _card_data(state: SubspaceState) -> ModelCardData:
                     metric_value=score,
                 )
             )
-    base = state.base_model_name_or_path
     return ModelCardData(
-        base_model=base if base and HUB_ID.fullmatch(base) and not Path(base).exists() else None,
+        base_model=published_name(state.base_model_name_or_path),
         library_name="peft",
         tags=["share", "lora", "continual-learning", "base_model:adapter"],
         datasets=list(dict.fromkeys(info.dataset for info in state.tasks.values() if info.dataset)) or None,
@@ -181,7 +180,7 @@ def _facts(state: SubspaceState, folder: Path, options: CardOptions) -> dict[str
     return {
         "title": f"Shared subspace of {len(state.tasks)} tasks",
         "repo_id": options.repo_id,
-        "base_model": state.base_model_name_or_path or "the base model",
+        "base_model": published_name(state.base_model_name_or_path) or "the base model",
         "default_task": default_task,
         "auto_class": auto_class,
         "base_class": base_class,

@@ -146,6 +146,10 @@ def _add_adapters(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_base_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--base-model", metavar="ID", help="Of all the adapters, where they call it by several names")
+
+
 def _add_place(command: argparse.ArgumentParser) -> None:
     command.add_argument("place", metavar="FOLDER_OR_REPO", help="A subspace: its folder or hub id")
 
@@ -153,6 +157,7 @@ def _add_place(command: argparse.ArgumentParser) -> None:
 def _init(command: argparse.ArgumentParser) -> None:
     command.add_argument("folder", metavar="FOLDER", type=Path, help="Where to write; no subspace yet")
     _add_adapters(command)
+    _add_base_model(command)
     add = command.add_argument_group("settings of the subspace, for good").add_argument
     add("--num-components", type=int, default=32, metavar="K", help="Cap on the directions of a layer (%(default)s)")
     add("--pseudo-rank", type=int, default=8, metavar="P", help="Rank of a task (%(default)s)")
@@ -168,6 +173,7 @@ def _init(command: argparse.ArgumentParser) -> None:
 def _add(command: argparse.ArgumentParser) -> None:
     command.add_argument("folder", metavar="FOLDER", type=Path, help="Of the subspace")
     _add_adapters(command)
+    _add_base_model(command)
 
 
 def _info(command: argparse.ArgumentParser) -> None:
@@ -184,6 +190,7 @@ def _audit(command: argparse.ArgumentParser) -> None:
         help="One subspace, or two or more LoRAs: folders or hub ids, or name=place",
     )
     command.add_argument("--num-components", type=int, default=32, metavar="K", help="For LoRAs (%(default)s)")
+    _add_base_model(command)
     command.add_argument("--per-module", action="store_true", help="A line a module, not one for all layers of a kind")
 
 

@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from share_hf import SharedSubspace
 from share_hf.card import audit_of
+from share_hf.format.base_model import common_base
 from share_hf.format.index import INDEX_FILE
 from share_hf.format.lora import read_lora
 from share_hf.hub.fetch import RemoteTree
@@ -56,7 +57,9 @@ def init(args: Namespace) -> Outcome:
     settings = {field.name: getattr(args, field.name) for field in fields(SubspaceSettings)}
     adapters = _by_name(args.adapters)
     with _naming_what_is_missing(adapters.values(), CONFIG_NAME):
-        subspace = SharedSubspace.from_adapters(adapters, **settings, token=args.token, progress=args.progress)
+        subspace = SharedSubspace.from_adapters(
+            adapters, **settings, base_model=args.base_model, token=args.token, progress=args.progress
+        )
     subspace.save_pretrained(args.folder)
     return _described(subspace, str(args.folder))
 
@@ -65,7 +68,7 @@ def add(args: Namespace) -> Outcome:
     subspace = SharedSubspace.from_pretrained(args.folder)
     adapters = _by_name(args.adapters)
     with _naming_what_is_missing(adapters.values(), CONFIG_NAME):
-        merge = subspace.add_adapters(adapters, token=args.token, progress=args.progress)
+        merge = subspace.add_adapters(adapters, base_model=args.base_model, token=args.token, progress=args.progress)
     subspace.save_pretrained(args.folder)
     tasks = subspace.report().tasks
     rows = [
@@ -175,17 +178,15 @@ def _load(place: str, args: Namespace, *, revision: str | None = None) -> Shared
 
 def _updates_by_layer(adapters: dict[str, str], args: Namespace) -> dict[str, dict[str, LowRankUpdate]]:
     layers: dict[str, dict[str, LowRankUpdate]] = {}
-    bases: dict[str, str] = {}
+    bases: dict[str, str | None] = {}
     for task in tqdm(adapters, desc="Reading adapters", unit="adapter", leave=False, disable=not args.progress):
         with _naming_what_is_missing([adapters[task]], CONFIG_NAME):
             lora = read_lora(adapters[task], token=args.token)
-        bases.setdefault(lora.base_model_name_or_path or "", adapters[task])
+        bases[task] = lora.base_model_name_or_path
         for module, update in lora.updates.items():
             layers.setdefault(module, {})[task] = update
-    bases.pop("", None)
-    if len(bases) > 1:
-        found = ", ".join(f"{place} to {base}" for base, place in bases.items())
-        raise ValueError(f"{found}: adapters of different base models, expected those of one")
+    if args.base_model is None:
+        common_base(bases)
     return layers
 
 

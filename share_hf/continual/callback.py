@@ -20,6 +20,7 @@ from ..shared_subspace import SharedSubspace
 from ..state import Phase, SubspaceState
 from ..subspace import DriftToleranceError, MergeReport
 from ..tuner.model import share_layers
+from ..tuner.renaming import named_as_in
 from ..tuner.transfer import is_share_model, load_tasks, state_of
 from .arguments import REFUSED_ARGUMENTS
 from .phases import RefusedTaskError, begin_phase, describe_task, put_back, take_merged, write_final_values
@@ -92,7 +93,9 @@ class ShareCallback(TrainerCallback):
         _check_options(args, kwargs)
         check_heads(model)
         check_foreign_engine()
-        known: SubspaceState = self.subspace.state if self.subspace is not None else state_of(model)
+        known: SubspaceState = (
+            named_as_in(model, self.subspace.state) if self.subspace is not None else state_of(model)
+        )
         check_task_name(self.task, known.tasks)
         rounded = _rounded_tasks(model, known)
         if rounded and self.subspace is None:

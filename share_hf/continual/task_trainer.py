@@ -14,6 +14,7 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from ..engines import together
+from ..format.base_model import base_name
 from ..state import Phase, measured
 from ..subspace import DriftToleranceError, MergeReport
 from ..tuner import ShareConfig
@@ -189,7 +190,7 @@ class TaskTrainer(PhaseTrainer):
             self._merge_report = report
             self._log_merge(report)
         if stream.state.base_model_name_or_path is None:
-            base = getattr(self.model.get_base_model(), "name_or_path", None) or None
+            base = base_name(getattr(self.model.get_base_model(), "name_or_path", None))
             stream.state = replace(stream.state, base_model_name_or_path=base)
         stream.save_subspace()
 

@@ -20,6 +20,7 @@ from ..shared_subspace import Adapters, SharedSubspace
 from ..state import ContinualMetrics, SubspaceState
 from ..subspace import MergeReport
 from ..tuner import ShareConfig
+from ..tuner.renaming import named_as_in
 from ..tuner.transfer import load_bases, load_tasks, share_config_for
 from .arguments import Method, ShareTrainingArguments, check_parameters, training_facts
 from .data import (
@@ -115,6 +116,8 @@ class ShareTrainer(TaskTrainer):
                 lambda: SharedSubspace.from_adapters(adapters, **vars(settings), progress=not args.disable_tqdm).state
             )
             subspace = SharedSubspace(state)
+        if subspace is not None:
+            subspace = SharedSubspace(named_as_in(model, subspace.state))
         # Within a phase, the task that is trained is evaluated, unless there is data for all of them.
         evaluates = args.eval_strategy != "no" or args.eval_on_start
         self._selects = evaluates and kwargs.get("eval_dataset") is None

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
@@ -18,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
+from transformers.utils.import_utils import check_torch_load_is_safe
 
 
 MAX_JSON_BYTES = 64 * 2**20
@@ -102,6 +104,29 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         tensors = load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
+    return _checked(path, tensors)
+
+
+def read_pickled_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file that torch saved, each finite. Nothing in it is run.
+
+    Raises:
+        ValueError: As for `read_tensors`; also if it holds anything but tensors by name, or torch is too old to read
+            it safely.
+    """
+    check_torch_load_is_safe()
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path}: not a file of tensors that torch saved ({reason})") from error
+    named = isinstance(content, dict) and all(isinstance(key, str) for key in content)
+    if not named or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(f"{path}: holds a {type(content).__name__}, expected tensors by name and nothing else")
+    return _checked(path, {name: tensor.detach() for name, tensor in content.items()})
+
+
+def _checked(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         if tensor.dtype not in _DTYPES:
             raise ValueError(f"{path}: {name!r} is {tensor.dtype}, expected torch.float32 or another common type")

@@ -5,25 +5,26 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import LoraConfig, TaskType
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from ..subspace import LowRankUpdate
 from .download import download
-from .files import read_json, read_tensors, tensor_bytes
+from .files import read_json, read_pickled_tensors, read_tensors, tensor_bytes
+from .module_names import PEFT_PREFIX, check_no_single_experts, named_as_in_base, without_wrappers
 from .names import HUB_ID
 
-
-PEFT_PREFIX = "base_model.model."
 
 # Which modules an adapter targets, in the fields that LoRA and SHARE configurations have in common.
 TARGET_FIELDS = (
@@ -84,12 +85,16 @@ def read_lora(
             changes the base weights), a tensor is missing, of a wrong shape, or not finite; naming what was found.
     """
     config_path, weights_path = (
-        _resolve(location, name, revision=revision, token=token, cache_dir=cache_dir)
-        for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
+        _resolve(location, names, revision=revision, token=token, cache_dir=cache_dir)
+        for names in ([CONFIG_NAME], [SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME])
     )
     config = read_json(config_path)
     _check_plain_lora(config_path, config)
-    factors, head = _sort_tensors(weights_path, read_tensors(weights_path), config)
+    target = read_target(config_path, config)
+    read = read_pickled_tensors if weights_path.name == WEIGHTS_NAME else read_tensors
+    factors, head = _sort_tensors(weights_path, named_as_in_base(weights_path, read(weights_path)), config)
+    _check_head_shapes(weights_path, head)
+    check_no_single_experts(weights_path, factors, config)
     updates = {}
     for module, pair in factors.items():
         updates[module] = _scaled_update(weights_path, module, pair, config)
@@ -98,7 +103,7 @@ def read_lora(
     return LoraAdapter(
         updates=updates,
         head=head,
-        target={name: config.get(name) for name in TARGET_FIELDS},
+        target=target,
         base_model_name_or_path=config.get("base_model_name_or_path"),
     )
 
@@ -167,6 +172,10 @@ def lora_files(adapter: LoraAdapter, rank: int) -> dict[str, bytes]:
         base_model_name_or_path=adapter.base_model_name_or_path,
         **{name: value for name, value in adapter.target.items() if value is not None},
     )
+    if not config.target_modules or not all(check_target_module_exists(config, name) for name in adapter.updates):
+        # Of a model that was wrapped when the adapter was saved: PEFT would pass over what its targets do not match.
+        config.target_modules, config.exclude_modules = set(adapter.updates), None
+        config.layers_to_transform = config.layers_pattern = None
     return adapter_files(config.to_dict(), tensors)
 
 
@@ -182,23 +191,26 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{value!r} is not JSON serializable")
 
 
-def _resolve(location: str | Path, name: str, **download_options: Any) -> Path:
+def _resolve(location: str | Path, names: Sequence[str], **download_options: Any) -> Path:
+    """The first of these files that an adapter has."""
     folder = Path(location)
     if folder.is_dir():
-        path = folder / name
-        if not path.is_file():
-            raise ValueError(f"{folder}: no {name} in it, expected the folder of a PEFT adapter")
-        return path
+        if path := next((folder / name for name in names if (folder / name).is_file()), None):
+            return path
+        raise ValueError(f"{folder}: no {names[0]} in it, expected the folder of a PEFT adapter")
     if isinstance(location, Path) or not HUB_ID.fullmatch(location):
         raise ValueError(f"{location}: no such folder")
-    try:
-        return download(location, name, **download_options)
-    except LocalEntryNotFoundError as error:
+    missing: EntryNotFoundError | None = None
+    for name in names:
+        try:
+            return download(location, name, **download_options)
+        except EntryNotFoundError as error:
+            missing = missing or error
+    if isinstance(missing, LocalEntryNotFoundError):
         raise LocalEntryNotFoundError(
             f"{location}: no such folder, and no repository in the cache or reach"
-        ) from error
-    except EntryNotFoundError as error:
-        raise ValueError(f"{location}: no {name} in this repository, expected a PEFT adapter") from error
+        ) from missing
+    raise ValueError(f"{location}: no {names[0]} in this repository, expected a PEFT adapter") from missing
 
 
 def _check_plain_lora(path: Path, config: Mapping[str, Any]) -> None:
@@ -210,17 +222,22 @@ def _check_plain_lora(path: Path, config: Mapping[str, Any]) -> None:
             raise ValueError(f"{path}: {name} is {config[name]!r}, expected a plain LoRA without it")
     if config.get("target_parameters"):
         raise ValueError(f"{path}: target_parameters is {config['target_parameters']!r}, expected linear modules only")
-    if (bias := config.get("bias", "none")) != "none":
-        raise ValueError(f"{path}: bias is {bias!r}, expected 'none': a trained bias is no low-rank update")
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(_MUTATING_INITS):
         raise ValueError(
             f"{path}: init_lora_weights is {init!r}, which changes the base weights, expected an adapter that was "
             "converted with path_initial_model_for_weight_conversion"
         )
-    for name, alpha in {"lora_alpha": config.get("lora_alpha"), **(config.get("alpha_pattern") or {})}.items():
+    base = config.get("base_model_name_or_path")
+    if not isinstance(base, (str, NoneType)):
+        raise ValueError(f"{path}: base_model_name_or_path is {base!r}, expected text or null")
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise ValueError(f"{path}: alpha_pattern is {patterns!r}, expected an object")
+    for name, alpha in {"lora_alpha": config.get("lora_alpha"), **patterns}.items():
         if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
             raise ValueError(f"{path}: {name} is {alpha!r}, expected a number")
+        _check_pattern(path, "alpha_pattern", name)
 
 
 def _sort_tensors(
@@ -230,17 +247,39 @@ def _sort_tensors(
     factors: dict[str, dict[str, Tensor]] = {}
     head: dict[str, Tensor] = {}
     saved = config.get("modules_to_save") or []
-    for key, tensor in tensors.items():
-        name = key.removeprefix(PEFT_PREFIX)
+    for name, tensor in tensors.items():
         if match := re.fullmatch(r"(.+)\.lora_([AB])\.weight", name):
             factors.setdefault(match[1], {})[match[2]] = tensor
         elif any(re.search(rf"(^|\.){re.escape(module)}\.", name) for module in saved):
             head[name] = tensor
+        elif name.endswith("bias") and config.get("bias", "none") != "none":
+            raise ValueError(
+                f"{path}: has {name!r}, as bias is {config['bias']!r}, expected 'none': a trained bias is no low-rank "
+                "update"
+            )
         else:
             raise ValueError(
-                f"{path}: unexpected tensor {key!r}, expected lora_A, lora_B and modules_to_save = {saved}"
+                f"{path}: unexpected tensor {name!r}, expected lora_A, lora_B and modules_to_save = {saved}"
             )
     return factors, head
+
+
+def _check_head_shapes(path: Path, head: Mapping[str, Tensor]) -> None:
+    """Refuse weights of a head that no layer can have: none at all, or a bias of another length than its weight."""
+    for name, tensor in head.items():
+        if not tensor.numel():
+            raise ValueError(
+                f"{path}: {name!r} is {tuple(tensor.shape)}, expected weights: DeepSpeed and FSDP leave empty tensors "
+                "where the parts of a model are not gathered before it is saved"
+            )
+    for name, tensor in head.items():
+        module, _, leaf = name.rpartition(".")
+        weight = head.get(f"{module}.weight")
+        if leaf == "bias" and weight is not None and (tensor.ndim != 1 or tensor.shape[0] not in weight.shape):
+            raise ValueError(
+                f"{path}: weight and bias of {module!r} are {tuple(weight.shape)} and {tuple(tensor.shape)}, expected "
+                "a number of the bias for each row"
+            )
 
 
 def _scaled_update(path: Path, module: str, pair: Mapping[str, Tensor], config: Mapping[str, Any]) -> LowRankUpdate:
@@ -253,7 +292,7 @@ def _scaled_update(path: Path, module: str, pair: Mapping[str, Tensor], config: 
             f"{path}: lora_A and lora_B of {module!r} are {tuple(a.shape)} and {tuple(b.shape)}, expected (r, d) and "
             "(n, r)"
         )
-    patterns = config.get("alpha_pattern") or {}
+    patterns = {without_wrappers(pattern): alpha for pattern, alpha in (config.get("alpha_pattern") or {}).items()}
     alpha = patterns.get(get_pattern_key(patterns.keys(), module), config["lora_alpha"])
     scale = alpha / (math.sqrt(a.shape[0]) if config.get("use_rslora") else a.shape[0])
     # A power of two rounds nothing in float32; what another scale would round, no drift bound would know of.

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..state import ContinualMetrics, SubspaceState
 from ..subspace import LayerSubspace, SubspaceSettings, TaskRecords, rank_in_layer
+from .base_model import base_name
 from .basis_file import SUBSPACE_FILE, StoredBasis, bases_of, basis_tensors, read_bases
 from .files import FolderWriter, json_bytes, read_json, replacing_folder, restore_folder, tensor_bytes
 from .index import INDEX_FILE, ModuleEntry, TreeIndex, check_file, index_bytes, read_index
@@ -171,7 +172,7 @@ def _read_whole(folder: Path, wanted: Collection[str] | None) -> SubspaceState:
         settings=index.settings,
         layers=layers,
         tasks=tasks,
-        base_model_name_or_path=index.base_model_name_or_path,
+        base_model_name_or_path=base_name(index.base_model_name_or_path),
         default_task=index.default_task if index.default_task in tasks else None,
         metrics=metrics,
         lineage=index.lineage,

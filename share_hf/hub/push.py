@@ -31,6 +31,7 @@ from peft.utils import CONFIG_NAME
 from transformers.utils import logging
 
 from ..card import CardOptions, audit_sentences, write_card, write_tree
+from ..format.base_model import published_name
 from ..format.files import FolderWriter
 from ..format.index import INDEX_FILE, TreeIndex, read_index
 from ..format.task_files import METRICS_FILE, task_folder
@@ -113,6 +114,7 @@ def push_state(
         raise ValueError("the subspace has no tasks, expected at least one to push")
     if options.default_task is not None and options.default_task not in state.tasks:
         raise ValueError(f"no task {options.default_task!r} in the subspace, it has {list(state.tasks)}")
+    ours, state = state, _published(state)
     api = HfApi(token=token)
     if not (options.create_pr and api.repo_exists(repo_id)):
         repo_id = api.create_repo(repo_id, private=options.private, exist_ok=True).repo_id
@@ -122,7 +124,9 @@ def push_state(
         if options.default_task is not None:
             merged = replace(merged, default_task=options.default_task)
         try:
-            return merged, _push_once(api, repo_id, merged, tip, options)
+            commit = _push_once(api, repo_id, merged, tip, options)
+            base = merged.base_model_name_or_path or ours.base_model_name_or_path
+            return replace(merged, base_model_name_or_path=base), commit
         except HfHubHTTPError as error:
             if error.response.status_code != _PRECONDITION_FAILED:
                 raise
@@ -133,6 +137,20 @@ def push_state(
         f"{repo_id}: others pushed during each of {options.max_attempts} attempts, expected a quieter moment; the "
         "subspace is as before, here and there: push it again"
     )
+
+
+def _published(state: SubspaceState) -> SubspaceState:
+    """The state as others may see it: without a place on this machine, which the base model may be named by."""
+    base = state.base_model_name_or_path
+    published = published_name(base)
+    if base is None or published is not None:
+        return replace(state, base_model_name_or_path=published)
+    logger.warning(
+        "The base model %r is a place on this machine and is not published: load the model by its id on the hub, or "
+        "name it with base_model= of from_adapters or add_adapters.",
+        base,
+    )
+    return replace(state, base_model_name_or_path=None)
 
 
 def _with_pushed(state: SubspaceState, tip: _Tip, repo_id: str, token: str | bool | None) -> SubspaceState:

@@ -43,7 +43,7 @@ def reconcile(ours: SubspaceState, theirs: SubspaceState) -> SubspaceState:
     if extends(ours, theirs.lineage):
         return ours
     if extends(theirs, ours.lineage):
-        return theirs
+        return _named(theirs, ours)
     _check_mergeable(ours, theirs)
     shared = shared_steps(ours.lineage, theirs.lineage)
     before = tasks_after(ours.lineage[:shared])
@@ -75,7 +75,13 @@ def reconcile(ours: SubspaceState, theirs: SubspaceState) -> SubspaceState:
                 module: _with_history(layer, ours.layers.get(module), added) for module, layer in merged.layers.items()
             },
         )
-    return replace(merged, metrics=combined_metrics(theirs.metrics, ours.metrics, merged.tasks))
+    return replace(_named(merged, ours), metrics=combined_metrics(theirs.metrics, ours.metrics, merged.tasks))
+
+
+def _named(state: SubspaceState, ours: SubspaceState) -> SubspaceState:
+    """A state that knows its base model where we do: a place on our machine was left out of what we published."""
+    base = state.base_model_name_or_path or ours.base_model_name_or_path
+    return replace(state, base_model_name_or_path=base)
 
 
 def _new_tasks(state: SubspaceState, before: Iterable[str], shared: int) -> dict[str, None]:

@@ -19,6 +19,7 @@ from ..subspace import (
     initialization_sketch,
     merge_into_layers,
 )
+from .belonging import check_one_model
 from .lineage import Lineage, extended
 from .phase import Phase
 from .scores import TaskScore, scores_in
@@ -116,11 +117,13 @@ def merge_tasks(
     """A state with new tasks merged into it; the given one is not changed.
 
     Raises:
-        ValueError: If a task has NaN or infinite weights, or cannot be merged; naming it.
+        ValueError: If a task has NaN or infinite weights, the tasks cannot belong to one model, or a module has another
+            shape; naming it.
         DriftToleranceError: If the tolerated drift cannot be met.
     """
     for task, info in infos.items():
         _check_head(task, info)
+    check_one_model(state.layers, updates)
     layers, report = merge_into_layers(state.layers, updates, state.settings, progress=progress)
     # In the order that a tree is read back, so that sums over layers round as they would for a loaded subspace.
     merged = replace(state, layers=dict(sorted(layers.items())), tasks={**state.tasks, **infos})

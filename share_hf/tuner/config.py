@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,9 +51,15 @@ class AdapterOrigin:
 
 @dataclass(frozen=True)
 class GivenBases:
-    """Bases by module that an adapter belongs to, of a subspace in memory."""
+    """Bases by module that an adapter belongs to, of a subspace in memory.
+
+    Args:
+        bases: Of all modules of the subspace.
+        adapted: The modules that the adapter has coefficients for; those that its configuration targets if None.
+    """
 
     bases: Mapping[str, StoredBasis]
+    adapted: Collection[str] | None = None
 
 
 @dataclass

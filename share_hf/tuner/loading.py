@@ -7,7 +7,7 @@ configuration was loaded from.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -38,12 +38,14 @@ class StoredAdapter:
     Args:
         modules: Shapes of the layers and bases of its subspace, by module; empty for a fresh adapter.
         bases: The bases; empty where the model has them already.
+        adapted: The modules that it has coefficients for; None where its configuration says which it adapts.
         head: Shapes of its `modules_to_save` weights, by name in the base model; None if unknown.
         basis_file: The file that the bases are in; None if they are not from a file with a checksum.
     """
 
     modules: Mapping[str, ModuleEntry] = field(default_factory=dict)
     bases: Mapping[str, StoredBasis] = field(default_factory=dict)
+    adapted: Collection[str] | None = None
     head: Mapping[str, tuple[int, ...]] | None = None
     basis_file: BasisFile | None = None
 
@@ -61,7 +63,7 @@ def stored_adapter(config: ShareConfig, loaded: Mapping[str, BasisFile | None]) 
             damaged.
     """
     if isinstance(config.origin, GivenBases):
-        return _with_bases(config.origin.bases)
+        return replace(_with_bases(config.origin.bases), adapted=config.origin.adapted)
     if config.origin is None:
         return StoredAdapter()
     return _read_adapter(config.origin, config, loaded)
@@ -101,7 +103,7 @@ def _read_adapter(origin: AdapterOrigin, config: ShareConfig, loaded: Mapping[st
     if (weights := _weights_file(origin, index)) is not None:
         of_tree = index is not None and index.is_tree
         adapted, head = _check_weights(weights, config, stored.modules, of_tree=of_tree)
-        stored = replace(stored, head=head)
+        stored = replace(stored, adapted=adapted, head=head)
         if index is not None:
             _check_against_tree(origin, config, weights, path.parent, index)
     if index is None or (adapted and all(loaded.get(module) == stored.basis_file for module in adapted)):

@@ -17,8 +17,9 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from ..format.basis_file import StoredBasis
+from ..format.module_names import without_wrappers
 from ..subspace import smaller_layers
-from .config import GivenBases, ShareConfig
+from .config import AdapterOrigin, GivenBases, ShareConfig
 from .head import check_head_shapes, check_saved_modules
 from .layer import Linear, ShareLayer, offload_hook_of, placeholder_basis
 from .loading import StoredAdapter, stored_adapter
@@ -75,18 +76,18 @@ class ShareModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter to the model; one that does not fit raises, and leaves the model as it was."""
-        layers_before = set(share_layers(model))
+        layers_before = set(share_layers(model).values())
         requires_grad_before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
             self.peft_config.pop(adapter_name, None)
-            for module_name, layer in share_layers(model).items():
-                if module_name in layers_before:
-                    layer.delete_adapter(adapter_name)
-                else:
+            for module_name, module in list(model.named_modules()):
+                if module in layers_before:
+                    module.delete_adapter(adapter_name)
+                elif isinstance(module, ShareLayer):
                     parent_name, _, child_name = module_name.rpartition(".")
-                    setattr(model.get_submodule(parent_name), child_name, layer.base_layer)
+                    setattr(model.get_submodule(parent_name), child_name, module.base_layer)
             for parameter, requires_grad in requires_grad_before:
                 parameter.requires_grad = requires_grad
             raise
@@ -111,6 +112,7 @@ class ShareModel(BaseTuner):
         keep_4bit_weights_differentiable(model)
         layers = share_layers(model)
         self._stored = stored_adapter(peft_config, {name: layer.basis_file for name, layer in layers.items()})
+        _check_modules(model, self._stored, from_file=isinstance(peft_config.origin, AdapterOrigin))
         if isinstance(peft_config.origin, GivenBases):
             peft_config.origin = None  # the layers have them now; a configuration would keep them alive past a merge
         if (head := self._stored.head) is not None:
@@ -124,6 +126,14 @@ class ShareModel(BaseTuner):
                     "subspace; merge the two subspaces, or export the task as a LoRA and add it"
                 )
 
+    def _check_target_module_exists(self, config: ShareConfig, key: str) -> object:
+        """Whether an adapter adapts a module: a stored one those that it has coefficients for, and no others."""
+        targeted = super()._check_target_module_exists(config, key)
+        if self._stored.adapted is None:
+            return targeted
+        # What is falsy may be PEFT's mark of an excluded module.
+        return without_wrappers(key) in self._stored.adapted or (False if targeted else targeted)
+
     def _create_and_replace(
         self,
         peft_config: ShareConfig,
@@ -134,17 +144,18 @@ class ShareModel(BaseTuner):
         current_key: str,
         **optional_kwargs: Any,
     ) -> None:
-        if self._stored.modules and current_key not in self._stored.modules:
+        module_name = without_wrappers(current_key)
+        if self._stored.modules and module_name not in self._stored.modules:
             raise ValueError(
-                f"the stored subspace has no basis for {current_key!r}, it has {len(self._stored.modules)}"
+                f"the stored subspace has no basis for {module_name!r}, it has {len(self._stored.modules)}"
             )
         if isinstance(target, ShareLayer):
             target.update_layer(adapter_name, peft_config, inference_mode=peft_config.inference_mode)
             return
         base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        check_supported(base_layer, current_key, self.model)
+        check_supported(base_layer, module_name, self.model)
         _set_fan_in_fan_out(peft_config, base_layer)
-        basis_out, basis_in = self._basis_for(peft_config, base_layer, current_key)
+        basis_out, basis_in = self._basis_for(peft_config, base_layer, module_name)
         new_module = Linear(
             target, adapter_name, peft_config, basis_out, basis_in, **get_quantization_kwargs(self.model)
         )
@@ -228,9 +239,9 @@ class ShareModel(BaseTuner):
 
 
 def share_layers(model: nn.Module) -> dict[str, ShareLayer]:
-    """All Share layers of a model by the name of their module in the base model."""
+    """All Share layers of a model by the name of their module in the base model, whatever wraps it."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return {name: module for name, module in base.named_modules() if isinstance(module, ShareLayer)}
+    return {without_wrappers(name): module for name, module in base.named_modules() if isinstance(module, ShareLayer)}
 
 
 def stored_bases(model: nn.Module) -> dict[str, StoredBasis]:
@@ -245,6 +256,28 @@ def stored_bases(model: nn.Module) -> dict[str, StoredBasis]:
         )
         for name, layer in share_layers(model).items()
     }
+
+
+def _check_modules(model: nn.Module, stored: StoredAdapter, *, from_file: bool) -> None:
+    """Refuse an adapter that PEFT would load in part: it passes over what the model has no place for.
+
+    Raises:
+        ValueError: Naming a module that the model does not have, or has inside a compiled one.
+    """
+    names = {without_wrappers(name): name for name, _ in model.named_modules()}
+    adapted = stored.modules if stored.adapted is None else stored.adapted
+    missing = [] if stored.adapted is None else sorted(set(adapted) - names.keys())
+    if missing:
+        raise ValueError(
+            f"the adapter has coefficients for {missing[0]!r}, which {type(model).__name__} does not have; of "
+            f"{len(adapted)} modules {len(missing)} are missing"
+        )
+    compiled = [names[module] for module in adapted if "_orig_mod" in names.get(module, "")]
+    if compiled and from_file:
+        raise ValueError(
+            f"the model has {compiled[0]!r} inside a compiled module, where PEFT finds no weights: load the adapter "
+            "first and compile then, or use SharedSubspace.apply"
+        )
 
 
 def _pass_adapter_names(

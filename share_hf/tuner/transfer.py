@@ -13,8 +13,10 @@ from peft.tuners.tuners_utils import _get_in_out_features
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
+from ..format.base_model import base_name
 from ..format.basis_file import bases_of
 from ..format.lora import PEFT_PREFIX, TARGET_FIELDS
+from ..format.module_names import without_wrappers
 from ..format.task_files import share_adapter_config, share_adapter_tensors
 from ..state import SubspaceState, TaskInfo
 from ..subspace import LayerSubspace, LowRankUpdate
@@ -22,6 +24,7 @@ from .config import GivenBases, ShareConfig
 from .head import check_saved_modules
 from .layer import ShareLayer
 from .model import ShareModel, share_layers
+from .renaming import named_as_in
 
 
 # Bias of a label that a task does not have, in a head padded to the labels of its model.
@@ -29,11 +32,11 @@ NEVER_PREDICTED = -1e4
 
 
 def share_config_for(state: SubspaceState, task: str, *, trainable: bool = False) -> ShareConfig:
-    """The configuration that injects a task of a subspace with its bases."""
+    """The configuration that injects a task of a subspace with its bases, into the modules that it has."""
     values = copy.deepcopy({**share_adapter_config(state, task), "inference_mode": not trainable})
     values.pop("peft_type")
     config = ShareConfig(**values)
-    config.origin = GivenBases(bases_of(state.layers))
+    config.origin = GivenBases(bases_of(state.layers), adapted=frozenset(state.layers_of(task)))
     return config
 
 
@@ -51,12 +54,13 @@ def inject_tasks(
     Raises:
         ValueError: If a task does not fit the model, which is as it was then.
     """
+    state = named_as_in(model, state)
     _check_fits(model, state, tasks)
-    base_name = getattr(model, "name_or_path", None) or state.base_model_name_or_path
+    base = getattr(model, "name_or_path", None) or state.base_model_name_or_path
     peft_model = None
     for name in tasks:
         config = share_config_for(state, name, trainable=trainable)
-        config.base_model_name_or_path = base_name
+        config.base_model_name_or_path = base
         if peft_model is None:
             peft_model = get_peft_model(model, config, adapter_name=name)
         else:
@@ -124,7 +128,7 @@ def _same_basis(layer: LayerSubspace, other: LayerSubspace) -> bool:
 def _check_fits(model: nn.Module, state: SubspaceState, tasks: Sequence[str]) -> None:
     if isinstance(model, PeftModel) or getattr(model, "peft_config", None):
         raise ValueError("model has adapters already, expected the base model")
-    modules = dict(model.named_modules())
+    modules = {without_wrappers(name): module for name, module in model.named_modules()}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     shapes = {name: parameter.shape for name, parameter in parameters.items()}
     for task in tasks:
@@ -185,7 +189,7 @@ def head_of(model: PeftModel, task: str) -> dict[str, Tensor]:
     """Copies of a task's `modules_to_save` weights by name in the base model."""
     tensors = get_peft_model_state_dict(model, adapter_name=task, save_embedding_layers=False)
     return {
-        name.removeprefix(PEFT_PREFIX): tensor.detach().cpu().clone()
+        without_wrappers(name).removeprefix(PEFT_PREFIX): tensor.detach().cpu().clone()
         for name, tensor in tensors.items()
         if f".{ShareModel.prefix}" not in name
     }
@@ -221,7 +225,7 @@ def state_of(model: PeftModel) -> SubspaceState:
     ]
     state = SubspaceState(
         settings=config.subspace_settings(),
-        base_model_name_or_path=getattr(model.get_base_model(), "name_or_path", None) or None,
+        base_model_name_or_path=base_name(getattr(model.get_base_model(), "name_or_path", None)),
     )
     if not tasks:
         return state

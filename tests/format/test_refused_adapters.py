@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from peft import IA3Config, VeraConfig
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -64,7 +63,6 @@ def test_another_method_is_refused(
     ("config", "found"),
     [
         ({"use_dora": True}, "use_dora is True"),
-        ({"bias": "lora_only"}, "bias is 'lora_only'"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4'"),
         ({"init_lora_weights": "olora"}, "init_lora_weights is 'olora'"),
@@ -85,7 +83,6 @@ def test_a_lora_that_is_more_than_an_update_of_linear_layers_is_refused(
     ("field", "value"),
     [
         ("lora_bias", True),
-        ("bias", "all"),
         ("init_lora_weights", "loftq"),
         ("init_lora_weights", "corda"),
         ("init_lora_weights", "lora_ga"),
@@ -190,11 +187,77 @@ def test_a_folder_that_is_not_there_is_refused(location: str | Path, subspace: S
     assert subspace.state is before
 
 
-def test_pickled_weights_are_not_read(refused: Callable[..., None], save_lora: SaveLora) -> None:
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_a_trained_bias_is_refused(bias: str, refused: Callable[..., None], save_classifier: SaveLora) -> None:
+    refused(save_classifier("biased", 2, bias=bias), f"as bias is '{bias}', expected 'none': a trained bias")
+
+
+class _Print:
+    """Runs something when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return print, ("unpickled",)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"weight": _Print()}, "not a file of tensors that torch saved"),
+        ({"weight": [torch.ones(2)]}, "holds a dict, expected tensors by name and nothing else"),
+        (torch.ones(2), "holds a Tensor, expected tensors by name"),
+        ({LORA_A: torch.tensor([[float("nan")]])}, "has NaN or infinite entries"),
+        ({}, "no lora_A and lora_B in it, expected a LoRA"),
+    ],
+    ids=["code", "list", "no-dict", "nan", "empty"],
+)
+def test_pickled_weights_that_are_more_than_tensors_are_refused(
+    content: object,
+    message: str,
+    refused: Callable[..., None],
+    save_lora: SaveLora,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     folder = save_lora("old")
-    torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
     (folder / "adapter_model.safetensors").unlink()
-    refused(folder, "no adapter_model.safetensors in it")
+    torch.save(content, folder / "adapter_model.bin")
+    refused(folder, f"adapter_model.bin: .*{message}")
+    assert "unpickled" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("classifier.bias", (3,), r"weight and bias of 'classifier' are \(2, 64\) and \(3,\)"),
+        ("classifier.bias", (2, 1), r"weight and bias of 'classifier' are \(2, 64\) and \(2, 1\)"),
+        ("classifier.weight", (0,), r"'classifier.weight' is \(0,\), expected weights: DeepSpeed and FSDP"),
+    ],
+)
+def test_a_head_that_no_layer_can_have_is_refused(
+    name: str, shape: tuple[int, ...], message: str, save_classifier: SaveLora
+) -> None:
+    folder = save_classifier("damaged", 2)
+    key = f"base_model.model.{name}"
+    edit_tensors(folder / "adapter_model.safetensors", lambda tensors: tensors.update({key: torch.ones(shape)}))
+    with pytest.raises(ValueError, match=message):
+        SharedSubspace.from_adapters([folder], pseudo_rank=4, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("alpha_pattern", ["q_proj"], "alpha_pattern is .*, expected an object"),
+        ("alpha_pattern", {"(": 3}, r"alpha_pattern is '\(', which is no regular expression"),
+        ("base_model_name_or_path", 5, "base_model_name_or_path is 5, expected text or null"),
+        ("target_modules", [1], r"target_modules is \[1\], which no PEFT configuration has there"),
+        ("task_type", "CHESS", "task_type is 'CHESS', which no PEFT configuration has there"),
+    ],
+)
+def test_a_field_that_no_configuration_has_is_refused(
+    field: str, value: object, message: str, refused: Callable[..., None], save_lora: SaveLora
+) -> None:
+    folder = save_lora("special")
+    edit_json(folder / "adapter_config.json", lambda config: config.update({field: value}))
+    refused(folder, f"adapter_config.json: {message}")
 
 
 # ---- What does not fit together -------------------------------------------------------------------------------------

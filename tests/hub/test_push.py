@@ -241,6 +241,27 @@ def test_a_subspace_of_another_base_model_is_not_merged_into_the_repository(
     refuses(hub, other, "the other subspace belongs to base model 'org/tiny', expected 'org/other'")
 
 
+@pytest.mark.parametrize("base", ["/home/somebody/llama", "./llama"])
+def test_a_place_on_the_writers_machine_is_not_published(
+    base: str, hub: Hub, subspace: SharedSubspace, loras: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    ours = SharedSubspace(replace(subspace.state, base_model_name_or_path=base))
+    first = ours.push_to_hub(REPO)
+    assert f"The base model '{base}' is a place on this machine and is not published" in caplog.text
+    assert ours.base_model_name_or_path == base
+    for revision in ("main", "mrpc", "sst2"):
+        files = hub.repository(REPO).commit_at(revision).files
+        assert not [name for name, file in files.items() if base.encode() in file.content]
+    assert ours.push_to_hub(REPO).oid == first.oid
+    theirs = SharedSubspace.from_pretrained(REPO)
+    assert theirs.base_model_name_or_path is None
+    theirs.add_adapters({"rte": loras["rte"]}, base_model="org/tiny", progress=False)
+    theirs.push_to_hub(REPO)
+    nameless = SharedSubspace(replace(theirs.state, base_model_name_or_path=None))
+    ours.update_from(nameless)
+    assert (ours.tasks, ours.base_model_name_or_path) == (("mrpc", "sst2", "rte"), base)
+
+
 def test_another_task_of_the_same_name_is_not_overwritten(
     hub: Hub, subspace: SharedSubspace, loras: dict[str, Path]
 ) -> None:

@@ -22,6 +22,7 @@ from tests.trees import INPUT_IDS, assert_close, assert_same_state, logits, lora
 
 
 REPO = "org/share-subspace"
+BASE = "org/tiny-base"
 
 
 @pytest.fixture
@@ -33,17 +34,17 @@ def base(tiny_model: Callable[[str], PreTrainedModel], tmp_path: Path) -> Path:
 
 @pytest.fixture
 def published(hub: Hub, base: Path, tmp_path: Path) -> SharedSubspace:
-    """A subspace of three tasks in a repository; the user has downloaded none of it."""
+    """A subspace of three tasks in a repository, and its base model in another; the user has downloaded none of it."""
+    hub.api.create_repo(BASE)
+    hub.api.upload_folder(repo_id=BASE, folder_path=base)
     model = AutoModelForCausalLM.from_pretrained(base)
     adapters = {
-        name: save_adapter(
-            named(AutoModelForCausalLM.from_pretrained(base), str(base)), tmp_path / name, lora_config(), i
-        )
+        name: save_adapter(named(AutoModelForCausalLM.from_pretrained(base), BASE), tmp_path / name, lora_config(), i)
         for i, name in enumerate(("mrpc", "sst2"))
     }
     subspace = SharedSubspace.from_adapters(adapters, num_components=12, pseudo_rank=4, progress=False)
     subspace.push_to_hub(REPO)
-    rte = save_adapter(named(model, str(base)), tmp_path / "rte", lora_config(), 2)
+    rte = save_adapter(named(model, BASE), tmp_path / "rte", lora_config(), 2)
     subspace.add_adapters({"rte": rte}, progress=False)
     subspace.push_to_hub(REPO)
     hub.move_to_another_machine()

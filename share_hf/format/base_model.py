@@ -1,0 +1,131 @@
+"""Which base model a name stands for: one model has an id on the hub, a folder in the cache, copies on disk."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+
+from .files import read_json, sha256_of
+from .names import HUB_ID
+
+
+_CONFIG_FILE = "config.json"
+_WEIGHTS = (".safetensors", ".bin")
+_CACHED = re.compile(r"(?:.*[/\\])?models--([^/\\]+)[/\\]snapshots[/\\][^/\\]+")
+_ADDRESS = re.compile(r"https?://(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)(?:/tree/main)?")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+# The 4-bit copies that Unsloth keeps beside its models.
+_QUANTIZED = re.compile(r"(?:-unsloth)?-bnb-4bit$")
+
+# What says in a configuration how and by what it was saved, not what the model is.
+_INCIDENTAL = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "unsloth_fixed"}
+_IN_BITS = {"quantization_config"}
+
+
+def base_name(name: str | None) -> str | None:
+    """A base model's name as it is written everywhere: the hub's id for its folder in the cache or its address."""
+    stripped = (name or "").strip().rstrip("/\\") or (name or "").strip()
+    if match := _CACHED.fullmatch(stripped):
+        return match[1].replace("--", "/")
+    if match := _ADDRESS.fullmatch(stripped):
+        return match[1]
+    return stripped or None
+
+
+def published_name(name: str | None) -> str | None:
+    """The name if it is one on the hub, else None: a place on the writer's machine is nobody else's business."""
+    name = base_name(name)
+    if name is None or not HUB_ID.fullmatch(name) or name.startswith(".") or os.path.exists(name):
+        return None
+    return name
+
+
+def common_base(names: Mapping[str, str | None], base: str | None = None) -> str | None:
+    """The one base model of adapters; one that does not name its own fits any.
+
+    Args:
+        names: By adapter, the base model as it names it.
+        base: The base model that they are to have; that of the first adapter if not given.
+
+    Returns:
+        Its name, on the hub where there is one.
+
+    Raises:
+        ValueError: Naming an adapter of another base model.
+    """
+    base = base_name(base)
+    known = {None, base}
+    for adapter, name in names.items():
+        if (found := base_name(name)) in known:
+            continue
+        if base is not None and not is_same_model(found, base):
+            raise ValueError(
+                f"adapter {adapter!r} belongs to base model {found!r}, expected {base!r}; if both are one model, name "
+                "it with base_model= (share-hf: --base-model)"
+            )
+        known.add(found)
+        base = base if published_name(base) else found
+    return base
+
+
+def is_same_model(first: str, second: str) -> bool:
+    """Whether two names certainly stand for one model: a 4-bit copy beside it, or the same files on this machine."""
+    if first == second:
+        return True
+    folders = [_folder_of(name) for name in (first, second)]
+    configs = [_config_of(folder) for folder in folders]
+    if None not in map(published_name, (first, second)) and _QUANTIZED.sub("", first) == _QUANTIZED.sub("", second):
+        return None in configs or _without(configs[0], _IN_BITS) == _without(configs[1], _IN_BITS)
+    if None in configs or configs[0] != configs[1]:
+        return False
+    ours, theirs = (_weights_of(folder) for folder in folders)
+    if not ours or ours.keys() != theirs.keys():
+        return False
+    pairs = [(path, theirs[name]) for name, path in ours.items()]
+    # Sizes first: checksums take a minute for ten gigabytes.
+    return all(a.stat().st_size == b.stat().st_size for a, b in pairs) and all(
+        _checksum(a) == _checksum(b) for a, b in pairs
+    )
+
+
+def _folder_of(name: str) -> Path | None:
+    """The folder of a model on this machine, its own or its snapshot in the cache; None where there is none."""
+    if os.path.isdir(folder := os.path.expanduser(name)):
+        return Path(folder)
+    with suppress(HFValidationError):
+        cached = try_to_load_from_cache(name, _CONFIG_FILE)
+        return Path(cached).parent if isinstance(cached, str) else None
+    return None
+
+
+def _config_of(folder: Path | None) -> dict[str, Any] | None:
+    """The configuration of a model but for what is incidental, None where there is none that can be read."""
+    if folder is None or not (folder / _CONFIG_FILE).is_file():
+        return None
+    try:
+        config = read_json(folder / _CONFIG_FILE)
+    except ValueError:
+        return None
+    return _without(config, _INCIDENTAL)
+
+
+def _without(config: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if name not in names}
+
+
+def _weights_of(folder: Path) -> dict[str, Path]:
+    return {path.name: path for path in folder.iterdir() if path.suffix in _WEIGHTS and path.is_file()}
+
+
+def _checksum(path: Path) -> str:
+    """The SHA-256 of a file; the cache calls large files by theirs."""
+    blob = path.resolve()
+    return blob.name if blob.parent.name == "blobs" and _SHA256.fullmatch(blob.name) else sha256_of(path)

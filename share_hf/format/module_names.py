@@ -1,0 +1,85 @@
+"""Names of tensors in the file of an adapter, without what wrapped the model when they were saved."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+
+PEFT_PREFIX = "base_model.model."
+
+# Parts that torch.compile, FSDP (the last: before torch 2) and activation checkpointing put into the names of modules.
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_fpw_module"}
+
+# What a PeftModel puts before a name, a PeftModel of a PeftModel twice, and DDP or DeepSpeed before that.
+_ABOVE_BASE = re.compile(rf"^(?:(?:module\.)*{re.escape(PEFT_PREFIX)})+")
+
+# Names of adapters, which a state dict of the model has and a file that PEFT wrote has not.
+_OF_LORA = re.compile(r"(?P<before>.*\.lora_[AB]\.)(?P<adapter>[^.]+)\.(?P<after>weight)")
+_OF_HEAD = re.compile(r"(?P<before>(?:.*\.)?)modules_to_save\.(?P<adapter>[^.]+)\.(?P<after>.+)")
+_BASE_COPY = re.compile(r"((?:.*\.)?)original_module\.(.+)")
+
+# transformers 5 keeps the experts of a layer in one parameter; those of version 4 were linear layers, one by one.
+_EXPERT = re.compile(r"(?:.*\.)?experts\.\d+\..+")
+
+
+def without_wrappers(name: str) -> str:
+    """The name of a module or tensor as it is when the model is not compiled, sharded or checkpointed."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS) if "_" in name else name
+
+
+def named_as_in_base(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of an adapter by their names in the base model.
+
+    Args:
+        path: The file that they are from, for messages.
+        tensors: By the names in the file.
+
+    Raises:
+        ValueError: If they are of several adapters, or two would have one name.
+    """
+    named: dict[str, Tensor] = {}
+    adapters: set[str] = set()
+    copies: set[str] = set()
+    for key, tensor in tensors.items():
+        name = _ABOVE_BASE.sub("", without_wrappers(key))
+        if match := _OF_LORA.fullmatch(name) or _OF_HEAD.fullmatch(name):
+            adapters.add(match["adapter"])
+            name = match["before"] + match["after"]
+        elif match := _BASE_COPY.fullmatch(name):
+            copies.add(match[1] + match[2])
+            continue
+        if name in named:
+            raise ValueError(f"{path}: {key!r} is a second tensor called {name!r}, expected one")
+        named[name] = tensor
+    if len(adapters) > 1:
+        raise ValueError(f"{path}: has weights of the adapters {sorted(adapters)}, expected those of one")
+    if lost := sorted(copies - named.keys()):
+        raise ValueError(f"{path}: {lost[0]!r} is there as the base model has it only, expected what was trained")
+    return named
+
+
+def check_no_single_experts(path: Path, modules: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Refuse the expert layers of transformers 4 one by one: no model of transformers 5 has them.
+
+    Args:
+        path: The file that they are from.
+        modules: By the names of modules that the adapter adapts.
+        config: The configuration of the adapter; PEFT notes in it the class of a model that is not transformers' own.
+
+    Raises:
+        ValueError: Naming a module.
+    """
+    of_class = config.get("auto_mapping")
+    library = of_class.get("parent_library") if isinstance(of_class, dict) else None
+    if isinstance(library, str) and library.partition(".")[0] != "transformers":
+        return
+    if (expert := next(filter(_EXPERT.fullmatch, modules), None)) is not None:
+        raise ValueError(
+            f"{path}: adapts {expert!r}, one of the experts that transformers 5 keeps in one parameter, expected an "
+            "adapter of linear layers alone"
+        )

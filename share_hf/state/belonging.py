@@ -1,0 +1,74 @@
+"""Whether tasks can belong to one model, as far as the names and shapes of their modules tell."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from functools import lru_cache
+from itertools import combinations
+
+from ..subspace import LayerSubspace, LowRankUpdate
+
+
+def check_one_model(layers: Mapping[str, LayerSubspace], updates: Mapping[str, Mapping[str, LowRankUpdate]]) -> None:
+    """Refuse tasks that adapt the same layers under two names: merged, they would share nothing.
+
+    The layers of a model have other names inside another class (`encoder.layer.0` is `bert.encoder.layer.0` with a
+    head) and in another version of transformers (`language_model.model.layers.0` became
+    `model.language_model.layers.0`). Two names are taken for one layer where only what is before its number differs,
+    one has all the parts of the other, the shapes are the same, and no task has both.
+
+    Args:
+        layers: The layers there are, with their tasks.
+        updates: By new task and module.
+
+    Raises:
+        ValueError: Naming two tasks and their modules.
+    """
+    shapes: dict[str, dict[str, tuple[int, int]]] = {}
+    for modules in (layers, *updates.values()):
+        for module, layer in modules.items():
+            before, rest = _split(module)
+            if rest:
+                shapes.setdefault(before, {}).setdefault(rest, layer.shape)
+    for first, second in combinations(shapes, 2):
+        if not _alike(first, second):
+            continue
+        common = shapes[first].keys() & shapes[second].keys()
+        if not common or any(shapes[first][rest] != shapes[second][rest] for rest in common):
+            continue
+        of_first, of_second = (_tasks_with(before, layers, updates) for before in (first, second))
+        if of_first and of_second and of_first.isdisjoint(of_second):
+            rest = min(common)
+            raise ValueError(
+                f"task {_latest(of_first, updates)!r} adapts '{first}.{rest}' and task "
+                f"{_latest(of_second, updates)!r} '{second}.{rest}', one layer as two classes or versions of "
+                "transformers call it: expected adapters of one, load one and save it again as the other"
+            )
+
+
+@lru_cache(maxsize=2**16)
+def _split(module: str) -> tuple[str, str]:
+    """What is before the number of a layer in its name, and the rest; two empty texts where there is not both."""
+    parts = module.split(".")
+    at = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
+    return (".".join(parts[:at]), ".".join(parts[at:])) if at else ("", "")
+
+
+def _alike(first: str, second: str) -> bool:
+    one, other = Counter(first.split(".")), Counter(second.split("."))
+    return one <= other or other <= one
+
+
+def _tasks_with(
+    before: str,
+    layers: Mapping[str, LayerSubspace],
+    updates: Mapping[str, Mapping[str, LowRankUpdate]],
+) -> set[str]:
+    tasks = {task for module, layer in layers.items() if _split(module)[0] == before for task in layer.tasks}
+    return tasks | {task for task, modules in updates.items() if any(_split(name)[0] == before for name in modules)}
+
+
+def _latest(tasks: set[str], updates: Mapping[str, object]) -> str:
+    """One of the tasks, a new one if there is one."""
+    return min(tasks & updates.keys() or tasks)

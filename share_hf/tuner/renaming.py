@@ -1,0 +1,55 @@
+"""The names that a model of this transformers has for the modules of adapters which an older one saved."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+from ..format.module_names import without_wrappers
+from ..state import SubspaceState
+
+
+def named_as_in(model: nn.Module, state: SubspaceState) -> SubspaceState:
+    """A subspace whose modules and heads have the names of a model, where transformers has renamed them since.
+
+    Args:
+        model: The base model, with adapters or without.
+        state: Not changed. What the model has no name for keeps its own.
+    """
+    if isinstance(model, PeftModel):
+        model = model.get_base_model()
+    if not isinstance(model, PreTrainedModel):
+        return state
+    heads = {name.rpartition(".")[0] for info in state.tasks.values() for name in info.head}
+    names = {without_wrappers(name) for name, _ in model.named_modules()}
+    missing = (state.layers.keys() | heads) - names
+    renamed = _current_names(model, missing, names - state.layers.keys()) if missing else {}
+    if not renamed:
+        return state
+    layers = {renamed.get(module, module): layer for module, layer in state.layers.items()}
+    tasks = {
+        task: replace(info, head={_renamed_weight(name, renamed): weight for name, weight in info.head.items()})
+        for task, info in state.tasks.items()
+    }
+    return replace(state, layers=dict(sorted(layers.items())), tasks=tasks)
+
+
+def _current_names(model: PreTrainedModel, modules: Collection[str], free: Collection[str]) -> dict[str, str]:
+    """By old name, the name that a model has for a module; without those that it has none for."""
+    renamings = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
+    found: dict[str, str] = {}
+    for module in sorted(modules):
+        weight, _ = rename_source_key(f"{module}.weight", renamings, [])
+        found.setdefault(weight.removesuffix(".weight"), module)
+    return {module: name for name, module in found.items() if name in free}
+
+
+def _renamed_weight(name: str, renamed: dict[str, str]) -> str:
+    module, _, leaf = name.rpartition(".")
+    return f"{renamed.get(module, module)}.{leaf}"
