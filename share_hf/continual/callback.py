@@ -15,7 +15,7 @@ from ..state import Phase, SubspaceState
 from ..subspace import MergeReport
 from ..tuner.model import share_layers
 from ..tuner.transfer import is_share_model, load_tasks, state_of
-from .phases import begin_phase, describe_task, take_merged
+from .phases import begin_phase, describe_task, keeping_random_parts, take_merged
 
 
 # What `trl.DPOTrainer` calls its copy of the adapter that it starts from.
@@ -89,7 +89,7 @@ class ShareCallback(TrainerCallback):
                 f"ShareCallback({self.task!r}, subspace)"
             )
         self.subspace = SharedSubspace(known)
-        config = model.peft_config[model.active_adapter]
+        config = keeping_random_parts(model, model.peft_config[model.active_adapter])
         self._phase = Phase.ADAPT if known.tasks else Phase.INIT
         begin_phase(model, known, self.task, self._phase, config)
         if rounded:

@@ -102,12 +102,21 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         tensors = load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
+    check_tensors(path, tensors)
+    return tensors
+
+
+def check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that no file of ours holds.
+
+    Raises:
+        ValueError: Naming the file and the tensor, if one is of an uncommon type or not finite.
+    """
     for name, tensor in tensors.items():
         if tensor.dtype not in _DTYPES:
             raise ValueError(f"{path}: {name!r} is {tensor.dtype}, expected torch.float32 or another common type")
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError(f"{path}: {name!r} has NaN or infinite entries, expected finite numbers")
-    return tensors
 
 
 def tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:

@@ -7,7 +7,7 @@ configuration was loaded from.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -21,6 +21,7 @@ from ..format.download import download
 from ..format.files import MAX_JSON_BYTES, expect_tensor, read_tensors
 from ..format.index import INDEX_FILE, ModuleEntry, TreeIndex, check_file, read_index
 from ..format.lora import PEFT_PREFIX, check_head_names
+from ..format.saved_modules import saved_names
 from ..format.task_files import METRICS_FILE, check_task_files, task_folder
 from ..format.tree import check_bases
 from ..state import Phase
@@ -37,12 +38,14 @@ class StoredAdapter:
     Args:
         modules: Shapes of the layers and bases of its subspace, by module; empty for a fresh adapter.
         bases: The bases; empty where the model has them already.
+        adapted: The modules of its subspace that it adapts.
         head: Shapes of its `modules_to_save` weights, by name in the base model; None if unknown.
         basis_file: The file that the bases are in; None if they are not from a file with a checksum.
     """
 
     modules: Mapping[str, ModuleEntry] = field(default_factory=dict)
     bases: Mapping[str, StoredBasis] = field(default_factory=dict)
+    adapted: Collection[str] = ()
     head: Mapping[str, tuple[int, ...]] | None = None
     basis_file: BasisFile | None = None
 
@@ -100,7 +103,7 @@ def _read_adapter(origin: AdapterOrigin, config: ShareConfig, loaded: Mapping[st
     if (weights := _weights_file(origin, index)) is not None:
         of_tree = index is not None and index.is_tree
         adapted, head = _check_weights(weights, config, stored.modules, of_tree=of_tree)
-        stored = replace(stored, head=head)
+        stored = replace(stored, adapted=adapted or (), head=head)
         if index is not None:
             _check_against_tree(origin, config, weights, path.parent, index)
     if index is None or (adapted and all(loaded.get(module) == stored.basis_file for module in adapted)):
@@ -176,7 +179,7 @@ def _check_weights(
             k_out, k_in = modules[module].num_components
             expect_tensor(path, tensors, name, (k_out if side == "out" else k_in, config.pseudo_rank))
             adapted.add(module)
-    check_head_names(path, head, config.modules_to_save or [])
+    check_head_names(path, head, saved_names(config.modules_to_save, config.task_type))
     return adapted, head
 
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..format.basis_file import StoredBasis
+from ..format.saved_modules import saved_module_of
 from .config import GivenBases, ShareConfig
-from .head import check_head_shapes, check_saved_modules
+from .head import check_apart, check_head
 from .layer import Linear, ShareLayer, placeholder_basis
 from .loading import StoredAdapter, stored_adapter
 from .quantization import check_supported, keep_4bit_weights_differentiable
@@ -68,6 +69,13 @@ class ShareModel(BaseTuner):
                         f"{getattr(other, field)} as adapter {other_name!r} has: they share one subspace"
                     )
 
+    @staticmethod
+    def _check_target_module_exists(peft_config: ShareConfig, key: str) -> Any:
+        """PEFT keeps modules by the ends of their names, but leaves them alone by whole parts: `pre_classifier`."""
+        if saved_module_of(f"{key}.", peft_config.modules_to_save or []) is not None:
+            return False
+        return BaseTuner._check_target_module_exists(peft_config, key)
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter to the model; one that does not fit raises, and leaves the model as it was."""
         layers_before = set(share_layers(model))
@@ -96,8 +104,9 @@ class ShareModel(BaseTuner):
         if isinstance(peft_config.origin, GivenBases):
             peft_config.origin = None  # the layers have them now; a configuration would keep them alive past a merge
         if (head := self._stored.head) is not None:
-            check_saved_modules(model, peft_config.modules_to_save or [], head, self._stored.modules)
-            check_head_shapes(model, head)
+            check_head(model, peft_config.modules_to_save or [], head)
+            saved = {name for config in self.peft_config.values() for name in config.modules_to_save or []}
+            check_apart({*self._stored.adapted, *layers}, saved)
         for module_name, layer in layers.items():
             stored = self._stored.bases.get(module_name)
             if stored is not None and not stored.equals(layer.share_basis_out, layer.share_basis_in):
