@@ -71,12 +71,12 @@ def task_files(state: SubspaceState, task: str) -> dict[str, bytes]:
         ValueError: If they could not be read again; naming file and tensor.
     """
     info = state.tasks[task]
-    config, tensors = share_adapter_config(state, task), share_adapter_tensors(state, task)
+    config = share_adapter_config(state, task)
     place = Path(task_folder(task))
     # By the rules of the reader: what is written is read again.
     _check_kept(place / SAFETENSORS_WEIGHTS_NAME, info.head, read_target(place / CONFIG_NAME, config))
-    check_tensors(place / SAFETENSORS_WEIGHTS_NAME, tensors)
-    files = adapter_files(config, tensors)
+    check_tensors(place / SAFETENSORS_WEIGHTS_NAME, info.head)  # merges have seen to the rest
+    files = adapter_files(config, share_adapter_tensors(state, task))
     certificate = {module: layer.records.rows[layer.index(task)] for module, layer in state.layers_of(task).items()}
     content = {
         "learned_by": info.learned_by,

@@ -31,7 +31,17 @@ SIZES = dict(
     max_position_embeddings=32,
 )
 DISTILBERT = dict(vocab_size=64, dim=32, hidden_dim=48, n_layers=1, n_heads=2, max_position_embeddings=32)
-T5 = dict(eos_token_id=EOS, vocab_size=64, d_model=32, d_kv=16, d_ff=48, num_layers=1, num_heads=2)
+T5 = dict(
+    eos_token_id=EOS,
+    pad_token_id=0,
+    decoder_start_token_id=0,
+    vocab_size=64,
+    d_model=32,
+    d_kv=16,
+    d_ff=48,
+    num_layers=1,
+    num_heads=2,
+)
 BART = dict(
     eos_token_id=EOS,
     vocab_size=64,
