@@ -59,7 +59,7 @@ class LabelMask:
             self._task = before
 
     def _mask(self, module: ModulesToSaveWrapper, args: tuple[Any, ...], logits: Tensor) -> Tensor:
-        details = self._details.get(self._task or module.active_adapters[0])
+        details = self._details.get(self._task or next(iter(module.active_adapters), None))
         num_labels = details.num_labels if details is not None else None
         if num_labels is None or num_labels >= logits.shape[-1]:
             return logits

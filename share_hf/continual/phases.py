@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from ..engines import on_first_process
 from ..format.basis_file import bases_of
-from ..format.saved_modules import saved_module_of, saved_names
+from ..format.saved_modules import saved_module_of
 from ..shared_subspace import SharedSubspace
 from ..state import Phase, SubspaceState, TaskInfo, initialization_of, merge_tasks, with_learned_coefficients
 from ..subspace import MergeReport
@@ -59,13 +59,17 @@ def config_for(model: nn.Module, share_config: ShareConfig | None, subspace: Sha
 
 def keeping_random_parts(model: nn.Module, config: ShareConfig) -> ShareConfig:
     """The configuration, with all that a task must keep to be the same elsewhere among its `modules_to_save`."""
-    saved = saved_names(config.modules_to_save, config.task_type)
-    missing = [part for part in parts_to_keep(model, config.task_type) if saved_module_of(f"{part}.", saved) is None]
+    # A head that PEFT adds for a type of task is named too: PEFT goes by the class of the model, which fits the first
+    # task, and adds none where that is of another type.
+    saved = config.modules_to_save or []
+    # With FSDP, only the first process knows what it has loaded: the others wait for its weights.
+    parts = on_first_process(lambda: parts_to_keep(model, config.task_type))
+    missing = [part for part in parts if saved_module_of(f"{part}.", saved) is None]
     if not missing:
         return config
     logger.info("Each task keeps %s: they are not in the checkpoint of the base model, or its head.", missing)
     config = copy.deepcopy(config)
-    config.modules_to_save = [*(config.modules_to_save or []), *missing]
+    config.modules_to_save = [*saved, *missing]
     return config
 
 

@@ -19,7 +19,7 @@ logger = logging.get_logger(__name__)
 # Bias of a label that a task does not have, in a head with the labels of its model.
 NEVER_PREDICTED = -1e4
 
-# Fraction of a model's parameters: more than that were loaded, but not marked.
+# Fraction of a model's parameters: where more have no mark, the marks do not tell what was loaded.
 _LARGEST_REST = 0.25
 
 _Shape = tuple[int, ...]
@@ -149,14 +149,15 @@ def parts_to_keep(model: nn.Module, task_type: str | None) -> list[str]:
     body, embeddings = _body_of(base), _embeddings_of(base)
     outside = {name for name in tensors if body and not name.startswith(f"{body}.")} - embeddings
     inside = unmarked - outside - embeddings
+    # Weights that were quantized, or loaded by other means, have no mark either.
+    is_marked = len(unmarked) <= _LARGEST_REST * len(tensors)
+    if not is_marked or getattr(base, "is_quantized", False):
+        inside = set()
     if task_type != TaskType.SEQ_CLS:
-        if len(unmarked) < len(tensors):
+        if is_marked:
             outside &= unmarked
         elif _is_language_model(base):
             outside = set()
-    # Weights that were quantized or put into a body have no mark either: only a small rest is what was not loaded.
-    if getattr(base, "is_quantized", False) or len(inside) > _LARGEST_REST * len(tensors):
-        inside = set()
     return list(_modules_of("", base, outside | inside, tensors.keys()))
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
@@ -229,3 +229,22 @@ def test_a_callback_keeps_what_the_checkpoint_lacks(load: Load, tmp_path: Path) 
     callback.subspace.save_pretrained(tmp_path / "tree")
     loaded = SharedSubspace.from_pretrained(tmp_path / "tree").apply(load(*case, seed=2, num_labels=3))
     torch.testing.assert_close(logits(loaded, data), logits(model, data), rtol=0, atol=1e-4)
+
+
+def test_labels_are_ruled_out_where_earlier_tasks_have_no_head(load: Load, tmp_path: Path) -> None:
+    case = by_class["LlamaForSequenceClassification"]
+    lora = get_peft_model(load(*case), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    lora.save_pretrained(tmp_path / "body")
+    subspace = SharedSubspace.from_adapters([tmp_path / "body"], num_components=4, pseudo_rank=4, progress=False)
+    tasks = {"two": {"train": sentences(2, 0, 16), "test": sentences(2, 1, 60)}}
+    arguments = ShareTrainingArguments(
+        str(tmp_path / "out"), save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True
+    )
+    trainer = ShareTrainer(load(*case, num_labels=5), arguments, tasks=tasks, subspace=subspace)
+    trainer.train()
+    trainer.model.set_adapter("body")
+    assert logits(trainer.model, tasks["two"]["test"]).shape == (60, 5)
+    trainer.model.set_adapter("two")
+    assert logits(trainer.model, tasks["two"]["test"])[:, 2:].max() < -1e30
+    applied = trainer.subspace.apply(load(*case, seed=3, num_labels=5), ["two"])
+    assert set(logits(applied, tasks["two"]["test"]).argmax(-1).tolist()) <= {0, 1}
