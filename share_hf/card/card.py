@@ -14,6 +14,7 @@ from yaml import YAMLError
 
 from ..format.base_model import published_name
 from ..format.basis_file import SUBSPACE_FILE
+from ..format.saved_modules import num_labels_of
 from ..format.task_files import task_folder
 from ..format.tree import CARD_FILE, FIGURES_FOLDER
 from ..state import Phase, SubspaceState, TaskScore, sketch_of, step_tags
@@ -238,14 +239,13 @@ def _matrix(state: SubspaceState) -> dict[str, Any] | None:
 
 
 def _num_labels(state: SubspaceState, tasks: Iterable[str]) -> int | None:
-    """Labels of the largest classification head of these tasks; a head's last layer is the smallest of its layers."""
+    """Labels of the largest classification head of these tasks."""
     sizes = []
     for task in tasks:
         info = state.tasks.get(task)
         if info is not None and info.target.get("task_type") in ("SEQ_CLS", "TOKEN_CLS"):
-            weights = [tensor for name, tensor in info.head.items() if name.endswith("weight") and tensor.ndim == 2]
-            sizes += [min(weight.shape[0] for weight in weights)] if weights else []
-    return max(sizes, default=None)
+            sizes.append(num_labels_of(info.head) or 0)
+    return max(sizes, default=None) or None
 
 
 def _kilobytes(size: int) -> str:

@@ -23,7 +23,15 @@ from ..tuner.model import share_layers
 from ..tuner.renaming import named_as_in
 from ..tuner.transfer import is_share_model, load_tasks, state_of
 from .arguments import REFUSED_ARGUMENTS
-from .phases import RefusedTaskError, begin_phase, describe_task, put_back, take_merged, write_final_values
+from .phases import (
+    RefusedTaskError,
+    begin_phase,
+    describe_task,
+    keeping_random_parts,
+    put_back,
+    take_merged,
+    write_final_values,
+)
 
 
 # What `trl.DPOTrainer` calls its copy of the adapter that it starts from.
@@ -105,7 +113,8 @@ class ShareCallback(TrainerCallback):
                 f"ShareCallback({self.task!r}, subspace)"
             )
         self.subspace = SharedSubspace(known)
-        self._config = config = copy.copy(model.peft_config[model.active_adapter])
+        config = keeping_random_parts(model, copy.copy(model.peft_config[model.active_adapter]))
+        self._config = config
         self._phase = Phase.ADAPT if known.tasks else Phase.INIT
         begin_phase(model, known, self.task, self._phase, config)
         if rounded:

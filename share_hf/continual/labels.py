@@ -1,13 +1,13 @@
 """Classification tasks with different labels on one model.
 
 PEFT keeps one head shape for all adapters, so the model has the labels of the largest task. What a smaller one does
-not have is masked where the head is computed, so neither loss nor prediction ever sees it; in the head that is kept,
-its bias rules it out.
+not have is masked where the head is computed, so neither loss nor prediction ever sees it; the head that is kept
+rules it out by itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers.trainer_pt_utils import LabelSmoother
 
-from ..tuner.transfer import NEVER_PREDICTED
+from ..tuner.head import layer_of_labels, shape_of
 
 
 class LabelMask:
@@ -25,16 +25,29 @@ class LabelMask:
     The task is that of the active adapter, unless `of_task` says otherwise.
 
     Args:
-        model: With a `ModulesToSaveWrapper` around its head.
+        model: A model for classification, with adapters or not.
         num_labels_of: Tells the number of labels of a task; None for one of which nothing is masked.
     """
 
     def __init__(self, model: nn.Module, num_labels_of: Callable[[str], int | None]) -> None:
         self._num_labels_of = num_labels_of
         self._task: str | None = None
-        for name, module in model.named_modules():
-            if isinstance(module, ModulesToSaveWrapper) and name.rpartition(".")[2] in ("classifier", "score"):
-                module.register_forward_hook(self._mask)
+        self._masked: nn.Module | None = None
+        self.attach(model)
+
+    def attach(self, model: nn.Module) -> None:
+        """Find the head of the model, which is there as soon as a task with a head is."""
+        config = getattr(model, "config", None)
+        if self._masked is not None or not hasattr(config, "num_labels"):
+            return
+        for module in model.modules():
+            if isinstance(module, ModulesToSaveWrapper):
+                tensors = module.original_module.state_dict(keep_vars=True).items()
+                shapes = {f"head.{name}": shape_of(tensor) for name, tensor in tensors}
+                if layer_of_labels(shapes, config.num_labels) is not None:
+                    self._masked = module
+        if self._masked is not None:
+            self._masked.register_forward_hook(self._mask)
 
     @contextmanager
     def of_task(self, task: str) -> Iterator[None]:
@@ -50,7 +63,7 @@ class LabelMask:
         return self._num_labels_of(self._task or adapter)
 
     def _mask(self, module: ModulesToSaveWrapper, args: tuple[Any, ...], logits: Tensor) -> Tensor:
-        num_labels = self.num_labels_of(module.active_adapters[0])
+        num_labels = self.num_labels_of(next(iter(module.active_adapters), ""))
         if num_labels is None or num_labels >= logits.shape[-1]:
             return logits
         beyond = torch.arange(logits.shape[-1], device=logits.device) >= num_labels
@@ -72,19 +85,3 @@ class LabelSmootherOfTask:
     def __call__(self, model_output: Any, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         logits = model_output["logits"] if isinstance(model_output, dict) else model_output[0]
         return self._smoother({"logits": logits[..., : self._num_labels()]}, labels, *args, **kwargs)
-
-
-def rule_out_labels(head: Mapping[str, Tensor], num_labels: int, of_model: int) -> dict[str, Tensor]:
-    """A task's head of which the labels past its own are never predicted, whatever loads it.
-
-    Args:
-        head: Weights by name; a last layer without a bias cannot rule anything out, and stays.
-        num_labels: Number of labels of the task.
-        of_model: Outputs of the model's head.
-    """
-    ruled = dict(head)
-    for name, bias in head.items():
-        weight = head.get(f"{name.rpartition('.')[0]}.weight")
-        if name.endswith("bias") and weight is not None and len(bias) == len(weight) == of_model:
-            ruled[name] = bias.masked_fill(torch.arange(of_model) >= num_labels, NEVER_PREDICTED)
-    return ruled

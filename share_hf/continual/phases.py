@@ -15,17 +15,22 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
+from transformers.utils import logging
 
 from ..engines import on_first_process
 from ..format.basis_file import bases_of
+from ..format.saved_modules import saved_module_of
 from ..shared_subspace import SharedSubspace
 from ..state import Phase, SubspaceState, TaskInfo, initialization_of, merge_tasks, with_learned_coefficients
 from ..subspace import MergeReport
 from ..tuner import ShareConfig
 from ..tuner.config import GivenBases
+from ..tuner.head import parts_to_keep
 from ..tuner.model import share_layers
 from ..tuner.transfer import coefficients_of, head_of, load_tasks, share_config_for, target_of, updates_of
 
+
+logger = logging.get_logger(__name__)
 
 # What `get_peft_model` calls an adapter that is given no name: a stand-in until the first task is there.
 PLACEHOLDER = "default"
@@ -54,6 +59,22 @@ def config_for(model: nn.Module, share_config: ShareConfig | None, subspace: Sha
             raise ValueError(f"share_config has {settings}, the subspace has {subspace.settings}")
     if config.task_type is None:
         config.task_type = _task_type_of(model)
+    return keeping_random_parts(model, config)
+
+
+def keeping_random_parts(model: nn.Module, config: ShareConfig) -> ShareConfig:
+    """The configuration, with all that a task must keep to be the same elsewhere among its `modules_to_save`."""
+    # A head that PEFT adds for a type of task is named too: PEFT goes by the class of the model, which fits the first
+    # task, and adds none where that is of another type.
+    saved = config.modules_to_save or []
+    # With FSDP, only the first process knows what it has loaded: the others wait for its weights.
+    parts = on_first_process(lambda: parts_to_keep(model, config.task_type))
+    missing = [part for part in parts if saved_module_of(f"{part}.", saved) is None]
+    if not missing:
+        return config
+    logger.info("Each task keeps %s: they are not in the checkpoint of the base model, or its head.", missing)
+    config = copy.deepcopy(config)
+    config.modules_to_save = [*saved, *missing]
     return config
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from peft import PeftModel
+from torch import Tensor
 from transformers import set_seed
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import TrainOutput
@@ -18,11 +19,12 @@ from ..format.base_model import base_name
 from ..state import Phase, measured
 from ..subspace import DriftToleranceError, MergeReport
 from ..tuner import ShareConfig
+from ..tuner.head import layer_of_labels, rule_out_labels
 from ..tuner.transfer import load_tasks
 from .arguments import ShareTrainingArguments, arguments_of_phase
 from .checkpoints import empty_phase
 from .data import TaskDetails, TaskSplits, is_streamed, naming_used_up_streams, used_up
-from .labels import LabelMask, LabelSmootherOfTask, rule_out_labels
+from .labels import LabelMask, LabelSmootherOfTask
 from .phase_trainer import PhaseTrainer
 from .phases import (
     PLACEHOLDER,
@@ -82,12 +84,12 @@ class TaskTrainer(PhaseTrainer):
         self._details = details
         self._dataset_ids = dict(dataset_ids)
         self._merge_report: MergeReport | None = None
-        label_mask = LabelMask(model, self._num_labels_of)
+        self._label_mask = LabelMask(model, self._num_labels_of)
         if self.label_smoother is not None:
             self.label_smoother = LabelSmootherOfTask(
-                self.label_smoother, lambda: label_mask.num_labels_of(self.model.active_adapter)
+                self.label_smoother, lambda: self._label_mask.num_labels_of(self.model.active_adapter)
             )
-        self._scorer = Scorer(self, label_mask, task_scorer, args.score_metric)
+        self._scorer = Scorer(self, self._label_mask, task_scorer, args.score_metric)
         self._progress = StreamProgressCallback()
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
@@ -154,6 +156,7 @@ class TaskTrainer(PhaseTrainer):
         # A phase depends on the seed and its place alone, so that one that is run again runs the same.
         set_seed(self.args.seed + 2 * position + (phase == Phase.FINETUNE))
         begin_phase(self.model, self._stream.state, name, phase, self.share_config)
+        self._label_mask.attach(self.model)
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self._stream.metrics.parameters[phase] = trained
         self._progress.title = f"{name} [{phase}]"
@@ -180,8 +183,7 @@ class TaskTrainer(PhaseTrainer):
         if phase == Phase.FINETUNE:
             info = replace(info, initialization=stream.state.tasks[name].initialization)
         if details.num_labels is not None:
-            of_model = self.model.get_base_model().config.num_labels
-            info = replace(info, head=rule_out_labels(info.head, details.num_labels, of_model))
+            info = replace(info, head=self._with_own_labels(info.head, details.num_labels))
         if phase in (Phase.COEFFICIENTS, Phase.FINETUNE):
             stream.state = take_coefficients(self.model, stream.state, name, info, held=held)
         else:
@@ -193,6 +195,14 @@ class TaskTrainer(PhaseTrainer):
             base = base_name(getattr(self.model.get_base_model(), "name_or_path", None))
             stream.state = replace(stream.state, base_model_name_or_path=base)
         stream.save_subspace()
+
+    def _with_own_labels(self, head: Mapping[str, Tensor], num_labels: int) -> dict[str, Tensor]:
+        """A head that never predicts labels past the task's own, whatever loads it."""
+        of_model = self.model.get_base_model().config.num_labels
+        layer = layer_of_labels({name: tuple(tensor.shape) for name, tensor in head.items()}, of_model)
+        if layer is None or num_labels >= of_model:
+            return dict(head)
+        return {**head, **rule_out_labels(head, layer, num_labels, of_model)}
 
     def _log_merge(self, report: MergeReport) -> None:
         self._log_stream(

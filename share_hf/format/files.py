@@ -104,7 +104,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         tensors = load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
-    return _checked(path, tensors)
+    check_tensors(path, tensors)
+    return tensors
 
 
 def read_pickled_tensors(path: Path) -> dict[str, Tensor]:
@@ -123,16 +124,22 @@ def read_pickled_tensors(path: Path) -> dict[str, Tensor]:
     named = isinstance(content, dict) and all(isinstance(key, str) for key in content)
     if not named or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{path}: holds a {type(content).__name__}, expected tensors by name and nothing else")
-    return _checked(path, {name: tensor.detach() for name, tensor in content.items()})
+    tensors = {name: tensor.detach() for name, tensor in content.items()}
+    check_tensors(path, tensors)
+    return tensors
 
 
-def _checked(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that no file of ours holds.
+
+    Raises:
+        ValueError: Naming the file and the tensor, if one is of an uncommon type or not finite.
+    """
     for name, tensor in tensors.items():
         if tensor.dtype not in _DTYPES:
             raise ValueError(f"{path}: {name!r} is {tensor.dtype}, expected torch.float32 or another common type")
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError(f"{path}: {name!r} has NaN or infinite entries, expected finite numbers")
-    return tensors
 
 
 def tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:

@@ -21,9 +21,11 @@ from torch import Tensor
 
 from ..subspace import LowRankUpdate
 from .download import download
+from .embeddings import changed_embeddings, embedding_of, with_update
 from .files import read_json, read_pickled_tensors, read_tensors, tensor_bytes
 from .module_names import PEFT_PREFIX, check_no_single_experts, named_as_in_base, without_wrappers
 from .names import HUB_ID
+from .saved_modules import saved_module_of, saved_names, targets_beside
 
 
 # Which modules an adapter targets, in the fields that LoRA and SHARE configurations have in common.
@@ -91,8 +93,10 @@ def read_lora(
     config = read_json(config_path)
     _check_plain_lora(config_path, config)
     target = read_target(config_path, config)
+    saved = saved_names(target.get("modules_to_save"), target.get("task_type"))
     read = read_pickled_tensors if weights_path.name == WEIGHTS_NAME else read_tensors
-    factors, head = _sort_tensors(weights_path, named_as_in_base(weights_path, read(weights_path)), config)
+    tensors = named_as_in_base(weights_path, read(weights_path))
+    factors, head, embeddings = _sort_tensors(weights_path, tensors, saved, bias=config.get("bias", "none"))
     _check_head_shapes(weights_path, head)
     check_no_single_experts(weights_path, factors, config)
     updates = {}
@@ -100,12 +104,17 @@ def read_lora(
         updates[module] = _scaled_update(weights_path, module, pair, config)
     if not updates:
         raise ValueError(f"{weights_path}: no lora_A and lora_B in it, expected a LoRA")
-    return LoraAdapter(
-        updates=updates,
-        head=head,
-        target=target,
-        base_model_name_or_path=config.get("base_model_name_or_path"),
-    )
+    base = config.get("base_model_name_or_path")
+    for module, tensors in changed_embeddings(embeddings, base).items():
+        head |= with_update(module, tensors, updates.pop(module, None))
+        saved.append(module)
+    if not updates:
+        raise ValueError(f"{weights_path}: it adapts {sorted(factors)} only and brings them whole, expected a LoRA")
+    if saved:
+        target["modules_to_save"] = saved
+    if isinstance(modules := target.get("target_modules"), list):
+        target["target_modules"] = targets_beside(modules, saved)
+    return LoraAdapter(updates=updates, head=head, target=target, base_model_name_or_path=base)
 
 
 def read_target(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,7 +152,7 @@ def check_head_names(path: Path, names: Iterable[str], saved: Iterable[str]) -> 
     """
     saved = list(saved)
     for name in names:
-        if not any(f".{module}." in f".{name}" for module in saved):
+        if saved_module_of(name, saved) is None:
             raise ValueError(f"{path}: {name!r} is unexpected, expected coefficients and modules_to_save = {saved}")
 
 
@@ -241,27 +250,29 @@ def _check_plain_lora(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def _sort_tensors(
-    path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """Split an adapter's tensors into LoRA factors by module, and the weights of its head."""
+    path: Path, tensors: Mapping[str, Tensor], saved: Sequence[str], *, bias: str
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    """Split an adapter's tensors into LoRA factors by module, the weights of its head, and embeddings by module."""
     factors: dict[str, dict[str, Tensor]] = {}
     head: dict[str, Tensor] = {}
-    saved = config.get("modules_to_save") or []
+    embeddings: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if match := re.fullmatch(r"(.+)\.lora_([AB])\.weight", name):
             factors.setdefault(match[1], {})[match[2]] = tensor
-        elif any(re.search(rf"(^|\.){re.escape(module)}\.", name) for module in saved):
+        elif saved_module_of(name, saved) is not None:
             head[name] = tensor
-        elif name.endswith("bias") and config.get("bias", "none") != "none":
+        elif name.endswith("bias") and bias != "none":
             raise ValueError(
-                f"{path}: has {name!r}, as bias is {config['bias']!r}, expected 'none': a trained bias is no low-rank "
-                "update"
+                f"{path}: has {name!r}, as bias is {bias!r}, expected 'none': a trained bias is no low-rank update"
             )
+        elif (embedding := embedding_of(name)) is not None:
+            module, leaf = embedding
+            embeddings.setdefault(module, {})[leaf] = tensor
         else:
             raise ValueError(
-                f"{path}: unexpected tensor {name!r}, expected lora_A, lora_B and modules_to_save = {saved}"
+                f"{path}: unexpected tensor {name!r}, expected lora_A, lora_B and modules_to_save = {list(saved)}"
             )
-    return factors, head
+    return factors, head, embeddings
 
 
 def _check_head_shapes(path: Path, head: Mapping[str, Tensor]) -> None:

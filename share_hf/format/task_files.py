@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import NoneType
@@ -21,9 +21,10 @@ from torch import Tensor
 from ..state import Phase, SubspaceState, TaskInfo, sketch_of
 from ..subspace import LARGEST_NORM, rank_in_layer
 from .basis_file import SUBSPACE_FILE, StoredBasis
-from .files import expect_tensor, json_bytes, read_json, read_tensors
+from .files import check_tensors, expect_tensor, json_bytes, read_json, read_tensors
 from .index import INDEX_FILE, TreeIndex, check_file
 from .lora import PEFT_PREFIX, adapter_files, check_head_names, read_target
+from .saved_modules import saved_names
 
 
 METRICS_FILE = "metrics.json"
@@ -64,9 +65,18 @@ def share_adapter_config(state: SubspaceState, task: str) -> dict[str, Any]:
 
 
 def task_files(state: SubspaceState, task: str) -> dict[str, bytes]:
-    """The files of a task by name."""
-    files = adapter_files(share_adapter_config(state, task), share_adapter_tensors(state, task))
+    """The files of a task by name.
+
+    Raises:
+        ValueError: If they could not be read again; naming file and tensor.
+    """
     info = state.tasks[task]
+    config = share_adapter_config(state, task)
+    place = Path(task_folder(task))
+    # By the rules of the reader: what is written is read again.
+    _check_kept(place / SAFETENSORS_WEIGHTS_NAME, info.head, read_target(place / CONFIG_NAME, config))
+    check_tensors(place / SAFETENSORS_WEIGHTS_NAME, info.head)  # merges have seen to the rest
+    files = adapter_files(config, share_adapter_tensors(state, task))
     certificate = {module: layer.records.rows[layer.index(task)] for module, layer in state.layers_of(task).items()}
     content = {
         "learned_by": info.learned_by,
@@ -152,7 +162,7 @@ def _task_info(
     head: dict[str, Tensor],
 ) -> TaskInfo:
     target = read_target(config_path, config)
-    check_head_names(config_path.parent / SAFETENSORS_WEIGHTS_NAME, head, target.get("modules_to_save", []))
+    _check_kept(config_path.parent / SAFETENSORS_WEIGHTS_NAME, head, target)
     labels, dataset, initialization = metrics["labels"], metrics["dataset"], metrics["initialization"]
     for name, value in (("dataset", dataset), ("initialization", initialization)):
         if not isinstance(value, (str, NoneType)):
@@ -174,6 +184,10 @@ def _finite_score(path: Path, name: str, score: Any) -> float:
     if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
         raise ValueError(f"{path}: score {name!r} is {score!r}, expected a finite number")
     return float(score)
+
+
+def _check_kept(path: Path, head: Iterable[str], target: Mapping[str, Any]) -> None:
+    check_head_names(path, head, saved_names(target.get("modules_to_save"), target.get("task_type")))
 
 
 def _certificate(path: Path, module: str, values: Sequence[Any]) -> list[float]:

@@ -117,8 +117,8 @@ def merge_tasks(
     """A state with new tasks merged into it; the given one is not changed.
 
     Raises:
-        ValueError: If a task has NaN or infinite weights, the tasks cannot belong to one model, or a module has another
-            shape; naming it.
+        ValueError: If a task has NaN or infinite weights, the tasks cannot belong to one model, or a module has
+            another shape; naming it.
         DriftToleranceError: If the tolerated drift cannot be met.
     """
     for task, info in infos.items():

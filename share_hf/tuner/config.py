@@ -88,7 +88,8 @@ class ShareConfig(PeftConfig):
         layers_pattern (`Union[list[str], str]`, *optional*):
             Name of the `nn.ModuleList` that `layers_to_transform` counts in.
         modules_to_save (`list[str]`, *optional*):
-            Modules, such as a classification head, that are trained as a whole and kept with their task.
+            Modules, such as a classification head, that are trained as a whole and kept with their task; PEFT compares
+            the ends of names. [`ShareTrainer`] and [`ShareCallback`] add those that the base model's checkpoint lacks.
         basis (`Literal["joint", "factor"]`, *optional*, defaults to `"joint"`):
             How a merge chooses the basis: weighing all tasks' updates equally, or from the stacked LoRA factors as in
             the paper.

@@ -21,6 +21,7 @@ from ..format.download import download
 from ..format.files import MAX_JSON_BYTES, expect_tensor, read_tensors
 from ..format.index import INDEX_FILE, ModuleEntry, TreeIndex, check_file, read_index
 from ..format.lora import PEFT_PREFIX, check_head_names
+from ..format.saved_modules import saved_names
 from ..format.task_files import METRICS_FILE, check_task_files, task_folder
 from ..format.tree import check_bases
 from ..state import Phase
@@ -180,7 +181,7 @@ def _check_weights(
             p = rank_in_layer(config.pseudo_rank, modules[module].shape)
             expect_tensor(path, tensors, name, (k_out if side == "out" else k_in, p))
             adapted.add(module)
-    check_head_names(path, head, config.modules_to_save or [])
+    check_head_names(path, head, saved_names(config.modules_to_save, config.task_type))
     return adapted, head
 
 

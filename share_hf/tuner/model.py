@@ -18,9 +18,10 @@ from transformers.utils import logging
 
 from ..format.basis_file import StoredBasis
 from ..format.module_names import without_wrappers
+from ..format.saved_modules import saved_module_of
 from ..subspace import smaller_layers
 from .config import AdapterOrigin, GivenBases, ShareConfig
-from .head import check_head_shapes, check_saved_modules
+from .head import check_apart, check_head
 from .layer import Linear, ShareLayer, offload_hook_of, placeholder_basis
 from .loading import StoredAdapter, stored_adapter
 from .quantization import check_supported, keep_4bit_weights_differentiable
@@ -116,8 +117,9 @@ class ShareModel(BaseTuner):
         if isinstance(peft_config.origin, GivenBases):
             peft_config.origin = None  # the layers have them now; a configuration would keep them alive past a merge
         if (head := self._stored.head) is not None:
-            check_saved_modules(model, peft_config.modules_to_save or [], head, self._stored.modules)
-            check_head_shapes(model, head)
+            check_head(model, peft_config.modules_to_save or [], head)
+            saved = {name for config in self.peft_config.values() for name in config.modules_to_save or []}
+            check_apart({*(self._stored.adapted or ()), *layers}, saved)
         for module_name, layer in layers.items():
             stored = self._stored.bases.get(module_name)
             if stored is not None and not stored.equals(layer.share_basis_out, layer.share_basis_in):
@@ -127,7 +129,13 @@ class ShareModel(BaseTuner):
                 )
 
     def _check_target_module_exists(self, config: ShareConfig, key: str) -> object:
-        """Whether an adapter adapts a module: a stored one those that it has coefficients for, and no others."""
+        """Whether an adapter adapts a module: a stored one those that it has coefficients for, and no others.
+
+        What is kept whole is not adapted. PEFT itself keeps modules by the ends of their names, `pre_classifier` for
+        `classifier`, but leaves them alone by whole parts.
+        """
+        if saved_module_of(f"{without_wrappers(key)}.", config.modules_to_save or []) is not None:
+            return False
         targeted = super()._check_target_module_exists(config, key)
         if self._stored.adapted is None:
             return targeted

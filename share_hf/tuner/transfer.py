@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,18 +17,15 @@ from ..format.base_model import base_name
 from ..format.basis_file import bases_of
 from ..format.lora import PEFT_PREFIX, TARGET_FIELDS
 from ..format.module_names import without_wrappers
+from ..format.saved_modules import saved_names, targets_beside
 from ..format.task_files import share_adapter_config, share_adapter_tensors
 from ..state import SubspaceState, TaskInfo
 from ..subspace import LayerSubspace, LowRankUpdate
 from .config import GivenBases, ShareConfig
-from .head import check_saved_modules
+from .head import check_apart, check_head, saved_tensors, with_labels_of
 from .layer import ShareLayer
 from .model import ShareModel, share_layers
 from .renaming import named_as_in
-
-
-# Bias of a label that a task does not have, in a head padded to the labels of its model.
-NEVER_PREDICTED = -1e4
 
 
 def share_config_for(state: SubspaceState, task: str, *, trainable: bool = False) -> ShareConfig:
@@ -129,8 +126,6 @@ def _check_fits(model: nn.Module, state: SubspaceState, tasks: Sequence[str]) ->
     if isinstance(model, PeftModel) or getattr(model, "peft_config", None):
         raise ValueError("model has adapters already, expected the base model")
     modules = {without_wrappers(name): module for name, module in model.named_modules()}
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    shapes = {name: parameter.shape for name, parameter in parameters.items()}
     for task in tasks:
         for module, layer in state.layers_of(task).items():
             if module not in modules:
@@ -140,49 +135,31 @@ def _check_fits(model: nn.Module, state: SubspaceState, tasks: Sequence[str]) ->
                 raise ValueError(
                     f"{module!r} has shape {(out_features, in_features)}, the subspace expects {layer.shape}"
                 )
-        head = state.tasks[task].head
-        saved = state.tasks[task].target.get("modules_to_save", []) if head else []
-        check_saved_modules(model, saved, head, state.layers_of(task))
-        for name, stored in head.items():
-            missing_labels(task, name, stored, shapes.get(name), head)
-            if parameters[name].is_meta:
-                raise ValueError(
-                    f"{name!r} is offloaded, and task {task!r} has its own, expected it on a device: give it one in "
-                    "device_map"
-                )
-
-
-def missing_labels(
-    task: str, name: str, stored: Tensor, expected: torch.Size | None, head: Mapping[str, Tensor]
-) -> int:
-    """How many labels a task's head lacks, compared to the parameter `name` of the model, of shape `expected`.
-
-    Raises:
-        ValueError: If the model has no such parameter or one for fewer labels, or the head has no bias that could rule
-            the missing labels out.
-    """
-    if expected is None:
-        raise ValueError(f"{name!r} of task {task!r} is not in the model, expected a model with this head")
-    missing = expected[0] - stored.shape[0] if stored.ndim else 0
-    if stored.shape[1:] != expected[1:] or missing < 0 or (missing and f"{name.rpartition('.')[0]}.bias" not in head):
-        raise ValueError(
-            f"{name!r} of task {task!r} has shape {tuple(stored.shape)}, the model's has {tuple(expected)}: load the "
-            f"base model with num_labels={stored.shape[0]}"
-        )
-    return missing
+        if head := state.tasks[task].head:
+            shapes = {name: tuple(tensor.shape) for name, tensor in head.items()}
+            try:
+                check_head(model, _saved_by(state, task), shapes, may_lack_labels=True)
+            except ValueError as error:
+                raise ValueError(f"task {task!r}: {error}") from error
+            for name, tensor in saved_tensors(model, _saved_by(state, task)).items():
+                if tensor.is_meta:
+                    raise ValueError(
+                        f"{name!r} is offloaded, and task {task!r} has its own, expected it on a device: give it one "
+                        "in device_map"
+                    )
+    saved = {name for task in tasks for name in _saved_by(state, task)}
+    check_apart({module for task in tasks for module in state.layers_of(task)}, saved)
 
 
 def _fitting_tensors(model: PeftModel, state: SubspaceState, task: str) -> dict[str, Tensor]:
-    """A task's tensors, its head padded to the labels of the model: PEFT keeps one shape for all tasks' heads."""
-    tensors = share_adapter_tensors(state, task)
-    parameters, head = dict(model.get_base_model().named_parameters()), state.tasks[task].head
-    for name, stored in head.items():
-        module, _, leaf = name.rpartition(".")
-        expected = parameters[f"{module}.modules_to_save.{task}.{leaf}"].shape
-        if missing := missing_labels(task, name, stored, expected, head):
-            padding = stored.new_full((missing, *expected[1:]), NEVER_PREDICTED if leaf == "bias" else 0.0)
-            tensors[f"{PEFT_PREFIX}{name}"] = torch.cat([stored, padding])
-    return tensors
+    """A task's tensors, its head with all labels of the model."""
+    head = with_labels_of(model, _saved_by(state, task), state.tasks[task].head)
+    return share_adapter_tensors(state, task) | {f"{PEFT_PREFIX}{name}": tensor for name, tensor in head.items()}
+
+
+def _saved_by(state: SubspaceState, task: str) -> list[str]:
+    target = state.tasks[task].target
+    return saved_names(target.get("modules_to_save"), target.get("task_type"))
 
 
 def head_of(model: PeftModel, task: str) -> dict[str, Tensor]:
@@ -249,6 +226,8 @@ def target_of(config: ShareConfig) -> dict[str, Any]:
         if isinstance(value, (set, list)):
             # PEFT adds the classifier to `modules_to_save` with every adapter that it is given the configuration of.
             target[name] = sorted(value) if isinstance(value, set) else list(dict.fromkeys(value))
+    if isinstance(modules := target.get("target_modules"), list):
+        target["target_modules"] = targets_beside(modules, target.get("modules_to_save", []))
     return target
 
 

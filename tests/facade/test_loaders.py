@@ -225,20 +225,25 @@ def test_a_model_with_too_few_labels_is_refused_and_left_as_it_was(
 ) -> None:
     subspace = SharedSubspace.from_adapters([save_classifier("four", 4)], pseudo_rank=4, progress=False)
     model = tiny_model("bert")
-    with pytest.raises(ValueError, match=r"'classifier.*of task 'four' has shape \(4.*with num_labels=4"):
+    with pytest.raises(ValueError, match=r"task 'four': 'classifier.* shape \(4.*with num_labels=4"):
         subspace.apply(model)
     assert untouched(model, tiny_model("bert"))
 
 
-def test_a_head_without_a_bias_cannot_be_padded(tiny_model: Callable[[str], PreTrainedModel], tmp_path: Path) -> None:
+def test_a_head_without_a_bias_never_predicts_the_labels_it_lacks(
+    tiny_model: Callable[[str], PreTrainedModel], tmp_path: Path
+) -> None:
     config = {**tiny_model("llama").config.to_dict(), "id2label": None, "label2id": None}
-    small, large = (LlamaForSequenceClassification(LlamaConfig(**{**config, "num_labels": n})) for n in (2, 3))
-    folder = save_adapter(small, tmp_path / "two", lora_config(task_type="SEQ_CLS"), seed=0)
-    subspace = SharedSubspace.from_adapters([folder], pseudo_rank=4, progress=False)
-    with pytest.raises(ValueError, match=r"'score.weight' of task 'two' has shape \(2, 64\).*with num_labels=2"):
-        subspace.apply(large)
-    again = LlamaForSequenceClassification(LlamaConfig(**{**config, "num_labels": 2}))
-    assert list(subspace.apply(again).peft_config) == ["two"]
+    small, large = (LlamaForSequenceClassification(LlamaConfig(**{**config, "num_labels": n})) for n in (2, 5))
+    large.model.load_state_dict(small.model.state_dict())
+    folder = save_adapter(copy.deepcopy(small), tmp_path / "two", lora_config(task_type="SEQ_CLS"), seed=0)
+    ids = torch.randint(3, 64, (200, 6))
+    with torch.no_grad():
+        expected = PeftModel.from_pretrained(small, folder).eval()(input_ids=ids).logits
+        subspace = SharedSubspace.from_adapters([folder], pseudo_rank=4, progress=False)
+        found = subspace.apply(large)(input_ids=ids).logits
+    torch.testing.assert_close(found[:, :2], expected, rtol=0, atol=1e-4)
+    assert torch.equal(found.argmax(-1), found[:, :2].argmax(-1))
 
 
 def test_a_model_without_the_head_is_refused_and_left_as_it_was(

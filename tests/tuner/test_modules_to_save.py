@@ -7,13 +7,29 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import PreTrainedModel
+from transformers import DistilBertConfig, DistilBertForSequenceClassification, PreTrainedModel
 
+from share_hf import SharedSubspace
 from share_hf.tuner import share_layers
+from share_hf.tuner.transfer import state_of
+from tests.trees import edit_tensors
 
-from .cases import BERT, LLAMA, K, P, assert_close, assert_differ, gradients, learn, logits, trainable, with_tasks
+from .cases import (
+    BERT,
+    LLAMA,
+    K,
+    P,
+    assert_close,
+    assert_differ,
+    gradients,
+    learn,
+    logits,
+    snapshot,
+    trainable,
+    with_tasks,
+)
 
 
 WAYS = [{"task_type": "SEQ_CLS"}, {"modules_to_save": ["classifier"]}]
@@ -120,3 +136,105 @@ def test_a_head_of_a_language_model_can_be_trained_as_a_whole(
     loaded = PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "one")
     assert torch.equal(logits(loaded, LLAMA.batch()), logits(model, LLAMA.batch()))
     assert_differ(logits(model, LLAMA.batch()), logits(tiny_model("llama"), LLAMA.batch()))
+
+
+@pytest.fixture
+def with_running_means(tiny_model: Callable[[str], PreTrainedModel]) -> Callable[[], PreTrainedModel]:
+    """A model whose head is a module of modules, with buffers."""
+
+    def build() -> PreTrainedModel:
+        base = tiny_model("bert")
+        torch.manual_seed(0)
+        layers = torch.nn.Linear(64, 16), torch.nn.BatchNorm1d(16), torch.nn.Linear(16, 3)
+        base.classifier = torch.nn.Sequential(*layers)
+        return base.eval()
+
+    return build
+
+
+@each_way
+def test_a_head_of_modules_is_kept_with_its_buffers(
+    way: dict[str, object], with_running_means: Callable[[], PreTrainedModel], tmp_path: Path
+) -> None:
+    model = a_classifier(with_running_means(), "one", "two", way=way)
+    SharedSubspace(state_of(model)).save_pretrained(tmp_path)
+    saved = SharedSubspace.from_pretrained(tmp_path)
+    assert "classifier.1.running_mean" in saved.state.tasks["two"].head
+    applied = saved.apply(with_running_means())
+    loaded = PeftModel.from_pretrained(with_running_means(), tmp_path / "tasks" / "two", adapter_name="two")
+    for task in ("one", "two"):
+        model.set_adapter(task)
+        applied.set_adapter(task)
+        assert_close(logits(applied, BERT.batch()), logits(model, BERT.batch()))
+    assert_close(logits(loaded, BERT.batch()), logits(model, BERT.batch()))
+
+
+@pytest.mark.parametrize("change", ["bias-is-gone", "layer-is-gone", "other-shape", "other-module"])
+def test_a_head_that_is_not_the_models_is_refused_by_name(
+    change: str, with_running_means: Callable[[], PreTrainedModel], tmp_path: Path
+) -> None:
+    a_classifier(with_running_means(), "one", way=WAYS[1]).save_pretrained(tmp_path)
+    prefix = "base_model.model.classifier"
+
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        if change == "bias-is-gone":
+            del tensors[f"{prefix}.2.bias"]
+        elif change == "layer-is-gone":
+            for name in [name for name in tensors if name.startswith(f"{prefix}.1.")]:
+                del tensors[name]
+        elif change == "other-shape":
+            tensors[f"{prefix}.1.weight"] = tensors[f"{prefix}.1.weight"][:8].clone()
+        else:
+            tensors[f"{prefix}.3.weight"] = torch.ones(3, 3)
+
+    edit_tensors(tmp_path / "one" / "adapter_model.safetensors", edit)
+    base = with_running_means()
+    before = snapshot(base)
+    with pytest.raises(
+        ValueError, match=r"'classifier\.[123]\.\w+' is(?! unexpected)|its 'classifier\.[12]\.\w+' is not"
+    ):
+        PeftModel.from_pretrained(base, tmp_path / "one")
+    assert snapshot(base) == before
+
+
+def test_a_module_is_kept_whole_or_adapted_and_never_both_by_two_tasks(
+    tiny_model: Callable[[str], PreTrainedModel], tmp_path: Path
+) -> None:
+    ways = {"adapts": {"target_modules": ["q_proj", "lm_head"]}, "keeps": {"modules_to_save": ["lm_head"]}}
+    folders = {}
+    for task, way in ways.items():
+        model = get_peft_model(
+            tiny_model("llama"), LoraConfig(**{"target_modules": ["q_proj"], "init_lora_weights": False, **way})
+        )
+        folders[task] = tmp_path / task
+        model.save_pretrained(folders[task], save_embedding_layers=False)
+    subspace = SharedSubspace.from_adapters(folders, num_components=K, pseudo_rank=P, progress=False)
+    subspace.save_pretrained(tmp_path / "tree")
+    base = tiny_model("llama")
+    before = snapshot(base)
+    with pytest.raises(ValueError, match="modules_to_save has 'lm_head', but 'lm_head' is adapted too"):
+        subspace.apply(base)
+    assert snapshot(base) == before
+    for task in ways:
+        alone = subspace.apply(tiny_model("llama"), [task])
+        plain = PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "tree" / "tasks" / task)
+        assert_close(logits(plain, LLAMA.batch()), logits(alone, LLAMA.batch()))
+
+
+def test_a_head_takes_modules_along_whose_names_end_alike(tmp_path: Path) -> None:
+    def build() -> DistilBertForSequenceClassification:
+        torch.manual_seed(0)
+        sizes = dict(vocab_size=64, dim=32, hidden_dim=48, n_layers=1, n_heads=2, max_position_embeddings=32)
+        return DistilBertForSequenceClassification(DistilBertConfig(**sizes, num_labels=3)).eval()
+
+    config = BERT.config(target_modules="all-linear", task_type="SEQ_CLS")
+    model = get_peft_model(build(), config, adapter_name="one")
+    assert not any("classifier" in name for name in share_layers(model))
+    learn(model, BERT.batch(), steps=3)
+    subspace = SharedSubspace(state_of(model))
+    subspace.export_lora("one", tmp_path / "lora")
+    assert set(subspace.state.tasks["one"].head) == {
+        f"{module}.{leaf}" for module in ("pre_classifier", "classifier") for leaf in ("weight", "bias")
+    }
+    for loaded in (subspace.apply(build()), PeftModel.from_pretrained(build(), tmp_path / "lora").eval()):
+        assert_close(logits(loaded, BERT.batch()), logits(model, BERT.batch()))
