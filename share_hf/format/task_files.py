@@ -1,7 +1,7 @@
 """The folder of one task in a tree: its coefficients and head as a SHARE adapter, and what is known of it.
 
 adapter_config.json         peft_type SHARE
-adapter_model.safetensors   the task's coefficients and head
+adapter_model.safetensors   the task's coefficients, fingerprints of the bases that they belong to, and its head
 metrics.json                scores, the norm and drift of each layer, which merges need, checksums of the others
 """
 
@@ -14,6 +14,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
+import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
@@ -26,6 +27,9 @@ from .lora import PEFT_PREFIX, adapter_files, check_head_names, read_target
 
 METRICS_FILE = "metrics.json"
 TASKS_FOLDER = "tasks"
+
+# After the name of a module, the tensor that says which basis the coefficients there belong to.
+FINGERPRINT = "share_fingerprint"
 
 # What a task's metrics hold of each layer, in this order.
 CERTIFICATE_COLUMNS = ("norm", "rank_error", "drift_bound", "drift_estimate")
@@ -40,13 +44,14 @@ def task_folder(task: str) -> str:
     return f"{TASKS_FOLDER}/{task}"
 
 
-def share_adapter_tensors(state: SubspaceState, task: str) -> dict[str, Tensor]:
-    """A task's coefficients and head under the names that PEFT saves and loads them by."""
+def share_adapter_tensors(state: SubspaceState, task: str, bases: Mapping[str, StoredBasis]) -> dict[str, Tensor]:
+    """A task's coefficients, the fingerprints of their bases and its head, as PEFT saves and loads them."""
     tensors = {f"{PEFT_PREFIX}{name}": tensor for name, tensor in state.tasks[task].head.items()}
     for module, layer in state.layers_of(task).items():
         coefficients_out, coefficients_in = layer.coefficients_of(task)
         tensors[f"{PEFT_PREFIX}{module}.share_coefficients_out"] = coefficients_out
         tensors[f"{PEFT_PREFIX}{module}.share_coefficients_in"] = coefficients_in
+        tensors[f"{PEFT_PREFIX}{module}.{FINGERPRINT}"] = bases[module].fingerprint
     return tensors
 
 
@@ -63,9 +68,9 @@ def share_adapter_config(state: SubspaceState, task: str) -> dict[str, Any]:
     }
 
 
-def task_files(state: SubspaceState, task: str) -> dict[str, bytes]:
-    """The files of a task by name."""
-    files = adapter_files(share_adapter_config(state, task), share_adapter_tensors(state, task))
+def task_files(state: SubspaceState, task: str, bases: Mapping[str, StoredBasis]) -> dict[str, bytes]:
+    """The files of a task by name; `bases` are those of the subspace."""
+    files = adapter_files(share_adapter_config(state, task), share_adapter_tensors(state, task, bases))
     info = state.tasks[task]
     certificate = {module: layer.records.rows[layer.index(task)] for module, layer in state.layers_of(task).items()}
     content = {
@@ -119,6 +124,10 @@ def read_task(
                 raise ValueError(f"{metrics_path}: {module!r} is not in {SUBSPACE_FILE}, expected one of its modules")
             prefix = f"{PEFT_PREFIX}{module}.share_coefficients"
             coefficients |= {f"{prefix}_out", f"{prefix}_in"}
+            if index.has_fingerprints:
+                fingerprint = f"{PEFT_PREFIX}{module}.{FINGERPRINT}"
+                coefficients.add(fingerprint)
+                check_fingerprint(weights_path, tensors.get(fingerprint), fingerprint, bases[module])
             k_out, k_in = index.modules[module].num_components
             p = index.settings.pseudo_rank
             stored[module] = (
@@ -142,6 +151,21 @@ def read_task(
         )
     check_task_files(folder, index, task)
     return info, stored
+
+
+def check_fingerprint(path: Path, found: Tensor | None, name: str, basis: StoredBasis) -> None:
+    """Compare the fingerprint of this name in a file of coefficients with the basis that is beside it.
+
+    Raises:
+        ValueError: If it is missing or of another basis.
+    """
+    expected = basis.fingerprint
+    if found is None or not torch.equal(found.float(), expected.float()):
+        value = "missing" if found is None else found.tolist()
+        raise ValueError(
+            f"{path}: {name!r} is {value}, expected {expected.tolist()}: the coefficients do not belong to the basis "
+            f"in {SUBSPACE_FILE}, such as after another model was saved there"
+        )
 
 
 def _task_info(

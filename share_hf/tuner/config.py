@@ -103,6 +103,9 @@ class ShareConfig(PeftConfig):
         origin (`AdapterOrigin` or `GivenBases`, *optional*):
             Where the basis of the adapter comes from; None for a fresh configuration. No field, so it is never saved.
             The model that takes the adapter reads it, and lets go of bases that were given.
+        fingerprints (`Mapping[str, torch.Tensor]`, *optional*):
+            By module, the fingerprint of the basis that the coefficients to come belong to, if they are in memory. No
+            field either; the model that takes the adapter compares them with its bases.
 
     Raises:
         ValueError: If a value is out of range, or two contradict each other.
@@ -151,6 +154,7 @@ class ShareConfig(PeftConfig):
     )
 
     origin = None
+    fingerprints = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

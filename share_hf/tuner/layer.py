@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils import quantization_extra_repr
 from peft.utils.other import transpose
 from torch import Tensor, nn
 
-from ..format.basis_file import BasisFile
+from ..format.basis_file import BasisFile, fingerprint_of
 from ..state import Phase
 from ..subspace import LowRankUpdate
 from .config import ShareConfig
@@ -50,6 +51,16 @@ class _FoldedFactors:
         )
 
 
+class _Fingerprints(BufferDict):
+    """By task, the fingerprint of the basis that its coefficients belong to, in state dicts beside them."""
+
+    def __init__(self) -> None:
+        super().__init__(persistent=True)
+
+    def __setitem__(self, task: str, fingerprint: Tensor) -> None:
+        self._buffers[task] = fingerprint  # `register_buffer` refuses names that a task may have
+
+
 class ShareLayer(BaseTunerLayer):
     """
     The shared basis of a layer and, by task, what the task trains.
@@ -64,6 +75,7 @@ class ShareLayer(BaseTunerLayer):
         share_coefficients_in: By task, (k_in, p) or (φ, p).
         share_temporary_out: By task in the adapt phase (n, φ), in the init phase (n, p).
         share_temporary_in: By task, (d, φ) or (d, p).
+        share_fingerprint: By task with coefficients in the basis, (8,) uint8, that of the basis.
         basis_file: The `subspace.safetensors` that the basis was read from; None if it is from elsewhere.
 
     In eval mode, the factors that a forward folds are kept for the last `FOLDED_TASKS` tasks that were used.
@@ -75,7 +87,7 @@ class ShareLayer(BaseTunerLayer):
         "share_temporary_out",
         "share_temporary_in",
     )
-    other_param_names = ()
+    other_param_names = ("share_fingerprint",)
 
     def __init__(self, base_layer: nn.Module, basis_out: Tensor, basis_in: Tensor, **kwargs: Any) -> None:
         self.base_layer = base_layer
@@ -85,6 +97,7 @@ class ShareLayer(BaseTunerLayer):
         self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
+        self.share_fingerprint = _Fingerprints()
         self.register_buffer("share_basis_out", None, persistent=False)
         self.register_buffer("share_basis_in", None, persistent=False)
         self.fan_in_fan_out = False
@@ -95,7 +108,8 @@ class ShareLayer(BaseTunerLayer):
         self.set_basis(basis_out, basis_in)
 
     def set_basis(self, basis_out: Tensor, basis_in: Tensor) -> None:
-        """Replace the basis, (n, k_out) and (d, k_in). The coefficients of the tasks are not touched."""
+        """Replace the basis, (n, k_out) and (d, k_in). The coefficients of the tasks are not touched: they are taken
+        to be meant in this basis, or to be replaced next."""
         if self.merged:
             raise ValueError("the basis cannot change while adapters are merged, call unmerge_adapter() first")
         for name, basis, features in (
@@ -111,6 +125,42 @@ class ShareLayer(BaseTunerLayer):
         self.share_basis_in = basis_in.detach().to(device, torch.float32)
         self.basis_file = None
         self._folded.clear()
+        self._fingerprint = fingerprint_of(basis_out, basis_in)
+        for task in self.share_fingerprint:
+            self._mark(task)
+
+    def _mark(self, task: str) -> None:
+        # A tensor for each task: safetensors refuses what shares memory.
+        self.share_fingerprint[task] = self._fingerprint.clone().to(self.share_basis_out.device)
+
+    def check_fingerprints(self, state_dict: Mapping[str, Tensor], prefix: str) -> None:
+        """Refuse coefficients that belong to another basis than the one that the layer has.
+
+        Args:
+            state_dict: What is about to be loaded.
+            prefix: What precedes the names of this layer's tensors there.
+
+        Raises:
+            ValueError: Naming the task, the fingerprint that was found and the one that was expected.
+        """
+        for task in self.share_fingerprint:
+            sides = [f"{prefix}share_coefficients_{side}.{task}" for side in ("out", "in")]
+            if any(side in state_dict for side in sides):
+                found = state_dict.get(f"{prefix}share_fingerprint.{task}")
+                self.check_fingerprint(found, f"{prefix}share_fingerprint.{task}")
+
+    def check_fingerprint(self, found: Tensor | None, name: str) -> None:
+        """Refuse coefficients whose fingerprint, of this name, is another than that of the layer's basis."""
+        # Rounded: an average of equal ones, such as an EMA of all tensors, is the same but for rounding.
+        if found is not None and torch.equal(found.cpu().float().round(), self._fingerprint.float()):
+            return
+        value = "missing" if found is None else found.tolist()
+        raise ValueError(
+            f"{name!r} is {value}, expected {self._fingerprint.tolist()}: the coefficients belong to another basis "
+            "than the model has, or do not say to which. Load them with their basis, from their folder or repository, "
+            "by PeftModel.from_pretrained, load_adapter or SharedSubspace.from_pretrained; bring a task of another "
+            "subspace in as a LoRA, by SharedSubspace.export_lora there and add_adapters here"
+        )
 
     @property
     def tasks(self) -> list[str]:
@@ -140,6 +190,7 @@ class ShareLayer(BaseTunerLayer):
             self._set(adapter_name, "coefficients", torch.randn(phi, p) * std, torch.randn(phi, p) * std)
         else:
             self._set(adapter_name, "coefficients", torch.zeros(k_out, p), torch.randn(k_in, p) * std)
+            self._mark(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def set_coefficients(self, task: str, coefficients_out: Tensor, coefficients_in: Tensor) -> None:
@@ -150,6 +201,7 @@ class ShareLayer(BaseTunerLayer):
             if task in getattr(self, name):
                 del getattr(self, name)[task]
         self._set(task, "coefficients", coefficients_out, coefficients_in)
+        self._mark(task)
 
     def delete_adapter(self, adapter_name: str) -> None:
         self._folded.pop(adapter_name, None)
@@ -287,6 +339,10 @@ class Linear(nn.Module, ShareLayer):
             for kept, moved in zip(basis, (self.share_basis_out, self.share_basis_in), strict=True)
         )
         return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
+        self.check_fingerprints(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The task's update in the layout and device of the base weight, float32."""

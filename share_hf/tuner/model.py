@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features, onload_layer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -16,11 +17,18 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..format.basis_file import StoredBasis
-from .config import GivenBases, ShareConfig
+from ..format.task_files import FINGERPRINT
+from .config import AdapterOrigin, GivenBases, ShareConfig
 from .head import check_head_shapes, check_saved_modules
 from .layer import Linear, ShareLayer, placeholder_basis
 from .loading import StoredAdapter, stored_adapter
 from .quantization import check_supported, keep_4bit_weights_differentiable
+
+
+_OTHER_BASIS = (
+    "the stored basis of {!r} is not the one the model has, expected tasks of one subspace; merge the two subspaces, "
+    "or export the task as a LoRA and add it"
+)
 
 
 class ShareModel(BaseTuner):
@@ -61,12 +69,7 @@ class ShareModel(BaseTuner):
         if not name or "." in name or hasattr(nn.ParameterDict, name) or hasattr(nn.ParameterDict(), name):
             raise ValueError(f"adapter name {name!r} cannot be a key of torch.nn.ParameterDict, expected another name")
         for other_name, other in self.peft_config.items():
-            for field in ("num_components", "pseudo_rank"):
-                if getattr(other, field) != getattr(config, field):
-                    raise ValueError(
-                        f"{field} of adapter {name!r} is {getattr(config, field)}, expected "
-                        f"{getattr(other, field)} as adapter {other_name!r} has: they share one subspace"
-                    )
+            _check_same_dimensions(config, f"adapter {name!r}", other, f"adapter {other_name!r}")
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter to the model; one that does not fit raises, and leaves the model as it was."""
@@ -101,10 +104,7 @@ class ShareModel(BaseTuner):
         for module_name, layer in layers.items():
             stored = self._stored.bases.get(module_name)
             if stored is not None and not stored.equals(layer.share_basis_out, layer.share_basis_in):
-                raise ValueError(
-                    f"the stored basis of {module_name!r} is not the one the model has, expected tasks of one "
-                    "subspace; merge the two subspaces, or export the task as a LoRA and add it"
-                )
+                raise ValueError(_OTHER_BASIS.format(module_name))
 
     def _create_and_replace(
         self,
@@ -120,7 +120,10 @@ class ShareModel(BaseTuner):
             raise ValueError(
                 f"the stored subspace has no basis for {current_key!r}, it has {len(self._stored.modules)}"
             )
+        fingerprint = self._stored.fingerprints.get(current_key)
         if isinstance(target, ShareLayer):
+            if fingerprint is not None:
+                target.check_fingerprint(fingerprint, f"{current_key}.{FINGERPRINT}")
             target.update_layer(adapter_name, peft_config, inference_mode=peft_config.inference_mode)
             return
         base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
@@ -130,6 +133,8 @@ class ShareModel(BaseTuner):
         new_module = Linear(
             target, adapter_name, peft_config, basis_out, basis_in, **get_quantization_kwargs(self.model)
         )
+        if fingerprint is not None:
+            new_module.check_fingerprint(fingerprint, f"{current_key}.{FINGERPRINT}")
         new_module.basis_file = self._stored.basis_file
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
@@ -160,6 +165,50 @@ class ShareModel(BaseTuner):
             super()._replace_module(parent, child_name, new_module, child)
         else:  # unloaded: complete as it is, and PEFT would look for a `weight`, which HQQ's and GPTQ's layers lack
             setattr(parent, child_name, new_module)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Refuse coefficients of another basis in any layer before any layer has been loaded."""
+        for name, layer in share_layers(self.model).items():
+            layer.check_fingerprints(state_dict, f"{prefix}model.{name}.")
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model: nn.Module, adapter_name: str, **kwargs: Any) -> dict[str, Tensor]:
+        """The weights of an adapter. Where an engine gathered parameters alone, the fingerprints come from here."""
+        selected = super()._get_adapter_state_dict(model=model, adapter_name=adapter_name, **kwargs)
+        for name, module in model.named_modules():
+            if isinstance(module, ShareLayer) and adapter_name in module.share_fingerprint:
+                name = name.replace("_fsdp_wrapped_module.", "")
+                if f"{name}.share_coefficients_out.{adapter_name}" in selected:
+                    fingerprint = module.share_fingerprint[adapter_name]
+                    selected.setdefault(f"{name}.{FINGERPRINT}.{adapter_name}", fingerprint)
+        return selected
+
+    def take_basis(self, adapter_name: str, origin: AdapterOrigin) -> None:
+        """Make the model's bases those of an adapter that is to be loaded in place of one that is there.
+
+        Raises:
+            ValueError: If they are not those that the model has, and other adapters need these, or have other sizes.
+        """
+        config = PeftConfig.from_pretrained(origin.location, subfolder=origin.subfolder, **origin.download_options)
+        if not isinstance(config, ShareConfig):
+            raise ValueError(f"{origin.folder}: is {config.peft_type}, expected SHARE as adapter {adapter_name!r} is")
+        layers = share_layers(self.model)
+        stored = stored_adapter(config, {name: layer.basis_file for name, layer in layers.items()})
+        _check_same_dimensions(config, f"{origin.folder}", self.peft_config[adapter_name], f"adapter {adapter_name!r}")
+        others = [layer for layer in layers.values() if set(layer.tasks) - {adapter_name}]
+        changed = {
+            name: basis
+            for name, basis in stored.bases.items()
+            if name in layers and not basis.equals(layers[name].share_basis_out, layers[name].share_basis_in)
+        }
+        for name, basis in changed.items():
+            sizes = layers[name].share_basis_out.shape[1], layers[name].share_basis_in.shape[1]
+            if others or basis.num_components != sizes:
+                raise ValueError(_OTHER_BASIS.format(name))
+        for name, basis in changed.items():
+            layers[name].set_basis(basis.beta, basis.alpha)
+            layers[name].basis_file = stored.basis_file
 
     def _check_merge_allowed(self) -> None:
         """Refuse to merge into layers that cannot be dequantized, before any layer has been merged."""
@@ -230,6 +279,15 @@ def stored_bases(model: nn.Module) -> dict[str, StoredBasis]:
         )
         for name, layer in share_layers(model).items()
     }
+
+
+def _check_same_dimensions(config: ShareConfig, name: str, other: ShareConfig, other_name: str) -> None:
+    for field in ("num_components", "pseudo_rank"):
+        if getattr(other, field) != getattr(config, field):
+            raise ValueError(
+                f"{field} of {name} is {getattr(config, field)}, expected {getattr(other, field)} as {other_name} "
+                "has: they share one subspace"
+            )
 
 
 def _pass_adapter_names(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import inspect
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,13 +16,14 @@ from peft import PeftConfig, PeftModel, peft_model
 from peft import utils as peft_utils
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, hotswap, save_and_load
+from torch import nn
 from transformers import PreTrainedModel
 
-from ..format.basis_file import SUBSPACE_FILE, StoredBasis, basis_tensors
+from ..format.basis_file import SUBSPACE_FILE, StoredBasis, basis_tensors, fingerprint_of_all
 from ..format.files import FolderWriter, tensor_bytes
 from ..format.index import INDEX_FILE, ModuleEntry, TreeIndex, index_bytes
 from .config import SHARE, ShareConfig
-from .loading import remember_origins
+from .loading import fingerprints_of, origin_of, remember_origins, with_fingerprints
 from .model import ShareModel, stored_bases
 
 
@@ -35,7 +38,10 @@ def register() -> None:
     _save_basis_with(PeftModel)
     _save_basis_with(PreTrainedModel)
     _advise_on_plain_adapters()
-    _find_subfolders_offline()
+    _load_bases_with_given_configs()
+    _load_bases_with_adapters_that_are_there()
+    _check_coefficients_of_transformers()
+    _prepare_weights()
 
 
 def _save_basis_with(model_class: type[PeftModel] | type[PreTrainedModel]) -> None:
@@ -71,12 +77,67 @@ def _advise_on_plain_adapters() -> None:
     PeftModel.add_adapter = add_adapter
 
 
-def _find_subfolders_offline() -> None:
-    """Let PEFT find weights in a subfolder of a cached repository: offline, it looks for the folder in itself."""
+def _load_bases_with_given_configs() -> None:
+    """Let `PeftModel.from_pretrained(config=…)` read the basis where it reads the coefficients."""
+    original = PeftModel.from_pretrained.__func__
+
+    @functools.wraps(original)
+    def from_pretrained(
+        cls: type[PeftModel], model: nn.Module, model_id: str | os.PathLike, *args: Any, **kwargs: Any
+    ) -> PeftModel:
+        call = inspect.signature(original).bind(cls, model, model_id, *args, **kwargs)
+        if isinstance(config := call.arguments.get("config"), ShareConfig):
+            call.arguments["config"] = copy.copy(config)
+            call.arguments["config"].origin = origin_of(model_id, call.arguments.get("kwargs", {}))
+        return original(*call.args, **call.kwargs)
+
+    PeftModel.from_pretrained = classmethod(from_pretrained)
+
+
+def _load_bases_with_adapters_that_are_there() -> None:
+    """Let `PeftModel.load_adapter` read the basis too where it only reads weights: under a name that is there."""
+    original = PeftModel.load_adapter
+
+    @functools.wraps(original)
+    def load_adapter(
+        self: PeftModel, model_id: str | os.PathLike, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> Any:
+        if isinstance(self.peft_config.get(adapter_name), ShareConfig):
+            self.base_model.take_basis(adapter_name, origin_of(model_id, kwargs))
+        return original(self, model_id, adapter_name, *args, **kwargs)
+
+    PeftModel.load_adapter = load_adapter
+
+
+def _check_coefficients_of_transformers() -> None:
+    """Let transformers' `load_adapter` compare coefficients in memory with the bases, and find those beside files."""
+    original = PreTrainedModel.load_adapter
+
+    @functools.wraps(original)
+    def load_adapter(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        call = inspect.signature(original).bind(self, *args, **kwargs)
+        if isinstance(config := call.arguments.get("peft_config"), ShareConfig):
+            config = call.arguments["peft_config"] = copy.copy(config)
+            if (weights := call.arguments.get("adapter_state_dict")) is not None:
+                config.fingerprints = fingerprints_of(weights)
+            elif (location := call.arguments.get("peft_model_id")) is not None:
+                options = {**call.arguments.get("kwargs", {}), **(call.arguments.get("adapter_kwargs") or {})}
+                config.origin = origin_of(location, options)
+        return original(*call.args, **call.kwargs)
+
+    PreTrainedModel.load_adapter = load_adapter
+
+
+def _prepare_weights() -> None:
+    """Let PEFT find weights in a subfolder of a cached repository, and know the basis of old ones.
+
+    Offline, it looks for a subfolder in itself.
+    """
     original = save_and_load.load_peft_weights
 
     @functools.wraps(original)
     def load_peft_weights(model_id: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        origin = origin_of(model_id, kwargs)
         subfolder = kwargs.get("subfolder")
         if subfolder is not None and constants.HF_HUB_OFFLINE and not Path(model_id).is_dir():
             names = ("revision", "cache_dir", "repo_type")
@@ -84,7 +145,7 @@ def _find_subfolders_offline() -> None:
             kwargs.pop("subfolder")
             weights = hf_hub_download(model_id, f"{subfolder}/{SAFETENSORS_WEIGHTS_NAME}", **options)
             model_id = str(Path(weights).parent)
-        return original(model_id, *args, **kwargs)
+        return with_fingerprints(original(model_id, *args, **kwargs), origin)
 
     for module in (save_and_load, peft_model, hotswap, peft_utils, peft):
         module.load_peft_weights = load_peft_weights
@@ -100,5 +161,6 @@ def _write_bases(folder: Path, bases: Mapping[str, StoredBasis], config: ShareCo
         modules={name: ModuleEntry(basis.shape, basis.num_components) for name, basis in bases.items()},
         tasks=(),
         sha256=dict(writer.sha256),
+        fingerprint=fingerprint_of_all(bases),
     )
     writer.put(INDEX_FILE, index_bytes(index))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..format.basis_file import bases_of
 from ..format.lora import PEFT_PREFIX, TARGET_FIELDS
-from ..format.task_files import share_adapter_config, share_adapter_tensors
+from ..format.task_files import share_adapter_config
 from ..state import SubspaceState, TaskInfo
 from ..subspace import LayerSubspace, LowRankUpdate
 from .config import GivenBases, ShareConfig
@@ -96,7 +96,7 @@ def load_tasks(
     for task in wanted:
         head = state.tasks[task].head
         if head and not (task in known and held.tasks[task].head is head):
-            set_peft_model_state_dict(model, _fitting_tensors(model, state, task), adapter_name=task)
+            set_peft_model_state_dict(model, _fitting_head(model, state, task), adapter_name=task)
 
 
 def load_bases(model: PeftModel, state: SubspaceState, *, held: SubspaceState | None = None) -> None:
@@ -153,10 +153,10 @@ def missing_labels(
     return missing
 
 
-def _fitting_tensors(model: PeftModel, state: SubspaceState, task: str) -> dict[str, Tensor]:
-    """A task's tensors, its head padded to the labels of the model: PEFT keeps one shape for all tasks' heads."""
-    tensors = share_adapter_tensors(state, task)
+def _fitting_head(model: PeftModel, state: SubspaceState, task: str) -> dict[str, Tensor]:
+    """A task's head, padded to the labels of the model: PEFT keeps one shape for all tasks' heads."""
     parameters, head = dict(model.get_base_model().named_parameters()), state.tasks[task].head
+    tensors = {f"{PEFT_PREFIX}{name}": stored for name, stored in head.items()}
     for name, stored in head.items():
         module, _, leaf = name.rpartition(".")
         expected = parameters[f"{module}.modules_to_save.{task}.{leaf}"].shape

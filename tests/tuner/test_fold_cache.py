@@ -127,15 +127,21 @@ def replace_data(model: PeftModel) -> None:
             parameter.data = torch.randn(parameter.shape) * 0.3
 
 
+def scaled_coefficients(model: PeftModel, factor: float) -> dict[str, Tensor]:
+    """The coefficients of a model's tasks times a factor, and the fingerprints of their bases as they are."""
+    return {
+        name: factor * tensor if ".share_coefficients_" in name else tensor
+        for name, tensor in model.state_dict().items()
+        if ".share_" in name
+    }
+
+
 def load_a_state_dict(model: PeftModel) -> None:
-    model.load_state_dict(
-        {name: 0.5 * tensor for name, tensor in model.state_dict().items() if ".share_" in name}, False
-    )
+    model.load_state_dict(scaled_coefficients(model, 0.5), strict=False)
 
 
 def load_a_state_dict_by_assignment(model: PeftModel) -> None:
-    state = {name: -0.5 * tensor for name, tensor in model.state_dict().items() if ".share_" in name}
-    model.load_state_dict(state, strict=False, assign=True)
+    model.load_state_dict(scaled_coefficients(model, -0.5), strict=False, assign=True)
 
 
 def set_another_basis(model: PeftModel) -> None:
@@ -238,8 +244,7 @@ def test_parameters_made_in_inference_mode_are_folded_every_time(
     model: PeftModel, tiny_model: Callable[[str], PreTrainedModel]
 ) -> None:
     with torch.inference_mode():
-        set_by_assignment = {name: 0.5 * tensor for name, tensor in model.state_dict().items() if ".share_" in name}
-        model.load_state_dict(set_by_assignment, strict=False, assign=True)
+        model.load_state_dict(scaled_coefficients(model, 0.5), strict=False, assign=True)
         logits(model, LLAMA.batch())
         for parameter in task_parameters(model, "one").values():
             assert parameter.is_inference()
