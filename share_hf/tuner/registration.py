@@ -6,7 +6,6 @@ import copy
 import functools
 import inspect
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,10 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, hotswap, save_and_load
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..format.basis_file import SUBSPACE_FILE, StoredBasis, basis_tensors, fingerprint_of_all
-from ..format.files import FolderWriter, tensor_bytes
-from ..format.index import INDEX_FILE, ModuleEntry, TreeIndex, index_bytes
 from .config import SHARE, ShareConfig
 from .loading import fingerprints_of, origin_of, remember_origins, with_fingerprints
 from .model import ShareModel, stored_bases
+from .saving import check_no_tree, check_same_bases, write_bases
 
 
 def register() -> None:
@@ -45,16 +42,26 @@ def register() -> None:
 
 
 def _save_basis_with(model_class: type[PeftModel] | type[PreTrainedModel]) -> None:
-    """Let `save_pretrained` write the basis once, at the top of the folder, whatever adapters it saves there."""
+    """Let `save_pretrained` write the basis once, at the top of the folder, whatever adapters it saves there.
+
+    It does not write into the tree of a subspace.
+    """
     original = model_class.save_pretrained
 
     @functools.wraps(original)
     def save_pretrained(
         self: PeftModel | PreTrainedModel, save_directory: str | os.PathLike, *args: Any, **kwargs: Any
     ) -> Any:
+        call = inspect.signature(original).bind(self, save_directory, *args, **kwargs)
+        folder, adapters = Path(save_directory), getattr(self, "peft_config", {})
+        bases = stored_bases(self)
+        if adapters:
+            check_no_tree(folder)
+        if bases:
+            check_same_bases(folder, bases, call.arguments.get("selected_adapters") or adapters)
         result = original(self, save_directory, *args, **kwargs)
-        if kwargs.get("is_main_process", True) and (bases := stored_bases(self)):
-            _write_bases(Path(save_directory), bases, next(iter(self.peft_config.values())))
+        if bases and call.arguments.get("is_main_process", True):
+            write_bases(folder, bases, next(iter(adapters.values())))
         return result
 
     model_class.save_pretrained = save_pretrained
@@ -149,18 +156,3 @@ def _prepare_weights() -> None:
 
     for module in (save_and_load, peft_model, hotswap, peft_utils, peft):
         module.load_peft_weights = load_peft_weights
-
-
-def _write_bases(folder: Path, bases: Mapping[str, StoredBasis], config: ShareConfig) -> None:
-    writer = FolderWriter(folder)
-    writer.put(SUBSPACE_FILE, tensor_bytes(basis_tensors(bases)))
-    index = TreeIndex(
-        kind="checkpoint",
-        base_model_name_or_path=config.base_model_name_or_path,
-        settings=config.subspace_settings(),
-        modules={name: ModuleEntry(basis.shape, basis.num_components) for name, basis in bases.items()},
-        tasks=(),
-        sha256=dict(writer.sha256),
-        fingerprint=fingerprint_of_all(bases),
-    )
-    writer.put(INDEX_FILE, index_bytes(index))
