@@ -21,34 +21,8 @@ from ..format.basis_file import BasisFile, fingerprint_of
 from ..state import Phase
 from ..subspace import LowRankUpdate
 from .config import ShareConfig
+from .folding import FOLDED_TASKS, FoldedFactors
 from .quantization import quantization_backend_of
-
-
-# How many tasks' folded factors a layer keeps. At rank 8 and 4096 x 4096 they take 128 kB each in bfloat16.
-FOLDED_TASKS = 8
-
-
-class _FoldedFactors:
-    """A task's folded factors, and the parameters they were formed from.
-
-    The parameters and their storage are held, so that no other tensor can take their identity or address.
-    """
-
-    def __init__(self, factors: tuple[Tensor, Tensor], dtype: torch.dtype, sources: list[Tensor]) -> None:
-        self.factors = factors
-        self._dtype = dtype
-        self._sources = [(source, source.detach(), source._version) for source in sources]
-
-    def is_of(self, sources: list[Tensor], dtype: torch.dtype) -> bool:
-        """Whether these are the parameters as they were then; in-place changes count up a tensor's version."""
-        return (
-            dtype == self._dtype
-            and len(sources) == len(self._sources)
-            and all(
-                source is held and source.data_ptr() == storage.data_ptr() and source._version == version
-                for source, (held, storage, version) in zip(sources, self._sources, strict=True)
-            )
-        )
 
 
 class _Fingerprints(BufferDict):
@@ -102,7 +76,7 @@ class ShareLayer(BaseTunerLayer):
         self.register_buffer("share_basis_in", None, persistent=False)
         self.fan_in_fan_out = False
         self.basis_file: BasisFile | None = None
-        self._folded: dict[str, _FoldedFactors] = {}
+        self._folded: dict[str, FoldedFactors] = {}
         self._disable_adapters = False
         self.merged_adapters = []
         self.set_basis(basis_out, basis_in)
@@ -253,18 +227,19 @@ class ShareLayer(BaseTunerLayer):
 
     def _folded_factors(self, task: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The task's factors A (p, d) and B (n, p) in the forward's dtype; in eval, kept while nothing changes."""
-        sources = [getattr(self, name)[task] for name in self.adapter_layer_names if task in getattr(self, name)]
-        cacheable = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
-        # The tensors of an inference mode count no versions.
-        cacheable = cacheable and not any(tensor.is_inference() for tensor in sources)
-        kept = self._folded.pop(task, None) if cacheable else None
-        if kept is not None and kept.is_of(sources, dtype):
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            update = self.factors(task)
+            return update.in_factor.T.to(dtype), update.out_factor.to(dtype)
+        parameters = [getattr(self, name)[task] for name in self.adapter_layer_names if task in getattr(self, name)]
+        bases = [self.share_basis_out, self.share_basis_in]
+        kept = self._folded.pop(task, None)
+        if kept is not None and kept.is_of(parameters, bases, dtype):
             self._folded[task] = kept  # as the last that was used
             return kept.factors
         update = self.factors(task)
         factors = update.in_factor.T.to(dtype), update.out_factor.to(dtype)
-        if cacheable:
-            self._folded[task] = _FoldedFactors(factors, dtype, sources)
+        if FoldedFactors.may_keep(parameters, bases):
+            self._folded[task] = FoldedFactors(factors, dtype, parameters, bases)
             if len(self._folded) > FOLDED_TASKS:
                 del self._folded[next(iter(self._folded))]
         return factors
@@ -324,7 +299,7 @@ class Linear(nn.Module, ShareLayer):
         self.update_layer(adapter_name, config, inference_mode=config.inference_mode)
 
     def train(self, mode: bool = True) -> Linear:
-        # Some optimizers write parameters behind autograd's back, so nothing folded outlives a change of mode.
+        # What is written behind autograd's back is not always noticed, so nothing folded outlives a change of mode.
         self._folded.clear()
         return super().train(mode)
 
