@@ -19,11 +19,17 @@ PHASES = (Phase.COEFFICIENTS, Phase.ADAPT, Phase.INIT)
 
 
 class ShareType(str):
-    """The PEFT type of this tuner: a plain string with the `value` that transformers reads from PEFT's own enum."""
+    """The PEFT type of this tuner: a plain string that also has what others read from a member of PEFT's own enum."""
 
     @property
     def value(self) -> str:
-        return str(self)
+        return str.__str__(self)
+
+    def __str__(self) -> str:
+        return f"PeftType.{self.value}"  # of which PEFT's `get_model_status` tells what is after the dot
+
+    def __format__(self, specification: str) -> str:
+        return format(self.value, specification)
 
 
 SHARE = ShareType("SHARE")
@@ -172,6 +178,12 @@ class ShareConfig(PeftConfig):
         if self.phase not in PHASES:
             raise ValueError(f"phase is {self.phase!r}, expected 'coefficients', 'adapt' or 'init'")
         self.phase = Phase(self.phase)
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError(
+                f"target_modules is {self.target_modules!r} and layers_to_transform {self.layers_to_transform!r}, "
+                "expected a list of names with layers_to_transform: a string is matched with whole names of modules, "
+                "and may name layers itself"
+            )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern is given without layers_to_transform, expected both")
         for name in ("target_modules", "exclude_modules"):

@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check
 from peft.utils import quantization_extra_repr
 from peft.utils.other import transpose
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ..format.basis_file import BasisFile, fingerprint_of
 from ..state import Phase
@@ -74,7 +75,7 @@ class ShareLayer(BaseTunerLayer):
         self.share_fingerprint = _Fingerprints()
         self.register_buffer("share_basis_out", None, persistent=False)
         self.register_buffer("share_basis_in", None, persistent=False)
-        self.fan_in_fan_out = False
+        self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
         self.basis_file: BasisFile | None = None
         self._folded: dict[str, FoldedFactors] = {}
         self._disable_adapters = False
@@ -196,6 +197,14 @@ class ShareLayer(BaseTunerLayer):
                 parameters[task] = nn.Parameter(value, requires_grad=trained)
         self._folded.pop(task, None)
 
+    def cast_to_base(self, task: str) -> None:
+        """Give a task's parameters the type of the layer's weight, if that is a float16 or a bfloat16 one."""
+        _, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        for name in self.adapter_layer_names:
+            if task in getattr(self, name) and dtype in (torch.float16, torch.bfloat16):
+                parameter = getattr(self, name)[task]
+                parameter.data = parameter.data.to(dtype)
+
     def _device(self) -> torch.device | None:
         device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
         return None if device == torch.device("meta") else device
@@ -294,7 +303,6 @@ class Linear(nn.Module, ShareLayer):
     ) -> None:
         super().__init__()
         ShareLayer.__init__(self, base_layer, basis_out, basis_in, **kwargs)
-        self.fan_in_fan_out = config.fan_in_fan_out
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, inference_mode=config.inference_mode)
 

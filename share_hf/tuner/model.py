@@ -9,12 +9,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features, onload_layer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from ..format.basis_file import StoredBasis
 from ..format.task_files import FINGERPRINT
@@ -69,6 +68,11 @@ class ShareModel(BaseTuner):
         if not name or "." in name or hasattr(nn.ParameterDict, name) or hasattr(nn.ParameterDict(), name):
             raise ValueError(f"adapter name {name!r} cannot be a key of torch.nn.ParameterDict, expected another name")
         for other_name, other in self.peft_config.items():
+            if not isinstance(other, ShareConfig):
+                raise ValueError(
+                    f"adapter {other_name!r} of the model is {other.peft_type.value}, expected SHARE ones beside "
+                    f"{name!r}: unload it first, or make it a task by SharedSubspace.from_adapters"
+                )
             _check_same_dimensions(config, f"adapter {name!r}", other, f"adapter {other_name!r}")
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -77,6 +81,7 @@ class ShareModel(BaseTuner):
         requires_grad_before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self._set_fan_in_fan_out(self.peft_config[adapter_name], adapter_name)
         except Exception:
             self.peft_config.pop(adapter_name, None)
             for module_name, layer in share_layers(model).items():
@@ -90,6 +95,24 @@ class ShareModel(BaseTuner):
             raise
         finally:
             self._stored = StoredAdapter()
+
+    def _set_fan_in_fan_out(self, config: ShareConfig, adapter_name: str) -> None:
+        """Let the configuration say what the layers found out by themselves; some models have both kinds."""
+        layers = [layer for layer in share_layers(self.model).values() if layer.has_task(adapter_name)]
+        found = any(layer.fan_in_fan_out for layer in layers)
+        if config.fan_in_fan_out and not found:
+            warnings.warn("fan_in_fan_out is True but no target is a Conv1D. Setting it to False.", stacklevel=2)
+        config.fan_in_fan_out = found
+
+    def _check_target_module_compatiblity(self, peft_config: ShareConfig, model: nn.Module, target_name: str) -> None:
+        """Refuse what PEFT refuses for LoRA: layers whose weight a model reads past their forward, as Mamba does."""
+        super()._check_target_module_compatiblity(LoraConfig(), model, target_name)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if not autocast_adapter_dtype:
+            for layer in share_layers(self.model).values():
+                layer.cast_to_base(adapter_name)
 
     def _prepare_model(self, peft_config: ShareConfig, model: nn.Module) -> None:
         """Read the basis that an adapter was saved with. Runs for every adapter, before the model is touched."""
@@ -128,7 +151,6 @@ class ShareModel(BaseTuner):
             return
         base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         check_supported(base_layer, current_key, self.model)
-        _set_fan_in_fan_out(peft_config, base_layer)
         basis_out, basis_in = self._basis_for(peft_config, base_layer, current_key)
         new_module = Linear(
             target, adapter_name, peft_config, basis_out, basis_in, **get_quantization_kwargs(self.model)
@@ -294,11 +316,3 @@ def _pass_adapter_names(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], adapter_names: list[str]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return args, {**kwargs, "adapter_names": adapter_names}
-
-
-def _set_fan_in_fan_out(config: ShareConfig, base_layer: nn.Module) -> None:
-    expected = isinstance(base_layer, Conv1D)
-    if config.fan_in_fan_out != expected:
-        if config.fan_in_fan_out:
-            warnings.warn("fan_in_fan_out is True but the target is not a Conv1D. Setting it to False.", stacklevel=2)
-        config.fan_in_fan_out = expected

@@ -6,6 +6,7 @@ import copy
 import functools
 import inspect
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ def register() -> None:
     _save_basis_with(PeftModel)
     _save_basis_with(PreTrainedModel)
     _advise_on_plain_adapters()
+    _advise_on_other_methods()
     _load_bases_with_given_configs()
     _load_bases_with_adapters_that_are_there()
     _check_coefficients_of_transformers()
@@ -53,14 +55,16 @@ def _save_basis_with(model_class: type[PeftModel] | type[PreTrainedModel]) -> No
         self: PeftModel | PreTrainedModel, save_directory: str | os.PathLike, *args: Any, **kwargs: Any
     ) -> Any:
         call = inspect.signature(original).bind(self, save_directory, *args, **kwargs)
-        folder, adapters = Path(save_directory), getattr(self, "peft_config", {})
+        # Adapters may sit in a part of the model, such as the language model of a multimodal one.
+        configs = (module.peft_config for module in self.modules() if getattr(module, "peft_config", None))
+        folder, adapters = Path(save_directory), next(configs, {})
         bases = stored_bases(self)
         if adapters:
             check_no_tree(folder)
         if bases:
             check_same_bases(folder, bases, call.arguments.get("selected_adapters") or adapters)
         result = original(self, save_directory, *args, **kwargs)
-        if bases and call.arguments.get("is_main_process", True):
+        if bases and adapters and call.arguments.get("is_main_process", True):
             write_bases(folder, bases, next(iter(adapters.values())))
         return result
 
@@ -82,6 +86,27 @@ def _advise_on_plain_adapters() -> None:
         original(self, adapter_name, peft_config, *args, **kwargs)
 
     PeftModel.add_adapter = add_adapter
+
+
+def _advise_on_other_methods() -> None:
+    """Let transformers' `add_adapter` and `load_adapter` say that other methods do not go beside tasks."""
+    original = peft.inject_adapter_in_model
+
+    @functools.wraps(original)
+    def inject_adapter_in_model(
+        peft_config: PeftConfig, model: nn.Module, adapter_name: str = "default", *args: Any, **kwargs: Any
+    ) -> nn.Module:
+        others = getattr(model, "peft_config", {}).values()
+        if not isinstance(peft_config, ShareConfig) and any(isinstance(other, ShareConfig) for other in others):
+            raise ValueError(
+                f"adapter {adapter_name!r} is {peft_config.peft_type.value}, expected SHARE beside the tasks that the "
+                "model has: delete these first, or make the adapter a task by SharedSubspace.add_adapters; "
+                "SharedSubspace.export_lora makes a task a LoRA"
+            )
+        return original(peft_config, model, adapter_name, *args, **kwargs)
+
+    for module in (peft, peft.mapping):
+        module.inject_adapter_in_model = inject_adapter_in_model
 
 
 def _load_bases_with_given_configs() -> None:
@@ -152,7 +177,19 @@ def _prepare_weights() -> None:
             kwargs.pop("subfolder")
             weights = hf_hub_download(model_id, f"{subfolder}/{SAFETENSORS_WEIGHTS_NAME}", **options)
             model_id = str(Path(weights).parent)
-        return with_fingerprints(original(model_id, *args, **kwargs), origin)
+        weights = original(model_id, *args, **kwargs)
+        if kwargs.get("key_mapping") and any(".share_" in name for name in weights):
+            _check_not_renamed(weights, original(model_id, *args, **{**kwargs, "key_mapping": None}))
+        return with_fingerprints(weights, origin)
 
     for module in (save_and_load, peft_model, hotswap, peft_utils, peft):
         module.load_peft_weights = load_peft_weights
+
+
+def _check_not_renamed(renamed: Collection[str], stored: Collection[str]) -> None:
+    """Refuse a `key_mapping` that renames the weights of a task: its basis has the names of the same modules."""
+    if odd := sorted(set(stored) - set(renamed)):
+        raise ValueError(
+            f"key_mapping renames {odd[0]!r}, expected a mapping that leaves the weights of a task as they are: the "
+            "modules of its basis would have other names"
+        )
