@@ -97,6 +97,8 @@ class ShareConfig(PeftConfig):
             Largest relative drift of any task that merges may add up to; layers grow to meet it.
         max_components (`int`, *optional*):
             How far layers may grow for `drift_tolerance`.
+        dropout (`float`, *optional*, defaults to `0.0`):
+            Probability with which inputs of a task's update are dropped in training, as LoRA's `lora_dropout`.
         init_std (`float`, *optional*, defaults to `0.05`):
             Standard deviation σ of a new task's coefficients.
         fan_in_fan_out (`bool`, *optional*, defaults to `False`):
@@ -150,6 +152,9 @@ class ShareConfig(PeftConfig):
     max_components: int | None = field(
         default=None, metadata={"help": "How far layers may grow to meet drift_tolerance."}
     )
+    dropout: float = field(
+        default=0.0, metadata={"help": "Probability with which inputs of a task's update are dropped in training."}
+    )
     init_std: float = field(default=0.05, metadata={"help": "Standard deviation of a new task's coefficients (σ)."})
     fan_in_fan_out: bool = field(
         default=False, metadata={"help": "Whether the target layers store their weight as (in, out), as Conv1D does."}
@@ -173,6 +178,8 @@ class ShareConfig(PeftConfig):
                 f"num_temporary is {self.num_temporary}, expected at least 1 and less than num_components = "
                 f"{self.num_components}"
             )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}, expected a probability of at least 0 and under 1")
         if not self.init_std > 0:
             raise ValueError(f"init_std is {self.init_std}, expected a positive number: zero has no gradient")
         if self.phase not in PHASES:

@@ -51,6 +51,7 @@ class ShareLayer(BaseTunerLayer):
         share_temporary_out: By task in the adapt phase (n, φ), in the init phase (n, p).
         share_temporary_in: By task, (d, φ) or (d, p).
         share_fingerprint: By task with coefficients in the basis, (8,) uint8, that of the basis.
+        share_dropout: By task, the probability with which inputs of its update are dropped in training.
         basis_file: The `subspace.safetensors` that the basis was read from; None if it is from elsewhere.
 
     In eval mode, the factors that a forward folds are kept for the last `FOLDED_TASKS` tasks that were used.
@@ -62,7 +63,7 @@ class ShareLayer(BaseTunerLayer):
         "share_temporary_out",
         "share_temporary_in",
     )
-    other_param_names = ("share_fingerprint",)
+    other_param_names = ("share_fingerprint", "share_dropout")
 
     def __init__(self, base_layer: nn.Module, basis_out: Tensor, basis_in: Tensor, **kwargs: Any) -> None:
         self.base_layer = base_layer
@@ -73,6 +74,7 @@ class ShareLayer(BaseTunerLayer):
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
         self.share_fingerprint = _Fingerprints()
+        self.share_dropout: dict[str, float] = {}
         self.register_buffer("share_basis_out", None, persistent=False)
         self.register_buffer("share_basis_in", None, persistent=False)
         self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
@@ -166,6 +168,7 @@ class ShareLayer(BaseTunerLayer):
         else:
             self._set(adapter_name, "coefficients", torch.zeros(k_out, p), torch.randn(k_in, p) * std)
             self._mark(adapter_name)
+        self.share_dropout[adapter_name] = config.dropout
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def set_coefficients(self, task: str, coefficients_out: Tensor, coefficients_in: Tensor) -> None:
@@ -391,7 +394,8 @@ class Linear(nn.Module, ShareLayer):
         for adapter in self.active_adapters:
             if self.has_task(adapter):
                 down, up = self._folded_factors(adapter, x.dtype)
-                result = _with_update(result, F.linear(x, down), up)
+                inputs = F.dropout(x, self.share_dropout[adapter], self.training)
+                result = _with_update(result, F.linear(inputs, down), up)
         return result
 
     def extra_repr(self) -> str:

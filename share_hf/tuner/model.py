@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..format.basis_file import StoredBasis
 from ..format.task_files import FINGERPRINT
+from .combining import combined_coefficients, combined_config
 from .config import AdapterOrigin, GivenBases, ShareConfig
 from .head import check_head_shapes, check_saved_modules
 from .layer import Linear, ShareLayer, placeholder_basis
@@ -231,6 +232,36 @@ class ShareModel(BaseTuner):
         for name, basis in changed.items():
             layers[name].set_basis(basis.beta, basis.alpha)
             layers[name].basis_file = stored.basis_file
+
+    def add_weighted_adapter(
+        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str = "svd"
+    ) -> None:
+        """
+        Add an adapter whose update is the weighted sum of others', cut to the best of rank p.
+
+        Args:
+            adapters (`Sequence[str]`): Tasks of the model.
+            weights (`Sequence[float]`): One for each, of any sign.
+            adapter_name (`str`): The new adapter; one of this name stays as it is, as with LoRA.
+            combination_type (`Literal["svd", "linear", "cat"]`, *optional*, defaults to `"svd"`):
+                How LoRA would combine its factors. All mean the same here, as the tasks share their bases.
+
+        Raises:
+            ValueError: If the tasks have no such sum; nothing was added then.
+        """
+        if adapter_name in self.peft_config:
+            return
+        layers = share_layers(self.model)
+        config = combined_config(self.peft_config, layers, adapters, weights, combination_type)
+        of_tasks: dict[str, float] = {}
+        for task, weight in zip(adapters, weights, strict=True):
+            of_tasks[task] = of_tasks.get(task, 0.0) + weight
+        config.inference_mode = True
+        self.peft_config[adapter_name] = config
+        self.inject_adapter(self.model, adapter_name)
+        for layer in layers.values():
+            if layer.has_task(adapter_name):
+                layer.set_coefficients(adapter_name, *combined_coefficients(layer, of_tasks))
 
     def _check_merge_allowed(self) -> None:
         """Refuse to merge into layers that cannot be dequantized, before any layer has been merged."""

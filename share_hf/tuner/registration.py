@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from .config import SHARE, ShareConfig
 from .loading import fingerprints_of, origin_of, remember_origins, with_fingerprints
 from .model import ShareModel, stored_bases
-from .saving import check_no_tree, check_same_bases, write_bases
+from .saving import check_no_remote_tree, check_no_tree, check_same_bases, write_bases
 
 
 def register() -> None:
@@ -35,6 +35,8 @@ def register() -> None:
     remember_origins()
     _save_basis_with(PeftModel)
     _save_basis_with(PreTrainedModel)
+    _keep_trees_on_the_hub(PeftModel)
+    _keep_trees_on_the_hub(PreTrainedModel)
     _advise_on_plain_adapters()
     _advise_on_other_methods()
     _load_bases_with_given_configs()
@@ -61,6 +63,8 @@ def _save_basis_with(model_class: type[PeftModel] | type[PreTrainedModel]) -> No
         bases = stored_bases(self)
         if adapters:
             check_no_tree(folder)
+            if kwargs.get("push_to_hub"):
+                check_no_remote_tree(kwargs.get("repo_id") or folder.name, kwargs.get("revision"), kwargs.get("token"))
         if bases:
             check_same_bases(folder, bases, call.arguments.get("selected_adapters") or adapters)
         result = original(self, save_directory, *args, **kwargs)
@@ -69,6 +73,19 @@ def _save_basis_with(model_class: type[PeftModel] | type[PreTrainedModel]) -> No
         return result
 
     model_class.save_pretrained = save_pretrained
+
+
+def _keep_trees_on_the_hub(model_class: type[PeftModel] | type[PreTrainedModel]) -> None:
+    """Let `push_to_hub` of a model with adapters not overwrite a subspace."""
+    original = model_class.push_to_hub
+
+    @functools.wraps(original)
+    def push_to_hub(self: PeftModel | PreTrainedModel, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        if getattr(self, "peft_config", None):
+            check_no_remote_tree(repo_id, kwargs.get("revision"), kwargs.get("token"))
+        return original(self, repo_id, *args, **kwargs)
+
+    model_class.push_to_hub = push_to_hub
 
 
 def _advise_on_plain_adapters() -> None:

@@ -5,10 +5,18 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from huggingface_hub import get_full_repo_name
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+)
 from peft.utils import CONFIG_NAME
 
 from ..format.basis_file import SUBSPACE_FILE, StoredBasis, basis_tensors, fingerprint_of_all, read_bases
-from ..format.files import FolderWriter, read_json, restore_folder, tensor_bytes
+from ..format.download import download
+from ..format.files import MAX_JSON_BYTES, FolderWriter, read_json, restore_folder, tensor_bytes
 from ..format.index import INDEX_FILE, ModuleEntry, TreeIndex, index_bytes, read_index
 from ..format.names import listing
 from ..format.task_files import TASKS_FOLDER
@@ -31,6 +39,24 @@ def check_no_tree(folder: Path) -> None:
                 "another folder. Save a subspace by SharedSubspace.save_pretrained or ShareTrainer; add an adapter to "
                 "one by SharedSubspace.add_adapters"
             )
+
+
+def check_no_remote_tree(repo_id: str, revision: str | None, token: str | bool | None) -> None:
+    """Refuse to push adapters into a repository that holds a tree.
+
+    Raises:
+        ValueError: Naming the repository.
+    """
+    try:
+        full_id = repo_id if "/" in repo_id else get_full_repo_name(repo_id, token=token)
+        index = download(full_id, INDEX_FILE, limit=MAX_JSON_BYTES, revision=revision, token=token)
+    except (HfHubHTTPError, LocalEntryNotFoundError, EntryNotFoundError, LocalTokenNotFoundError):
+        return  # nothing to write over, or the push itself says what is wrong
+    if _is_tree(index.parent):
+        raise ValueError(
+            f"{repo_id}: holds a shared subspace, which the adapters of a model would overwrite; expected another "
+            "repository. Push a subspace by SharedSubspace.push_to_hub or ShareTrainer"
+        )
 
 
 def check_same_bases(folder: Path, bases: Mapping[str, StoredBasis], saved: Collection[str]) -> None:

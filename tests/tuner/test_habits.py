@@ -152,3 +152,37 @@ def test_a_lora_is_what_it_is_without_us(tiny_model: Base, tmp_path: Path) -> No
     native.add_adapter(LoraConfig(target_modules=["v_proj"]), "second")
     native.set_adapter("default")
     assert torch.equal(logits(native.eval(), LLAMA.batch()), logits(model, LLAMA.batch()))
+
+
+@pytest.mark.parametrize("phase", ["coefficients", "adapt", "init"])
+def test_dropout_drops_inputs_of_the_update_in_training_as_loras_does(phase: str, tiny_model: Base) -> None:
+    model = with_tasks(tiny_model("llama"), LLAMA, "one", phase=phase, dropout=0.5)
+    without = with_tasks(tiny_model("llama"), LLAMA, "one", phase=phase)
+    expected = logits(without, LLAMA.batch())
+    assert torch.equal(logits(model, LLAMA.batch()), expected)
+    model.train()
+    torch.manual_seed(0)
+    first = logits(model, LLAMA.batch())
+    assert not torch.equal(first, logits(model, LLAMA.batch()))
+    torch.manual_seed(0)
+    layer = next(iter(share_layers(model).values()))
+    x = torch.randn(64, 64)
+    torch.manual_seed(1)
+    found = layer(x)
+    torch.manual_seed(1)
+    dropped = nn.functional.dropout(x, 0.5)
+    assert_close(found, layer.base_layer(x) + dropped @ layer.factors("one").dense().T)
+    with model.disable_adapter():
+        assert torch.equal(layer(x), layer.base_layer(x))
+
+
+def test_dropout_is_saved_with_the_adapter(tiny_model: Base, tmp_path: Path) -> None:
+    with_tasks(tiny_model("llama"), LLAMA, "one", dropout=0.25).save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "one", is_trainable=True)
+    assert {layer.share_dropout["default"] for layer in share_layers(model).values()} == {0.25}
+
+
+@pytest.mark.parametrize("dropout", [-0.1, 1.0, float("nan")])
+def test_a_dropout_that_is_no_probability_is_refused(dropout: float) -> None:
+    with pytest.raises(ValueError, match=r"dropout is .*, expected a probability"):
+        ShareConfig(dropout=dropout)
