@@ -14,10 +14,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import hf_hub_download
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from peft import PeftModel
 from transformers import PreTrainedModel
@@ -25,6 +27,7 @@ from transformers import PreTrainedModel
 from share_hf import SharedSubspace
 from share_hf.cli import build_parser, commands, main, parse
 from share_hf.cli.tables import size
+from tests.format.test_old_trees import VERSION_1
 from tests.hub_server.fixtures import Hub
 from tests.trees import (
     assert_close,
@@ -38,7 +41,7 @@ from tests.trees import (
 )
 
 
-COMMANDS = ("init", "add", "info", "audit", "export", "push", "pull")
+COMMANDS = ("init", "add", "info", "audit", "export", "push", "pull", "upgrade")
 REPO = "org/share-subspace"
 SMALL = ["--num-components", "6", "--pseudo-rank", "4"]
 
@@ -381,6 +384,47 @@ class TestExport:
         code, _, err = share("export", *argv)
         assert code == 2
         assert "expected one TASK, or --all" in err
+
+
+class TestUpgrade:
+    def test_rewrites_a_folder_once(
+        self, share: Callable[..., Output], share_json: Callable[..., Any], tmp_path: Path
+    ) -> None:
+        old = Path(shutil.copytree(VERSION_1, tmp_path / "old"))
+        before = SharedSubspace.from_pretrained(old).state
+        code, out, err = share("upgrade", str(old))
+        assert (code, out, err) == (0, f"{old}: from format version 1 to 2\n", "")
+        assert json.loads((old / "share_config.json").read_text())["format_version"] == 2
+        assert_same_state(SharedSubspace.from_pretrained(old).state, before)
+        written = files_of(old)
+        assert share_json("upgrade", str(old))["upgraded"] == []
+        assert files_of(old) == written
+
+    def test_rewrites_a_repository_and_its_branches(
+        self, share: Callable[..., Output], share_json: Callable[..., Any], here: Path, hub: Hub
+    ) -> None:
+        hub.api.create_repo(REPO)
+        hub.api.upload_folder(repo_id=REPO, folder_path=VERSION_1)
+        for task in ("mrpc", "rte"):
+            hub.api.create_branch(REPO, branch=task)
+        assert share_json("upgrade", REPO) == {"from": 1, "to": 2, "upgraded": ["main"]}
+        hub.move_to_another_machine()
+        for revision in ("main", "mrpc", "rte"):
+            index = json.loads(Path(hf_hub_download(REPO, "share_config.json", revision=revision)).read_text())
+            assert index["format_version"] == 2
+            subspace = SharedSubspace.from_pretrained(REPO, revision=revision)
+            assert_same_state(
+                replace(subspace.state, default_task=None), SharedSubspace.from_pretrained(VERSION_1).state
+            )
+        hub.api.delete_branch(REPO, branch="mrpc")
+        hub.api.create_branch(REPO, branch="mrpc", revision=hub.api.list_repo_commits(REPO)[-2].commit_id)
+        assert share_json("upgrade", REPO) == {"from": 1, "to": 2, "upgraded": ["mrpc"]}
+        assert share_json("upgrade", REPO)["upgraded"] == []
+
+    def test_names_a_folder_that_is_no_subspace(self, share: Callable[..., Output], here: Path) -> None:
+        assert "no such folder" in share("upgrade", "./nothing")[2]
+        (here / "empty").mkdir()
+        assert "share_config.json: no such file" in share("upgrade", "empty")[2]
 
 
 class TestHub:

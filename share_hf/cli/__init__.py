@@ -237,6 +237,7 @@ _COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]]
     "export": ("Write tasks as plain LoRA adapters", "share-hf export share-subspace mrpc mrpc-lora", _export),
     "push": ("Publish a subspace on the hub", "share-hf push share-subspace org/share-subspace --private", _push),
     "pull": ("Get a subspace, or what is new in it", "share-hf pull org/share-subspace share-subspace", _pull),
+    "upgrade": ("Rewrite a subspace in the newest format", "share-hf upgrade org/share-subspace", _add_place),
 }
 
 

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import disable_progress_bars
 from huggingface_hub.utils import logging as hub_logging
@@ -23,9 +24,10 @@ from transformers.utils import logging as transformers_logging
 from share_hf import SharedSubspace
 from share_hf.card import audit_of
 from share_hf.format.base_model import common_base
-from share_hf.format.index import INDEX_FILE
+from share_hf.format.index import FORMAT_VERSION, INDEX_FILE, read_index
 from share_hf.format.lora import read_lora
-from share_hf.hub.fetch import RemoteTree
+from share_hf.format.tree import expect_tree
+from share_hf.hub.fetch import RemoteTree, is_local
 from share_hf.state import SubspaceState
 from share_hf.subspace import AuditReport, LowRankUpdate, SubspaceSettings, audit_updates
 from share_hf.subspace.audit import ModuleAudit
@@ -158,7 +160,37 @@ def pull(args: Namespace) -> Outcome:
     return Outcome("\n".join([title, *_changed(changes)]), facts)
 
 
-_COMMANDS = {"init": init, "add": add, "info": info, "audit": audit, "export": export, "push": push, "pull": pull}
+def upgrade(args: Namespace) -> Outcome:
+    on_hub = not is_local(args.place)
+    before = _format_versions(args.place, args.token) if on_hub else {args.place: _format_version(Path(args.place))}
+    outdated = [revision for revision, version in before.items() if version < FORMAT_VERSION]
+    facts = {"from": min(before.values()), "to": FORMAT_VERSION, "upgraded": outdated}
+    if not outdated:
+        return Outcome(f"{args.place}: is of format version {FORMAT_VERSION} already", facts)
+    subspace = _load(args.place, args)
+    if on_hub:
+        # Under any drift, so that every task's branch is written.
+        subspace.push_to_hub(
+            args.place,
+            commit_message=f"Upgrade to format version {FORMAT_VERSION}",
+            token=args.token,
+            branch_tolerance=-1.0,
+        )
+    else:
+        subspace.save_pretrained(args.place)
+    return Outcome(f"{args.place}: from format version {facts['from']} to {FORMAT_VERSION}", facts)
+
+
+_COMMANDS = {
+    "init": init,
+    "add": add,
+    "info": info,
+    "audit": audit,
+    "export": export,
+    "push": push,
+    "pull": pull,
+    "upgrade": upgrade,
+}
 _MEANS = ("average", "forgetting", "backward_transfer", "forward_transfer")
 
 
@@ -201,6 +233,26 @@ def _naming_what_is_missing(places: Iterable[str], file: str) -> Iterator[None]:
         near = [match for place in missing for match in difflib.get_close_matches(place, folders, n=1)]
         advice = f", did you mean {names(near)}?" if near else "; a private one needs --token or `hf auth login`"
         raise ValueError(f"{names(missing)}: no such folder, and no repository that could be read{advice}") from error
+
+
+def _format_version(folder: Path) -> int:
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    index = read_index(folder)
+    expect_tree(folder, index)
+    return index.format_version
+
+
+def _format_versions(repo_id: str, token: str | None) -> dict[str, int]:
+    """The format version of `main` and, where that is the newest, of the branches, which an upgrade writes last."""
+    with _naming_what_is_missing([repo_id], INDEX_FILE):
+        index = RemoteTree.open(repo_id, token=token).index
+    versions = {"main": index.format_version}
+    if index.format_version == FORMAT_VERSION:
+        branches = {ref.name for ref in HfApi(token=token).list_repo_refs(repo_id).branches}
+        for task in branches.intersection(index.tasks):
+            versions[task] = RemoteTree.open(repo_id, task, token=token).index.format_version
+    return versions
 
 
 def _tasks_of(repo_id: str, token: str | None) -> tuple[str, ...]:

@@ -7,8 +7,10 @@ when the basis was last changed; `<module>.explained_variance` (1,), likewise.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -63,6 +65,11 @@ class StoredBasis:
         """(k_out, k_in)."""
         return self.beta.shape[1], self.alpha.shape[1]
 
+    @cached_property
+    def fingerprint(self) -> Tensor:
+        """What the coefficients of the layer's tasks know of it, see `fingerprint_of`."""
+        return fingerprint_of(self.beta, self.alpha)
+
     def equals(self, beta: Tensor, alpha: Tensor) -> bool:
         """Whether another basis is the same to the bit."""
         return torch.equal(self.beta, beta.cpu()) and torch.equal(self.alpha, alpha.cpu())
@@ -89,6 +96,28 @@ class BasisFile:
         """The file as it is there now."""
         found = path.stat()
         return cls(checksum, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def fingerprint_of(beta: Tensor, alpha: Tensor) -> Tensor:
+    """Eight bytes (8,), uint8, that tell a layer's basis from any other.
+
+    They go with the coefficients of a task wherever those go, which mean nothing in another basis. Bytes survive what
+    is done to state dicts: moves, casts to a 16-bit float, averages of equal ones.
+    """
+    digest = hashlib.sha256()
+    for columns in (beta, alpha):
+        digest.update(repr(tuple(columns.shape)).encode())
+        digest.update(columns.detach().cpu().float().contiguous().numpy())
+    return torch.tensor(list(digest.digest()[:8]), dtype=torch.uint8)
+
+
+def fingerprint_of_all(bases: Mapping[str, StoredBasis]) -> str:
+    """The fingerprint of the bases of all layers, as text."""
+    digest = hashlib.sha256()
+    for module in sorted(bases):
+        digest.update(f"{module}\n".encode())
+        digest.update(bases[module].fingerprint.numpy())
+    return digest.hexdigest()
 
 
 def basis_tensors(bases: Mapping[str, StoredBasis]) -> dict[str, Tensor]:

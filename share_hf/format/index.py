@@ -5,7 +5,8 @@ the layout of a tree); `share_hf_version`; `base_model_name_or_path`; `settings`
 `SubspaceSettings`); `modules` (module -> `shape` [n, d] and `num_components` [k_out, k_in]); `tasks` (names in the
 order they were learned); `default_task`; `lineage` (one object a step); `branches` (task -> its drift when its branch
 on the hub was last written); `sha256` (path in the tree -> checksum, of every file that loading depends on; of a task,
-its `metrics.json`, which has the checksums of the others); `digest` (checksum of all the other fields).
+its `metrics.json`, which has the checksums of the others); `digest` (checksum of all the other fields); since format
+version 2 `fingerprint` (of the bases of all layers, see `fingerprint_of_all`).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from .names import check_task_name
 
 
 INDEX_FILE = "share_config.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 # Names and rank-1 tensors of a safetensors file, over what its matrices take.
 _BYTES_BESIDE_MATRICES = 2**20
@@ -51,6 +52,13 @@ class TreeIndex:
     lineage: tuple[Mapping[str, Any], ...] = ()
     branches: Mapping[str, float] = field(default_factory=dict)
     sha256: Mapping[str, str] = field(default_factory=dict)
+    fingerprint: str | None = None
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def has_fingerprints(self) -> bool:
+        """Whether the coefficients say which basis they belong to: since format version 2 they do."""
+        return self.format_version >= 2
 
     @property
     def is_tree(self) -> bool:
@@ -72,7 +80,7 @@ class TreeIndex:
 
 def index_bytes(index: TreeIndex) -> bytes:
     """`share_config.json`, with the digest of its content."""
-    content = {**asdict(index), "format_version": FORMAT_VERSION, "share_hf_version": __version__}
+    content = {**asdict(index), "share_hf_version": __version__}
     content["digest"] = _digest(content)
     return json_bytes(content)
 
@@ -116,6 +124,8 @@ def read_index(folder: Path) -> TreeIndex:
             lineage=_lineage(content["lineage"]),
             branches={task: float(drift) for task, drift in content["branches"].items()},
             sha256={relative: str(checksum) for relative, checksum in content["sha256"].items()},
+            fingerprint=str(content["fingerprint"]) if version >= 2 else None,
+            format_version=version,
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: a field is missing or of the wrong type ({error!r})") from error

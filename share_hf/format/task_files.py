@@ -1,7 +1,8 @@
 """The folder of one task in a tree: its coefficients and head as a SHARE adapter, and what is known of it.
 
 adapter_config.json         peft_type SHARE
-adapter_model.safetensors   coefficients (k_out, min(p, n, d)) and (k_in, min(p, n, d)) of each layer, and the head
+adapter_model.safetensors   coefficients (k_out, min(p, n, d)) and (k_in, min(p, n, d)) of each layer, fingerprints of
+                            the bases that they belong to, and the head
 metrics.json                scores, the norm and drift of each layer, which merges need, checksums of the others
 """
 
@@ -15,6 +16,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
+import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
@@ -30,6 +32,9 @@ from .saved_modules import saved_names
 METRICS_FILE = "metrics.json"
 TASKS_FOLDER = "tasks"
 
+# After the name of a module, the tensor that says which basis the coefficients there belong to.
+FINGERPRINT = "share_fingerprint"
+
 # What a task's metrics hold of each layer, in this order.
 CERTIFICATE_COLUMNS = ("norm", "rank_error", "drift_bound", "drift_estimate")
 
@@ -41,13 +46,14 @@ def task_folder(task: str) -> str:
     return f"{TASKS_FOLDER}/{task}"
 
 
-def share_adapter_tensors(state: SubspaceState, task: str) -> dict[str, Tensor]:
-    """A task's coefficients and head under the names that PEFT saves and loads them by."""
+def share_adapter_tensors(state: SubspaceState, task: str, bases: Mapping[str, StoredBasis]) -> dict[str, Tensor]:
+    """A task's coefficients, the fingerprints of their bases and its head, as PEFT saves and loads them."""
     tensors = {f"{PEFT_PREFIX}{name}": tensor for name, tensor in state.tasks[task].head.items()}
     for module, layer in state.layers_of(task).items():
         coefficients_out, coefficients_in = layer.coefficients_of(task)
         tensors[f"{PEFT_PREFIX}{module}.share_coefficients_out"] = coefficients_out
         tensors[f"{PEFT_PREFIX}{module}.share_coefficients_in"] = coefficients_in
+        tensors[f"{PEFT_PREFIX}{module}.{FINGERPRINT}"] = bases[module].fingerprint
     return tensors
 
 
@@ -64,8 +70,8 @@ def share_adapter_config(state: SubspaceState, task: str) -> dict[str, Any]:
     }
 
 
-def task_files(state: SubspaceState, task: str) -> dict[str, bytes]:
-    """The files of a task by name.
+def task_files(state: SubspaceState, task: str, bases: Mapping[str, StoredBasis]) -> dict[str, bytes]:
+    """The files of a task by name; `bases` are those of the subspace.
 
     Raises:
         ValueError: If they could not be read again; naming file and tensor.
@@ -76,7 +82,7 @@ def task_files(state: SubspaceState, task: str) -> dict[str, bytes]:
     # By the rules of the reader: what is written is read again.
     _check_kept(place / SAFETENSORS_WEIGHTS_NAME, info.head, read_target(place / CONFIG_NAME, config))
     check_tensors(place / SAFETENSORS_WEIGHTS_NAME, info.head)  # merges have seen to the rest
-    files = adapter_files(config, share_adapter_tensors(state, task))
+    files = adapter_files(config, share_adapter_tensors(state, task, bases))
     certificate = {module: layer.records.rows[layer.index(task)] for module, layer in state.layers_of(task).items()}
     content = {
         "learned_by": info.learned_by,
@@ -129,6 +135,10 @@ def read_task(
                 raise ValueError(f"{metrics_path}: {module!r} is not in {SUBSPACE_FILE}, expected one of its modules")
             prefix = f"{PEFT_PREFIX}{module}.share_coefficients"
             coefficients |= {f"{prefix}_out", f"{prefix}_in"}
+            if index.has_fingerprints:
+                fingerprint = f"{PEFT_PREFIX}{module}.{FINGERPRINT}"
+                coefficients.add(fingerprint)
+                check_fingerprint(weights_path, tensors.get(fingerprint), fingerprint, bases[module])
             k_out, k_in = index.modules[module].num_components
             p = rank_in_layer(index.settings.pseudo_rank, index.modules[module].shape)
             stored[module] = (
@@ -152,6 +162,21 @@ def read_task(
         )
     check_task_files(folder, index, task)
     return info, stored
+
+
+def check_fingerprint(path: Path, found: Tensor | None, name: str, basis: StoredBasis) -> None:
+    """Compare the fingerprint of this name in a file of coefficients with the basis that is beside it.
+
+    Raises:
+        ValueError: If it is missing or of another basis.
+    """
+    expected = basis.fingerprint
+    if found is None or not torch.equal(found.float(), expected.float()):
+        value = "missing" if found is None else found.tolist()
+        raise ValueError(
+            f"{path}: {name!r} is {value}, expected {expected.tolist()}: the coefficients do not belong to the basis "
+            f"in {SUBSPACE_FILE}, such as after another model was saved there"
+        )
 
 
 def _task_info(

@@ -24,7 +24,7 @@ from torch import Tensor
 from ..state import ContinualMetrics, SubspaceState
 from ..subspace import LayerSubspace, SubspaceSettings, TaskRecords, rank_in_layer
 from .base_model import base_name
-from .basis_file import SUBSPACE_FILE, StoredBasis, bases_of, basis_tensors, read_bases
+from .basis_file import SUBSPACE_FILE, StoredBasis, bases_of, basis_tensors, fingerprint_of_all, read_bases
 from .files import FolderWriter, json_bytes, read_json, replacing_folder, restore_folder, tensor_bytes
 from .index import INDEX_FILE, ModuleEntry, TreeIndex, check_file, index_bytes, read_index
 from .lora import LoraAdapter, lora_files
@@ -75,12 +75,13 @@ def writing_tree(
     """
     with replacing_folder(folder, TREE_ENTRIES) as scratch:
         writer = FolderWriter(scratch, folder, known)
-        writer.put(SUBSPACE_FILE, tensor_bytes(basis_tensors(bases_of(state.layers))))
+        bases = bases_of(state.layers)
+        writer.put(SUBSPACE_FILE, tensor_bytes(basis_tensors(bases)))
         for task in state.tasks:
-            for name, content in task_files(state, task).items():
+            for name, content in task_files(state, task, bases).items():
                 writer.put(f"{task_folder(task)}/{name}", content)
         writer.put(METRICS_FILE, json_bytes(state.metrics))
-        write_root(state, writer, branches=branches, there=there)
+        write_root(state, writer, fingerprint=fingerprint_of_all(bases), branches=branches, there=there)
         yield writer
 
 
@@ -88,6 +89,7 @@ def write_root(
     state: SubspaceState,
     writer: FolderWriter,
     *,
+    fingerprint: str,
     branches: Mapping[str, float] | None = None,
     there: TreeIndex | None = None,
 ) -> None:
@@ -96,6 +98,7 @@ def write_root(
     Args:
         state: With the default task.
         writer: Has put the rest.
+        fingerprint: Of the bases, as in `share_config.json`.
         branches: As in `share_config.json`.
         there: Index of the tree that is to be replaced elsewhere. If its root adapter is computed from the same basis
             and the same task, it stays and is not written: another machine may round the product differently.
@@ -115,6 +118,7 @@ def write_root(
         lineage=state.lineage,
         branches=dict(branches or {}),
         sha256={**{name: writer.sha256[name] for name in rest}, **adapter},
+        fingerprint=fingerprint,
     )
     writer.put(INDEX_FILE, index_bytes(index))
 
@@ -157,7 +161,6 @@ def _read_whole(folder: Path, wanted: Collection[str] | None) -> SubspaceState:
     expect_tree(folder, index)
     bases = read_bases(folder / SUBSPACE_FILE)
     check_bases(folder / SUBSPACE_FILE, bases, index)
-    check_file(folder, index.sha256, SUBSPACE_FILE)
     tasks, stored = {}, {}
     for task in index.tasks:
         if wanted is None or task in wanted:
@@ -204,10 +207,10 @@ def lora_of(state: SubspaceState, task: str) -> LoraAdapter:
 
 
 def check_bases(path: Path, bases: Mapping[str, StoredBasis], index: TreeIndex) -> None:
-    """Compare the bases in a file with the modules of the index.
+    """Compare the bases in a file with the modules, the checksum and the fingerprint in the index.
 
     Raises:
-        ValueError: If a module is in only one of them, or of another shape.
+        ValueError: If a module is in only one of them or of another shape, or the bases are not those of the index.
     """
     if set(bases) != set(index.modules):
         odd = sorted(set(bases) ^ set(index.modules))
@@ -216,6 +219,12 @@ def check_bases(path: Path, bases: Mapping[str, StoredBasis], index: TreeIndex) 
         found = ModuleEntry(basis.shape, basis.num_components)
         if found != index.modules[module]:
             raise ValueError(f"{path}: {module!r} is {found}, expected {index.modules[module]} as in {INDEX_FILE}")
+    check_file(path.parent, index.sha256, SUBSPACE_FILE)
+    if index.has_fingerprints and index.fingerprint != (expected := fingerprint_of_all(bases)):
+        raise ValueError(
+            f"{path.with_name(INDEX_FILE)}: fingerprint is {index.fingerprint!r}, expected {expected!r}, that of the "
+            f"bases in {path.name}"
+        )
 
 
 def _check_metrics(path: Path, metrics: Mapping[str, Any]) -> None:

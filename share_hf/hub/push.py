@@ -345,7 +345,7 @@ def _write_branches(
 
 
 def _write_root_of(state: SubspaceState, writer: FolderWriter, main: TreeIndex, card: CardOptions) -> None:
-    write_root(state, writer, branches=main.branches)
+    write_root(state, writer, fingerprint=main.fingerprint, branches=main.branches)
     write_card(state, writer.scratch, card)
 
 

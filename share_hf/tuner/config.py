@@ -19,11 +19,17 @@ PHASES = (Phase.COEFFICIENTS, Phase.ADAPT, Phase.INIT)
 
 
 class ShareType(str):
-    """The PEFT type of this tuner: a plain string with the `value` that transformers reads from PEFT's own enum."""
+    """The PEFT type of this tuner: a plain string that also has what others read from a member of PEFT's own enum."""
 
     @property
     def value(self) -> str:
-        return str(self)
+        return str.__str__(self)
+
+    def __str__(self) -> str:
+        return f"PeftType.{self.value}"  # of which PEFT's `get_model_status` tells what is after the dot
+
+    def __format__(self, specification: str) -> str:
+        return format(self.value, specification)
 
 
 SHARE = ShareType("SHARE")
@@ -99,6 +105,8 @@ class ShareConfig(PeftConfig):
             Largest relative drift of any task that merges may add up to; layers grow to meet it.
         max_components (`int`, *optional*):
             How far layers may grow for `drift_tolerance`.
+        dropout (`float`, *optional*, defaults to `0.0`):
+            Probability with which inputs of a task's update are dropped in training, as LoRA's `lora_dropout`.
         init_std (`float`, *optional*, defaults to `0.05`):
             Standard deviation σ of a new task's coefficients.
         fan_in_fan_out (`bool`, *optional*, defaults to `False`):
@@ -111,6 +119,9 @@ class ShareConfig(PeftConfig):
         origin (`AdapterOrigin` or `GivenBases`, *optional*):
             Where the basis of the adapter comes from; None for a fresh configuration. No field, so it is never saved.
             The model that takes the adapter reads it, and lets go of bases that were given.
+        fingerprints (`Mapping[str, torch.Tensor]`, *optional*):
+            By module, the fingerprint of the basis that the coefficients to come belong to, if they are in memory. No
+            field either; the model that takes the adapter compares them with its bases.
 
     Raises:
         ValueError: If a value is out of range, or two contradict each other.
@@ -149,6 +160,9 @@ class ShareConfig(PeftConfig):
     max_components: int | None = field(
         default=None, metadata={"help": "How far layers may grow to meet drift_tolerance."}
     )
+    dropout: float = field(
+        default=0.0, metadata={"help": "Probability with which inputs of a task's update are dropped in training."}
+    )
     init_std: float = field(default=0.05, metadata={"help": "Standard deviation of a new task's coefficients (σ)."})
     fan_in_fan_out: bool = field(
         default=False, metadata={"help": "Whether the target layers store their weight as (in, out), as Conv1D does."}
@@ -159,6 +173,7 @@ class ShareConfig(PeftConfig):
     )
 
     origin = None
+    fingerprints = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -171,11 +186,19 @@ class ShareConfig(PeftConfig):
                 f"num_temporary is {self.num_temporary}, expected at least 1 and less than num_components = "
                 f"{self.num_components}"
             )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}, expected a probability of at least 0 and under 1")
         if not self.init_std > 0:
             raise ValueError(f"init_std is {self.init_std}, expected a positive number: zero has no gradient")
         if self.phase not in PHASES:
             raise ValueError(f"phase is {self.phase!r}, expected 'coefficients', 'adapt' or 'init'")
         self.phase = Phase(self.phase)
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError(
+                f"target_modules is {self.target_modules!r} and layers_to_transform {self.layers_to_transform!r}, "
+                "expected a list of names with layers_to_transform: a string is matched with whole names of modules, "
+                "and may name layers itself"
+            )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern is given without layers_to_transform, expected both")
         for name in ("target_modules", "exclude_modules"):

@@ -5,50 +5,36 @@ from __future__ import annotations
 import math
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate.hooks import AlignDevicesHook, SequentialHook
+from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils import quantization_extra_repr
 from peft.utils.other import transpose
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from ..format.basis_file import BasisFile
+from ..format.basis_file import BasisFile, fingerprint_of
 from ..state import Phase
 from ..subspace import LowRankUpdate, rank_in_layer
 from .config import ShareConfig
+from .folding import FOLDED_TASKS, FoldedFactors
 from .quantization import quantization_backend_of
 
 
-# How many tasks' folded factors a layer keeps. At rank 8 and 4096 x 4096 they take 128 kB each in bfloat16.
-FOLDED_TASKS = 8
+class _Fingerprints(BufferDict):
+    """By task, the fingerprint of the basis that its coefficients belong to, in state dicts beside them."""
 
+    def __init__(self) -> None:
+        super().__init__(persistent=True)
 
-class _FoldedFactors:
-    """A task's folded factors, and the parameters they were formed from.
-
-    The parameters and their storage are held, so that no other tensor can take their identity or address.
-    """
-
-    def __init__(self, factors: tuple[Tensor, Tensor], dtype: torch.dtype, sources: list[Tensor]) -> None:
-        self.factors = factors
-        self._dtype = dtype
-        self._sources = [(source, source.detach(), source._version) for source in sources]
-
-    def is_of(self, sources: list[Tensor], dtype: torch.dtype) -> bool:
-        """Whether these are the parameters as they were then; in-place changes count up a tensor's version."""
-        return (
-            dtype == self._dtype
-            and len(sources) == len(self._sources)
-            and all(
-                source is held and source.data_ptr() == storage.data_ptr() and source._version == version
-                for source, (held, storage, version) in zip(sources, self._sources, strict=True)
-            )
-        )
+    def __setitem__(self, task: str, fingerprint: Tensor) -> None:
+        self._buffers[task] = fingerprint  # `register_buffer` refuses names that a task may have
 
 
 class ShareLayer(BaseTunerLayer):
@@ -65,6 +51,8 @@ class ShareLayer(BaseTunerLayer):
         share_coefficients_in: By task, (k_in, p) or (φ, p).
         share_temporary_out: By task in the adapt phase (n, φ), in the init phase (n, p).
         share_temporary_in: By task, (d, φ) or (d, p).
+        share_fingerprint: By task with coefficients in the basis, (8,) uint8, that of the basis.
+        share_dropout: By task, the probability with which inputs of its update are dropped in training.
         basis_file: The `subspace.safetensors` that the basis was read from; None if it is from elsewhere.
 
     In eval mode, the factors that a forward folds are kept for the last `FOLDED_TASKS` tasks that were used.
@@ -76,7 +64,7 @@ class ShareLayer(BaseTunerLayer):
         "share_temporary_out",
         "share_temporary_in",
     )
-    other_param_names = ()
+    other_param_names = ("share_fingerprint", "share_dropout")
 
     def __init__(self, base_layer: nn.Module, basis_out: Tensor, basis_in: Tensor, **kwargs: Any) -> None:
         self.base_layer = base_layer
@@ -86,17 +74,20 @@ class ShareLayer(BaseTunerLayer):
         self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
+        self.share_fingerprint = _Fingerprints()
+        self.share_dropout: dict[str, float] = {}
         self.register_buffer("share_basis_out", None, persistent=False)
         self.register_buffer("share_basis_in", None, persistent=False)
-        self.fan_in_fan_out = False
+        self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
         self.basis_file: BasisFile | None = None
-        self._folded: dict[str, _FoldedFactors] = {}
+        self._folded: dict[str, FoldedFactors] = {}
         self._disable_adapters = False
         self.merged_adapters = []
         self.set_basis(basis_out, basis_in)
 
     def set_basis(self, basis_out: Tensor, basis_in: Tensor) -> None:
-        """Replace the basis, (n, k_out) and (d, k_in). The coefficients of the tasks are not touched."""
+        """Replace the basis, (n, k_out) and (d, k_in). The coefficients of the tasks are not touched: they are taken
+        to be meant in this basis, or to be replaced next."""
         if self.merged:
             raise ValueError("the basis cannot change while adapters are merged, call unmerge_adapter() first")
         for name, basis, features in (
@@ -112,6 +103,42 @@ class ShareLayer(BaseTunerLayer):
         self.share_basis_in = basis_in.detach().to(device, torch.float32)
         self.basis_file = None
         self._folded.clear()
+        self._fingerprint = fingerprint_of(basis_out, basis_in)
+        for task in self.share_fingerprint:
+            self._mark(task)
+
+    def _mark(self, task: str) -> None:
+        # A tensor for each task: safetensors refuses what shares memory.
+        self.share_fingerprint[task] = self._fingerprint.clone().to(self.share_basis_out.device)
+
+    def check_fingerprints(self, state_dict: Mapping[str, Tensor], prefix: str) -> None:
+        """Refuse coefficients that belong to another basis than the one that the layer has.
+
+        Args:
+            state_dict: What is about to be loaded.
+            prefix: What precedes the names of this layer's tensors there.
+
+        Raises:
+            ValueError: Naming the task, the fingerprint that was found and the one that was expected.
+        """
+        for task in self.share_fingerprint:
+            sides = [f"{prefix}share_coefficients_{side}.{task}" for side in ("out", "in")]
+            if any(side in state_dict for side in sides):
+                found = state_dict.get(f"{prefix}share_fingerprint.{task}")
+                self.check_fingerprint(found, f"{prefix}share_fingerprint.{task}")
+
+    def check_fingerprint(self, found: Tensor | None, name: str) -> None:
+        """Refuse coefficients whose fingerprint, of this name, is another than that of the layer's basis."""
+        # Rounded: an average of equal ones, such as an EMA of all tensors, is the same but for rounding.
+        if found is not None and torch.equal(found.cpu().float().round(), self._fingerprint.float()):
+            return
+        value = "missing" if found is None else found.tolist()
+        raise ValueError(
+            f"{name!r} is {value}, expected {self._fingerprint.tolist()}: the coefficients belong to another basis "
+            "than the model has, or do not say to which. Load them with their basis, from their folder or repository, "
+            "by PeftModel.from_pretrained, load_adapter or SharedSubspace.from_pretrained; bring a task of another "
+            "subspace in as a LoRA, by SharedSubspace.export_lora there and add_adapters here"
+        )
 
     @property
     def tasks(self) -> list[str]:
@@ -141,6 +168,8 @@ class ShareLayer(BaseTunerLayer):
             self._set(adapter_name, "coefficients", torch.randn(phi, p) * std, torch.randn(phi, p) * std)
         else:
             self._set(adapter_name, "coefficients", torch.zeros(k_out, p), torch.randn(k_in, p) * std)
+            self._mark(adapter_name)
+        self.share_dropout[adapter_name] = config.dropout
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def set_coefficients(self, task: str, coefficients_out: Tensor, coefficients_in: Tensor) -> None:
@@ -151,6 +180,7 @@ class ShareLayer(BaseTunerLayer):
             if task in getattr(self, name):
                 del getattr(self, name)[task]
         self._set(task, "coefficients", coefficients_out, coefficients_in)
+        self._mark(task)
 
     def delete_adapter(self, adapter_name: str) -> None:
         self._folded.pop(adapter_name, None)
@@ -170,6 +200,14 @@ class ShareLayer(BaseTunerLayer):
                 )
                 parameters[task] = nn.Parameter(value, requires_grad=trained)
         self._folded.pop(task, None)
+
+    def cast_to_base(self, task: str) -> None:
+        """Give a task's parameters the type of the layer's weight, if that is a float16 or a bfloat16 one."""
+        _, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        for name in self.adapter_layer_names:
+            if task in getattr(self, name) and dtype in (torch.float16, torch.bfloat16):
+                parameter = getattr(self, name)[task]
+                parameter.data = parameter.data.to(dtype)
 
     def _device(self) -> torch.device | None:
         """Where the layer computes; None if that is not known."""
@@ -206,18 +244,19 @@ class ShareLayer(BaseTunerLayer):
 
     def _folded_factors(self, task: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The task's factors A (p, d) and B (n, p) in the forward's dtype; in eval, kept while nothing changes."""
-        sources = [getattr(self, name)[task] for name in self.adapter_layer_names if task in getattr(self, name)]
-        cacheable = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
-        # The tensors of an inference mode count no versions.
-        cacheable = cacheable and not any(tensor.is_inference() for tensor in sources)
-        kept = self._folded.pop(task, None) if cacheable else None
-        if kept is not None and kept.is_of(sources, dtype):
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            update = self.factors(task)
+            return update.in_factor.T.to(dtype), update.out_factor.to(dtype)
+        parameters = [getattr(self, name)[task] for name in self.adapter_layer_names if task in getattr(self, name)]
+        bases = [self.share_basis_out, self.share_basis_in]
+        kept = self._folded.pop(task, None)
+        if kept is not None and kept.is_of(parameters, bases, dtype):
             self._folded[task] = kept  # as the last that was used
             return kept.factors
         update = self.factors(task)
         factors = update.in_factor.T.to(dtype), update.out_factor.to(dtype)
-        if cacheable:
-            self._folded[task] = _FoldedFactors(factors, dtype, sources)
+        if FoldedFactors.may_keep(parameters, bases):
+            self._folded[task] = FoldedFactors(factors, dtype, parameters, bases)
             if len(self._folded) > FOLDED_TASKS:
                 del self._folded[next(iter(self._folded))]
         return factors
@@ -272,12 +311,11 @@ class Linear(nn.Module, ShareLayer):
     ) -> None:
         super().__init__()
         ShareLayer.__init__(self, base_layer, basis_out, basis_in, **kwargs)
-        self.fan_in_fan_out = config.fan_in_fan_out
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, inference_mode=config.inference_mode)
 
     def train(self, mode: bool = True) -> Linear:
-        # Some optimizers write parameters behind autograd's back, so nothing folded outlives a change of mode.
+        # What is written behind autograd's back is not always noticed, so nothing folded outlives a change of mode.
         self._folded.clear()
         return super().train(mode)
 
@@ -292,6 +330,10 @@ class Linear(nn.Module, ShareLayer):
             for kept, moved in zip(basis, (self.share_basis_out, self.share_basis_in), strict=True)
         )
         return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
+        self.check_fingerprints(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The task's update in the layout and device of the base weight, float32."""
@@ -357,7 +399,8 @@ class Linear(nn.Module, ShareLayer):
         for adapter in self.active_adapters:
             if self.has_task(adapter):
                 down, up = self._folded_factors(adapter, x.dtype)
-                result = _with_update(result, F.linear(x, down), up)
+                inputs = F.dropout(x, self.share_dropout[adapter], self.training)
+                result = _with_update(result, F.linear(inputs, down), up)
         return result
 
     def extra_repr(self) -> str:

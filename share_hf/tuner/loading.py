@@ -7,27 +7,40 @@ configuration was loaded from.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from huggingface_hub.errors import EntryNotFoundError
 from peft.config import PeftConfigMixin
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from torch import Tensor
 
 from ..format.basis_file import SUBSPACE_FILE, BasisFile, StoredBasis, read_bases
 from ..format.download import download
-from ..format.files import MAX_JSON_BYTES, expect_tensor, read_tensors
-from ..format.index import INDEX_FILE, ModuleEntry, TreeIndex, check_file, read_index
+from ..format.files import MAX_JSON_BYTES, expect_tensor, read_pickled_tensors, read_tensors
+from ..format.index import INDEX_FILE, ModuleEntry, TreeIndex, read_index
 from ..format.lora import PEFT_PREFIX, check_head_names
 from ..format.saved_modules import saved_names
-from ..format.task_files import METRICS_FILE, check_task_files, task_folder
+from ..format.task_files import FINGERPRINT, METRICS_FILE, check_fingerprint, check_task_files, task_folder
 from ..format.tree import check_bases
 from ..state import Phase
 from ..subspace import rank_in_layer
-from .config import SHARE, AdapterOrigin, GivenBases, ShareConfig
+from .config import SHARE, AdapterOrigin, ShareConfig
 
+
+_COEFFICIENTS = {"share_coefficients_out", "share_coefficients_in"}
+_TEMPORARY = {"share_temporary_out", "share_temporary_in"}
+
+# What an adapter may have in a module. Before there is a basis, the adapt phase trains free factors as init does.
+_PARTS = {
+    Phase.COEFFICIENTS: _COEFFICIENTS | {FINGERPRINT},
+    Phase.ADAPT: _COEFFICIENTS | _TEMPORARY,
+    Phase.INIT: _TEMPORARY,
+}
 
 _DOWNLOAD_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "repo_type")
 
@@ -42,6 +55,7 @@ class StoredAdapter:
         adapted: The modules that it has coefficients for; None where its configuration says which it adapts.
         head: Shapes of its `modules_to_save` weights, by name in the base model; None if unknown.
         basis_file: The file that the bases are in; None if they are not from a file with a checksum.
+        fingerprints: By module, the fingerprint of the basis that its coefficients belong to, where they have one.
     """
 
     modules: Mapping[str, ModuleEntry] = field(default_factory=dict)
@@ -49,6 +63,22 @@ class StoredAdapter:
     adapted: Collection[str] | None = None
     head: Mapping[str, tuple[int, ...]] | None = None
     basis_file: BasisFile | None = None
+    fingerprints: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """The weights of an adapter, checked by name and shape.
+
+    Args:
+        adapted: The modules that it adapts by coefficients in the basis.
+        head: Shapes of its `modules_to_save` weights, by name in the base model.
+        fingerprints: By module.
+    """
+
+    adapted: set[str] = field(default_factory=set)
+    head: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    fingerprints: dict[str, Tensor] = field(default_factory=dict)
 
 
 def stored_adapter(config: ShareConfig, loaded: Mapping[str, BasisFile | None]) -> StoredAdapter:
@@ -63,11 +93,12 @@ def stored_adapter(config: ShareConfig, loaded: Mapping[str, BasisFile | None]) 
         ValueError: If the configuration was loaded from a place without bases, or they or the adapter's weights are
             damaged.
     """
-    if isinstance(config.origin, GivenBases):
-        return replace(_with_bases(config.origin.bases), adapted=config.origin.adapted)
-    if config.origin is None:
-        return StoredAdapter()
-    return _read_adapter(config.origin, config, loaded)
+    if isinstance(config.origin, AdapterOrigin):
+        return _read_adapter(config.origin, config, loaded)
+    stored = StoredAdapter()
+    if config.origin is not None:
+        stored = replace(_with_bases(config.origin.bases), adapted=config.origin.adapted)
+    return replace(stored, fingerprints=config.fingerprints or {})
 
 
 def remember_origins() -> None:
@@ -80,11 +111,59 @@ def remember_origins() -> None:
     ) -> PeftConfigMixin:
         config = original(cls, pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if config.peft_type == SHARE:
-            options = {name: kwargs[name] for name in _DOWNLOAD_OPTIONS if kwargs.get(name) is not None}
-            config.origin = AdapterOrigin(str(pretrained_model_name_or_path), subfolder, options)
+            config.origin = origin_of(pretrained_model_name_or_path, {**kwargs, "subfolder": subfolder})
         return config
 
     PeftConfigMixin.from_pretrained = classmethod(from_pretrained)
+
+
+def origin_of(location: str | os.PathLike, options: Mapping[str, Any]) -> AdapterOrigin:
+    """Where a loader that was called with these keyword arguments reads an adapter."""
+    download_options = {name: options[name] for name in _DOWNLOAD_OPTIONS if options.get(name) is not None}
+    return AdapterOrigin(str(location), options.get("subfolder"), download_options)
+
+
+def with_fingerprints(weights: Mapping[str, Tensor], origin: AdapterOrigin) -> dict[str, Tensor]:
+    """The weights that a loader read, with the fingerprints that files of format version 1 lack.
+
+    Raises:
+        ValueError: If there is no basis beside them.
+    """
+    modules = {name.removesuffix(".share_coefficients_out") for name in weights if name.endswith("_coefficients_out")}
+    adapting = {name.removesuffix(".share_temporary_out") for name in weights if name.endswith("_temporary_out")}
+    unmarked = {module for module in modules - adapting if f"{module}.{FINGERPRINT}" not in weights}
+    if not unmarked:
+        return dict(weights)
+    path = _find_beside_adapter(origin)
+    found = _fingerprints_in(path, BasisFile.at(path, ""))
+    missing = {f"{module}.{FINGERPRINT}": found[module.removeprefix(PEFT_PREFIX)] for module in unmarked}
+    return {**weights, **missing}
+
+
+def fingerprints_of(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The fingerprints in a state dict of coefficients, by module.
+
+    Raises:
+        ValueError: If coefficients have none.
+    """
+    found = {}
+    for name in weights:
+        module, is_coefficients, suffix = name.partition(".share_coefficients_out")
+        if is_coefficients and f"{module}.share_temporary_out{suffix}" not in weights:
+            fingerprint = f"{module}.{FINGERPRINT}{suffix}"
+            if fingerprint not in weights:
+                raise ValueError(
+                    f"{name!r} comes without {fingerprint!r}, which says what basis it belongs to: expected the "
+                    "weights as PEFT's get_peft_model_state_dict gives them, or as `share-hf upgrade` writes those of "
+                    "a tree of format version 1"
+                )
+            found[module.removeprefix(PEFT_PREFIX)] = weights[fingerprint]
+    return found
+
+
+@functools.lru_cache(maxsize=2)  # for folders of a thousand tasks
+def _fingerprints_in(path: Path, _: BasisFile) -> dict[str, Tensor]:
+    return {module: basis.fingerprint for module, basis in read_bases(path).items()}
 
 
 def _with_bases(bases: Mapping[str, StoredBasis]) -> StoredAdapter:
@@ -100,19 +179,19 @@ def _read_adapter(origin: AdapterOrigin, config: ShareConfig, loaded: Mapping[st
     else:
         checksum = index.sha256.get(SUBSPACE_FILE, "")
         stored = StoredAdapter(index.modules, basis_file=BasisFile.at(path, checksum))
-    adapted = None
-    if (weights := _weights_file(origin, index)) is not None:
-        of_tree = index is not None and index.is_tree
-        adapted, head = _check_weights(weights, config, stored.modules, of_tree=of_tree)
-        stored = replace(stored, adapted=adapted, head=head)
-        if index is not None:
-            _check_against_tree(origin, config, weights, path.parent, index)
-    if index is None or (adapted and all(loaded.get(module) == stored.basis_file for module in adapted)):
-        return stored
-    bases = read_bases(path)
-    check_bases(path, bases, index)
-    check_file(path.parent, index.sha256, SUBSPACE_FILE)
-    return replace(stored, bases=bases)
+    place = _weights_file(origin, index)
+    weights = _check_weights(place, config, stored.modules, index)
+    stored = replace(stored, adapted=weights.adapted or None, head=weights.head, fingerprints=weights.fingerprints)
+    if index is not None:
+        _check_against_tree(origin, config, place, path.parent, index)
+        if weights.adapted and all(loaded.get(module) == stored.basis_file for module in weights.adapted):
+            return stored  # whose fingerprints the model compares with those of its bases
+        bases = read_bases(path)
+        check_bases(path, bases, index)
+        stored = replace(stored, bases=bases)
+    for module, fingerprint in weights.fingerprints.items():
+        check_fingerprint(place, fingerprint, f"{PEFT_PREFIX}{module}.{FINGERPRINT}", stored.bases[module])
+    return stored
 
 
 def _find_beside_adapter(origin: AdapterOrigin) -> Path:
@@ -144,45 +223,71 @@ def _fetch(origin: AdapterOrigin, name: str, limit: int | None = None) -> Path:
     return download(origin.location, name, limit=limit, **origin.download_options)
 
 
-def _weights_file(origin: AdapterOrigin, index: TreeIndex | None) -> Path | None:
-    """The file of an adapter's weights; None for a pickled one of the user's own checkpoint, which PEFT reads."""
+def _weights_file(origin: AdapterOrigin, index: TreeIndex | None) -> Path:
+    """The file of an adapter's weights, which may be a pickled one in a checkpoint of the user's own."""
     name = str(PurePosixPath(origin.subfolder or ".") / SAFETENSORS_WEIGHTS_NAME)
     with suppress(EntryNotFoundError):
         if (path := _fetch(origin, name)).is_file():
             return path
     of_tree = index is not None and index.is_tree
-    if not of_tree and (origin.folder / WEIGHTS_NAME).is_file():
-        return None
+    if not of_tree and (path := origin.folder / WEIGHTS_NAME).is_file():
+        return path
     raise ValueError(f"{origin.location}: no {name}, expected the coefficients of a task as safetensors")
 
 
 def _check_weights(
-    path: Path, config: ShareConfig, modules: Mapping[str, ModuleEntry], *, of_tree: bool
-) -> tuple[set[str] | None, dict[str, tuple[int, ...]] | None]:
-    """Check the weights of an adapter.
+    path: Path, config: ShareConfig, modules: Mapping[str, ModuleEntry], index: TreeIndex | None
+) -> _Weights:
+    """Check every weight of an adapter: whatever has a name of the model's is loaded into it.
 
-    Returns:
-        The modules that it adapts and the shapes of its head; both None for a checkpoint in the middle of a phase.
+    Raises:
+        ValueError: Naming a weight that is not one of the adapter's phase or of its `modules_to_save`.
     """
-    tensors = read_tensors(path)
+    of_tree = index is not None and index.is_tree
+    if of_tree and config.phase != Phase.COEFFICIENTS:
+        raise ValueError(f"{path.parent}: phase is {config.phase!r}, expected 'coefficients' for a task of a tree")
+    tensors = read_tensors(path) if path.suffix == ".safetensors" else read_pickled_tensors(path)
     if not of_tree:  # of a model that its user may have cast before saving it
-        tensors = {name: tensor.float() for name, tensor in tensors.items()}
-    if config.phase != Phase.COEFFICIENTS:
-        return None, None
-    adapted, head = set(), {}
+        tensors = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
+    weights = _Weights()
     for name, tensor in tensors.items():
-        module, found, side = name.removeprefix(PEFT_PREFIX).rpartition(".share_coefficients_")
-        if not found:
-            head[name.removeprefix(PEFT_PREFIX)] = tuple(tensor.shape)
+        module, _, part = name.removeprefix(PEFT_PREFIX).rpartition(".")
+        if not part.startswith("share_"):
+            weights.head[name.removeprefix(PEFT_PREFIX)] = tuple(tensor.shape)
         elif module not in modules:
             raise ValueError(f"{path}: {name!r} is of no module of {SUBSPACE_FILE}, it has {len(modules)}")
         else:
-            k_out, k_in = modules[module].num_components
-            p = rank_in_layer(config.pseudo_rank, modules[module].shape)
-            expect_tensor(path, tensors, name, (k_out if side == "out" else k_in, p))
-            adapted.add(module)
-    check_head_names(path, head, saved_names(config.modules_to_save, config.task_type))
-    return adapted, head
+            _check_part(path, tensors, name, part, modules[module], config)
+            if part == FINGERPRINT:
+                weights.fingerprints[module] = tensor
+            elif config.phase == Phase.COEFFICIENTS:
+                weights.adapted.add(module)
+    unmarked = weights.adapted - weights.fingerprints.keys()
+    if unmarked and index is not None and index.has_fingerprints:
+        raise ValueError(f"{path}: {sorted(unmarked)[0]!r} has coefficients but no {FINGERPRINT}, expected both")
+    check_head_names(path, weights.head, saved_names(config.modules_to_save, config.task_type))
+    return weights
+
+
+def _check_part(
+    path: Path, tensors: Mapping[str, Tensor], name: str, part: str, module: ModuleEntry, config: ShareConfig
+) -> None:
+    """Check a tensor of a module by what the adapter's phase has there."""
+    if part not in _PARTS[config.phase]:
+        raise ValueError(
+            f"{path}: {name!r} is unexpected in phase {config.phase.value!r}, expected {sorted(_PARTS[config.phase])}"
+        )
+    side = 0 if part.endswith("_out") else 1
+    shape = tuple(tensors[name].shape)
+    if part == FINGERPRINT:
+        if shape != (8,):
+            raise ValueError(f"{path}: {name!r} has shape {shape}, expected (8,)")
+    elif part.startswith("share_temporary"):
+        if len(shape) != 2 or shape[0] != module.shape[side]:
+            raise ValueError(f"{path}: {name!r} has shape {shape}, expected ({module.shape[side]}, any rank)")
+    elif config.phase == Phase.COEFFICIENTS:
+        p = rank_in_layer(config.pseudo_rank, module.shape)
+        expect_tensor(path, tensors, name, (module.num_components[side], p))
 
 
 def _check_against_tree(

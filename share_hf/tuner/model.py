@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
+from peft import LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features, onload_layer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from ..format.basis_file import StoredBasis
 from ..format.module_names import without_wrappers
 from ..format.saved_modules import saved_module_of
+from ..format.task_files import FINGERPRINT
 from ..subspace import smaller_layers
+from .combining import combined_coefficients, combined_config
 from .config import AdapterOrigin, GivenBases, ShareConfig
 from .head import check_apart, check_head
 from .layer import Linear, ShareLayer, offload_hook_of, placeholder_basis
@@ -28,6 +30,11 @@ from .quantization import check_supported, keep_4bit_weights_differentiable
 
 
 logger = logging.get_logger(__name__)
+
+_OTHER_BASIS = (
+    "the stored basis of {!r} is not the one the model has, expected tasks of one subspace; merge the two subspaces, "
+    "or export the task as a LoRA and add it"
+)
 
 
 class ShareModel(BaseTuner):
@@ -68,12 +75,12 @@ class ShareModel(BaseTuner):
         if not name or "." in name or hasattr(nn.ParameterDict, name) or hasattr(nn.ParameterDict(), name):
             raise ValueError(f"adapter name {name!r} cannot be a key of torch.nn.ParameterDict, expected another name")
         for other_name, other in self.peft_config.items():
-            for field in ("num_components", "pseudo_rank"):
-                if getattr(other, field) != getattr(config, field):
-                    raise ValueError(
-                        f"{field} of adapter {name!r} is {getattr(config, field)}, expected "
-                        f"{getattr(other, field)} as adapter {other_name!r} has: they share one subspace"
-                    )
+            if not isinstance(other, ShareConfig):
+                raise ValueError(
+                    f"adapter {other_name!r} of the model is {other.peft_type.value}, expected SHARE ones beside "
+                    f"{name!r}: unload it first, or make it a task by SharedSubspace.from_adapters"
+                )
+            _check_same_dimensions(config, f"adapter {name!r}", other, f"adapter {other_name!r}")
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter to the model; one that does not fit raises, and leaves the model as it was."""
@@ -81,6 +88,7 @@ class ShareModel(BaseTuner):
         requires_grad_before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self._set_fan_in_fan_out(self.peft_config[adapter_name], adapter_name)
         except Exception:
             self.peft_config.pop(adapter_name, None)
             for module_name, module in list(model.named_modules()):
@@ -108,6 +116,24 @@ class ShareModel(BaseTuner):
         if (line := smaller_layers(shapes, config.num_components)) is not None:
             logger.warning_once(line)
 
+    def _set_fan_in_fan_out(self, config: ShareConfig, adapter_name: str) -> None:
+        """Let the configuration say what the layers found out by themselves; some models have both kinds."""
+        layers = [layer for layer in share_layers(self.model).values() if layer.has_task(adapter_name)]
+        found = any(layer.fan_in_fan_out for layer in layers)
+        if config.fan_in_fan_out and not found:
+            warnings.warn("fan_in_fan_out is True but no target is a Conv1D. Setting it to False.", stacklevel=2)
+        config.fan_in_fan_out = found
+
+    def _check_target_module_compatiblity(self, peft_config: ShareConfig, model: nn.Module, target_name: str) -> None:
+        """Refuse what PEFT refuses for LoRA: layers whose weight a model reads past their forward, as Mamba does."""
+        super()._check_target_module_compatiblity(LoraConfig(), model, target_name)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if not autocast_adapter_dtype:
+            for layer in share_layers(self.model).values():
+                layer.cast_to_base(adapter_name)
+
     def _prepare_model(self, peft_config: ShareConfig, model: nn.Module) -> None:
         """Read the basis that an adapter was saved with. Runs for every adapter, before the model is touched."""
         keep_4bit_weights_differentiable(model)
@@ -123,10 +149,7 @@ class ShareModel(BaseTuner):
         for module_name, layer in layers.items():
             stored = self._stored.bases.get(module_name)
             if stored is not None and not stored.equals(layer.share_basis_out, layer.share_basis_in):
-                raise ValueError(
-                    f"the stored basis of {module_name!r} is not the one the model has, expected tasks of one "
-                    "subspace; merge the two subspaces, or export the task as a LoRA and add it"
-                )
+                raise ValueError(_OTHER_BASIS.format(module_name))
 
     def _check_target_module_exists(self, config: ShareConfig, key: str) -> object:
         """Whether an adapter adapts a module: a stored one those that it has coefficients for, and no others.
@@ -157,16 +180,20 @@ class ShareModel(BaseTuner):
             raise ValueError(
                 f"the stored subspace has no basis for {module_name!r}, it has {len(self._stored.modules)}"
             )
+        fingerprint = self._stored.fingerprints.get(module_name)
         if isinstance(target, ShareLayer):
+            if fingerprint is not None:
+                target.check_fingerprint(fingerprint, f"{module_name}.{FINGERPRINT}")
             target.update_layer(adapter_name, peft_config, inference_mode=peft_config.inference_mode)
             return
         base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         check_supported(base_layer, module_name, self.model)
-        _set_fan_in_fan_out(peft_config, base_layer)
         basis_out, basis_in = self._basis_for(peft_config, base_layer, module_name)
         new_module = Linear(
             target, adapter_name, peft_config, basis_out, basis_in, **get_quantization_kwargs(self.model)
         )
+        if fingerprint is not None:
+            new_module.check_fingerprint(fingerprint, f"{module_name}.{FINGERPRINT}")
         new_module.basis_file = self._stored.basis_file
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
@@ -194,6 +221,80 @@ class ShareModel(BaseTuner):
             # Offloaded: PEFT would move the adapter to the meta device, where its values are lost. Unloaded: complete
             # as it is, and PEFT would look for a `weight`, which HQQ's and GPTQ's layers lack.
             setattr(parent, child_name, new_module)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Refuse coefficients of another basis in any layer before any layer has been loaded."""
+        for name, layer in share_layers(self.model).items():
+            layer.check_fingerprints(state_dict, f"{prefix}model.{name}.")
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model: nn.Module, adapter_name: str, **kwargs: Any) -> dict[str, Tensor]:
+        """The weights of an adapter. Where an engine gathered parameters alone, the fingerprints come from here."""
+        selected = super()._get_adapter_state_dict(model=model, adapter_name=adapter_name, **kwargs)
+        for name, module in model.named_modules():
+            if isinstance(module, ShareLayer) and adapter_name in module.share_fingerprint:
+                name = name.replace("_fsdp_wrapped_module.", "")
+                if f"{name}.share_coefficients_out.{adapter_name}" in selected:
+                    fingerprint = module.share_fingerprint[adapter_name]
+                    selected.setdefault(f"{name}.{FINGERPRINT}.{adapter_name}", fingerprint)
+        return selected
+
+    def take_basis(self, adapter_name: str, origin: AdapterOrigin) -> None:
+        """Make the model's bases those of an adapter that is to be loaded in place of one that is there.
+
+        Raises:
+            ValueError: If they are not those that the model has, and other adapters need these, or have other sizes.
+        """
+        config = PeftConfig.from_pretrained(origin.location, subfolder=origin.subfolder, **origin.download_options)
+        if not isinstance(config, ShareConfig):
+            raise ValueError(f"{origin.folder}: is {config.peft_type}, expected SHARE as adapter {adapter_name!r} is")
+        layers = share_layers(self.model)
+        stored = stored_adapter(config, {name: layer.basis_file for name, layer in layers.items()})
+        _check_same_dimensions(config, f"{origin.folder}", self.peft_config[adapter_name], f"adapter {adapter_name!r}")
+        others = [layer for layer in layers.values() if set(layer.tasks) - {adapter_name}]
+        changed = {
+            name: basis
+            for name, basis in stored.bases.items()
+            if name in layers and not basis.equals(layers[name].share_basis_out, layers[name].share_basis_in)
+        }
+        for name, basis in changed.items():
+            sizes = layers[name].share_basis_out.shape[1], layers[name].share_basis_in.shape[1]
+            if others or basis.num_components != sizes:
+                raise ValueError(_OTHER_BASIS.format(name))
+        for name, basis in changed.items():
+            layers[name].set_basis(basis.beta, basis.alpha)
+            layers[name].basis_file = stored.basis_file
+
+    def add_weighted_adapter(
+        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str = "svd"
+    ) -> None:
+        """
+        Add an adapter whose update is the weighted sum of others', cut to the best of rank p.
+
+        Args:
+            adapters (`Sequence[str]`): Tasks of the model.
+            weights (`Sequence[float]`): One for each, of any sign.
+            adapter_name (`str`): The new adapter; one of this name stays as it is, as with LoRA.
+            combination_type (`Literal["svd", "linear", "cat"]`, *optional*, defaults to `"svd"`):
+                How LoRA would combine its factors. All mean the same here, as the tasks share their bases.
+
+        Raises:
+            ValueError: If the tasks have no such sum; nothing was added then.
+        """
+        if adapter_name in self.peft_config:
+            return
+        layers = share_layers(self.model)
+        config = combined_config(self.peft_config, layers, adapters, weights, combination_type)
+        of_tasks: dict[str, float] = {}
+        for task, weight in zip(adapters, weights, strict=True):
+            of_tasks[task] = of_tasks.get(task, 0.0) + weight
+        config.inference_mode = True
+        self.peft_config[adapter_name] = config
+        self.inject_adapter(self.model, adapter_name)
+        for layer in layers.values():
+            if layer.has_task(adapter_name):
+                layer.set_coefficients(adapter_name, *combined_coefficients(layer, of_tasks))
 
     def _check_merge_allowed(self) -> None:
         """Refuse to merge into layers that cannot be dequantized, before any layer has been merged."""
@@ -288,15 +389,16 @@ def _check_modules(model: nn.Module, stored: StoredAdapter, *, from_file: bool) 
         )
 
 
+def _check_same_dimensions(config: ShareConfig, name: str, other: ShareConfig, other_name: str) -> None:
+    for field in ("num_components", "pseudo_rank"):
+        if getattr(other, field) != getattr(config, field):
+            raise ValueError(
+                f"{field} of {name} is {getattr(config, field)}, expected {getattr(other, field)} as {other_name} "
+                "has: they share one subspace"
+            )
+
+
 def _pass_adapter_names(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], adapter_names: list[str]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return args, {**kwargs, "adapter_names": adapter_names}
-
-
-def _set_fan_in_fan_out(config: ShareConfig, base_layer: nn.Module) -> None:
-    expected = isinstance(base_layer, Conv1D)
-    if config.fan_in_fan_out != expected:
-        if config.fan_in_fan_out:
-            warnings.warn("fan_in_fan_out is True but the target is not a Conv1D. Setting it to False.", stacklevel=2)
-        config.fan_in_fan_out = expected

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,13 @@ from peft import PeftConfig, PeftModel, peft_model
 from peft import utils as peft_utils
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, hotswap, save_and_load
+from torch import nn
 from transformers import PreTrainedModel
 
-from ..format.basis_file import SUBSPACE_FILE, StoredBasis, basis_tensors
-from ..format.files import FolderWriter, tensor_bytes
-from ..format.index import INDEX_FILE, ModuleEntry, TreeIndex, index_bytes
 from .config import SHARE, ShareConfig
-from .loading import remember_origins
+from .loading import fingerprints_of, origin_of, remember_origins, with_fingerprints
 from .model import ShareModel, stored_bases
+from .saving import check_no_remote_tree, check_no_tree, check_same_bases, write_bases
 
 
 def register() -> None:
@@ -34,24 +35,57 @@ def register() -> None:
     remember_origins()
     _save_basis_with(PeftModel)
     _save_basis_with(PreTrainedModel)
+    _keep_trees_on_the_hub(PeftModel)
+    _keep_trees_on_the_hub(PreTrainedModel)
     _advise_on_plain_adapters()
-    _find_subfolders_offline()
+    _advise_on_other_methods()
+    _load_bases_with_given_configs()
+    _load_bases_with_adapters_that_are_there()
+    _check_coefficients_of_transformers()
+    _prepare_weights()
 
 
 def _save_basis_with(model_class: type[PeftModel] | type[PreTrainedModel]) -> None:
-    """Let `save_pretrained` write the basis once, at the top of the folder, whatever adapters it saves there."""
+    """Let `save_pretrained` write the basis once, at the top of the folder, whatever adapters it saves there.
+
+    It does not write into the tree of a subspace.
+    """
     original = model_class.save_pretrained
 
     @functools.wraps(original)
     def save_pretrained(
         self: PeftModel | PreTrainedModel, save_directory: str | os.PathLike, *args: Any, **kwargs: Any
     ) -> Any:
+        call = inspect.signature(original).bind(self, save_directory, *args, **kwargs)
+        # Adapters may sit in a part of the model, such as the language model of a multimodal one.
+        configs = (module.peft_config for module in self.modules() if getattr(module, "peft_config", None))
+        folder, adapters = Path(save_directory), next(configs, {})
+        bases = stored_bases(self)
+        if adapters:
+            check_no_tree(folder)
+            if kwargs.get("push_to_hub"):
+                check_no_remote_tree(kwargs.get("repo_id") or folder.name, kwargs.get("revision"), kwargs.get("token"))
+        if bases:
+            check_same_bases(folder, bases, call.arguments.get("selected_adapters") or adapters)
         result = original(self, save_directory, *args, **kwargs)
-        if kwargs.get("is_main_process", True) and (bases := stored_bases(self)):
-            _write_bases(Path(save_directory), bases, next(iter(self.peft_config.values())))
+        if bases and adapters and call.arguments.get("is_main_process", True):
+            write_bases(folder, bases, next(iter(adapters.values())))
         return result
 
     model_class.save_pretrained = save_pretrained
+
+
+def _keep_trees_on_the_hub(model_class: type[PeftModel] | type[PreTrainedModel]) -> None:
+    """Let `push_to_hub` of a model with adapters not overwrite a subspace."""
+    original = model_class.push_to_hub
+
+    @functools.wraps(original)
+    def push_to_hub(self: PeftModel | PreTrainedModel, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        if getattr(self, "peft_config", None):
+            check_no_remote_tree(repo_id, kwargs.get("revision"), kwargs.get("token"))
+        return original(self, repo_id, *args, **kwargs)
+
+    model_class.push_to_hub = push_to_hub
 
 
 def _advise_on_plain_adapters() -> None:
@@ -71,12 +105,88 @@ def _advise_on_plain_adapters() -> None:
     PeftModel.add_adapter = add_adapter
 
 
-def _find_subfolders_offline() -> None:
-    """Let PEFT find weights in a subfolder of a cached repository: offline, it looks for the folder in itself."""
+def _advise_on_other_methods() -> None:
+    """Let transformers' `add_adapter` and `load_adapter` say that other methods do not go beside tasks."""
+    original = peft.inject_adapter_in_model
+
+    @functools.wraps(original)
+    def inject_adapter_in_model(
+        peft_config: PeftConfig, model: nn.Module, adapter_name: str = "default", *args: Any, **kwargs: Any
+    ) -> nn.Module:
+        others = getattr(model, "peft_config", {}).values()
+        if not isinstance(peft_config, ShareConfig) and any(isinstance(other, ShareConfig) for other in others):
+            raise ValueError(
+                f"adapter {adapter_name!r} is {peft_config.peft_type.value}, expected SHARE beside the tasks that the "
+                "model has: delete these first, or make the adapter a task by SharedSubspace.add_adapters; "
+                "SharedSubspace.export_lora makes a task a LoRA"
+            )
+        return original(peft_config, model, adapter_name, *args, **kwargs)
+
+    for module in (peft, peft.mapping):
+        module.inject_adapter_in_model = inject_adapter_in_model
+
+
+def _load_bases_with_given_configs() -> None:
+    """Let `PeftModel.from_pretrained(config=…)` read the basis where it reads the coefficients."""
+    original = PeftModel.from_pretrained.__func__
+
+    @functools.wraps(original)
+    def from_pretrained(
+        cls: type[PeftModel], model: nn.Module, model_id: str | os.PathLike, *args: Any, **kwargs: Any
+    ) -> PeftModel:
+        call = inspect.signature(original).bind(cls, model, model_id, *args, **kwargs)
+        if isinstance(config := call.arguments.get("config"), ShareConfig):
+            call.arguments["config"] = copy.copy(config)
+            call.arguments["config"].origin = origin_of(model_id, call.arguments.get("kwargs", {}))
+        return original(*call.args, **call.kwargs)
+
+    PeftModel.from_pretrained = classmethod(from_pretrained)
+
+
+def _load_bases_with_adapters_that_are_there() -> None:
+    """Let `PeftModel.load_adapter` read the basis too where it only reads weights: under a name that is there."""
+    original = PeftModel.load_adapter
+
+    @functools.wraps(original)
+    def load_adapter(
+        self: PeftModel, model_id: str | os.PathLike, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> Any:
+        if isinstance(self.peft_config.get(adapter_name), ShareConfig):
+            self.base_model.take_basis(adapter_name, origin_of(model_id, kwargs))
+        return original(self, model_id, adapter_name, *args, **kwargs)
+
+    PeftModel.load_adapter = load_adapter
+
+
+def _check_coefficients_of_transformers() -> None:
+    """Let transformers' `load_adapter` compare coefficients in memory with the bases, and find those beside files."""
+    original = PreTrainedModel.load_adapter
+
+    @functools.wraps(original)
+    def load_adapter(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        call = inspect.signature(original).bind(self, *args, **kwargs)
+        if isinstance(config := call.arguments.get("peft_config"), ShareConfig):
+            config = call.arguments["peft_config"] = copy.copy(config)
+            if (weights := call.arguments.get("adapter_state_dict")) is not None:
+                config.fingerprints = fingerprints_of(weights)
+            elif (location := call.arguments.get("peft_model_id")) is not None:
+                options = {**call.arguments.get("kwargs", {}), **(call.arguments.get("adapter_kwargs") or {})}
+                config.origin = origin_of(location, options)
+        return original(*call.args, **call.kwargs)
+
+    PreTrainedModel.load_adapter = load_adapter
+
+
+def _prepare_weights() -> None:
+    """Let PEFT find weights in a subfolder of a cached repository, and know the basis of old ones.
+
+    Offline, it looks for a subfolder in itself.
+    """
     original = save_and_load.load_peft_weights
 
     @functools.wraps(original)
     def load_peft_weights(model_id: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        origin = origin_of(model_id, kwargs)
         subfolder = kwargs.get("subfolder")
         if subfolder is not None and constants.HF_HUB_OFFLINE and not Path(model_id).is_dir():
             names = ("revision", "cache_dir", "repo_type")
@@ -84,21 +194,19 @@ def _find_subfolders_offline() -> None:
             kwargs.pop("subfolder")
             weights = hf_hub_download(model_id, f"{subfolder}/{SAFETENSORS_WEIGHTS_NAME}", **options)
             model_id = str(Path(weights).parent)
-        return original(model_id, *args, **kwargs)
+        weights = original(model_id, *args, **kwargs)
+        if kwargs.get("key_mapping") and any(".share_" in name for name in weights):
+            _check_not_renamed(weights, original(model_id, *args, **{**kwargs, "key_mapping": None}))
+        return with_fingerprints(weights, origin)
 
     for module in (save_and_load, peft_model, hotswap, peft_utils, peft):
         module.load_peft_weights = load_peft_weights
 
 
-def _write_bases(folder: Path, bases: Mapping[str, StoredBasis], config: ShareConfig) -> None:
-    writer = FolderWriter(folder)
-    writer.put(SUBSPACE_FILE, tensor_bytes(basis_tensors(bases)))
-    index = TreeIndex(
-        kind="checkpoint",
-        base_model_name_or_path=config.base_model_name_or_path,
-        settings=config.subspace_settings(),
-        modules={name: ModuleEntry(basis.shape, basis.num_components) for name, basis in bases.items()},
-        tasks=(),
-        sha256=dict(writer.sha256),
-    )
-    writer.put(INDEX_FILE, index_bytes(index))
+def _check_not_renamed(renamed: Collection[str], stored: Collection[str]) -> None:
+    """Refuse a `key_mapping` that renames the weights of a task: its basis has the names of the same modules."""
+    if odd := sorted(set(stored) - set(renamed)):
+        raise ValueError(
+            f"key_mapping renames {odd[0]!r}, expected a mapping that leaves the weights of a task as they are: the "
+            "modules of its basis would have other names"
+        )

@@ -18,7 +18,7 @@ from ..format.basis_file import bases_of
 from ..format.lora import PEFT_PREFIX, TARGET_FIELDS
 from ..format.module_names import without_wrappers
 from ..format.saved_modules import saved_names, targets_beside
-from ..format.task_files import share_adapter_config, share_adapter_tensors
+from ..format.task_files import share_adapter_config
 from ..state import SubspaceState, TaskInfo
 from ..subspace import LayerSubspace, LowRankUpdate
 from .config import GivenBases, ShareConfig
@@ -100,7 +100,7 @@ def load_tasks(
     for task in wanted:
         head = state.tasks[task].head
         if head and not (task in known and held.tasks[task].head is head):
-            set_peft_model_state_dict(model, _fitting_tensors(model, state, task), adapter_name=task)
+            set_peft_model_state_dict(model, _fitting_head(model, state, task), adapter_name=task)
 
 
 def load_bases(model: PeftModel, state: SubspaceState, *, held: SubspaceState | None = None) -> None:
@@ -151,10 +151,10 @@ def _check_fits(model: nn.Module, state: SubspaceState, tasks: Sequence[str]) ->
     check_apart({module for task in tasks for module in state.layers_of(task)}, saved)
 
 
-def _fitting_tensors(model: PeftModel, state: SubspaceState, task: str) -> dict[str, Tensor]:
-    """A task's tensors, its head with all labels of the model."""
+def _fitting_head(model: PeftModel, state: SubspaceState, task: str) -> dict[str, Tensor]:
+    """A task's head with all labels of the model, under the names that PEFT loads it by."""
     head = with_labels_of(model, _saved_by(state, task), state.tasks[task].head)
-    return share_adapter_tensors(state, task) | {f"{PEFT_PREFIX}{name}": tensor for name, tensor in head.items()}
+    return {f"{PEFT_PREFIX}{name}": tensor for name, tensor in head.items()}
 
 
 def _saved_by(state: SubspaceState, task: str) -> list[str]:

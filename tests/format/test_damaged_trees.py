@@ -169,12 +169,12 @@ def test_edited_json_is_refused(name: str, change: Edit, tree: Path, refused: Ca
     ("change", "message"),
     [
         (
-            lambda index: index.update(format_version=2),
-            "format_version is 2, expected at most 1: .*newer share_hf, upgrade with",
+            lambda index: index.update(format_version=3),
+            "format_version is 3, expected at most 2: .*newer share_hf, upgrade with",
         ),
-        (lambda index: index.update(format_version=0), "format_version is 0, expected 1"),
-        (lambda index: index.update(format_version="1"), "format_version is '1', expected 1"),
-        (lambda index: index.pop("format_version"), "format_version is None, expected 1"),
+        (lambda index: index.update(format_version=0), "format_version is 0, expected 2"),
+        (lambda index: index.update(format_version="1"), "format_version is '1', expected 2"),
+        (lambda index: index.pop("format_version"), "format_version is None, expected 2"),
         (lambda index: index.pop("kind"), "a field is missing"),
         (lambda index: index.pop("tasks"), "a field is missing"),
         (lambda index: index.pop("settings"), "a field is missing"),

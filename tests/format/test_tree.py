@@ -68,9 +68,9 @@ def test_a_tree_has_the_documented_files_and_no_others(
 
 def test_the_index_tells_what_the_tree_holds(tree: Path) -> None:
     index = json.loads((tree / "share_config.json").read_text())
-    assert index.pop("digest") and index.pop("sha256") and index.pop("lineage")
+    assert index.pop("digest") and index.pop("sha256") and index.pop("lineage") and index.pop("fingerprint")
     assert index == {
-        "format_version": 1,
+        "format_version": 2,
         "kind": "tree",
         "share_hf_version": __version__,
         "base_model_name_or_path": BASE_NAME,
@@ -105,13 +105,16 @@ def test_the_basis_is_stored_once_in_float32_with_orthonormal_columns(tree: Path
             assert torch.equal(tensor, tensor.sort(descending=True).values)
 
 
-def test_a_task_is_its_coefficients_and_nothing_else(tree: Path) -> None:
+def test_a_task_is_its_coefficients_and_what_basis_they_belong_to(tree: Path) -> None:
     for task in ("mrpc", "sst2"):
         tensors = load_file(tree / "tasks" / task / "adapter_model.safetensors")
         assert sorted(tensors) == [
-            f"base_model.model.{module}.share_coefficients_{side}" for module in MODULES for side in ("in", "out")
+            f"base_model.model.{module}.share_{part}"
+            for module in MODULES
+            for part in ("coefficients_in", "coefficients_out", "fingerprint")
         ]
-        assert {(tensor.shape, tensor.dtype) for tensor in tensors.values()} == {((6, 4), torch.float32)}
+        found = {(tensor.shape, tensor.dtype) for tensor in tensors.values()}
+        assert found == {((6, 4), torch.float32), ((8,), torch.uint8)}
         config = json.loads((tree / "tasks" / task / "adapter_config.json").read_text())
         assert config["peft_type"] == "SHARE"
         assert config["base_model_name_or_path"] == BASE_NAME

@@ -560,9 +560,9 @@ def test_a_tree_of_a_newer_format_is_refused_with_what_to_do(
 ) -> None:
     if other_tensors:
         in_tensors(BASIS, lambda tensors: tensors.update({f"{Q_PROJ}.gamma": torch.ones(1)}))(tree)
-    edit_index(tree, lambda index: index.update(format_version=2))
+    edit_index(tree, lambda index: index.update(format_version=3))
     victim.finds(tree)
-    victim.is_refused(loader, f"{INDEX}: format_version is 2, expected at most 1: .*newer share_hf, upgrade with")
+    victim.is_refused(loader, f"{INDEX}: format_version is 3, expected at most 2: .*newer share_hf, upgrade with")
 
 
 @every_loader

@@ -115,6 +115,56 @@ def change_by_an_optimizer_in_eval_mode(model: PeftModel) -> None:
     optimizer.step()
 
 
+def change_by_a_fused_optimizer_in_eval_mode(model: PeftModel) -> None:
+    optimizer = torch.optim.AdamW(task_parameters(model, "one").values(), lr=0.05, fused=True)
+    model(**LLAMA.batch()).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def write_behind_autograd(model: PeftModel) -> None:
+    for parameter in task_parameters(model, "one").values():
+        parameter.data.mul_(-0.7)
+
+
+def write_behind_autograd_to_frozen_parameters(model: PeftModel) -> None:
+    model.requires_grad_(False)
+    write_behind_autograd(model)
+
+
+def swap_in_an_average(model: PeftModel) -> None:
+    for parameter in task_parameters(model, "one").values():
+        average = torch.randn(parameter.shape) * 0.3
+        parameter.data, average = average.data, parameter.data
+
+
+def set_storage(model: PeftModel) -> None:
+    with torch.no_grad():
+        for parameter in task_parameters(model, "one").values():
+            parameter.set_(torch.randn(parameter.shape) * 0.3)
+
+
+def share_memory_with_numpy(model: PeftModel) -> None:
+    for parameter in task_parameters(model, "one").values():
+        parameter.detach().numpy()[:] *= -0.7
+
+
+def change_in_inference_mode(model: PeftModel) -> None:
+    with torch.inference_mode():
+        for parameter in task_parameters(model, "one").values():
+            parameter.mul_(-0.7)
+
+
+def change_the_basis_in_place(model: PeftModel) -> None:
+    for layer in share_layers(model).values():
+        layer.share_basis_out.mul_(-1)
+
+
+def assign_another_basis(model: PeftModel) -> None:
+    for layer in share_layers(model).values():
+        layer.share_basis_in = layer.share_basis_in.flip(1)
+
+
 def replace_parameters(model: PeftModel) -> None:
     for layer in share_layers(model).values():
         for _ in range(3):  # the second may be given the first one's address
@@ -127,15 +177,21 @@ def replace_data(model: PeftModel) -> None:
             parameter.data = torch.randn(parameter.shape) * 0.3
 
 
+def scaled_coefficients(model: PeftModel, factor: float) -> dict[str, Tensor]:
+    """The coefficients of a model's tasks times a factor, and the fingerprints of their bases as they are."""
+    return {
+        name: factor * tensor if ".share_coefficients_" in name else tensor
+        for name, tensor in model.state_dict().items()
+        if ".share_" in name
+    }
+
+
 def load_a_state_dict(model: PeftModel) -> None:
-    model.load_state_dict(
-        {name: 0.5 * tensor for name, tensor in model.state_dict().items() if ".share_" in name}, False
-    )
+    model.load_state_dict(scaled_coefficients(model, 0.5), strict=False)
 
 
 def load_a_state_dict_by_assignment(model: PeftModel) -> None:
-    state = {name: -0.5 * tensor for name, tensor in model.state_dict().items() if ".share_" in name}
-    model.load_state_dict(state, strict=False, assign=True)
+    model.load_state_dict(scaled_coefficients(model, -0.5), strict=False, assign=True)
 
 
 def set_another_basis(model: PeftModel) -> None:
@@ -179,6 +235,15 @@ CHANGES = [
     change_in_place,
     change_by_an_optimizer,
     change_by_an_optimizer_in_eval_mode,
+    change_by_a_fused_optimizer_in_eval_mode,
+    write_behind_autograd,
+    write_behind_autograd_to_frozen_parameters,
+    swap_in_an_average,
+    set_storage,
+    share_memory_with_numpy,
+    change_in_inference_mode,
+    change_the_basis_in_place,
+    assign_another_basis,
     replace_parameters,
     replace_data,
     load_a_state_dict,
@@ -234,12 +299,11 @@ def test_a_copy_keeps_no_tie_to_what_it_was_copied_from(model: PeftModel) -> Non
     assert torch.equal(logits(model, LLAMA.batch()), logits(copied, LLAMA.batch()))
 
 
-def test_parameters_made_in_inference_mode_are_folded_every_time(
+def test_what_is_kept_of_parameters_made_in_inference_mode_is_never_stale(
     model: PeftModel, tiny_model: Callable[[str], PreTrainedModel]
 ) -> None:
     with torch.inference_mode():
-        set_by_assignment = {name: 0.5 * tensor for name, tensor in model.state_dict().items() if ".share_" in name}
-        model.load_state_dict(set_by_assignment, strict=False, assign=True)
+        model.load_state_dict(scaled_coefficients(model, 0.5), strict=False, assign=True)
         logits(model, LLAMA.batch())
         for parameter in task_parameters(model, "one").values():
             assert parameter.is_inference()

@@ -116,7 +116,9 @@ def test_a_folder_has_the_basis_once_and_each_task_its_coefficients_only(saved: 
     modules = read_bases(folder / "subspace.safetensors")
     tensors = load_file(folder / "one" / "adapter_model.safetensors")
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {
-        f"base_model.model.{module}.share_coefficients_{side}": (K, P) for module in modules for side in ("out", "in")
+        f"base_model.model.{module}.share_{part}": shape
+        for module in modules
+        for part, shape in (("coefficients_out", (K, P)), ("coefficients_in", (K, P)), ("fingerprint", (8,)))
     }
 
 

@@ -1,0 +1,70 @@
+"""Weighted sums of tasks, which stay in the subspace that the tasks share."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..state import Phase
+from ..subspace.factors import truncated_balanced_factors
+from .config import ShareConfig
+from .layer import ShareLayer
+
+
+COMBINATIONS = ("linear", "svd", "cat")
+
+
+def combined_config(
+    configs: Mapping[str, ShareConfig],
+    layers: Mapping[str, ShareLayer],
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    combination_type: str,
+) -> ShareConfig:
+    """The configuration of a weighted sum of adapters.
+
+    Args:
+        configs: Of the adapters of a model.
+        layers: Of the model, by name.
+        adapters: What is summed.
+        weights: One for each.
+        combination_type: As LoRA's; these all mean the sum of the updates, which the subspace holds.
+
+    Raises:
+        ValueError: If there is no such sum of these adapters.
+    """
+    if combination_type not in COMBINATIONS:
+        raise ValueError(
+            f"combination_type is {combination_type!r}, expected one of {list(COMBINATIONS)}: for others export the "
+            "tasks as LoRAs by SharedSubspace.export_lora and combine these"
+        )
+    if not adapters or len(adapters) != len(weights):
+        raise ValueError(f"{len(adapters)} adapters and {len(weights)} weights, expected one weight for each of some")
+    for name in adapters:
+        if name not in configs:
+            raise ValueError(f"adapter {name!r} is not there, expected names among {list(configs)}")
+        if configs[name].phase != Phase.COEFFICIENTS:
+            raise ValueError(f"adapter {name!r} is in phase {configs[name].phase.value!r}, expected a merged task")
+        if configs[name].modules_to_save:
+            raise ValueError(
+                f"adapter {name!r} has modules_to_save = {configs[name].modules_to_save}, expected tasks without "
+                "heads of their own, which have no sum"
+            )
+    config = copy.deepcopy(configs[adapters[0]])
+    config.origin = None
+    config.target_modules = {name for name, layer in layers.items() if any(map(layer.has_task, adapters))}
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    return config
+
+
+def combined_coefficients(layer: ShareLayer, weights: Mapping[str, float]) -> tuple[Tensor, Tensor]:
+    """The best coefficients (k_out, p), (k_in, p) of ``Σ w_i ΔW_i`` in the subspace: exact, then cut to rank p."""
+    present = [task for task in weights if layer.has_task(task)]
+    out = torch.cat([weights[task] * layer.share_coefficients_out[task].detach().double() for task in present], dim=1)
+    in_ = torch.cat([layer.share_coefficients_in[task].detach().double() for task in present], dim=1)
+    rank = layer.share_coefficients_out[present[0]].shape[1]
+    combined_out, combined_in, _ = truncated_balanced_factors(out, in_, rank)
+    return combined_out.float(), combined_in.float()

@@ -1,0 +1,122 @@
+"""What a model's `save_pretrained` writes beside its adapters, and what it must not write over."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from huggingface_hub import get_full_repo_name
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+)
+from peft.utils import CONFIG_NAME
+
+from ..format.basis_file import SUBSPACE_FILE, StoredBasis, basis_tensors, fingerprint_of_all, read_bases
+from ..format.download import download
+from ..format.files import MAX_JSON_BYTES, FolderWriter, read_json, restore_folder, tensor_bytes
+from ..format.index import INDEX_FILE, ModuleEntry, TreeIndex, index_bytes, read_index
+from ..format.names import listing
+from ..format.task_files import TASKS_FOLDER
+from .config import SHARE, ShareConfig
+
+
+def check_no_tree(folder: Path) -> None:
+    """Refuse to save adapters into a tree, or over a task of one.
+
+    Raises:
+        ValueError: Naming the tree.
+    """
+    restore_folder(folder)  # a tree that a crash left aside, where a new folder would take its place
+    of_task = folder.absolute().parent
+    trees = [folder, *([of_task.parent] if of_task.name == TASKS_FOLDER else [])]
+    for tree in trees:
+        if _is_tree(tree):
+            raise ValueError(
+                f"{folder}: {tree} holds a shared subspace, which the adapters of a model would overwrite; expected "
+                "another folder. Save a subspace by SharedSubspace.save_pretrained or ShareTrainer; add an adapter to "
+                "one by SharedSubspace.add_adapters"
+            )
+
+
+def check_no_remote_tree(repo_id: str, revision: str | None, token: str | bool | None) -> None:
+    """Refuse to push adapters into a repository that holds a tree.
+
+    Raises:
+        ValueError: Naming the repository.
+    """
+    try:
+        full_id = repo_id if "/" in repo_id else get_full_repo_name(repo_id, token=token)
+        index = download(full_id, INDEX_FILE, limit=MAX_JSON_BYTES, revision=revision, token=token)
+    except (HfHubHTTPError, LocalEntryNotFoundError, EntryNotFoundError, LocalTokenNotFoundError):
+        return  # nothing to write over, or the push itself says what is wrong
+    if _is_tree(index.parent):
+        raise ValueError(
+            f"{repo_id}: holds a shared subspace, which the adapters of a model would overwrite; expected another "
+            "repository. Push a subspace by SharedSubspace.push_to_hub or ShareTrainer"
+        )
+
+
+def check_same_bases(folder: Path, bases: Mapping[str, StoredBasis], saved: Collection[str]) -> None:
+    """Refuse to replace the bases of a checkpoint that has other adapters, which would be of no use then.
+
+    Args:
+        folder: Where the model is about to be saved.
+        bases: Of the model.
+        saved: The adapters that are about to be saved.
+
+    Raises:
+        ValueError: Naming these adapters.
+    """
+    if not (folder / SUBSPACE_FILE).is_file():
+        return
+    places = {path.parent.name: path for path in folder.glob(f"*/{CONFIG_NAME}")}
+    places["default"] = folder / CONFIG_NAME
+    others = [name for name, path in places.items() if name not in saved and _is_share(path)]
+    if others and _fingerprint_in(folder) != fingerprint_of_all(bases):
+        raise ValueError(
+            f"{folder}: holds the adapters {listing(others)} of a model with another basis, which this one would "
+            "replace; expected another folder"
+        )
+
+
+def write_bases(folder: Path, bases: Mapping[str, StoredBasis], config: ShareConfig) -> None:
+    """Write the bases of a model and the index that has their checksums."""
+    writer = FolderWriter(folder)
+    writer.put(SUBSPACE_FILE, tensor_bytes(basis_tensors(bases)))
+    index = TreeIndex(
+        kind="checkpoint",
+        base_model_name_or_path=config.base_model_name_or_path,
+        settings=config.subspace_settings(),
+        modules={name: ModuleEntry(basis.shape, basis.num_components) for name, basis in bases.items()},
+        tasks=(),
+        sha256=dict(writer.sha256),
+        fingerprint=fingerprint_of_all(bases),
+    )
+    writer.put(INDEX_FILE, index_bytes(index))
+
+
+def _is_tree(folder: Path) -> bool:
+    if not (folder / INDEX_FILE).is_file():
+        return False
+    try:
+        return read_json(folder / INDEX_FILE).get("kind") == "tree"
+    except ValueError:  # damaged
+        return (folder / TASKS_FOLDER).is_dir()
+
+
+def _is_share(path: Path) -> bool:
+    try:
+        return read_json(path).get("peft_type") == SHARE
+    except ValueError:  # missing, or none of ours
+        return False
+
+
+def _fingerprint_in(folder: Path) -> str | None:
+    try:
+        known = read_index(folder).fingerprint if (folder / INDEX_FILE).is_file() else None
+        return known or fingerprint_of_all(read_bases(folder / SUBSPACE_FILE))
+    except ValueError:  # damaged, so that nothing is lost
+        return None
