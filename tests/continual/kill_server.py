@@ -162,9 +162,10 @@ def _hook_merges(tick: Callable[[], None]) -> None:
     """Tick where the first process begins to merge, and others to wait for what it computes."""
     on_first_process = phases_module.on_first_process
 
-    def ticking(compute: Callable[[], Any]) -> Any:
-        tick()
-        return on_first_process(compute)
+    def ticking(compute: Callable[[], Any], **options: Any) -> Any:
+        if "known" in options:  # unlike where the first process tells the others what it has loaded
+            tick()
+        return on_first_process(compute, **options)
 
     phases_module.on_first_process = ticking
 
