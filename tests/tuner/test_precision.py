@@ -35,12 +35,13 @@ half = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["b
 @each_architecture
 @half
 @pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
-def test_on_a_half_precision_base_what_is_trained_and_the_basis_are_float32(
+def test_on_a_half_precision_base_the_basis_is_float32_and_what_is_trained_as_peft_is_told(
     case: Case, dtype: torch.dtype, autocast_adapter_dtype: bool, tiny_model: Callable[[str], PreTrainedModel]
 ) -> None:
     base = tiny_model(case.architecture).to(dtype)
     model = get_peft_model(base, case.config(phase="adapt"), autocast_adapter_dtype=autocast_adapter_dtype)
-    assert {parameter.dtype for parameter in trainable(model).values()} == {torch.float32}
+    trained = torch.float32 if autocast_adapter_dtype else dtype
+    assert {parameter.dtype for parameter in trainable(model).values()} == {trained}
     for layer in share_layers(model).values():
         assert layer.share_basis_out.dtype == layer.share_basis_in.dtype == torch.float32
         assert layer.get_base_weight().dtype == dtype
