@@ -24,11 +24,6 @@ class DeepSpeedEngine(Engine):
     keeps_idle_adapters = False  # they are cast too
 
     @contextmanager
-    def train_ready(self) -> Iterator[None]:
-        with quietly():
-            yield
-
-    @contextmanager
     def inference_ready(self) -> Iterator[None]:
         # Parameters are whole. The Trainer would look for an engine where none has been trained yet.
         trainer = self.trainer
@@ -67,7 +62,7 @@ class ZeRO3Engine(DeepSpeedEngine):
 
     @contextmanager
     def train_ready(self) -> Iterator[None]:
-        with without_empty_parameters(self.trainer.model), quietly():
+        with without_empty_parameters(self.trainer.model), super().train_ready():
             yield
 
     @contextmanager

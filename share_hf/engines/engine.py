@@ -45,9 +45,11 @@ class Engine(ABC):
     def prepare(self) -> None:  # noqa: B027 - most engines need not
         """Prepare the model, once, when the trainer is made."""
 
-    @abstractmethod
-    def train_ready(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def train_ready(self) -> Iterator[None]:
         """A block in which a phase can be trained. `release` ends it, inside of the block."""
+        with quietly():
+            yield
 
     @abstractmethod
     def inference_ready(self) -> AbstractContextManager[None]:

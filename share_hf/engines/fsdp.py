@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from ..tuner.model import share_layers
-from .engine import Engine, quietly
+from .engine import Engine
 
 
 class FSDPEngine(Engine):
@@ -34,7 +34,7 @@ class FSDPEngine(Engine):
     def train_ready(self) -> Iterator[None]:
         trained = [parameter for parameter in self.trainer.model.parameters() if parameter.requires_grad]
         broadcast(trained, self.trainer.accelerator.device)
-        with quietly():
+        with super().train_ready():
             yield
 
     @contextmanager

@@ -5,16 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from .engine import Engine, quietly, unprepare
+from .engine import Engine, unprepare
 
 
 class LocalEngine(Engine):
     """The Trainer's own way, taken back after each phase."""
-
-    @contextmanager
-    def train_ready(self) -> Iterator[None]:
-        with quietly():
-            yield
 
     @contextmanager
     def inference_ready(self) -> Iterator[None]:

@@ -98,7 +98,7 @@ def write_root(
     Args:
         state: With the default task.
         writer: Has put the rest.
-        fingerprint: Of the bases, as in `share_config.json`.
+        fingerprint: Fingerprint of the bases, as in `share_config.json`.
         branches: As in `share_config.json`.
         there: Index of the tree that is to be replaced elsewhere. If its root adapter is computed from the same basis
             and the same task, it stays and is not written: another machine may round the product differently.

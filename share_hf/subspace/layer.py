@@ -175,7 +175,7 @@ class LayerSubspace:
 
         Args:
             task: A task of the layer.
-            dtype: Of the products; that of the basis if not given, which may round them.
+            dtype: Type of the products; that of the basis if not given, which may round them.
         """
         dtype = dtype or self.basis_out.dtype
         out, in_ = (side.to(dtype) for side in self.coefficients_of(task))

@@ -27,8 +27,8 @@ def combined_config(
     """The configuration of a weighted sum of adapters.
 
     Args:
-        configs: Of the adapters of a model.
-        layers: Of the model, by name.
+        configs: Configurations of the adapters of a model.
+        layers: Layers of the model, by name.
         adapters: What is summed.
         weights: One for each.
         combination_type: As LoRA's; these all mean the sum of the updates, which the subspace holds.

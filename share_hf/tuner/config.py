@@ -60,7 +60,7 @@ class GivenBases:
     """Bases by module that an adapter belongs to, of a subspace in memory.
 
     Args:
-        bases: Of all modules of the subspace.
+        bases: Bases of all modules of the subspace.
         adapted: The modules that the adapter has coefficients for; those that its configuration targets if None.
     """
 

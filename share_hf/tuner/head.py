@@ -106,7 +106,7 @@ def rule_out_labels(head: Mapping[str, Tensor], layer: str, num_labels: int, of_
     Args:
         head: Tensors by name.
         layer: The layer that computes the logits.
-        num_labels: Of the task.
+        num_labels: Number of labels of the task.
         of_model: Rows that the layer is to have.
     """
     weight, bias = head[f"{layer}.weight"], head.get(f"{layer}.bias")
@@ -141,7 +141,7 @@ def parts_to_keep(model: nn.Module, task_type: str | None) -> list[str]:
 
     Args:
         model: The base model, with or without adapters.
-        task_type: Of the configuration.
+        task_type: Task type of the configuration.
     """
     base = _without_adapters(model)
     tensors = dict(_parameters("", base))

@@ -64,7 +64,7 @@ def check_same_bases(folder: Path, bases: Mapping[str, StoredBasis], saved: Coll
 
     Args:
         folder: Where the model is about to be saved.
-        bases: Of the model.
+        bases: Bases of the model.
         saved: The adapters that are about to be saved.
 
     Raises:
