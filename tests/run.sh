@@ -24,4 +24,8 @@ export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # DeepSpeed compiles an operator on its first use, and a run that was killed meanwhile leaves a lock that the next one
 # waits for without end: an environment of its own is rid of it with the environment.
 export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$VIRTUAL_ENV/torch_extensions}"
+# All fast tests together use the cores there are; a selection is shown as it goes.
+if [ "$#" -eq 0 ]; then
+    set -- --numprocesses auto --maxprocesses 4
+fi
 exec python -m pytest "$@"

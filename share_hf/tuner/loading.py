@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -21,10 +22,11 @@ from torch import Tensor
 
 from ..format.basis_file import SUBSPACE_FILE, BasisFile, StoredBasis, read_bases
 from ..format.download import download
+from ..format.embeddings import embedding_of
 from ..format.files import MAX_JSON_BYTES, expect_tensor, read_pickled_tensors, read_tensors
 from ..format.index import INDEX_FILE, ModuleEntry, TreeIndex, read_index
 from ..format.lora import PEFT_PREFIX, check_head_names
-from ..format.saved_modules import saved_names
+from ..format.saved_modules import saved_module_of, saved_names
 from ..format.task_files import FINGERPRINT, METRICS_FILE, check_fingerprint, check_task_files, task_folder
 from ..format.tree import check_bases
 from ..state import Phase
@@ -42,6 +44,9 @@ _PARTS = {
     Phase.INIT: _TEMPORARY,
 }
 
+# What PEFT puts into the names of further copies, where the vocabulary was resized and embeddings are kept whole too.
+_COPY = re.compile(r"(?<=\.)(?:modules_to_save|original_module)\.(?=[^.]+$)")
+
 _DOWNLOAD_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "repo_type")
 
 
@@ -54,6 +59,8 @@ class StoredAdapter:
         bases: The bases; empty where the model has them already.
         adapted: The modules that it has coefficients for; None where its configuration says which it adapts.
         head: Shapes of its `modules_to_save` weights, by name in the base model; None if unknown.
+        embeddings: Shapes of the base model's embeddings that PEFT saved with it, by name there: it does so where the
+            vocabulary was resized, and loads them into the base model. Only in checkpoints of the user's own.
         basis_file: The file that the bases are in; None if they are not from a file with a checksum.
         fingerprints: By module, the fingerprint of the basis that its coefficients belong to, where they have one.
     """
@@ -62,6 +69,7 @@ class StoredAdapter:
     bases: Mapping[str, StoredBasis] = field(default_factory=dict)
     adapted: Collection[str] | None = None
     head: Mapping[str, tuple[int, ...]] | None = None
+    embeddings: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     basis_file: BasisFile | None = None
     fingerprints: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -73,11 +81,13 @@ class _Weights:
     Args:
         adapted: The modules that it adapts by coefficients in the basis.
         head: Shapes of its `modules_to_save` weights, by name in the base model.
+        embeddings: As of `StoredAdapter`.
         fingerprints: By module.
     """
 
     adapted: set[str] = field(default_factory=set)
     head: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    embeddings: dict[str, tuple[int, ...]] = field(default_factory=dict)
     fingerprints: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -180,8 +190,15 @@ def _read_adapter(origin: AdapterOrigin, config: ShareConfig, loaded: Mapping[st
         checksum = index.sha256.get(SUBSPACE_FILE, "")
         stored = StoredAdapter(index.modules, basis_file=BasisFile.at(path, checksum))
     place = _weights_file(origin, index)
-    weights = _check_weights(place, config, stored.modules, index)
-    stored = replace(stored, adapted=weights.adapted or None, head=weights.head, fingerprints=weights.fingerprints)
+    is_own = Path(origin.location).is_dir() and not (index is not None and index.is_tree)
+    weights = _check_weights(place, config, stored.modules, index, is_own=is_own)
+    stored = replace(
+        stored,
+        adapted=weights.adapted or None,
+        head=weights.head,
+        embeddings=weights.embeddings,
+        fingerprints=weights.fingerprints,
+    )
     if index is not None:
         _check_against_tree(origin, config, place, path.parent, index)
         if weights.adapted and all(loaded.get(module) == stored.basis_file for module in weights.adapted):
@@ -236,9 +253,21 @@ def _weights_file(origin: AdapterOrigin, index: TreeIndex | None) -> Path:
 
 
 def _check_weights(
-    path: Path, config: ShareConfig, modules: Mapping[str, ModuleEntry], index: TreeIndex | None
+    path: Path,
+    config: ShareConfig,
+    modules: Mapping[str, ModuleEntry],
+    index: TreeIndex | None,
+    *,
+    is_own: bool,
 ) -> _Weights:
     """Check every weight of an adapter: whatever has a name of the model's is loaded into it.
+
+    Args:
+        path: The file.
+        config: The adapter's configuration.
+        modules: Shapes of the layers and bases of its subspace.
+        index: That of the folder; None if there is none.
+        is_own: Whether this is a checkpoint in a folder of the user's, whose embeddings may go into the base model.
 
     Raises:
         ValueError: Naming a weight that is not one of the adapter's phase or of its `modules_to_save`.
@@ -249,10 +278,16 @@ def _check_weights(
     tensors = read_tensors(path) if path.suffix == ".safetensors" else read_pickled_tensors(path)
     if not of_tree:  # of a model that its user may have cast before saving it
         tensors = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
-    weights = _Weights()
+    weights, saved = _Weights(), saved_names(config.modules_to_save, config.task_type)
     for name, tensor in tensors.items():
-        module, _, part = name.removeprefix(PEFT_PREFIX).rpartition(".")
-        if not part.startswith("share_"):
+        plain = name.removeprefix(PEFT_PREFIX)
+        module, _, part = plain.rpartition(".")
+        in_base = _COPY.sub("", plain)
+        if is_own and embedding_of(in_base) is not None and f"{PEFT_PREFIX}{in_base}" in tensors:
+            if in_base == plain:
+                kept = weights.embeddings if saved_module_of(plain, saved) is None else weights.head
+                kept[plain] = tuple(tensor.shape)
+        elif not part.startswith("share_"):
             weights.head[name.removeprefix(PEFT_PREFIX)] = tuple(tensor.shape)
         elif module not in modules:
             raise ValueError(f"{path}: {name!r} is of no module of {SUBSPACE_FILE}, it has {len(modules)}")
@@ -265,7 +300,7 @@ def _check_weights(
     unmarked = weights.adapted - weights.fingerprints.keys()
     if unmarked and index is not None and index.has_fingerprints:
         raise ValueError(f"{path}: {sorted(unmarked)[0]!r} has coefficients but no {FINGERPRINT}, expected both")
-    check_head_names(path, weights.head, saved_names(config.modules_to_save, config.task_type))
+    check_head_names(path, weights.head, saved)
     return weights
 
 

@@ -146,6 +146,8 @@ class ShareModel(BaseTuner):
             check_head(model, peft_config.modules_to_save or [], head)
             saved = {name for config in self.peft_config.values() for name in config.modules_to_save or []}
             check_apart({*(self._stored.adapted or ()), *layers}, saved)
+        embeddings = self._stored.embeddings
+        check_head(model, {name.rpartition(".")[0] for name in embeddings}, embeddings)
         for module_name, layer in layers.items():
             stored = self._stored.bases.get(module_name)
             if stored is not None and not stored.equals(layer.share_basis_out, layer.share_basis_in):

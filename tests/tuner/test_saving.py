@@ -31,6 +31,7 @@ from .cases import (
     K,
     P,
     an_adapted_layer,
+    assert_close,
     assert_differ,
     each_architecture,
     gradients,
@@ -343,3 +344,45 @@ class TestTransformersOwnMethods:
         assert list(base.peft_config) == ["one"]
         assert all(layer.tasks == ["one"] for layer in share_layers(base).values())
         base.add_adapter(LLAMA.config(), "two")
+
+
+# ---- Resized vocabularies -------------------------------------------------------------------------------------------
+
+
+KEPT = [None, ["embed_tokens", "lm_head"]]
+
+
+def resized(folder: Path, size: int = 80) -> PreTrainedModel:
+    """The model of a folder with further tokens, whose embeddings are others in every process."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(size, mean_resizing=False)
+    return model.eval()
+
+
+@pytest.mark.parametrize("modules_to_save", KEPT, ids=["trained-as-they-are", "kept-with-the-task"])
+def test_a_checkpoint_of_a_model_with_added_tokens_loads_as_it_was(
+    modules_to_save: list[str] | None, tiny_model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = tiny_model_folder("llama")
+    model = with_tasks(resized(base), LLAMA, "one", modules_to_save=modules_to_save)
+    with torch.no_grad():
+        for parameter in (*model.get_input_embeddings().parameters(), *model.get_output_embeddings().parameters()):
+            parameter.add_(0.1)
+    ids = {"input_ids": torch.arange(60, 80).view(2, 10)}
+    expected = logits(model, ids)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(resized(base), tmp_path / "one").eval()
+    assert_close(logits(loaded, ids), expected)
+
+
+@pytest.mark.parametrize("modules_to_save", KEPT, ids=["trained-as-they-are", "kept-with-the-task"])
+def test_it_is_refused_by_a_model_without_these_tokens(
+    modules_to_save: list[str] | None, tiny_model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = tiny_model_folder("llama")
+    with_tasks(resized(base), LLAMA, "one", modules_to_save=modules_to_save).save_pretrained(tmp_path)
+    other = resized(base, 70)
+    before = {name: parameter.clone() for name, parameter in other.named_parameters()}
+    with pytest.raises(ValueError, match=r"resize_token_embeddings\(80\)"):
+        PeftModel.from_pretrained(other, tmp_path / "one")
+    assert all(torch.equal(parameter, before[name]) for name, parameter in other.named_parameters())
