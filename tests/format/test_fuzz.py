@@ -447,7 +447,8 @@ class Reinterpreted:
         content = tree.get(self.file)
         if not isinstance(content, bytes):
             return
-        with suppress(ValueError, KeyError, TypeError, AttributeError, IndexError):
+        # Another change may have left no tensor, hence the division by zero.
+        with suppress(ValueError, KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError):
             end = 8 + int.from_bytes(content[:8], "little")
             header = json.loads(content[8:end])
             name = sorted(header)[self.which % len(header)]
