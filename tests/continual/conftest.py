@@ -15,9 +15,12 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from share_hf import ShareConfig, ShareTrainer, ShareTrainingArguments
 
+from .cases import classifier_trainer
+
 
 LABELS = {"a": 3, "b": 2, "c": 3}
 
+Make = Callable[..., ShareTrainer]
 MakeTrainer = Callable[..., ShareTrainer]
 
 
@@ -138,3 +141,13 @@ def assert_same_to_the_bit(found: dict[str, torch.Tensor], expected: dict[str, t
     assert found.keys() == expected.keys()
     different = [name for name in expected if not torch.equal(found[name], expected[name])]
     assert not different
+
+
+@pytest.fixture
+def make(tiny_model: Callable[[str], PreTrainedModel], tmp_path: Path) -> Make:
+    """A trainer of classification tasks in a folder of its own."""
+
+    def trainer(tasks: Any = None, folder: str = "out", **options: Any) -> ShareTrainer:
+        return classifier_trainer(tiny_model("bert"), tmp_path / folder, tasks, **options)
+
+    return trainer

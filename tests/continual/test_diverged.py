@@ -24,21 +24,10 @@ from .cases import (
     assert_same_tasks,
     classification_task,
     classification_tasks,
-    classifier_trainer,
     config,
     language_task,
 )
-
-
-Make = Callable[..., ShareTrainer]
-
-
-@pytest.fixture
-def make(tiny_model: Callable[[str], PreTrainedModel], tmp_path: Path) -> Make:
-    def trainer(tasks: Any = None, folder: str = "out", **options: Any) -> ShareTrainer:
-        return classifier_trainer(tiny_model("bert"), tmp_path / folder, tasks, **options)
-
-    return trainer
+from .conftest import Make
 
 
 def diverging(phase: str, value: float, part: str, times: int = 1) -> At:

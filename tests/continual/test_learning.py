@@ -37,19 +37,7 @@ from .cases import (
     logits,
     updates,
 )
-
-
-Make = Callable[..., ShareTrainer]
-
-
-@pytest.fixture
-def make(tiny_model: Callable[[str], PreTrainedModel], tmp_path: Path) -> Make:
-    """A trainer of classification tasks in a folder of its own."""
-
-    def trainer(tasks: Any = None, folder: str = "out", **options: Any) -> ShareTrainer:
-        return classifier_trainer(tiny_model("bert"), tmp_path / folder, tasks, **options)
-
-    return trainer
+from .conftest import Make
 
 
 @pytest.fixture
