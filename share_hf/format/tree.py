@@ -166,11 +166,11 @@ def _read_whole(folder: Path, wanted: Collection[str] | None) -> SubspaceState:
         if wanted is None or task in wanted:
             tasks[task], stored[task] = read_task(folder, index, task, bases)
     layers = {module: _layer(module, basis, index.settings, stored) for module, basis in bases.items()}
-    metrics: dict[str, Any] = {}
+    metrics: Mapping[str, Any] = {}
     if wanted is None:
-        metrics = read_json(folder / METRICS_FILE)
+        content = read_json(folder / METRICS_FILE)
         check_file(folder, index.sha256, METRICS_FILE)
-        _check_metrics(folder / METRICS_FILE, metrics)
+        metrics = _metrics(folder / METRICS_FILE, content)
     return SubspaceState(
         settings=index.settings,
         layers=layers,
@@ -227,12 +227,14 @@ def check_bases(path: Path, bases: Mapping[str, StoredBasis], index: TreeIndex) 
         )
 
 
-def _check_metrics(path: Path, metrics: Mapping[str, Any]) -> None:
-    if metrics:
-        try:
-            ContinualMetrics.from_dict(metrics)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"{path}: a field is missing or of the wrong type ({error!r})") from error
+def _metrics(path: Path, metrics: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a stream measured, as `ContinualMetrics.as_dict` has it, beside what only a later version knows."""
+    if not metrics:
+        return {}
+    try:
+        return {**metrics, **ContinualMetrics.from_dict(metrics).as_dict()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: a field is missing or of the wrong type ({error!r})") from error
 
 
 def _layer(

@@ -116,21 +116,26 @@ class ContinualMetrics:
             ValueError, KeyError, TypeError, AttributeError: If it is no JSON of `as_dict`.
         """
         score, tasks, matrix = values["score"], values["tasks"], values["matrix"]
+        baseline = values.get("baseline") or []
         if not isinstance(score, str) or not score:
             raise ValueError(f"score is {score!r}, expected the name of a metric")
-        baseline = values.get("baseline") or [None] * len(tasks)
-        if not all(isinstance(task, str) for task in tasks) or len(set(tasks)) != len(tasks):
+        if not isinstance(tasks, list) or not all(isinstance(task, str) for task in tasks):
+            raise ValueError(f"tasks is {tasks!r}, expected a list of names")
+        if len(set(tasks)) != len(tasks):
             raise ValueError(f"tasks is {tasks!r}, expected different names")
+        if not isinstance(matrix, list) or len(matrix) > len(tasks):
+            raise ValueError(f"matrix is {matrix!r}, expected a list of at most one row for each of {tasks}")
         for row in (*matrix, baseline):
             if not isinstance(row, list) or not all(_is_score(score) for score in row) or len(row) > len(tasks):
                 raise ValueError(f"matrix or baseline has {row!r}, expected a score or null for each of {tasks}")
-        if len(matrix) > len(tasks):
-            raise ValueError(f"matrix has {len(matrix)} rows, expected at most one for each of {tasks}")
+        *matrix, baseline = (
+            [measured(score) for score in row] + [None] * (len(tasks) - len(row)) for row in (*matrix, baseline)
+        )
         return cls(
             score=score,
             tasks=list(tasks),
-            matrix=[[measured(score) for score in row] for row in matrix],
-            baseline=[measured(score) for score in baseline],
+            matrix=matrix,
+            baseline=baseline,
             drift={task: float(drift) for task, drift in values.get("drift", {}).items()},
             parameters={phase: int(count) for phase, count in values.get("parameters", {}).items()},
             training=dict(values.get("training", {})),
@@ -200,4 +205,4 @@ def _difference(a: float | None, b: float | None) -> float | None:
 
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+    return measured(sum(known) / len(known)) if known else None
