@@ -66,6 +66,23 @@ def save_adapter(model: PreTrainedModel, folder: Path, config: Any, seed: int) -
     return folder
 
 
+def small_lora(folder: Path, seed: int, scale: float) -> tuple[Path, dict[str, Tensor]]:
+    """A plain LoRA of rank 4 for two small modules, and its updates (n, d) by module in float64."""
+    modules = {"model.layers.0.self_attn.q_proj": (24, 20), "model.layers.0.mlp.gate": (3, 20)}
+    alpha, rank = 3, 4  # a scale that is no power of two
+    generator = torch.Generator().manual_seed(seed)
+    tensors, updates = {}, {}
+    for module, (n, d) in modules.items():
+        b, a = (torch.randn(n, rank, generator=generator) * scale, torch.randn(rank, d, generator=generator))
+        tensors |= {f"base_model.model.{module}.lora_{side}.weight": of for side, of in (("A", a), ("B", b))}
+        updates[module] = alpha / rank * b.double() @ a.double()
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": ["q_proj", "gate"]}
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "org/base"}))
+    return folder, updates
+
+
 def plain_logits(model: PreTrainedModel, folder: Path) -> Tensor:
     """What PEFT computes with the plain LoRA in a folder."""
     return logits(PeftModel.from_pretrained(model, folder).eval())

@@ -2,40 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
 
 from share_hf import SharedSubspace
-
-
-MODULES = {"model.layers.0.self_attn.q_proj": (24, 20), "model.layers.0.mlp.gate": (3, 20)}
-ALPHA, RANK = 3, 4  # a scale that is no power of two
-
-
-def lora(folder: Path, seed: int, scale: float) -> tuple[Path, dict[str, Tensor]]:
-    """A plain LoRA, and its updates (n, d) by module in float64."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors, updates = {}, {}
-    for module, (n, d) in MODULES.items():
-        b, a = (torch.randn(n, RANK, generator=generator) * scale, torch.randn(RANK, d, generator=generator))
-        tensors |= {f"base_model.model.{module}.lora_{side}.weight": of for side, of in (("A", a), ("B", b))}
-        updates[module] = ALPHA / RANK * b.double() @ a.double()
-    folder.mkdir()
-    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
-    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": ["q_proj", "gate"]}
-    (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "org/base"}))
-    return folder, updates
+from tests.trees import small_lora
 
 
 @pytest.mark.parametrize("room", [4, 16])
 def test_bounds_hold_for_what_a_tree_holds_of_adapters_of_any_size(room: int, tmp_path: Path) -> None:
     scales = {"usual": 1.0, "quiet": 1e-20, "loud": 1e20, "next": 1e-3}
-    adapters = {name: lora(tmp_path / name, seed, scale) for seed, (name, scale) in enumerate(scales.items())}
+    adapters = {name: small_lora(tmp_path / name, seed, scale) for seed, (name, scale) in enumerate(scales.items())}
     first = {name: adapters[name][0] for name in ("usual", "quiet")}
     subspace = SharedSubspace.from_adapters(first, num_components=room, pseudo_rank=4, progress=False)
     for name in ("loud", "next"):
@@ -54,7 +33,7 @@ def test_bounds_hold_for_what_a_tree_holds_of_adapters_of_any_size(room: int, tm
 
 def test_two_writers_of_tasks_of_other_sizes_end_with_bounds_that_hold(tmp_path: Path) -> None:
     adapters = {
-        name: lora(tmp_path / name, i, 10.0 ** (10 * i - 10)) for i, name in enumerate(("old", "ours", "theirs"))
+        name: small_lora(tmp_path / name, i, 10.0 ** (10 * i - 10)) for i, name in enumerate(("old", "ours", "theirs"))
     }
     base = SharedSubspace.from_adapters({"old": adapters["old"][0]}, num_components=6, pseudo_rank=4, progress=False)
     ours, theirs = SharedSubspace(base.state), SharedSubspace(base.state)
