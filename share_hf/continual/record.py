@@ -136,7 +136,6 @@ def changed_arguments(found: StreamRecord, now: StreamRecord) -> list[str]:
 
 def changed_data(found: Mapping[str, str | None], splits: TaskSplits) -> Iterator[tuple[str, str]]:
     """Which data of a task is not what it was: the name of the split, and both as text."""
-    data: Data | None
     for split, data in splits._asdict().items():
         before, now = found.get(split), data_fingerprint(data)
         if before is not None and now is not None and before != now:

@@ -353,7 +353,7 @@ def _is_changed(folder: Path, task: str, found: Mapping[str, str | None], data: 
 
 def _has_more_than(place: Path, state: SubspaceState) -> bool:
     """Whether a folder holds a tree with tasks, or one that cannot be read, that a state does not go on from."""
-    if not place.exists():
+    if not place.is_dir():
         return False
     try:
         index = read_index(place)

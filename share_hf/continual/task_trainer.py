@@ -310,7 +310,7 @@ class TaskTrainer(PhaseTrainer):
         self._log_stream({log: value for log, value in logs.items() if value is not None})
 
     def _is_scored(self, task: str) -> bool:
-        """Whether there is data that a task is scored on; one of a stream that goes on may have been given none yet."""
+        """Whether there is data that a task is scored on; one of a stream that goes on may have none yet."""
         return task in self.tasks and self.tasks[task].evaluation is not None
 
     def _num_labels_of(self, task: str) -> int | None:

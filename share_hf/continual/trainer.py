@@ -224,8 +224,10 @@ class ShareTrainer(TaskTrainer):
     @naming_lost_ranks()
     def learn_task(self, name: str, train_dataset: Data, eval_dataset: Data | None = None) -> MergeReport | None:
         """
-        Learn one more task and merge it. Where `train(resume_from_checkpoint=True)` has taken up a stream that had begun
-        the task, it is learned from there on; nothing is done where the stream had learned it.
+        Learn one more task and merge it.
+
+        Where `train(resume_from_checkpoint=True)` has taken up a stream that had begun the task, it is learned from
+        there on; where the stream had learned it, nothing is done.
 
         Args:
             name (`str`): A new task's name.
