@@ -11,6 +11,7 @@ from torch import nn
 from ..engines import on_first_process
 from ..format.base_model import base_name, is_same_model
 from ..format.saved_modules import saved_names
+from ..state import SubspaceState
 from ..tuner import ShareConfig
 from .arguments import ShareTrainingArguments
 from .data import TaskSplits
@@ -91,6 +92,17 @@ def arguments_record(
 def data_record(splits: TaskSplits) -> dict[str, str | None]:
     """What the data of a task is recognized by."""
     return {split: data_fingerprint(data) for split, data in splits._asdict().items()}
+
+
+def doubt_of_base_model(state: SubspaceState, record: StreamRecord) -> str | None:
+    """What is to be said of a subspace that may belong to another base model, whose weights nobody wrote down."""
+    found, now = state.base_model_name_or_path, record.base_model
+    if found is None or now is None or is_same_model(found, now):
+        return None
+    return (
+        f"the subspace belongs to base model {found!r}, and the model is {now!r}: unless both are one model, its "
+        "tasks are worth nothing here"
+    )
 
 
 def check_base_model(found: StreamRecord, now: StreamRecord) -> str | None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
+from accelerate import PartialState
 from huggingface_hub import CommitInfo
 from peft import PeftModel, TaskType
 from torch import nn
@@ -36,7 +37,7 @@ from .data import (
     task_details,
 )
 from .phases import RefusedTaskError, config_for, put_back, with_adapters
-from .record import arguments_record, record_of
+from .record import arguments_record, doubt_of_base_model, record_of
 from .scoring import TaskScorer
 from .stream import Stream
 from .task_trainer import TaskTrainer
@@ -143,6 +144,8 @@ class ShareTrainer(TaskTrainer):
             kwargs["compute_metrics"] = accuracy
         optimizer = kwargs.get("optimizer_cls_and_kwargs")
         record = record_of(model, share_config)
+        if (doubt := doubt_of_base_model(state, record)) is not None and PartialState().is_main_process:
+            logger.warning(doubt)
         adapted = with_adapters(model, state, share_config)
         stream = Stream(
             Path(args.output_dir),
@@ -205,6 +208,12 @@ class ShareTrainer(TaskTrainer):
 
         Returns:
             `TrainOutput`: Steps and mean loss over the phases that were run, and the metrics of the stream.
+
+        Raises:
+            ValueError: If there are no tasks, or the stream to resume is damaged or one of another base model, of
+                other settings, or of tasks in another order. Other arguments, which hold from the phase on that was
+                interrupted, and edited data are warned of.
+            FolderInUseError: If another trainer is at work in `output_dir`.
         """
         if not self.tasks and not resume_from_checkpoint:
             raise ValueError("no tasks to train on, expected tasks={name: dataset, ...}")
@@ -239,7 +248,9 @@ class ShareTrainer(TaskTrainer):
             stream that was resumed has merged the task already.
 
         Raises:
-            ValueError: If name or data is unusable; nothing has changed then.
+            ValueError: If name or data is unusable, or another task is merged and not finished; nothing has changed
+                then.
+            FolderInUseError: Likewise, if another trainer is at work in `output_dir`.
             RefusedTaskError: If what was trained is not finite. Trainer and files are as before.
             DriftToleranceError: If the tolerated drift cannot be met. Whatever ends the learning before its merge, the
                 trainer is as before, and may learn the task again.
