@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from transformers.utils import logging
@@ -65,8 +65,9 @@ def _take(folder: Path) -> int | None:
     if not is_locked:
         return None
     _held.add(descriptor)
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, str(os.getpid()).encode())
+    with suppress(OSError):  # the number tells others who it is, no more: a disk may be full
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, str(os.getpid()).encode())
     return descriptor
 
 
@@ -93,7 +94,8 @@ def _is_locked(descriptor: int, folder: Path) -> bool:
 
 def _release(descriptor: int) -> None:
     _held.discard(descriptor)
-    os.ftruncate(descriptor, 0)  # the file stays: another process may have opened it to wait for its lock
+    with suppress(OSError):
+        os.ftruncate(descriptor, 0)  # the file stays: another process may have opened it to lock it
     os.close(descriptor)
 
 

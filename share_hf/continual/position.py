@@ -32,9 +32,6 @@ class StreamPosition:
         metrics: `ContinualMetrics` so far.
         marks_phases: Whether the folders of its phases are marked; those of earlier versions are not.
         record: What the stream is learned with; earlier versions did not write it down.
-
-    Raises:
-        ValueError: If a value is none that a stream can have.
     """
 
     position: int = 0
@@ -47,7 +44,12 @@ class StreamPosition:
     marks_phases: bool = False
     record: StreamRecord = field(default_factory=StreamRecord)
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
+        """Refuse values that no stream has.
+
+        Raises:
+            ValueError, KeyError, TypeError, AttributeError: Naming the value, or as of `ContinualMetrics.from_dict`.
+        """
         for name in ("position", "steps", "trained_steps", "phase_steps"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
@@ -58,9 +60,6 @@ class StreamPosition:
             raise ValueError(f"stage is {self.stage!r}, expected one of {get_args(Stage)}")
         if not isinstance(self.marks_phases, bool):
             raise ValueError(f"marks_phases is {self.marks_phases!r}, expected true or false")
-        self._check_metrics()
-
-    def _check_metrics(self) -> None:
         metrics = ContinualMetrics() if self.metrics is None else ContinualMetrics.from_dict(self.metrics)
         if len(metrics.matrix) != self.position:
             raise ValueError(
@@ -93,7 +92,9 @@ class StreamPosition:
             return None
         values = read_json(path)
         try:
-            record = values.pop("record", None)
-            return cls(**values, record=StreamRecord(**record) if record is not None else StreamRecord())
+            record = StreamRecord.from_dict(values.pop("record", {}))
+            position = cls(**values, record=record)
+            position._check()
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
             raise ValueError(f"{path}: not a stream state ({error})") from error
+        return position

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -45,9 +45,6 @@ class StreamRecord:
         weights: What its weights are recognized by.
         arguments: What decides what a phase learns: arguments of the trainer and fields of the configuration.
         data: By task that was begun, what its data is recognized by, by `TaskSplits` field; None for streamed data.
-
-    Raises:
-        TypeError, ValueError: If it is made from what no record has as JSON.
     """
 
     base_model: str | None = None
@@ -55,19 +52,22 @@ class StreamRecord:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Mapping[str, str | None]] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        if self.weights is not None and not isinstance(self.weights, WeightsFingerprint):
-            object.__setattr__(self, "weights", WeightsFingerprint(*self.weights))
-        texts = [self.base_model, *(self.weights or ())]
-        if not isinstance(self.arguments, Mapping) or not isinstance(self.data, Mapping):
-            raise ValueError(f"arguments is {self.arguments!r} and data {self.data!r}, expected objects")
-        for task, splits in self.data.items():
-            if not isinstance(splits, Mapping):
-                raise ValueError(f"data of {task!r} is {splits!r}, expected an object")
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> StreamRecord:
+        """A record from JSON.
+
+        Raises:
+            ValueError, TypeError, AttributeError: If it is no JSON of a record.
+        """
+        record = cls(**values)
+        weights = WeightsFingerprint(*record.weights) if record.weights is not None else None
+        texts = [record.base_model, *(weights or ())]
+        for splits in record.data.values():
             texts += splits.values()
         for text in texts:
             if text is not None and not isinstance(text, str):
                 raise ValueError(f"{text!r} is a {type(text).__name__}, expected text")
+        return replace(record, weights=weights, arguments=dict(record.arguments.items()))
 
 
 def record_of(model: nn.Module, config: ShareConfig) -> StreamRecord:

@@ -268,7 +268,7 @@ def stopped(pristine_models: dict[str, PreTrainedModel], tmp_path_factory: pytes
     return folder
 
 
-@pytest.mark.parametrize(("name", "damage"), [*DAMAGED, ("optimizer.pt", "hostile")], ids="-".join)
+@pytest.mark.parametrize(("name", "damage"), [*DAMAGED, ("optimizer.pt", "hostile")])
 def test_a_damaged_checkpoint_is_passed_over_and_named(
     name: str, damage: str, stopped: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -329,7 +329,7 @@ def test_a_phase_that_is_trained_to_its_end_ends_with_the_values_of_its_optimize
 
     def trainer(folder: str) -> ShareTrainer:
         options = {"optimizer_cls_and_kwargs": (Averaging, {"lr": 0.1})}
-        return make(classification_tasks("shapes"), folder, trainer=options, save_strategy="steps", save_steps=3)
+        return make(folder, classification_tasks("shapes"), trainer=options, save_strategy="steps", save_steps=3)
 
     whole = trainer("whole")
     whole.train()

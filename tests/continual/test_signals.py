@@ -18,7 +18,7 @@ from .conftest import Make
 from .kill_server import CLOCKS, Ask, end_of, kill_server
 
 
-MOMENTS = 12
+MOMENTS = 6
 LINE = "the stream was interrupted; train(resume_from_checkpoint=True) goes on with it."
 
 
@@ -106,10 +106,11 @@ def test_a_handler_of_the_users_own_is_called_and_stays(make: Make, caplog: pyte
 
 @pytest.mark.usefixtures("default_handlers")
 def test_a_handler_that_a_callback_sets_stays(make: Make) -> None:
+    def ignore(args: Any, state: Any, **kwargs: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
     trainer = make(classification_tasks("colors"))
-    trainer.add_callback(
-        At("on_train_begin", lambda args, state, **kwargs: signal.signal(signal.SIGTERM, signal.SIG_IGN))
-    )
+    trainer.add_callback(At("on_train_begin", ignore))
     trainer.train()
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
 
