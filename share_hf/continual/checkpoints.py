@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+import zlib
 from pathlib import Path
-from zipfile import is_zipfile
+from zipfile import BadZipFile, ZipFile
 
+import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
 
+
+logger = logging.get_logger(__name__)
 
 # Says that a folder is that of a phase, and its checkpoints a stream's. Nothing is removed from a folder without it.
 MARKER_FILE = ".share_hf_phase"
@@ -50,26 +60,96 @@ def check_unclaimed(phases: Path) -> None:
 
 
 def newest_whole_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint of a Trainer run that was written to its end; a killed run may leave a torn one.
+    """The newest checkpoint of a Trainer run that can be read, without running any code in it.
 
-    `trainer_state.json` is written last, when all processes have written theirs. A machine that fails may still lose
-    what was written before it.
+    A killed run may leave a torn one, a machine that fails may lose what was written, and a stranger may have written
+    it. What is passed over is logged.
     """
     checkpoints = [
-        path
-        for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if path.name.rpartition("-")[2].isdigit()
-        and _is_json(path / "trainer_state.json")
-        and (any(path.glob("optimizer*")) or (path / "latest").is_file())  # with save_only_model there is none
-        and not any(_is_torn(file) for file in path.rglob("*.pt*"))
+        path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdigit()
     ]
-    return max(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    for checkpoint in sorted(checkpoints, key=_step_of, reverse=True):
+        try:
+            _check_whole(checkpoint)
+        except (ValueError, OSError) as error:
+            logger.warning("%s: not resumed from, an earlier one is taken if there is any: %s", checkpoint, error)
+        else:
+            return checkpoint
+    return None
 
 
-def _is_torn(file: Path) -> bool:
-    """Whether what torch saved lacks its end, the table of a zip archive. DeepSpeed may be told to write pickles."""
-    with file.open("rb") as opened:
-        return opened.read(2) in (b"", b"PK") and not is_zipfile(file)
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _check_whole(checkpoint: Path) -> None:
+    """Refuse a checkpoint that no phase can go on from.
+
+    Raises:
+        ValueError, OSError: Naming the file that is missing or damaged.
+    """
+    # Written last, when all processes have written theirs.
+    path = checkpoint / TRAINER_STATE_NAME
+    try:
+        state = TrainerState.load_from_json(str(path))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: not the state of a Trainer ({error})") from error
+    if state.global_step != _step_of(checkpoint) or not isinstance(state.max_steps, int):
+        raise ValueError(f"{path}: global_step is {state.global_step!r}, expected {_step_of(checkpoint)}")
+    is_deepspeed = (checkpoint / "latest").is_file()
+    if not is_deepspeed and not any(checkpoint.glob("optimizer*")):
+        raise ValueError(f"{checkpoint}: no state of the optimizer, as with save_only_model")
+    if not any(checkpoint.rglob(SAFETENSORS_WEIGHTS_NAME)) and not any(checkpoint.rglob(WEIGHTS_NAME)):
+        raise ValueError(f"{checkpoint}: no {SAFETENSORS_WEIGHTS_NAME}, expected the adapter that was trained")
+    for file in sorted(checkpoint.rglob("*")):
+        if file.suffix == ".json":
+            _expect_json(file)
+        elif file.suffix == ".safetensors":
+            _expect_safetensors(file)
+        elif file.suffix in (".pt", ".pth") or file.name == WEIGHTS_NAME:
+            _expect_saved_by_torch(file, is_read_by_deepspeed=is_deepspeed and file.parent != checkpoint)
+
+
+def _expect_json(path: Path) -> None:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))  # the Trainer's own may hold NaN
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
+
+
+def _expect_safetensors(path: Path) -> None:
+    try:
+        with safe_open(path, "pt"):  # compares the length of the file with its header
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def _expect_saved_by_torch(path: Path, *, is_read_by_deepspeed: bool) -> None:
+    """Refuse a file that is torn, whose bytes have changed, or that would have to be unpickled with code in it.
+
+    DeepSpeed's own files hold objects of its classes, and may be pickles that are no archives.
+    """
+    with path.open("rb") as opened:
+        is_archive = opened.read(2) == b"PK"
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path}: is empty")
+    if is_archive:
+        try:
+            with ZipFile(path) as archive:
+                damaged = archive.testzip() if torch.serialization.get_crc32_options() else None
+        except (BadZipFile, EOFError, NotImplementedError, zlib.error) as error:
+            raise ValueError(f"{path}: not a whole file of torch ({error})") from error
+        if damaged is not None:
+            raise ValueError(f"{path}: {damaged!r} in it does not have its checksum")
+    if is_read_by_deepspeed:
+        return
+    try:
+        with safe_globals():
+            torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+    except Exception as error:  # garbage may be read as anything
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path}: cannot be read without running code in it ({reason})") from error
 
 
 def delete_checkpoints_before(phase: Path, limit: int) -> None:
@@ -83,11 +163,3 @@ def delete_checkpoints_before(phase: Path, limit: int) -> None:
     oldest_first = sorted(earlier, key=lambda path: path.stat().st_mtime)
     for checkpoint in oldest_first[: max(0, len(own) + len(earlier) - limit)]:
         shutil.rmtree(checkpoint, ignore_errors=True)
-
-
-def _is_json(path: Path) -> bool:
-    try:
-        json.loads(path.read_text(encoding="utf-8"))  # the Trainer's own may hold NaN
-    except (OSError, ValueError):
-        return False
-    return True

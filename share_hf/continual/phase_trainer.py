@@ -8,10 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import TensorBoardCallback
+from transformers.trainer import OPTIMIZER_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
@@ -89,7 +91,7 @@ class PhaseTrainer(Trainer):
             self.engine.is_broken_off = True
             if state and state.global_step >= state.max_steps:
                 # The Trainer would take one more step where the last is not the end of an epoch.
-                self._load_from_checkpoint(str(checkpoint))
+                self._load_trained(checkpoint)
                 self.state = state
                 output = TrainOutput(state.global_step, 0.0, {})
             else:
@@ -139,6 +141,16 @@ class PhaseTrainer(Trainer):
             return checkpoint
         logger.warning("%s, which cannot read its optimizer; the phase begins anew.", found)
         return None
+
+    def _load_trained(self, checkpoint: Path) -> None:
+        """Take the values of a phase that was trained to its end, and an optimizer that would end with other ones."""
+        self._load_from_checkpoint(str(checkpoint))
+        if not isinstance(self.engine, LocalEngine):
+            return
+        self.create_optimizer()
+        if callable(getattr(self.optimizer, "eval", None)):
+            state = torch.load(checkpoint / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
+            self.optimizer.load_state_dict(state)
 
     def log(self, logs: Mapping[str, float], start_time: float | None = None) -> None:
         """

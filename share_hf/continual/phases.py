@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from peft import PeftModel, TaskType
+from peft import PeftModel, TaskType, get_peft_model
 from torch import nn
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -83,6 +83,20 @@ def _task_type_of(model: nn.Module) -> TaskType | None:
     if name in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values():
         return TaskType.SEQ_CLS
     return TaskType.CAUSAL_LM if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else None
+
+
+def with_adapters(model: nn.Module, state: SubspaceState, share_config: ShareConfig) -> PeftModel:
+    """The base model with the tasks of a subspace, or with a placeholder for the first one.
+
+    The modules that the placeholder was found to target are written into `share_config`.
+    """
+    if state.tasks:
+        return SharedSubspace(state).apply(model)
+    config = copy.deepcopy(share_config)
+    peft_model = get_peft_model(model, config, adapter_name=PLACEHOLDER)
+    # PEFT found out what None and "all-linear" mean; later adapters target the same.
+    share_config.target_modules = copy.copy(config.target_modules)
+    return peft_model
 
 
 def begin_phase(model: PeftModel, state: SubspaceState, task: str, phase: Phase, config: ShareConfig) -> None:

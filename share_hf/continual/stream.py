@@ -3,75 +3,40 @@
 <output_dir>/stream_state.json    how far the stream has come
 <output_dir>/subspace             the tree, after every phase and with scores after every task
 <output_dir>/phases/<nr>-<task>-<phase>   the checkpoints of a phase
+<output_dir>/earlier/<nr>         state and subspace of a stream that was here when another one began
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
-from typing import Any, Literal
+
+from accelerate import PartialState
+from transformers.utils import logging
 
 from ..card import write_tree
 from ..engines import on_first_process, together
-from ..format.files import read_json, restore_folder, write_atomically
+from ..format.files import restore_folder
+from ..format.index import read_index
 from ..format.tree import read_tree
 from ..shared_subspace import SharedSubspace
-from ..state import ContinualMetrics, SubspaceState, combined_metrics
+from ..state import ContinualMetrics, SubspaceState, combined_metrics, extends
 from .checkpoints import MARKER_FILE, check_unclaimed, empty_phase, is_claimed
+from .data import TaskSplits
+from .folder_lock import holding
+from .interruption import telling_how_to_resume
+from .position import STREAM_STATE_FILE, Stage, StreamPosition
+from .record import StreamRecord, changed_arguments, changed_data, check_base_model, data_record
 
 
-STREAM_STATE_FILE = "stream_state.json"
 SUBSPACE_FOLDER = "subspace"
 PHASES_FOLDER = "phases"
+EARLIER_FOLDER = "earlier"
 
-Stage = Literal["learn", "finetune", "evaluate"]
-
-
-@dataclass(frozen=True)
-class StreamPosition:
-    """Position in a stream: the content of `stream_state.json`.
-
-    Args:
-        position: How many tasks are done.
-        task: The task in work, None between tasks.
-        stage: What is being done with it.
-        steps: Length of the subspace's lineage when the stage began. A saved subspace that is one step longer has the
-            result of the stage in it.
-        trained_steps: Steps of the optimizer in the phases that are done.
-        phase_steps: Steps of the stage's own phase, where it is trained and only its result has to be taken.
-        metrics: `ContinualMetrics` so far.
-        marks_phases: Whether the folders of its phases are marked; those of earlier versions are not.
-    """
-
-    position: int = 0
-    task: str | None = None
-    stage: Stage = "learn"
-    steps: int = 0
-    trained_steps: int = 0
-    phase_steps: int = 0
-    metrics: dict[str, Any] | None = None
-    marks_phases: bool = False
-
-    def save(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / STREAM_STATE_FILE, json.dumps(asdict(self), indent=2) + "\n")
-
-    @classmethod
-    def load(cls, folder: Path) -> StreamPosition | None:
-        """The position in a folder, None if no stream was begun there.
-
-        Raises:
-            ValueError: If the file is damaged.
-        """
-        path = folder / STREAM_STATE_FILE
-        if not path.is_file():
-            return None
-        try:
-            return cls(**read_json(path))
-        except TypeError as error:
-            raise ValueError(f"{path}: not a stream state ({error})") from error
+logger = logging.get_logger(__name__)
 
 
 class Stream:
@@ -81,21 +46,31 @@ class Stream:
         folder: Where it is kept.
         state: The subspace that it begins from.
         metrics: Empty scores of the stream.
+        record: What it is learned with, without data.
         saves: Tells whether this process writes.
 
     Attributes:
         state (`SubspaceState`): The subspace so far.
         metrics (`ContinualMetrics`): What was measured so far.
+        awaited (`set[str]`): Tasks of the stream that goes on, begun or learned, whose data nobody gave yet.
     """
 
     def __init__(
-        self, folder: Path, state: SubspaceState, metrics: ContinualMetrics, saves: Callable[[], bool]
+        self,
+        folder: Path,
+        state: SubspaceState,
+        metrics: ContinualMetrics,
+        record: StreamRecord,
+        saves: Callable[[], bool],
     ) -> None:
         self.folder = folder
         self.state = state
         self.metrics = metrics
+        self.awaited: set[str] = set()
+        self._record = record
         self._saves = saves
         self._begun = False
+        self._interrupted: StreamPosition | None = None  # until its task is taken up
         self._resumed: tuple[Path, bool] | None = None  # an interrupted stream's folder, and whether it marks phases
         self._on_disk: dict[str, str] = {}
 
@@ -104,6 +79,21 @@ class Stream:
         """The subspace as learned so far, with the scores."""
         metrics = combined_metrics(self.state.metrics, self.metrics.as_dict(), self.state.tasks)
         return SharedSubspace(replace(self.state, metrics=metrics))
+
+    @contextmanager
+    def at_work(self, task: str | None = None) -> Iterator[None]:
+        """Hold the folder while the block runs, and say how the stream goes on if a person ends it.
+
+        Args:
+            task: The task that is learned by itself, if one is.
+
+        Raises:
+            FolderInUseError: If another trainer is at work there.
+        """
+        then = "" if task is None else f", then learn_task({task!r}, ...)"
+        line = f"{self.folder}: the stream was interrupted; train(resume_from_checkpoint=True){then} goes on with it."
+        with holding(self.folder), telling_how_to_resume(lambda: line if self._begun else None):
+            yield
 
     def phase_folder(self, position: int, task: str, phase: str) -> Path:
         """Folder for the checkpoints of a phase."""
@@ -126,6 +116,56 @@ class Stream:
         together(lambda: self._saves() and self._clear())
         self.save_subspace()
 
+    def is_done(self, task: str) -> bool:
+        """Whether the subspace has a task, and nothing of its learning was interrupted."""
+        return task in self.state.tasks and (self._interrupted is None or self._interrupted.task != task)
+
+    def check_next(self, task: str) -> None:
+        """Refuse to learn a task while another one is merged and not finished; warn if it is not merged either.
+
+        Raises:
+            ValueError: Naming the other one.
+        """
+        left = self._interrupted
+        if left is None or left.task in (None, task):
+            return
+        if left.task in self.state.tasks:
+            raise ValueError(
+                f"{self.folder}: the stream was interrupted after the merge of task {left.task!r}, expected "
+                f"learn_task({left.task!r}, ...) before {task!r}, to finish it"
+            )
+        if PartialState().is_main_process:
+            logger.warning(
+                "%s: the stream was interrupted while it learned task %r; %r takes its place.",
+                *(self.folder, left.task, task),
+            )
+
+    def take_up(self, task: str, data: TaskSplits) -> Stage | None:
+        """Begin a task, or go on with it where it was interrupted.
+
+        Args:
+            task: Its name.
+            data: What it is learned from.
+
+        Returns:
+            The stage in which it was interrupted, None for a task that begins.
+        """
+        interrupted, self._interrupted = self._interrupted, None
+        stage = interrupted.stage if interrupted is not None and interrupted.task == task else None
+        if stage is None:
+            self._resumed = None
+        self.awaited.discard(task)
+        self.metrics.add_task(task)
+        if stage in (None, "learn"):
+            self._record = replace(self._record, data={**self._record.data, task: data_record(data)})
+        return stage
+
+    def compare_data(self, task: str, data: TaskSplits) -> None:
+        """Warn if data of a task that the stream has begun is not what it was; a phase on it begins anew."""
+        found = self._record.data.get(task, {})
+        if on_first_process(lambda: _is_changed(self.folder, task, found, data)):
+            self._resumed = None
+
     def save_position(
         self, done: int, trained_steps: int, task: str | None = None, stage: Stage = "learn", *, phase_steps: int = 0
     ) -> None:
@@ -147,6 +187,7 @@ class Stream:
             phase_steps=phase_steps,
             metrics=self.metrics.as_dict(),
             marks_phases=True,
+            record=self._record,
         )
         together(lambda: self._saves() and position.save(self.folder))
 
@@ -155,7 +196,7 @@ class Stream:
         state = self.subspace.state
         together(lambda: self._saves() and self._write_tree(state, draft))
 
-    def restore(self, resumed: Path, tasks: Sequence[str]) -> StreamPosition | None:
+    def restore(self, resumed: Path, tasks: Mapping[str, TaskSplits]) -> StreamPosition | None:
         """Take up subspace, metrics and position of an interrupted stream, as the first process finds them.
 
         Args:
@@ -166,29 +207,59 @@ class Stream:
             The position, None if there is no stream in the folder.
 
         Raises:
-            ValueError: If what is there is damaged, or belongs to a stream with other settings or tasks.
+            ValueError: If what is there is damaged, or belongs to a stream of another base model, or with other
+                settings or tasks.
         """
-        found, state = on_first_process(lambda: read_stream(resumed, tasks, self.state), known=self.state)
+        found, state, is_unchanged = on_first_process(
+            lambda: read_stream(resumed, tasks, self.state, self._record), known=self.state
+        )
         if found is None:
             return None
         self.state = state if state is not None else self.state
+        if resumed.resolve() != self.folder.resolve():
+            together(lambda: self._saves() and self._keep_earlier())
         if found.metrics is not None:
+            training = self.metrics.training
             self.metrics = ContinualMetrics.from_dict(found.metrics)
+            if found.record.arguments != self._record.arguments:
+                self.metrics.training |= training
+        self._record = replace(self._record, data=found.record.data)
         if found.task is not None and len(self.state.lineage) > found.steps:
             # The result of the stage was saved, that it is over was not.
             trained_steps = found.trained_steps + found.phase_steps
             stage = "finetune" if found.stage == "learn" else "evaluate"
             found = replace(found, stage=stage, trained_steps=trained_steps)
         self._begun = True
-        self._resumed = (resumed, found.marks_phases) if found.task is not None else None
+        self._interrupted = found
+        self._resumed = (resumed, found.marks_phases) if found.task is not None and is_unchanged else None
+        self.awaited = set(found.tasks) - set(tasks)
         return found
 
     def _clear(self) -> None:
         phases = self.folder / PHASES_FOLDER
         check_unclaimed(phases)
+        self._keep_earlier()
         (self.folder / STREAM_STATE_FILE).unlink(missing_ok=True)
         for marker in list(phases.glob(f"*/{MARKER_FILE}")):
             empty_phase(marker.parent)
+
+    def _keep_earlier(self) -> None:
+        """Move aside what an earlier stream has learned here, unless this one goes on from it."""
+        place = self.folder / SUBSPACE_FOLDER
+        restore_folder(place)
+        if not _has_more_than(place, self.state):
+            return
+        earlier = self.folder / EARLIER_FOLDER
+        kept = next(folder for number in count(1) if not (folder := earlier / f"{number:04d}").exists())
+        kept.mkdir(parents=True)
+        if (self.folder / STREAM_STATE_FILE).exists():
+            (self.folder / STREAM_STATE_FILE).rename(kept / STREAM_STATE_FILE)
+        place.rename(kept / SUBSPACE_FOLDER)
+        logger.warning(
+            "%s: an earlier stream has learned tasks there; its subspace is kept in %s, and "
+            "train(resume_from_checkpoint=%r) goes on with it.",
+            *(self.folder, kept / SUBSPACE_FOLDER, str(kept)),
+        )
 
     def _write_tree(self, state: SubspaceState, draft: bool) -> None:
         folder = self.folder / SUBSPACE_FOLDER
@@ -197,42 +268,95 @@ class Stream:
 
 
 def read_stream(
-    folder: Path, tasks: Sequence[str], state: SubspaceState
-) -> tuple[StreamPosition | None, SubspaceState | None]:
+    folder: Path, tasks: Mapping[str, TaskSplits], state: SubspaceState, record: StreamRecord
+) -> tuple[StreamPosition | None, SubspaceState | None, bool]:
     """
-    What an interrupted stream has left in its folder.
+    What an interrupted stream has left in its folder. What is different now is logged.
 
     Args:
         folder: Folder of the stream.
         tasks: The tasks of the stream that is to go on, in their order.
         state: The subspace that it would begin from.
+        record: What it is to be learned with.
 
     Returns:
-        Its position and its subspace, each None if there is none.
+        Its position and its subspace, each None if there is none; and whether the phase that was interrupted would run
+        as it did, so that its checkpoints can be taken up.
 
     Raises:
-        ValueError: If what is there is damaged, or belongs to a stream with other settings or tasks.
+        ValueError: If what is there is damaged, or belongs to a stream of another base model, or with other settings
+            or tasks.
     """
     begun = StreamPosition.load(folder)
     if begun is None:
-        return None, None
-    order = list(tasks)
-    if begun.task is not None and (begun.position >= len(order) or order[begun.position] != begun.task):
-        raise ValueError(
-            f"{folder}: the stream was at task {begun.task!r}, number {begun.position + 1}, but tasks is {order}"
-        )
-    learned = (begun.metrics or {}).get("tasks", [])[: begun.position]
-    if learned != order[: begun.position]:
-        raise ValueError(f"{folder}: the stream has learned {learned}, but tasks is {order}")
+        return None, None, False
     place = folder / SUBSPACE_FOLDER
     restore_folder(place)
     saved = read_tree(place) if place.exists() else None
+    in_subspace = list((saved or state).tasks)
+    _check_order(folder, begun, [task for task in tasks if task in begun.tasks or task not in in_subspace])
     if saved is not None and saved.settings != state.settings:
         found, expected = vars(saved.settings), vars(state.settings)
         differing = [name for name in expected if found[name] != expected[name]]
         found, expected = (", ".join(f"{name}={of[name]!r}" for name in differing) for of in (found, expected))
         raise ValueError(f"{folder}: the stream has {found}, expected {expected}")
-    in_subspace = list((saved or state).tasks)
+    learned = begun.tasks[: begun.position]
     if not set(learned) <= set(in_subspace):
         raise ValueError(f"{place}: has tasks {in_subspace}, expected {learned} as in {STREAM_STATE_FILE}")
-    return begun, saved
+    return begun, saved, not _is_changed_stream(folder, begun, tasks, record)
+
+
+def _check_order(folder: Path, begun: StreamPosition, order: Sequence[str]) -> None:
+    """Refuse an order in which tasks that the stream has begun would be out of place.
+
+    Those that are missing at the end may still be learned one by one.
+    """
+    at_its_place = order[begun.position : begun.position + 1]
+    if begun.task is not None and at_its_place not in ([], [begun.task]):
+        raise ValueError(
+            f"{folder}: the stream was at task {begun.task!r}, number {begun.position + 1}, but tasks is {order}"
+        )
+    learned = begun.tasks[: begun.position]
+    if learned[: len(order)] != order[: begun.position]:
+        raise ValueError(f"{folder}: the stream has learned {learned}, but tasks is {order}")
+
+
+def _is_changed_stream(
+    folder: Path, begun: StreamPosition, tasks: Mapping[str, TaskSplits], record: StreamRecord
+) -> bool:
+    """Whether the interrupted phase would not run as it did. What is different is logged."""
+    try:
+        doubt = check_base_model(begun.record, record)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    if doubt is not None:
+        logger.warning("%s: %s.", folder, doubt)
+    arguments = changed_arguments(begun.record, record)
+    if arguments:
+        anew = "" if begun.task is None else f"; the phase of task {begun.task!r} that was interrupted begins anew"
+        logger.warning("%s: the stream goes on with %s%s.", folder, ", ".join(arguments), anew)
+    data = {
+        task: _is_changed(folder, task, begun.record.data[task], splits)
+        for task, splits in tasks.items()
+        if task in begun.record.data
+    }
+    return bool(arguments) or data.get(begun.task, False)
+
+
+def _is_changed(folder: Path, task: str, found: Mapping[str, str | None], data: TaskSplits) -> bool:
+    """Whether a task has other training data than it was begun with. What is different is logged."""
+    changed = dict(changed_data(found, data))
+    for split, change in changed.items():
+        logger.warning("%s: task %r has other %s data than it was begun with: %s.", folder, task, split, change)
+    return "train" in changed
+
+
+def _has_more_than(place: Path, state: SubspaceState) -> bool:
+    """Whether a folder holds a tree with tasks, or one that cannot be read, that a state does not go on from."""
+    if not place.is_dir():
+        return False
+    try:
+        index = read_index(place)
+    except ValueError:
+        return any(place.iterdir())
+    return bool(index.tasks) and not extends(state, index.lineage)

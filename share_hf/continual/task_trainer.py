@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
@@ -16,11 +17,11 @@ from transformers.utils import logging
 
 from ..engines import together
 from ..format.base_model import base_name
-from ..state import Phase, measured
+from ..state import Phase, SubspaceState, measured
 from ..subspace import DriftToleranceError, MergeReport
 from ..tuner import ShareConfig
 from ..tuner.head import layer_of_labels, rule_out_labels
-from ..tuner.transfer import load_tasks
+from ..tuner.transfer import load_bases, load_tasks, share_config_for
 from .arguments import ShareTrainingArguments, arguments_of_phase
 from .checkpoints import empty_phase
 from .data import TaskDetails, TaskSplits, is_streamed, naming_used_up_streams, used_up
@@ -35,9 +36,10 @@ from .phases import (
     take_coefficients,
     take_merged,
 )
+from .position import STREAM_STATE_FILE, Stage
 from .progress import StreamProgressCallback
 from .scoring import Scorer, TaskScorer
-from .stream import Stage, Stream
+from .stream import Stream
 
 
 logger = logging.get_logger(__name__)
@@ -95,11 +97,12 @@ class TaskTrainer(PhaseTrainer):
             self.remove_callback(ProgressCallback)
             self.add_callback(self._progress)
 
-    def _learn(self, name: str, resumed_stage: Stage | None = None) -> Iterator[TrainOutput]:
+    def _learn(self, name: str) -> Iterator[TrainOutput]:
         """The stages of one task: learn and merge, finetune, evaluate. Yields the outcome of each phase."""
         started = time.monotonic()
         self._recover()
         self._stream.begin()
+        resumed_stage = self._stream.take_up(name, self.tasks[name])
         if resumed_stage is None:
             self._evaluate_before(name)
         if resumed_stage in (None, "learn"):
@@ -146,6 +149,46 @@ class TaskTrainer(PhaseTrainer):
             load_tasks(self.model, self._stream.state)
             self.engine.is_broken_off = False
 
+    def _restore(self, resumed: str | bool) -> None:
+        """Take up an interrupted stream, or begin if there is none.
+
+        Raises:
+            ValueError: If what is there is damaged, or belongs to a stream of another base model, or with other
+                settings or tasks.
+        """
+        is_named = isinstance(resumed, str) and resumed.lower() != "true"  # as a command line has it
+        folder = Path(resumed) if is_named else self._stream.folder
+        begun = self._stream.restore(folder, self.tasks)
+        if begun is None:
+            if is_named:
+                raise ValueError(
+                    f"{folder}: no {STREAM_STATE_FILE} there, expected the output_dir of an earlier stream"
+                )
+            if self.is_world_process_zero():
+                logger.warning("%s: no stream to resume there, it begins.", folder)
+            return
+        self._load_subspace(self._stream.state)
+        self.trained_steps = begun.trained_steps
+        logger.info("Resuming at task %d (%s, %s)", begun.position + 1, begun.task, begun.stage)
+        if begun.task in self._stream.awaited and self.is_world_process_zero():
+            logger.warning(
+                "%s: the stream was interrupted in task %r, which is not among tasks; learn_task(%r, ...) goes on.",
+                *(folder, begun.task, begun.task),
+            )
+
+    def _load_subspace(self, state: SubspaceState) -> None:
+        """Make a subspace the stream's, and its tasks the adapters of the model."""
+        load_bases(self.model, state)
+        for task in state.tasks:
+            if task not in self.model.peft_config:
+                self.model.add_adapter(task, share_config_for(state, task, trainable=True))
+        load_tasks(self.model, state)
+        if state.tasks:
+            self.model.set_adapter(next(iter(state.tasks)))
+            if PLACEHOLDER in self.model.peft_config:
+                self.model.delete_adapter(PLACEHOLDER)
+        self._stream.state = state
+
     def _next_phase(self) -> Phase:
         if len(self._stream.state.tasks) < self.args.num_init_tasks:
             return Phase.INIT
@@ -169,6 +212,9 @@ class TaskTrainer(PhaseTrainer):
                 self.tasks[name].train,
                 self._stream.resumed_phase(folder),
             )
+        # With `auto_find_batch_size`, smaller than it was asked for.
+        batch = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        self._stream.metrics.training["train_batch_size"] = batch
         if output.global_step == 0 and is_streamed(self.tasks[name].train):
             raise ValueError(used_up(name))
         return output
@@ -235,7 +281,6 @@ class TaskTrainer(PhaseTrainer):
     def _evaluate_before(self, name: str) -> None:
         """Score a task that is not learned yet, with the model alone and with the newest adapter."""
         metrics = self._stream.metrics
-        metrics.add_task(name)
         if not self.args.evaluate_before or self.tasks[name].evaluation is None:
             return
         newest = next(reversed(self._stream.state.tasks), PLACEHOLDER)
@@ -248,10 +293,7 @@ class TaskTrainer(PhaseTrainer):
         """One more row of the matrix, and what else is kept of the stream."""
         stream, metrics = self._stream, self._stream.metrics
         evaluated = metrics.tasks if self.args.evaluate_seen_tasks else [name]
-        row = [
-            self._score(task) if task in evaluated and self.tasks[task].evaluation is not None else None
-            for task in metrics.tasks
-        ]
+        row = [self._score(task) if task in evaluated and self._is_scored(task) else None for task in metrics.tasks]
         metrics.matrix.append(row)
         own = row[metrics.tasks.index(name)]
         if own is not None:
@@ -267,8 +309,13 @@ class TaskTrainer(PhaseTrainer):
         logs |= {f"trainable_parameters/{phase}": count for phase, count in metrics.parameters.items()}
         self._log_stream({log: value for log, value in logs.items() if value is not None})
 
+    def _is_scored(self, task: str) -> bool:
+        """Whether there is data that a task is scored on; one of a stream that goes on may have none yet."""
+        return task in self.tasks and self.tasks[task].evaluation is not None
+
     def _num_labels_of(self, task: str) -> int | None:
         return self._details[task].num_labels if task in self._details else None
 
     def _position_of(self, name: str) -> int:
-        return list(self.tasks).index(name)
+        """How many tasks of the stream were learned before this one."""
+        return self._stream.metrics.tasks.index(name)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
+from accelerate import PartialState
 from huggingface_hub import CommitInfo
-from peft import PeftModel, TaskType, get_peft_model
+from peft import PeftModel, TaskType
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.trainer_utils import HubStrategy, TrainOutput
@@ -21,7 +23,7 @@ from ..state import ContinualMetrics, SubspaceState
 from ..subspace import MergeReport
 from ..tuner import ShareConfig
 from ..tuner.renaming import named_as_in
-from ..tuner.transfer import load_bases, load_tasks, share_config_for
+from ..tuner.transfer import load_tasks
 from .arguments import Method, ShareTrainingArguments, check_parameters, training_facts
 from .data import (
     EVALUATION_SPLITS,
@@ -34,9 +36,10 @@ from .data import (
     split_data,
     task_details,
 )
-from .phases import PLACEHOLDER, RefusedTaskError, config_for, put_back
+from .phases import RefusedTaskError, config_for, put_back, with_adapters
+from .record import arguments_record, doubt_of_base_model, record_of
 from .scoring import TaskScorer
-from .stream import STREAM_STATE_FILE, Stream, StreamPosition
+from .stream import Stream
 from .task_trainer import TaskTrainer
 
 
@@ -125,18 +128,13 @@ class ShareTrainer(TaskTrainer):
         if self._selects:
             kwargs["eval_dataset"] = {}
         share_config = config_for(model, share_config, subspace)
-        stream = Stream(
-            Path(args.output_dir),
-            subspace.state if subspace is not None else SubspaceState(share_config.subspace_settings()),
-            ContinualMetrics(training=training_facts(args, share_config, kwargs.get("optimizer_cls_and_kwargs"))),
-            saves=lambda: self.args.should_save,
-        )
+        state = subspace.state if subspace is not None else SubspaceState(share_config.subspace_settings())
         is_classifier = share_config.task_type == TaskType.SEQ_CLS
         self._num_labels = model.config.num_labels if is_classifier else None
         splits: dict[str, TaskSplits] = {}
         details: dict[str, TaskDetails] = {}
         for name, data in (tasks or {}).items():
-            check_task_name(name, [*stream.state.tasks, *splits])
+            check_task_name(name, [*state.tasks, *splits])
             splits[name], details[name] = self._read_task(name, data)
         if is_classifier and "compute_metrics" not in kwargs:
             if args.batch_eval_metrics:
@@ -144,8 +142,20 @@ class ShareTrainer(TaskTrainer):
                     "batch_eval_metrics is True, expected compute_metrics with it: accuracy takes all batches at once"
                 )
             kwargs["compute_metrics"] = accuracy
+        optimizer = kwargs.get("optimizer_cls_and_kwargs")
+        record = record_of(model, share_config)
+        if (doubt := doubt_of_base_model(state, record)) is not None and PartialState().is_main_process:
+            logger.warning(doubt)
+        adapted = with_adapters(model, state, share_config)
+        stream = Stream(
+            Path(args.output_dir),
+            state,
+            ContinualMetrics(training=training_facts(args, share_config, optimizer)),
+            replace(record, arguments=arguments_record(args, share_config, optimizer)),
+            saves=lambda: self.args.should_save,
+        )
         super().__init__(
-            _with_adapters(model, stream.state, share_config),
+            adapted,
             args,
             stream=stream,
             share_config=share_config,
@@ -198,25 +208,24 @@ class ShareTrainer(TaskTrainer):
 
         Returns:
             `TrainOutput`: Steps and mean loss over the phases that were run, and the metrics of the stream.
+
+        Raises:
+            ValueError: If there are no tasks, or the stream to resume is damaged or one of another base model, of
+                other settings, or of tasks in another order. Other arguments, which hold from the phase on that was
+                interrupted, and edited data are warned of.
+            FolderInUseError: If another trainer is at work in `output_dir`.
         """
-        if not self.tasks:
+        if not self.tasks and not resume_from_checkpoint:
             raise ValueError("no tasks to train on, expected tasks={name: dataset, ...}")
         if trial is not None:
             raise ValueError("trial is given, expected none: make a trainer for each trial of a search")
         self.ignore_keys_for_eval = ignore_keys_for_eval
-        begun = self._restore(resume_from_checkpoint) if resume_from_checkpoint else StreamPosition()
-        outputs = []
-        for position, name in enumerate(self.tasks):
-            learned = name in self._stream.state.tasks and name != begun.task
-            if position < begun.position or learned:
-                continue
-            stage = begun.stage if begun.task == name else None
-            outputs += self._learn(name, resumed_stage=stage)
-            is_last = position + 1 == len(self.tasks)
-            if self.args.push_to_hub and self.args.hub_strategy == HubStrategy.EVERY_SAVE and not is_last:
-                self._push_while_training()
-        if self.args.push_to_hub:
-            self.push_to_hub()
+        with self._stream.at_work():
+            if resume_from_checkpoint:
+                self._restore(resume_from_checkpoint)
+            outputs = [output for name in self.tasks for output in self._learn_unless_done(name)]
+            if self.args.push_to_hub:
+                self.push_to_hub()
         steps = sum(output.global_step for output in outputs)
         loss = sum(output.global_step * output.training_loss for output in outputs)
         return TrainOutput(steps, loss / max(steps, 1), self.metrics)
@@ -226,16 +235,22 @@ class ShareTrainer(TaskTrainer):
         """
         Learn one more task and merge it.
 
+        Where `train(resume_from_checkpoint=True)` has taken up a stream that had begun the task, it is learned from
+        there on; where the stream had learned it, nothing is done.
+
         Args:
             name (`str`): A new task's name.
             train_dataset (`Dataset`): What it is learned from.
             eval_dataset (`Dataset`, *optional*): What it is scored on, now and after later tasks.
 
         Returns:
-            [`~share_hf.subspace.MergeReport`], *optional*: None if the basis did not change (`coefficients`).
+            [`~share_hf.subspace.MergeReport`], *optional*: None if the basis did not change (`coefficients`), or the
+            stream that was resumed has merged the task already.
 
         Raises:
-            ValueError: If name or data is unusable; nothing has changed then.
+            ValueError: If name or data is unusable, or another task is merged and not finished; nothing has changed
+                then.
+            FolderInUseError: Likewise, if another trainer is at work in `output_dir`.
             RefusedTaskError: If what was trained is not finite. Trainer and files are as before.
             DriftToleranceError: If the tolerated drift cannot be met. Whatever ends the learning before its merge, the
                 trainer is as before, and may learn the task again.
@@ -244,9 +259,35 @@ class ShareTrainer(TaskTrainer):
         data = {TRAIN_SPLIT: train_dataset}
         if eval_dataset is not None:
             data[EVALUATION_SPLITS[0]] = eval_dataset
-        check_task_name(name, [*self._stream.state.tasks, *self.tasks])
-        self.tasks[name], self._details[name] = self._read_task(name, data)
-        self._merge_report = None
+        known = {*self._stream.state.tasks, *self.tasks}
+        is_awaited = name in self._stream.awaited
+        check_task_name(name, known - {name} if is_awaited else known)
+        splits, details = self._read_task(name, data)
+        self._stream.check_next(name)
+        with self._stream.at_work(name):
+            self.tasks[name], self._details[name] = splits, details
+            if is_awaited:
+                self._stream.compare_data(name, splits)
+            self._merge_report = None
+            if self._stream.is_done(name):
+                self._stream.awaited.discard(name)
+                logger.info("%s: the stream has learned task %r already.", self._stream.folder, name)
+            else:
+                self._learn_or_withdraw(name)
+        return self._merge_report
+
+    def _learn_unless_done(self, name: str) -> list[TrainOutput]:
+        """Learn one of `tasks`; without the phases that the stream has come through already."""
+        if self._stream.is_done(name):
+            return []
+        outputs = list(self._learn(name))
+        is_last = name == next(reversed(self.tasks))
+        if self.args.push_to_hub and self.args.hub_strategy == HubStrategy.EVERY_SAVE and not is_last:
+            self._push_while_training()
+        return outputs
+
+    def _learn_or_withdraw(self, name: str) -> None:
+        """Learn a task that came by itself; whatever ends this before its merge leaves the trainer without it."""
         state, metrics = self._stream.state, copy.deepcopy(self._stream.metrics)
         try:
             for _ in self._learn(name):
@@ -257,14 +298,13 @@ class ShareTrainer(TaskTrainer):
             load_tasks(self.model, state)
             self._withdraw_task(name)
             self._stream.save_subspace(draft=False)
-            self._stream.save_position(len(self.tasks), self.trained_steps)
+            self._stream.save_position(len(metrics.matrix), self.trained_steps)
             raise
         except BaseException:
             if name not in self._stream.state.tasks:
                 self._stream.metrics = metrics
                 self._withdraw_task(name)
             raise
-        return self._merge_report
 
     def evaluate_tasks(self) -> dict[str, dict[str, float]]:
         """Metrics of every task learned so far that has evaluation data, by task. The active adapter stays."""
@@ -345,49 +385,3 @@ class ShareTrainer(TaskTrainer):
         self.tasks.pop(name, None)
         self._details.pop(name, None)
         put_back(self.model, self._stream.state, name, self.share_config)
-
-    def _restore(self, resumed: str | bool) -> StreamPosition:
-        """Take up an interrupted stream, or begin if there is none.
-
-        Raises:
-            ValueError: If what is there is damaged, or belongs to a stream with other settings or tasks.
-        """
-        is_named = isinstance(resumed, str) and resumed.lower() != "true"  # as a command line has it
-        folder = Path(resumed) if is_named else self._stream.folder
-        begun = self._stream.restore(folder, list(self.tasks))
-        if begun is None:
-            if is_named:
-                raise ValueError(
-                    f"{folder}: no {STREAM_STATE_FILE} there, expected the output_dir of an earlier stream"
-                )
-            if self.is_world_process_zero():
-                logger.warning("%s: no stream to resume there, it begins.", folder)
-            return StreamPosition()
-        self._load_subspace(self._stream.state)
-        self.trained_steps = begun.trained_steps
-        logger.info("Resuming at task %d (%s, %s)", begun.position + 1, begun.task, begun.stage)
-        return begun
-
-    def _load_subspace(self, state: SubspaceState) -> None:
-        """Make a subspace the stream's, and its tasks the adapters of the model."""
-        load_bases(self.model, state)
-        for task in state.tasks:
-            if task not in self.model.peft_config:
-                self.model.add_adapter(task, share_config_for(state, task, trainable=True))
-        load_tasks(self.model, state)
-        if state.tasks:
-            self.model.set_adapter(next(iter(state.tasks)))
-            if PLACEHOLDER in self.model.peft_config:
-                self.model.delete_adapter(PLACEHOLDER)
-        self._stream.state = state
-
-
-def _with_adapters(model: nn.Module, state: SubspaceState, share_config: ShareConfig) -> PeftModel:
-    """The base model with the tasks of a subspace, or with a placeholder for the first one."""
-    if state.tasks:
-        return SharedSubspace(state).apply(model)
-    config = copy.deepcopy(share_config)
-    peft_model = get_peft_model(model, config, adapter_name=PLACEHOLDER)
-    # PEFT found out what None and "all-linear" mean; later adapters target the same.
-    share_config.target_modules = copy.copy(config.target_modules)
-    return peft_model

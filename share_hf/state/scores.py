@@ -85,12 +85,15 @@ class ContinualMetrics:
         return _mean([_difference(self.matrix[j - 1][j], self.baseline[j]) for j in seen])
 
     def add_task(self, name: str) -> None:
-        """A column for a task that is to be learned next, unless it has one."""
-        if name not in self.tasks:
-            self.tasks.append(name)
-            self.baseline.append(None)
-            for row in self.matrix:
-                row.append(None)
+        """A column for the task that is learned next, in place of one that was begun and has not come to its row."""
+        done = len(self.matrix)
+        if name in self.tasks[: done + 1]:
+            return
+        for columns in (self.tasks, self.baseline, *self.matrix):
+            del columns[done:]
+        self.tasks.append(name)
+        for row in (self.baseline, *self.matrix):
+            row.append(None)
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as JSON."""

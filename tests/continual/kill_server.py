@@ -90,6 +90,7 @@ def run_stream(
     rank: int = 0,
     alone: bool = True,
     fails: bool = False,
+    number: int = signal.SIGKILL,
     begun: Callable[[], object] = lambda: None,
     **overrides: Any,
 ) -> dict[str, float]:
@@ -102,6 +103,7 @@ def run_stream(
         rank: That dies.
         alone: Whether the other processes of its group live on.
         fails: Whether it raises an error instead of being killed.
+        number: The signal that it is killed with.
         begun: Called when the training begins.
         overrides: As of `stream`.
     """
@@ -110,13 +112,15 @@ def run_stream(
 
     def count(name: str) -> None:
         counts[name] += 1
-        if name != clock or counts[name] < moment or trainer.args.process_index != rank:
+        is_over = counts[name] - 1 >= moment  # unlike SIGKILL, other signals leave time for more
+        if name != clock or counts[name] < moment or is_over or trainer.args.process_index != rank:
             return
         if fails:
             raise KeyError("a row that cannot be read")
         if alone:
-            os.kill(os.getpid(), signal.SIGKILL)
-        os.killpg(0, signal.SIGKILL)
+            os.kill(os.getpid(), number)
+            return
+        os.killpg(0, number)
 
     if clock == "lines":
         _trace_lines(lambda: count("lines"))
@@ -196,8 +200,16 @@ def serve() -> None:
         answers.flush()
 
 
-def _run_in_forks(processes: int, clock: str, moment: float, rank: int, alone: bool, **run: Any) -> dict[str, Any]:
-    run |= {"clock": clock, "moment": moment, "rank": rank, "alone": alone}
+def _run_in_forks(
+    processes: int,
+    clock: str,
+    moment: float,
+    rank: int,
+    alone: bool,
+    number: int = signal.SIGKILL,
+    **run: Any,
+) -> dict[str, Any]:
+    run |= {"clock": clock, "moment": moment, "rank": rank, "alone": alone, "number": number}
     with socket.create_server(("localhost", 0)) as server:
         port = server.getsockname()[1]
     pids: list[int] = []
@@ -214,7 +226,7 @@ def _run_in_forks(processes: int, clock: str, moment: float, rank: int, alone: b
     begun = [report.readline() for report in reports]
     if all(begun) and clock == "seconds" and moment < SECONDS_A_RUN:
         time.sleep(moment)
-        os.kill(pids[rank], signal.SIGKILL) if alone else os.killpg(pids[0], signal.SIGKILL)
+        os.kill(pids[rank], number) if alone else os.killpg(pids[0], number)
     answers = [json.loads(report.read() or "{}") for report in reports]
     for report in reports:
         report.close()

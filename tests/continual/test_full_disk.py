@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from share_hf import SharedSubspace, ShareTrainer
+from share_hf.continual.folder_lock import LOCK_FILE
 from share_hf.continual.stream import Stream
 
 from .conftest import MakeTrainer, assert_same_to_the_bit, coefficients
@@ -183,7 +184,7 @@ def test_a_stream_whose_disk_is_full_goes_on_to_the_bit_when_there_is_room(
     disk.make_space()
     assert before
     assert files_of(*kept) == before
-    assert names_in(folder) <= {"subspace", "stream_state.json", "phases"}
+    assert names_in(folder) <= {"subspace", "stream_state.json", "phases", LOCK_FILE}
     SharedSubspace.from_pretrained(folder / "subspace")
     resumed = make_trainer(folder="disk/out", **ARGUMENTS)
     resumed.train(resume_from_checkpoint=True)

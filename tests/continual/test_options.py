@@ -304,6 +304,48 @@ def test_what_a_schedule_free_optimizer_ends_with_is_what_is_learned(make: Make)
     assert all(not update.any() for update in updates(trainer.subspace, "shapes").values())
 
 
+class Averaging(torch.optim.SGD):
+    """Ends with the mean of all values that it trained, which it keeps in its state."""
+
+    def step(self, closure: Any = None) -> None:
+        super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                state["steps"] = state.get("steps", 0) + 1
+                state["sum"] = state.get("sum", torch.zeros_like(parameter)) + parameter.detach()
+
+    def eval(self) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter in self.state:
+                    parameter.data.copy_(self.state[parameter]["sum"] / self.state[parameter]["steps"])
+
+
+def test_a_phase_that_is_trained_to_its_end_ends_with_the_values_of_its_optimizer(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it is resumed there, and no step is left for the optimizer."""
+
+    def trainer(folder: str) -> ShareTrainer:
+        options = {"optimizer_cls_and_kwargs": (Averaging, {"lr": 0.1})}
+        return make(folder, classification_tasks("shapes"), trainer=options, save_strategy="steps", save_steps=3)
+
+    whole = trainer("whole")
+    whole.train()
+    cut = trainer("cut")
+    cut.add_callback(At("on_train_end", interrupting))
+    with pytest.raises(Interruption):
+        cut.train()
+    resumed = trainer("cut")
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_tasks(resumed.subspace, whole.subspace)
+
+
+def interrupting(*args: Any, **kwargs: Any) -> None:
+    raise Interruption
+
+
 def test_weights_decay_whatever_the_task_is_called(make: Make) -> None:
     tasks = {"debias": classification_tasks("shapes")["shapes"]}
     trainer = make(tasks=tasks, weight_decay=0.1)
@@ -387,6 +429,7 @@ def test_a_batch_that_does_not_fit_makes_all_phases_take_smaller_ones(make: Make
     assert trainer.subspace.tasks == ("colors", "shapes")
     assert seen[0] == 8
     assert set(seen[seen.index(4) :]) == {4}
+    assert trainer.metrics["training"]["train_batch_size"] == 4
 
 
 def test_what_a_phase_hooks_into_modules_comes_off_with_it(make: Make) -> None:

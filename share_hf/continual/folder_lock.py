@@ -1,0 +1,109 @@
+"""One trainer at a time in a folder: a lock that ends with the process that holds it, however that ends."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from transformers.utils import logging
+
+from ..engines import on_first_process
+
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+
+logger = logging.get_logger(__name__)
+
+LOCK_FILE = ".share_hf_lock"
+
+# What file systems without locks answer.
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
+
+# Descriptors of the locks that this process holds. A forked process has them too, and would hold the locks for as long
+# as it lives, longer than a parent that was killed.
+_held: set[int] = set()
+
+
+class FolderInUseError(RuntimeError):
+    """Another trainer is at work in the folder."""
+
+
+@contextmanager
+def holding(folder: Path) -> Iterator[None]:
+    """Hold a folder while the block runs. Of several processes, the first one holds it for all.
+
+    Raises:
+        FolderInUseError: Naming the folder and the process that holds it; on every process.
+    """
+    with ExitStack() as stack:
+
+        def take() -> None:
+            if (descriptor := _take(folder)) is not None:
+                stack.callback(_release, descriptor)
+
+        on_first_process(take)
+        yield
+
+
+def _take(folder: Path) -> int | None:
+    """The descriptor of a lock file that nobody else holds; None where there are no locks."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT)
+    is_locked = False
+    try:
+        is_locked = _is_locked(descriptor, folder)
+    finally:
+        if not is_locked:
+            os.close(descriptor)
+    if not is_locked:
+        return None
+    _held.add(descriptor)
+    with suppress(OSError):  # the number tells others who it is, no more: a disk may be full
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, str(os.getpid()).encode())
+    return descriptor
+
+
+def _is_locked(descriptor: int, folder: Path) -> bool:
+    """Lock a file, or warn where that is not possible."""
+    reason = "this system has no flock"
+    if fcntl is not None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError as error:
+            holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
+            raise FolderInUseError(
+                f"{folder}: process {holder} trains a stream there, expected one trainer at a time; wait for it, or "
+                "take another output_dir"
+            ) from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            reason = error.strerror
+    logger.warning("%s: cannot be locked (%s); see to it that no other trainer works there.", folder, reason)
+    return False
+
+
+def _release(descriptor: int) -> None:
+    _held.discard(descriptor)
+    with suppress(OSError):
+        os.ftruncate(descriptor, 0)  # the file stays: another process may have opened it to lock it
+    os.close(descriptor)
+
+
+def _let_go_in_child() -> None:
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go_in_child)

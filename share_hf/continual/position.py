@@ -1,0 +1,100 @@
+"""How far a stream has come, as a file that says it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from ..format.files import read_json, write_atomically
+from ..state import ContinualMetrics
+from .record import StreamRecord
+
+
+STREAM_STATE_FILE = "stream_state.json"
+
+Stage = Literal["learn", "finetune", "evaluate"]
+
+
+@dataclass(frozen=True)
+class StreamPosition:
+    """Position in a stream: the content of `stream_state.json`.
+
+    Args:
+        position: How many tasks are done.
+        task: The task in work, None between tasks.
+        stage: What is being done with it.
+        steps: Length of the subspace's lineage when the stage began. A saved subspace that is one step longer has the
+            result of the stage in it.
+        trained_steps: Steps of the optimizer in the phases that are done.
+        phase_steps: Steps of the stage's own phase, where it is trained and only its result has to be taken.
+        metrics: `ContinualMetrics` so far.
+        marks_phases: Whether the folders of its phases are marked; those of earlier versions are not.
+        record: What the stream is learned with; earlier versions did not write it down.
+    """
+
+    position: int = 0
+    task: str | None = None
+    stage: Stage = "learn"
+    steps: int = 0
+    trained_steps: int = 0
+    phase_steps: int = 0
+    metrics: dict[str, Any] | None = None
+    marks_phases: bool = False
+    record: StreamRecord = field(default_factory=StreamRecord)
+
+    def _check(self) -> None:
+        """Refuse values that no stream has.
+
+        Raises:
+            ValueError, KeyError, TypeError, AttributeError: Naming the value, or as of `ContinualMetrics.from_dict`.
+        """
+        for name in ("position", "steps", "trained_steps", "phase_steps"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ValueError(f"{name} is {value!r}, expected a number of 0 or more")
+        if self.task is not None and not isinstance(self.task, str):
+            raise ValueError(f"task is {self.task!r}, expected a name or null")
+        if self.stage not in get_args(Stage):
+            raise ValueError(f"stage is {self.stage!r}, expected one of {get_args(Stage)}")
+        if not isinstance(self.marks_phases, bool):
+            raise ValueError(f"marks_phases is {self.marks_phases!r}, expected true or false")
+        metrics = ContinualMetrics() if self.metrics is None else ContinualMetrics.from_dict(self.metrics)
+        if len(metrics.matrix) != self.position:
+            raise ValueError(
+                f"position is {self.position}, but metrics has {len(metrics.matrix)} rows, expected as many"
+            )
+        if self.task is not None and self.metrics is not None and metrics.tasks[self.position :] != [self.task]:
+            raise ValueError(
+                f"metrics has tasks {metrics.tasks}, expected {self.task!r} after {self.position} of them"
+            )
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks that were learned, and the one in work, in their order."""
+        learned = list((self.metrics or {}).get("tasks", ()))[: self.position]
+        return learned if self.task is None else [*learned, self.task]
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / STREAM_STATE_FILE, json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> StreamPosition | None:
+        """The position in a folder, None if no stream was begun there.
+
+        Raises:
+            ValueError: If the file is damaged.
+        """
+        path = folder / STREAM_STATE_FILE
+        if not path.is_file():
+            return None
+        values = read_json(path)
+        try:
+            record = StreamRecord.from_dict(values.pop("record", {}))
+            position = cls(**values, record=record)
+            position._check()
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+            raise ValueError(f"{path}: not a stream state ({error})") from error
+        return position
