@@ -26,6 +26,7 @@ from .config import AdapterOrigin, GivenBases, ShareConfig
 from .head import check_apart, check_head
 from .layer import Linear, ShareLayer, offload_hook_of, placeholder_basis
 from .loading import StoredAdapter, stored_adapter
+from .placement import call_layers_of, check_held_once, check_reached
 from .quantization import check_supported, keep_4bit_weights_differentiable
 
 
@@ -190,6 +191,7 @@ class ShareModel(BaseTuner):
             return
         base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         check_supported(base_layer, module_name, self.model)
+        check_reached(parent, target_name, module_name)
         basis_out, basis_in = self._basis_for(peft_config, base_layer, module_name)
         new_module = Linear(
             target, adapter_name, peft_config, basis_out, basis_in, **get_quantization_kwargs(self.model)
@@ -200,6 +202,7 @@ class ShareModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
+        call_layers_of(parent, new_module)
 
     def _basis_for(self, config: ShareConfig, base_layer: nn.Module, module_name: str) -> tuple[Tensor, Tensor]:
         in_features, out_features = _get_in_out_features(base_layer)
@@ -299,8 +302,9 @@ class ShareModel(BaseTuner):
                 layer.set_coefficients(adapter_name, *combined_coefficients(layer, of_tasks))
 
     def _check_merge_allowed(self) -> None:
-        """Refuse to merge into layers that cannot be dequantized, before any layer has been merged."""
+        """Refuse to merge into layers that cannot be dequantized or are tied, before any layer has been merged."""
         super()._check_merge_allowed()
+        check_held_once(self.model, share_layers(self.model).items())
         tried = set()
         for name, layer in share_layers(self.model).items():
             base_layer = layer.get_base_layer()
