@@ -97,6 +97,7 @@ class Architecture:
         inputs: Makes a batch of the size that is asked for.
         is_slow: Whether only the slow tests take it.
         generates: Whether it generates text.
+        has_nested_head: Whether its classifier is made of several modules.
     """
 
     model: str
@@ -106,6 +107,7 @@ class Architecture:
     inputs: Callable[..., dict[str, Tensor]] = _tokens
     is_slow: bool = True
     generates: bool = False
+    has_nested_head: bool = False
 
     def build(self) -> PreTrainedModel:
         torch.manual_seed(0)
@@ -235,8 +237,12 @@ ARCHITECTURES: dict[str, Architecture] = {
         ("query", "value"),
         inputs=lambda size=4: {"input_ids": _tokens(2 * size)["input_ids"].view(size, 2, -1)},
     ),
-    "roberta": Architecture("RobertaForSequenceClassification", _ENCODER, ("query", "value"), "SEQ_CLS"),
-    "deberta": Architecture("DebertaForSequenceClassification", _ENCODER, ("in_proj", "intermediate.dense"), "SEQ_CLS"),
+    "roberta": Architecture(
+        "RobertaForSequenceClassification", _ENCODER, ("query", "value"), "SEQ_CLS", has_nested_head=True
+    ),
+    "deberta": Architecture(
+        "DebertaForSequenceClassification", _ENCODER, ("in_proj", "intermediate.dense"), "SEQ_CLS"
+    ),
     "deberta-v2": Architecture(
         "DebertaV2ForSequenceClassification",
         {
@@ -250,7 +256,11 @@ ARCHITECTURES: dict[str, Architecture] = {
         "SEQ_CLS",
     ),
     "electra": Architecture(
-        "ElectraForSequenceClassification", {**_ENCODER, "embedding_size": 16}, ("query", "embeddings_project"), "SEQ_CLS"
+        "ElectraForSequenceClassification",
+        {**_ENCODER, "embedding_size": 16},
+        ("query", "embeddings_project"),
+        "SEQ_CLS",
+        has_nested_head=True,
     ),
     "albert": Architecture(  # one block that is called once for each layer
         "AlbertForSequenceClassification", {**_ENCODER, "embedding_size": 16}, ("query", "ffn"), "SEQ_CLS"

@@ -40,7 +40,9 @@ each_generator = pytest.mark.parametrize("name", names(lambda architecture: arch
 @each_phase
 @each_name
 class TestOneTask:
-    def test_computes_what_weights_with_its_update_do(self, architecture: Architecture, base: Base, phase: str) -> None:
+    def test_computes_what_weights_with_its_update_do(
+        self, architecture: Architecture, base: Base, phase: str
+    ) -> None:
         inputs = architecture.inputs()
         without = output(base(), inputs)
         model = adapted(base(), architecture, "one", phase=phase)
@@ -78,8 +80,8 @@ class TestOneTask:
         model.save_pretrained(tmp_path)
         stored = load_file(tmp_path / "one" / "adapter_model.safetensors")
         assert stored.keys() == get_peft_model_state_dict(model, adapter_name="one").keys()
-        kept = model.peft_config["one"].modules_to_save or []
-        assert all(".share_" in key or any(f".{module}." in key for module in kept) for key in stored)
+        kept = tuple(model.peft_config["one"].modules_to_save or [])  # PEFT compares the ends of names
+        assert all(".share_" in key or any(part.endswith(kept) for part in key.split(".")) for key in stored)
         for low_cpu_mem_usage in (False, True):
             loaded = PeftModel.from_pretrained(base(), tmp_path / "one", low_cpu_mem_usage=low_cpu_mem_usage)
             assert torch.equal(output(loaded, inputs), output(model, inputs))
@@ -167,7 +169,8 @@ class TestOneTask:
         self, architecture: Architecture, base: Base, phase: str
     ) -> None:
         inputs = {
-            key: value.bfloat16() if value.is_floating_point() else value for key, value in architecture.inputs().items()
+            key: value.bfloat16() if value.is_floating_point() else value
+            for key, value in architecture.inputs().items()
         }
         model = adapted(base().bfloat16(), architecture, "one", phase=phase)
         found = output(model, inputs)
@@ -179,6 +182,8 @@ class TestOneTask:
     def test_is_a_lora_when_it_is_converted(
         self, architecture: Architecture, base: Base, phase: str, tmp_path: Path
     ) -> None:
+        if architecture.has_nested_head:
+            pytest.skip("PEFT converts no head of several modules, SharedSubspace.export_lora does")
         inputs = architecture.inputs()
         model = adapted(base(), architecture, "one", phase=phase)
         save_as_lora(tmp_path, model, rank=1.0, adapter_name="one")
@@ -257,6 +262,15 @@ def test_samples_of_a_batch_have_their_own_tasks(architecture: Architecture, bas
     inputs = architecture.inputs(4)
     model = adapted(base(), architecture, "one", "two")
     tasks = ["two", "__base__", "one", "two"]
+    lora_config = LoraConfig(target_modules=list(architecture.target_modules), task_type=architecture.task_type)
+    lora = get_peft_model(base(), lora_config, "one").eval()
+    lora.add_adapter("two", lora_config)
+    try:
+        output(lora, inputs, adapter_names=tasks)
+    except (ValueError, TypeError) as error:  # samples are not the rows of a layer, or its head is of several modules
+        with pytest.raises(type(error), match="expected one for each sample|Mixed batching is only supported"):
+            output(model, inputs, adapter_names=tasks)
+        return
     found = output(model, inputs, adapter_names=tasks)
     for i, task in enumerate(tasks):
         alone = base() if task == "__base__" else with_task_in_weights(base(), model, task)
@@ -283,10 +297,15 @@ def test_generated_text_is_that_of_weights_with_the_update(architecture: Archite
 TARGETS: dict[str, dict[str, Any]] = {
     "list": {},
     "all-linear": {"target_modules": "all-linear"},
-    "regex": {"target_modules": r".*\.(q|q_proj|query|query_key_value|c_attn|in_proj|W?qkv(_proj)?|q(uery)?_(proj|lin))"},
+    "regex": {
+        "target_modules": r".*\.(q|q_proj|query|query_key_value|c_attn|in_proj|W?qkv(_proj)?|q(uery)?_(proj|lin))"
+    },
     "layer": {"layers_to_transform": 0},
     "layers-in": {"layers_to_transform": [0], "layers_pattern": ["layers", "layer", "h", "blocks"]},
-    "excluded": {"target_modules": "all-linear", "exclude_modules": r".*(v_proj|value|\.v|c_proj|out_proj|x_proj|dt_proj|Wo)"},
+    "excluded": {
+        "target_modules": "all-linear",
+        "exclude_modules": r".*(v_proj|value|\.v|c_proj|out_proj|x_proj|dt_proj|Wo)",
+    },
 }
 
 
