@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import inspect
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from types import ModuleType
 from typing import Any
@@ -36,24 +37,30 @@ _FUNCTIONS: Mapping[str, tuple[ModuleType, ...]] = {
 
 
 def without_options_of_lora(config_class: type[PeftConfig]) -> type[PeftConfig]:
-    """Let a configuration say, for an option that LoRA alone has, what there is instead.
-
-    It is a TypeError as Python's own, in whose words PEFT knows the options that it may leave out of a file.
-    """
+    """Let a configuration say, for an option that LoRA alone has, what there is instead."""
     original = config_class.__init__
-    of_lora = {field.name for field in fields(LoraConfig)} - {field.name for field in fields(config_class)}
 
     @functools.wraps(original)
     def __init__(self: PeftConfig, *args: Any, **kwargs: Any) -> None:
-        for name in kwargs.keys() & of_lora:
-            raise TypeError(
-                f"{config_class.__name__} got an unexpected keyword argument {name!r}, an option of LoRA: "
-                f"{_INSTEAD.get(name, _WAY)}"
-            )
+        check_options(config_class, kwargs)
         original(self, *args, **kwargs)
 
     config_class.__init__ = __init__
     return config_class
+
+
+def check_options(config_class: type[PeftConfig], options: Iterable[str]) -> None:
+    """Refuse options that LoRA has and a configuration has not.
+
+    Raises:
+        TypeError: Naming the option, in Python's own words, by which PEFT knows what it may leave out of a file.
+    """
+    of_lora = {field.name for field in fields(LoraConfig)} - {field.name for field in fields(config_class)}
+    for name in sorted(of_lora.intersection(options)):
+        raise TypeError(
+            f"{config_class.__name__} got an unexpected keyword argument {name!r}, an option of LoRA: "
+            f"{_INSTEAD.get(name, _WAY)}"
+        )
 
 
 def refuse(name: str) -> None:
@@ -77,11 +84,14 @@ def advise_on_functions_of_lora(config_class: type[PeftConfig]) -> None:
 
 
 def _for_others(original: Any, name: str, config_class: type[PeftConfig]) -> Any:
+    first = next(iter(inspect.signature(original).parameters))
+
     @functools.wraps(original)
-    def function(subject: Any, *args: Any, **kwargs: Any) -> Any:
+    def function(*args: Any, **kwargs: Any) -> Any:
+        subject = args[0] if args else kwargs.get(first)
         configs = getattr(subject, "peft_config", None) or {"": subject}
         if any(isinstance(config, config_class) for config in configs.values()):
             refuse(name)
-        return original(subject, *args, **kwargs)
+        return original(*args, **kwargs)
 
     return function

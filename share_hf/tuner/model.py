@@ -26,6 +26,7 @@ from .config import AdapterOrigin, GivenBases, ShareConfig
 from .head import check_apart, check_head
 from .layer import Linear, ShareLayer, offload_hook_of, placeholder_basis
 from .loading import StoredAdapter, stored_adapter
+from .lora_only import check_options
 from .placement import call_layers_of, check_held_once, check_reached
 from .quantization import check_supported, keep_4bit_weights_differentiable
 
@@ -71,6 +72,7 @@ class ShareModel(BaseTuner):
 
     def _check_new_adapter_config(self, config: ShareConfig) -> None:
         super()._check_new_adapter_config(config)
+        check_options(ShareConfig, vars(config))
         # The newest, as one object may configure several adapters.
         name = next(name for name in reversed(self.peft_config) if self.peft_config[name] is config)
         if not name or "." in name or hasattr(nn.ParameterDict, name) or hasattr(nn.ParameterDict(), name):
@@ -137,6 +139,11 @@ class ShareModel(BaseTuner):
 
     def _prepare_model(self, peft_config: ShareConfig, model: nn.Module) -> None:
         """Read the basis that an adapter was saved with. Runs for every adapter, before the model is touched."""
+        if hasattr(model, "get_base_model"):
+            raise ValueError(
+                f"model is a {type(model).__name__}, expected the base model: add a task to it by add_adapter, or "
+                "take its adapters out first by unload or merge_and_unload"
+            )
         keep_4bit_weights_differentiable(model)
         layers = share_layers(model)
         self._stored = stored_adapter(peft_config, {name: layer.basis_file for name, layer in layers.items()})
@@ -256,6 +263,8 @@ class ShareModel(BaseTuner):
             raise ValueError(f"{origin.folder}: is {config.peft_type}, expected SHARE as adapter {adapter_name!r} is")
         layers = share_layers(self.model)
         stored = stored_adapter(config, {name: layer.basis_file for name, layer in layers.items()})
+        if stored.head is not None:
+            check_head(self.model, self.peft_config[adapter_name].modules_to_save or [], stored.head)
         _check_same_dimensions(config, f"{origin.folder}", self.peft_config[adapter_name], f"adapter {adapter_name!r}")
         others = [layer for layer in layers.values() if set(layer.tasks) - {adapter_name}]
         changed = {

@@ -48,9 +48,9 @@ def check_reached(parent: nn.Module, child_name: str, module_name: str) -> None:
     for base in type(parent).__mro__:
         if child_name in READ_BY_THEIR_MODULE.get(base.__name__, ()):
             raise ValueError(
-                f"{module_name!r} is in a {base.__name__}, which reads its weight itself, so that an update would have "
-                "no effect; expected layers that are called: leave it out by exclude_modules, or train it whole by "
-                "modules_to_save"
+                f"{module_name!r} is in a {base.__name__}, which reads its weight itself, so that an update would "
+                "have no effect; expected layers that are called: leave it out by exclude_modules, or train it whole "
+                "by modules_to_save"
             )
 
 

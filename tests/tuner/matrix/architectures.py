@@ -114,10 +114,9 @@ class Architecture:
         model_class = getattr(transformers, self.model)
         model = model_class(model_class.config_class(**self.config)).eval()
         with torch.no_grad():  # some start from zeros, so that nothing would reach the output
-            for name, parameter in model.named_parameters():
+            for parameter in model.parameters():
                 if parameter.ndim > 1 and not parameter.any():
                     nn.init.normal_(parameter, std=0.1)
-        assert model.dtype == torch.float32, name
         return model
 
     def share_config(self, **overrides: Any) -> ShareConfig:

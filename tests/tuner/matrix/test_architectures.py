@@ -268,7 +268,7 @@ def test_samples_of_a_batch_have_their_own_tasks(architecture: Architecture, bas
     try:
         output(lora, inputs, adapter_names=tasks)
     except (ValueError, TypeError) as error:  # samples are not the rows of a layer, or its head is of several modules
-        with pytest.raises(type(error), match="expected one for each sample|Mixed batching is only supported"):
+        with pytest.raises(type(error), match=r"expected one for each sample|Mixed batching is only supported"):
             output(model, inputs, adapter_names=tasks)
         return
     found = output(model, inputs, adapter_names=tasks)
@@ -297,9 +297,7 @@ def test_generated_text_is_that_of_weights_with_the_update(architecture: Archite
 TARGETS: dict[str, dict[str, Any]] = {
     "list": {},
     "all-linear": {"target_modules": "all-linear"},
-    "regex": {
-        "target_modules": r".*\.(q|q_proj|query|query_key_value|c_attn|in_proj|W?qkv(_proj)?|q(uery)?_(proj|lin))"
-    },
+    "regex": {"target_modules": r".*\.(q|q_proj|query|query_key_value|c_attn|in_proj|W?qkv(_proj)?|query_proj|q_lin)"},
     "layer": {"layers_to_transform": 0},
     "layers-in": {"layers_to_transform": [0], "layers_pattern": ["layers", "layer", "h", "blocks"]},
     "excluded": {
@@ -316,7 +314,7 @@ def test_all_that_lora_would_adapt_is_adapted(architecture: Architecture, base: 
     try:
         expected = get_peft_model(base(), LoraConfig(**config)).targeted_module_names
     except ValueError as error:
-        with pytest.raises(type(error), match="not found in the base model|is incompatible with"):
+        with pytest.raises(type(error), match=r"not found in the base model|is incompatible with"):
             get_peft_model(base(), architecture.share_config(**config))
         return
     model = adapted(base(), architecture, "one", **{**config, "task_type": None})
