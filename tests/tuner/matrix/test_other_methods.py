@@ -142,7 +142,7 @@ with warnings.catch_warnings(record=True) as caught:
         "unknown in batch": error(computed, model, adapter_names=["one", "unknown"]),
         "other rank": error(get_peft_model(base(), LoraConfig(r=2, target_modules=["q_proj"])).load_adapter,
                             "several/one", "default"),
-        "unknown combination": error(model.add_weighted_adapter, ["one"], [1.0], "x", combination_type="none"),
+        "unknown combination": error(model.add_weighted_adapter, ["one", "sum"], [1.0, 1.0], "x", combination_type="none"),
         "native name is there": error(native.load_adapter, "several/one", "second"),
         "option": error(LoraConfig, num_components=3),
         "mixed": error(get_peft_model, base(), CONFIGS["vera"](), mixed=True),
