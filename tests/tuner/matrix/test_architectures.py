@@ -53,7 +53,7 @@ class TestOneTask:
             assert_close(output(model, inputs), without, tolerance=1e-5)
         assert torch.equal(output(model, inputs), found)
         with_head_alone = output(with_head(base(), model, "one"), inputs)  # which PEFT keeps
-        assert_close(output(model.unload(), inputs), with_head_alone, tolerance=1e-6)
+        assert_close(output(model.unload(), inputs), with_head_alone, tolerance=1e-5)
 
     def test_is_merged_and_unmerged(self, architecture: Architecture, base: Base, phase: str) -> None:
         inputs = architecture.inputs()
@@ -314,7 +314,7 @@ def test_all_that_lora_would_adapt_is_adapted(architecture: Architecture, base: 
     try:
         expected = get_peft_model(base(), LoraConfig(**config)).targeted_module_names
     except ValueError as error:
-        with pytest.raises(type(error), match=r"not found in the base model|is incompatible with"):
+        with pytest.raises(type(error), match=r"not found in the base|is incompatible|reads its weight itself"):
             get_peft_model(base(), architecture.share_config(**config))
         return
     model = adapted(base(), architecture, "one", **{**config, "task_type": None})
