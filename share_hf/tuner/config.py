@@ -12,6 +12,7 @@ from peft.config import PeftConfig
 from ..format.basis_file import StoredBasis
 from ..state import Phase
 from ..subspace import BasisKind, SubspaceSettings, check_dimensions
+from .lora_only import without_options_of_lora
 
 
 # What a configuration may have trained; tasks of the subspace that are trained further are in `coefficients`.
@@ -68,6 +69,7 @@ class GivenBases:
     adapted: Collection[str] | None = None
 
 
+@without_options_of_lora
 @dataclass
 class ShareConfig(PeftConfig):
     """

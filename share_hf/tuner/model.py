@@ -26,6 +26,8 @@ from .config import AdapterOrigin, GivenBases, ShareConfig
 from .head import check_apart, check_head
 from .layer import Linear, ShareLayer, offload_hook_of, placeholder_basis
 from .loading import StoredAdapter, stored_adapter
+from .lora_only import check_options
+from .placement import call_layers_of, check_held_once, check_reached
 from .quantization import check_supported, keep_4bit_weights_differentiable
 
 
@@ -70,6 +72,7 @@ class ShareModel(BaseTuner):
 
     def _check_new_adapter_config(self, config: ShareConfig) -> None:
         super()._check_new_adapter_config(config)
+        check_options(ShareConfig, vars(config))
         # The newest, as one object may configure several adapters.
         name = next(name for name in reversed(self.peft_config) if self.peft_config[name] is config)
         if not name or "." in name or hasattr(nn.ParameterDict, name) or hasattr(nn.ParameterDict(), name):
@@ -136,6 +139,11 @@ class ShareModel(BaseTuner):
 
     def _prepare_model(self, peft_config: ShareConfig, model: nn.Module) -> None:
         """Read the basis that an adapter was saved with. Runs for every adapter, before the model is touched."""
+        if hasattr(model, "get_base_model"):
+            raise ValueError(
+                f"model is a {type(model).__name__}, expected the base model: add a task to it by add_adapter, or "
+                "take its adapters out first by unload or merge_and_unload"
+            )
         keep_4bit_weights_differentiable(model)
         layers = share_layers(model)
         self._stored = stored_adapter(peft_config, {name: layer.basis_file for name, layer in layers.items()})
@@ -190,6 +198,7 @@ class ShareModel(BaseTuner):
             return
         base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         check_supported(base_layer, module_name, self.model)
+        check_reached(parent, target_name, module_name)
         basis_out, basis_in = self._basis_for(peft_config, base_layer, module_name)
         new_module = Linear(
             target, adapter_name, peft_config, basis_out, basis_in, **get_quantization_kwargs(self.model)
@@ -200,6 +209,7 @@ class ShareModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
+        call_layers_of(parent, new_module)
 
     def _basis_for(self, config: ShareConfig, base_layer: nn.Module, module_name: str) -> tuple[Tensor, Tensor]:
         in_features, out_features = _get_in_out_features(base_layer)
@@ -253,6 +263,8 @@ class ShareModel(BaseTuner):
             raise ValueError(f"{origin.folder}: is {config.peft_type}, expected SHARE as adapter {adapter_name!r} is")
         layers = share_layers(self.model)
         stored = stored_adapter(config, {name: layer.basis_file for name, layer in layers.items()})
+        if stored.head is not None:
+            check_head(self.model, self.peft_config[adapter_name].modules_to_save or [], stored.head)
         _check_same_dimensions(config, f"{origin.folder}", self.peft_config[adapter_name], f"adapter {adapter_name!r}")
         others = [layer for layer in layers.values() if set(layer.tasks) - {adapter_name}]
         changed = {
@@ -299,8 +311,9 @@ class ShareModel(BaseTuner):
                 layer.set_coefficients(adapter_name, *combined_coefficients(layer, of_tasks))
 
     def _check_merge_allowed(self) -> None:
-        """Refuse to merge into layers that cannot be dequantized, before any layer has been merged."""
+        """Refuse to merge into layers that cannot be dequantized or are tied, before any layer has been merged."""
         super()._check_merge_allowed()
+        check_held_once(self.model, share_layers(self.model).items())
         tried = set()
         for name, layer in share_layers(self.model).items():
             base_layer = layer.get_base_layer()

@@ -46,7 +46,7 @@ def check_supported(layer: nn.Module, module_name: str, model: nn.Module) -> Non
         found += f" of the quantizer {getattr(quantizer, 'value', quantizer)!r}"
     raise TypeError(
         f"{module_name!r} is a {found}, expected torch.nn.Linear, transformers.pytorch_utils.Conv1D or a linear layer "
-        "of a quantizer that PEFT knows and whose library is installed"
+        "of a quantizer that PEFT knows and whose library is installed; others are trained whole by modules_to_save"
     )
 
 

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from .config import SHARE, ShareConfig
 from .loading import fingerprints_of, origin_of, remember_origins, with_fingerprints
+from .lora_only import advise_on_functions_of_lora, refuse
 from .model import ShareModel, stored_bases
 from .saving import check_no_remote_tree, check_no_tree, check_same_bases, write_bases
 
@@ -39,6 +40,7 @@ def register() -> None:
     _keep_trees_on_the_hub(PreTrainedModel)
     _advise_on_plain_adapters()
     _advise_on_other_methods()
+    advise_on_functions_of_lora(ShareConfig)
     _load_bases_with_given_configs()
     _load_bases_with_adapters_that_are_there()
     _check_coefficients_of_transformers()
@@ -65,6 +67,8 @@ def _save_basis_with(model_class: type[PeftModel] | type[PreTrainedModel]) -> No
             check_no_tree(folder)
             if kwargs.get("push_to_hub"):
                 check_no_remote_tree(kwargs.get("repo_id") or folder.name, kwargs.get("revision"), kwargs.get("token"))
+        if bases and call.arguments.get("path_initial_model_for_weight_conversion") is not None:
+            refuse("path_initial_model_for_weight_conversion")
         if bases:
             check_same_bases(folder, bases, call.arguments.get("selected_adapters") or adapters)
         result = original(self, save_directory, *args, **kwargs)

@@ -1,0 +1,77 @@
+"""Small operations on the models of the matrix, whatever their architecture."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from share_hf.tuner import share_layers
+
+from ..cases import update_by_hand, with_updates_in_weights
+from .architectures import Architecture
+
+
+def output(model: nn.Module, inputs: Mapping[str, Tensor], **kwargs: Any) -> Tensor:
+    """What the model computes, the first of it if there are several tensors, without gradients."""
+    with torch.no_grad():
+        return first_tensor(model(**inputs, **kwargs))
+
+
+def first_tensor(result: Any) -> Tensor:
+    return result if isinstance(result, Tensor) else result[0]
+
+
+def adapted(base: nn.Module, architecture: Architecture, *tasks: str, **config: Any) -> PeftModel:
+    """The model with tasks that each do something, their heads included; the first one is active."""
+    torch.manual_seed(0)
+    model = get_peft_model(base, architecture.share_config(**config), adapter_name=tasks[0])
+    for task in tasks[1:]:
+        model.add_adapter(task, architecture.share_config(**config))
+    for seed, task in enumerate(tasks):
+        fill(model, task, seed)
+    return model.eval()
+
+
+def fill(model: nn.Module, task: str, seed: int = 0) -> None:
+    """Move all that belongs to a task by random numbers large enough to show in the output."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in parameters_of(model, task).values():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.4)
+
+
+def parameters_of(model: nn.Module, task: str) -> dict[str, nn.Parameter]:
+    """A task's parameters, in Share layers and in heads, by full name."""
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if (".share_" in name and name.endswith(f".{task}")) or f".modules_to_save.{task}." in name
+    }
+
+
+def with_task_in_weights(base: nn.Module, model: nn.Module, task: str) -> nn.Module:
+    """A copy of the base model without adapters, whose weights have a task's update, by the formulas of the paper."""
+    updates = {
+        name: update_by_hand(layer, task) for name, layer in share_layers(model).items() if layer.has_task(task)
+    }
+    return with_head(with_updates_in_weights(base, updates), model, task)
+
+
+def with_head(base: nn.Module, model: nn.Module, task: str) -> nn.Module:
+    """The base model with what is kept whole with a task, in its place."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for name, module in inner.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            base.get_submodule(name).load_state_dict(module.modules_to_save[task].state_dict())
+    return base
+
+
+def values(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies, to tell later what has changed."""
+    return {name: copy.deepcopy(tensor.detach()) for name, tensor in parameters.items()}
