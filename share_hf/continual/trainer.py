@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -35,6 +35,7 @@ from .data import (
     task_details,
 )
 from .phases import PLACEHOLDER, RefusedTaskError, config_for, put_back
+from .publishing import publish
 from .scoring import TaskScorer
 from .stream import STREAM_STATE_FILE, Stream, StreamPosition
 from .task_trainer import TaskTrainer
@@ -214,7 +215,7 @@ class ShareTrainer(TaskTrainer):
             outputs += self._learn(name, resumed_stage=stage)
             is_last = position + 1 == len(self.tasks)
             if self.args.push_to_hub and self.args.hub_strategy == HubStrategy.EVERY_SAVE and not is_last:
-                self._push_while_training()
+                self._push_while_training(upcoming_tasks=list(self.tasks)[position + 1 :])
         if self.args.push_to_hub:
             self.push_to_hub()
         steps = sum(output.global_step for output in outputs)
@@ -298,32 +299,28 @@ class ShareTrainer(TaskTrainer):
         """
         if not blocking or revision not in (None, "main"):
             raise ValueError(f"blocking is {blocking} and revision {revision!r}, expected True and None")
-        token = token if token is not None else self.args.hub_token
-        private = private if private is not None else self.args.hub_private_repo
+        state, commit = self._publish(commit_message=commit_message, token=token, private=private, **kwargs)
+        self._take_published(state)
+        return commit
+
+    def _publish(self, **options: Any) -> tuple[SubspaceState, CommitInfo]:
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
-        subspace = self.subspace
+            self.init_hf_repo(token=options.get("token"), private=options.get("private"))
+        return publish(self.subspace, self.hub_model_id, self.args, **options)
 
-        def push() -> tuple[SubspaceState, CommitInfo]:
-            commit = subspace.push_to_hub(
-                self.hub_model_id, commit_message=commit_message, token=token, private=private, **kwargs
-            )
-            return subspace.state, commit
-
-        state, commit = on_first_process(push, known=subspace.state)
+    def _take_published(self, state: SubspaceState) -> None:
         if state.lineage != self._stream.state.lineage:
             self._load_subspace(state)
             self._stream.save_subspace()
-        return commit
 
-    def _push_while_training(self) -> None:
+    def _push_while_training(self, upcoming_tasks: Collection[str]) -> None:
         try:
-            self.push_to_hub()
-        except ValueError:
-            raise
-        except Exception as error:  # whatever ails the network, the stream goes on
+            state, _ = self._publish(upcoming_tasks=upcoming_tasks)
+        except Exception as error:  # whatever ails the network or the repository, the stream goes on
             logger.warning("The subspace was not pushed (%s); the push after the next task catches up.", error)
+        else:
+            self._take_published(state)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """

@@ -4,11 +4,11 @@ Fields: `format_version`; `kind` ("tree", or "checkpoint" for the folder of a `P
 the layout of a tree); `share_hf_version`; `base_model_name_or_path`; `settings` (the fields of
 `SubspaceSettings`); `modules` (module -> `shape` [n, d] and `num_components` [k_out, k_in]); `tasks` (names in the
 order they were learned); `default_task`; `lineage` (one object a step); `branches` (task -> its drift when its branch
-on the hub was written: those that have one, or are to have one); `replaced` (task -> the commit of its branch that the
-push of this tree replaces: where the branch is still there, it was not written again); `sha256` (path in the tree ->
-checksum, of every file that loading depends on; of a task, its `metrics.json`, which has the checksums of the others);
-`digest` (checksum of all the other fields); since format version 2 `fingerprint` (of the bases of all layers, see
-`fingerprint_of_all`).
+on the hub was written, where it was over 0); `branched` (the tasks that have a branch, or are to have one; null where
+all are); `replaced` (task -> the commit of its branch that the push of this tree replaces: where the branch is still
+there, it was not written again); `sha256` (path in the tree -> checksum, of every file that loading depends on; of a
+task, its `metrics.json`, which has the checksums of the others); `digest` (checksum of all the other fields); since
+format version 2 `fingerprint` (of the bases of all layers, see `fingerprint_of_all`).
 """
 
 from __future__ import annotations
@@ -46,11 +46,13 @@ class BranchRecords:
     """What an index says of the branches of its repository; nothing on disk.
 
     Args:
-        drifts: By task that has a branch, or is to have one, its drift when the branch was written.
+        drifts: By task, its drift when its branch was written, where it was over 0.
+        tasks: The tasks that have a branch, or are to have one; None where all are.
         replaced: By task whose branch was to be written again, the commit that was to be replaced.
     """
 
     drifts: Mapping[str, float] = field(default_factory=dict)
+    tasks: tuple[str, ...] | None = None
     replaced: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -69,6 +71,7 @@ class TreeIndex:
     default_task: str | None = None
     lineage: tuple[Mapping[str, Any], ...] = ()
     branches: Mapping[str, float] = field(default_factory=dict)
+    branched: tuple[str, ...] | None = None
     replaced: Mapping[str, str] = field(default_factory=dict)
     sha256: Mapping[str, str] = field(default_factory=dict)
     fingerprint: str | None = None
@@ -82,7 +85,7 @@ class TreeIndex:
     @property
     def branch_records(self) -> BranchRecords:
         """What is known of the branches of its repository."""
-        return BranchRecords(self.branches, self.replaced)
+        return BranchRecords(self.branches, self.branched, self.replaced)
 
     @property
     def is_tree(self) -> bool:
@@ -147,6 +150,7 @@ def read_index(folder: Path) -> TreeIndex:
             default_task=default_task,
             lineage=_lineage(content["lineage"]),
             branches={task: float(drift) for task, drift in content["branches"].items()},
+            branched=_names("branched", content.get("branched")),
             replaced={task: str(commit) for task, commit in content.get("replaced", {}).items()},
             sha256={relative: str(checksum) for relative, checksum in content["sha256"].items()},
             fingerprint=str(content["fingerprint"]) if version >= 2 else None,
@@ -203,6 +207,14 @@ def _lineage(entries: Any) -> tuple[Mapping[str, Any], ...]:
         if not isinstance(merged, list) or not all(isinstance(name, str) for name in (*names, *merged)):
             raise ValueError(f"lineage has a step {entry!r}, expected an id and names of tasks")
     return tuple(entries)
+
+
+def _names(field_name: str, names: Any) -> tuple[str, ...] | None:
+    if names is None:
+        return None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{field_name} is {names!r}, expected names of tasks, or null")
+    return tuple(names)
 
 
 def _digest(content: Mapping[str, Any]) -> str:

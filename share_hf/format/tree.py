@@ -117,6 +117,7 @@ def write_root(
         default_task=state.default_task,
         lineage=state.lineage,
         branches=dict(branches.drifts),
+        branched=branches.tasks,
         replaced=dict(branches.replaced),
         sha256={**{name: writer.sha256[name] for name in rest}, **adapter},
         fingerprint=fingerprint,

@@ -33,6 +33,8 @@ logger = logging.get_logger(__name__)
 # Which tasks get a branch, beside those that have one.
 BranchChoice = Literal["all", "new", "none"] | Collection[str]
 
+_WORDS = ("all", "new", "none")
+
 # Branches are commits, of which the hub takes some hundred an hour.
 MAX_BRANCHES_UNASKED = 100
 
@@ -55,16 +57,33 @@ class BranchPlan:
     records: BranchRecords
 
 
-def check_choice(choice: BranchChoice | None, tasks: Collection[str]) -> None:
+def branch_choice(given: str | Collection[str] | None) -> BranchChoice | None:
+    """Which tasks get a branch, as a command line has it: a word, or names of which one may be that word.
+
+    Raises:
+        ValueError: If it is another word.
+    """
+    names = [given] if isinstance(given, str) else given
+    if names is None or len(names) != 1 or next(iter(names)) not in _WORDS:
+        check_choice(given, None)
+        return given
+    return next(iter(names))
+
+
+def check_choice(choice: BranchChoice | None, tasks: Collection[str] | None) -> None:
     """Refuse what does not say which tasks get a branch.
+
+    Args:
+        choice: What was given.
+        tasks: The tasks there are, None where that is not known yet.
 
     Raises:
         ValueError: If it is another word, or has a name that is no task.
     """
     if isinstance(choice, str):
-        if choice not in ("all", "new", "none"):
+        if choice not in _WORDS:
             raise ValueError(f"branches is {choice!r}, expected 'all', 'new', 'none' or a list of tasks")
-    elif choice is not None and (odd := [task for task in choice if task not in tasks]):
+    elif choice is not None and tasks is not None and (odd := [task for task in choice if task not in tasks]):
         raise ValueError(f"branches has {odd}, expected tasks of the subspace, which has {list(tasks)}")
 
 
@@ -93,19 +112,24 @@ def plan_branches(
         was_cut_off = there.replaced.get(task) == refs.branches[task]
         return was_cut_off or task in changed or task not in tip.tasks or since > tolerance
 
-    due = tuple(task for task in state.tasks if is_due(task))
-    kept = {task: there.drifts.get(task, 0.0) for task in state.tasks if task in refs.branches}
-    kept_commits = {task: commit for task, commit in there.replaced.items() if task in kept}
-    written = {task: drifts[task] for task in due}
+    due = dict.fromkeys(task for task in state.tasks if is_due(task))
+    branched = tuple(task for task in state.tasks if task in due or task in refs.branches)
+    written = {task: drifts[task] if task in due else there.drifts.get(task, 0.0) for task in branched}
+    kept = {task: there.replaced[task] for task in branched if task in there.replaced}
     replaced = {task: refs.branches[task] for task in due if task in refs.branches}
-    return BranchPlan(due, BranchRecords({**kept, **written}, {**kept_commits, **replaced}))
+    records = BranchRecords(
+        drifts={task: drift for task, drift in written.items() if drift > 0},
+        tasks=None if len(branched) == len(state.tasks) else branched,
+        replaced={**kept, **replaced},
+    )
+    return BranchPlan(tuple(due), records)
 
 
 def _wanted(state: SubspaceState, tip: Tip, choice: BranchChoice | None) -> Collection[str]:
     """The tasks that are to have a branch: those that are asked for, and what an earlier push was to make."""
     if choice == "none":
         return ()
-    promised = tip.tree.branches if tip.tree is not None else {}
+    promised = tip.tree.branched if tip.tree is not None and tip.tree.branched is not None else tip.tasks
     if choice == "all" or (choice is None and len(state.tasks) <= MAX_BRANCHES_UNASKED):
         return state.tasks
     if choice is None:

@@ -177,7 +177,7 @@ def _push_once(
             template=options.card_template,
             existing=tip.card,
             audit=audit_sentences(state),
-            branches=plan.records.drifts,
+            branches=plan.records.tasks,
         )
         sha256 = write_tree(state, folder, card=card, branches=plan.records, there=tip.tree)
         index = read_index(folder)
