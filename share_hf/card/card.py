@@ -137,8 +137,9 @@ def _outside(existing: str | None) -> tuple[str, ModelCardData | None, str]:
     try:
         card = ModelCard(existing)
     except (ValueError, TypeError, YAMLError) as error:
+        reason = " ".join(str(error).split())
         raise ValueError(
-            f"{CARD_FILE}: the metadata of the model card cannot be read ({error}), expected YAML: mend or delete it"
+            f"{CARD_FILE}: the metadata of the model card cannot be read ({reason}), expected YAML: mend or delete it"
         ) from error
     before, begin, rest = card.text.partition(GENERATED_BEGIN)
     if not begin:

@@ -100,10 +100,23 @@ def test_a_hub_that_is_down_does_not_stop_a_stream(
     assert commits(hub) == ["initial commit", "Add 2 tasks"]
 
 
+TROUBLES = {
+    "web page": WebPage(),
+    "answer lost": LoseAnswer(),
+    "forbidden": Answer(403),
+    "deleted": Answer(404),
+    "unavailable": WebPage(503),
+    "dropped": DropUpload(),
+    "refused": Answer(400, "Invalid metadata"),
+}
+
+
 @pytest.mark.parametrize(
     "fault",
-    [Answer(403), Answer(404), WebPage(), WebPage(503), LoseAnswer(), DropUpload(), Answer(400, "Invalid metadata")],
-    ids=["forbidden", "deleted", "web page", "unavailable", "answer lost", "dropped", "refused"],
+    [
+        pytest.param(fault, id=name, marks=[pytest.mark.slow] * (name not in ("web page", "answer lost")))
+        for name, fault in TROUBLES.items()
+    ],
 )
 @pytest.mark.parametrize("request_part", ["/refs", "/tree/", "/commit/", "/branch/", "/tag/", "/preupload/"])
 def test_no_trouble_with_the_hub_ends_a_stream_and_the_next_push_catches_up(

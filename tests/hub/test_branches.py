@@ -107,6 +107,7 @@ def test_roots_that_repeat_what_main_has_are_right_on_every_branch(hub: Hub, sav
 def test_the_first_push_of_many_tasks_costs_few_requests(hub: Hub, save_lora: Callable[..., Path]) -> None:
     adapters = {f"task{i:02}": save_lora(f"task{i:02}", seed=i, target_modules=["q_proj"]) for i in range(20)}
     subspace = SharedSubspace.from_adapters(adapters, num_components=8, pseudo_rank=2, progress=False)
+    hub.server.forget_requests()
     subspace.push_to_hub(REPO)
     sent = Counter(request.method if request.method == "PUT" else request.path for request in hub.server.requests)
     uploads = sent["PUT"] + sent[f"/{REPO}.git/info/lfs/objects/verify"]

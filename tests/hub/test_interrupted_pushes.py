@@ -35,7 +35,7 @@ def without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Interrupt:
-    """Lets everything from one request of a push on fail."""
+    """Lets everything fail from one request of a push on that may change something; what only reads goes through."""
 
     def __init__(self, hub: Hub, at: int, fault: Fault) -> None:
         self.seen = 0
@@ -43,7 +43,7 @@ class Interrupt:
         self._at = at
 
     def _is_due(self, request: Request) -> bool:
-        self.seen += 1
+        self.seen += request.method not in ("GET", "HEAD")
         return self.seen > self._at
 
 
@@ -80,8 +80,9 @@ def changed(pushed: SharedSubspace, save_lora: Callable[..., Path]) -> SharedSub
         for name, fault in FAULTS.items()
     ],
 )
+@pytest.mark.parametrize("third", range(3))
 def test_a_push_interrupted_anywhere_leaves_a_repository_that_loads_and_the_next_completes_it(
-    fault: Fault, hub: Hub, subspace: SharedSubspace, save_lora: Callable[..., Path]
+    third: int, fault: Fault, hub: Hub, subspace: SharedSubspace, save_lora: Callable[..., Path]
 ) -> None:
     subspace.push_to_hub(REPO)
     state = changed(SharedSubspace.from_pretrained(REPO), save_lora).state
@@ -90,9 +91,8 @@ def test_a_push_interrupted_anywhere_leaves_a_repository_that_loads_and_the_next
     others.push_to_hub(REPO)
     repository = hub.repository(REPO)
     refs = dict(repository.branches), dict(repository.tags)
-    for at in range(200):
+    for at in range(third, 200, 3):
         repository.branches, repository.tags = dict(refs[0]), dict(refs[1])
-        hub.move_to_another_machine()
         pushed = SharedSubspace(state)
         interrupt = Interrupt(hub, at, fault)
         try:
@@ -111,7 +111,7 @@ def test_a_push_interrupted_anywhere_leaves_a_repository_that_loads_and_the_next
         assert_whole(hub, {"mrpc", "sst2", "rte", "cola", "others"})
         assert distance(pushed, SharedSubspace(state), "sst2") <= pushed.state.drifts()["sst2"] + 1e-5
         assert_same_state(SharedSubspace.from_pretrained(REPO).state, pushed.state)
-    assert at > 25
+    assert at > 20
 
 
 def test_a_first_push_that_was_cut_off_is_completed_by_somebody_else(hub: Hub, subspace: SharedSubspace) -> None:
@@ -200,7 +200,8 @@ def test_a_rate_limit_at_any_request_is_waited_for(
     hub.move_to_another_machine()
     pushed.push_to_hub(REPO)
     hub.server.faults.clear()
-    assert 25 < len(seen) <= len([seconds for seconds in waited if seconds >= 7])
+    # The client goes on without two of its own: the names of agents, and what the cache has already.
+    assert len(seen) > 25 and len([seconds for seconds in waited if seconds >= 7]) >= len(seen) - 2
     assert_whole(hub, {"mrpc", "sst2", "rte", "cola"})
 
 
