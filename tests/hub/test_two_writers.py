@@ -76,12 +76,14 @@ def test_the_one_who_loses_a_race_merges_and_pushes_again(
 
 
 @pytest.mark.parametrize("count", [4, pytest.param(20, marks=pytest.mark.slow)])
-def test_many_at_once_all_arrive_once(
-    count: int, hub: Hub, subspace: SharedSubspace, save_lora: Callable[..., Path]
-) -> None:
-    subspace.push_to_hub(REPO)
+def test_many_at_once_all_arrive_once(count: int, hub: Hub, save_lora: Callable[..., Path]) -> None:
     names = [f"task{i}" for i in range(count)]
-    adapters = {name: save_lora(name, seed=20 + i) for i, name in enumerate(names)}
+    adapters = {
+        name: save_lora(name, seed=20 + i, target_modules=["q_proj"]) for i, name in enumerate(["first", *names])
+    }
+    SharedSubspace.from_adapters(
+        {"first": adapters["first"]}, num_components=24, pseudo_rank=4, progress=False
+    ).push_to_hub(REPO)
     writers = {name: SharedSubspace.from_pretrained(REPO) for name in names}
     errors = []
 
@@ -98,13 +100,15 @@ def test_many_at_once_all_arrive_once(
     for thread in threads:
         thread.join()
     assert not errors
-    main, tasks = SharedSubspace.from_pretrained(REPO), {"mrpc", "sst2", *names}
+    main, tasks = SharedSubspace.from_pretrained(REPO), {"first", *names}
     assert set(main.tasks) == tasks and len(main.tasks) == len(tasks)
     titles = [commit.title for commit in hub.api.list_repo_commits(REPO)]
     assert all(titles.count(f"Add task {name}") == 1 for name in names)
     assert set(hub.repository(REPO).branches) == {"main", *tasks}
     for task in tasks:
-        assert distance(SharedSubspace.from_pretrained(REPO, revision=task), main, task) <= 0.05
+        # Drift is told in parts of what was learned, of which less is left by now.
+        left = (1 - main.state.drifts()[task] ** 2) ** 0.5
+        assert distance(SharedSubspace.from_pretrained(REPO, revision=task), main, task) <= 0.05 / left + 1e-3
     SharedSubspace.from_pretrained(REPO).push_to_hub(REPO)
     assert [commit.title for commit in hub.api.list_repo_commits(REPO)] == titles
 
