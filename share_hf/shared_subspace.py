@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from .format.lora import lora_files, read_lora
 from .format.names import check_task_name, listing
 from .format.tree import ADAPTER_FILES, lora_of, read_tree
 from .hub.fetch import RemoteTree, is_local
-from .hub.push import PushOptions, push_state
+from .hub.push import MAX_ATTEMPTS, BranchChoice, PushOptions, push_state
 from .state import (
     SubspaceReport,
     SubspaceState,
@@ -71,7 +71,7 @@ class SharedSubspace:
         if self._rest is not None:
             self._rest.fetch()
             self._card = replace(self._card, existing=self._rest.card)
-            self._held, self._rest = read_tree(self._rest.folder), None
+            self._held, self._rest = self._rest.read(), None
         return self._held
 
     @property
@@ -281,9 +281,11 @@ class SharedSubspace:
         token: str | bool | None = None,
         create_pr: bool = False,
         default_task: str | None = None,
+        branches: BranchChoice | None = None,
         branch_tolerance: float = 0.05,
+        upcoming_tasks: Collection[str] = (),
         card_template: str | os.PathLike | None = None,
-        max_attempts: int = 5,
+        max_attempts: int = MAX_ATTEMPTS,
     ) -> CommitInfo:
         """
         Publish the subspace: one commit on `main`, a branch for each task, a tag for the newest step.
@@ -301,10 +303,18 @@ class SharedSubspace:
                 Open a pull request instead. Branches and tags are written by the next push after it is merged.
             default_task (`str`, *optional*):
                 The task whose LoRA is at the root of `main`; the newest, unless an earlier push chose one.
+            branches (`Literal["all", "new", "none"]` or `Collection[str]`, *optional*):
+                The tasks that get a branch: all, those that the repository does not have yet, none, or these. If not
+                given, all of up to 100 tasks, and of more none. Each is a commit, of which the hub takes some hundred
+                an hour. A branch that is there is kept up to date in any case, and a task without one is found on
+                `main`: by `SharedSubspace.from_pretrained(revision=task)`, and by PEFT at `subfolder="tasks/<task>"`.
             branch_tolerance (`float`, *optional*, defaults to `0.05`):
                 Relative drift since a task's branch was written from which it is written again.
+            upcoming_tasks (`Collection[str]`, *optional*):
+                Names of tasks that are still to be learned here: the push is refused where somebody else has pushed
+                one of these names.
             card_template (`str`, *optional*): A Jinja template of your own for the model card.
-            max_attempts (`int`, *optional*, defaults to `5`):
+            max_attempts (`int`, *optional*, defaults to `50`):
                 How often to merge and push again while others push at the same time.
 
         Returns:
@@ -314,6 +324,8 @@ class SharedSubspace:
             ValueError: If the repository holds something that this subspace cannot be merged with; nothing has
                 changed then.
             PushConflictError: If the attempts ran out; nothing has changed then.
+            HubAnswerError: If something else than the hub answers. As after any other trouble of the network, the next
+                push completes this one.
         """
         options = PushOptions(
             commit_message=commit_message,
@@ -321,7 +333,9 @@ class SharedSubspace:
             private=private,
             create_pr=create_pr,
             default_task=default_task,
+            branches=branches,
             branch_tolerance=branch_tolerance,
+            upcoming_tasks=upcoming_tasks,
             card_template=None if card_template is None else Path(card_template),
             max_attempts=max_attempts,
         )
@@ -347,7 +361,9 @@ class SharedSubspace:
 
         Args:
             folder_or_repo (`str`): A folder, or the id of a hub repository.
-            revision (`str`, *optional*): A task, a step (`step-0007-mrpc`), or another branch, tag or commit.
+            revision (`str`, *optional*):
+                A task, a step (`step-0007-mrpc`), or another branch, tag or commit. A task without a branch of its own
+                is that of `main`.
             token (`str` or `bool`, *optional*): For a private repository.
             cache_dir (`str`, *optional*): Where to keep downloads.
             local_files_only (`bool`, *optional*, defaults to `False`): Use the cache only.
@@ -367,9 +383,9 @@ class SharedSubspace:
         tree = RemoteTree.open(
             os.fspath(folder_or_repo), revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
-        tasks = [revision] if revision in tree.index.tasks else None
+        tasks = [tree.task] if tree.task is not None else None
         tree.fetch(tasks)
-        subspace = cls(read_tree(tree.folder, tasks), rest=None if tasks is None else tree)
+        subspace = cls(tree.read(tasks), rest=None if tasks is None else tree)
         subspace._card = CardOptions(repo_id=tree.repo_id, existing=tree.card)
         return subspace
 
@@ -381,7 +397,7 @@ class SharedSubspace:
         """A state with at least these tasks, all that is needed to work with them."""
         if self._rest is not None and (more := [task for task in tasks if task not in self._held.tasks]):
             self._rest.fetch(more)
-            self._held = read_tree(self._rest.folder, [*self._held.tasks, *more])
+            self._held = self._rest.read([*self._held.tasks, *more])
         return self._held
 
     def _check_known(self, task: str) -> None:

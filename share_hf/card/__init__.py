@@ -1,7 +1,15 @@
 """What a person reads of a subspace: its model card and its figures."""
 
-from .card import CardOptions, audit_of, audit_sentences, write_card
+from .card import MAX_CARD_BYTES, CardOptions, audit_of, audit_sentences, read_card, write_card
 from .tree import write_tree
 
 
-__all__ = ["CardOptions", "audit_of", "audit_sentences", "write_card", "write_tree"]
+__all__ = [
+    "MAX_CARD_BYTES",
+    "CardOptions",
+    "audit_of",
+    "audit_sentences",
+    "read_card",
+    "write_card",
+    "write_tree",
+]

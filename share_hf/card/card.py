@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,8 @@ _AUTO_CLASSES = {
 GENERATED_BEGIN = "<!-- share_hf: generated from here; what stands outside is kept when the card is written again -->"
 GENERATED_END = "<!-- share_hf: generated to here -->"
 
+MAX_CARD_BYTES = 4 * 2**20
+
 # What the audit of a card looks at: enough for two sentences, within a second or two. `share-hf audit` has no limits.
 AUDITED_LAYERS = 8
 MAX_AUDITED_TASKS = 100
@@ -53,12 +55,14 @@ class CardOptions:
         template: A Jinja template to use instead of the package's own; it is given the same variables.
         existing: The card so far. Its text outside the generated part stays, and so do its other metadata.
         audit: What to say of the audit; found out if not given.
+        branches: The tasks that are at a revision of their name; all of them if not given.
     """
 
     repo_id: str = "org/share-subspace"
     template: Path | None = None
     existing: str | None = None
     audit: tuple[str, ...] | None = None
+    branches: Collection[str] | None = None
 
 
 def write_card(state: SubspaceState, folder: Path, options: CardOptions) -> None:
@@ -76,9 +80,25 @@ def write_card(state: SubspaceState, folder: Path, options: CardOptions) -> None
     except (TemplateError, TypeError) as error:
         raise ValueError(f"{template}: not a usable model card template ({error})") from error
     before, owned, after = _outside(options.existing)
-    text = f"{before}{GENERATED_BEGIN}\n\n{generated.strip()}\n\n{GENERATED_END}{after}"
+    text = f"{before}{GENERATED_BEGIN}\n\n{_without_markers(generated).strip()}\n\n{GENERATED_END}{after}"
     card = ModelCard(f"---\n{_joined(owned, data).to_yaml()}\n---\n\n{text.strip()}\n")
     (folder / CARD_FILE).write_text(str(card), encoding="utf-8")
+
+
+def read_card(path: Path) -> str:
+    """The model card so far, whose owner's text is kept.
+
+    Raises:
+        ValueError: If it is too large for a card, or no UTF-8.
+    """
+    if (size := path.stat().st_size) > MAX_CARD_BYTES:
+        raise ValueError(f"{path}: {size} bytes, expected a model card of at most {MAX_CARD_BYTES}: move it away")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: not UTF-8 ({error}), expected a model card: save it as UTF-8, or delete it"
+        ) from error
 
 
 def audit_sentences(state: SubspaceState) -> tuple[str, ...]:
@@ -103,6 +123,13 @@ def freely_learned(state: SubspaceState) -> list[str]:
     return [task for task, info in state.tasks.items() if info.learned_by in (Phase.ADAPTER, Phase.INIT)]
 
 
+def _without_markers(generated: str) -> str:
+    """The generated part, where no name or other field may pass for its beginning or its end."""
+    for marker in (GENERATED_BEGIN, GENERATED_END):
+        generated = generated.replace(marker, marker.replace("<", "&lt;"))
+    return generated
+
+
 def _outside(existing: str | None) -> tuple[str, ModelCardData | None, str]:
     """What a card has before the generated part, its metadata, and what it has after."""
     if existing is None:
@@ -110,7 +137,10 @@ def _outside(existing: str | None) -> tuple[str, ModelCardData | None, str]:
     try:
         card = ModelCard(existing)
     except (ValueError, TypeError, YAMLError) as error:
-        raise ValueError(f"README.md: the metadata of the model card cannot be read ({error})") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{CARD_FILE}: the metadata of the model card cannot be read ({reason}), expected YAML: mend or delete it"
+        ) from error
     before, begin, rest = card.text.partition(GENERATED_BEGIN)
     if not begin:
         return f"{card.text.strip()}\n\n", card.data, ""
@@ -171,9 +201,11 @@ def _facts(state: SubspaceState, folder: Path, options: CardOptions) -> dict[str
     target = state.tasks[default_task].target if default_task else {}
     auto_class, base_class = _AUTO_CLASSES.get(target.get("task_type"), ("AutoPeftModel", "AutoModel"))
     example_task = next(iter(state.tasks), "")
+    on_branches = [task for task in state.tasks if options.branches is None or task in options.branches]
+    example_branch = next(iter(on_branches), "")
     heads = [
         f", num_labels={n}" if (n := _num_labels(state, tasks)) else ""
-        for tasks in ([default_task], [example_task], state.tasks)
+        for tasks in ([default_task], [example_branch], state.tasks)
     ]
     bytes_of = {task: (folder / task_folder(task) / SAFETENSORS_WEIGHTS_NAME).stat().st_size for task in state.tasks}
     figures = [{"path": f"{FIGURES_FOLDER}/{name}", "caption": text} for name, text in CAPTIONS.items()]
@@ -187,6 +219,8 @@ def _facts(state: SubspaceState, folder: Path, options: CardOptions) -> dict[str
         "base_class": base_class,
         "head_argument": heads[0],
         "example_task": example_task,
+        "example_branch": example_branch,
+        "all_on_branches": len(on_branches) == len(state.tasks),
         "example_head_argument": heads[1],
         "newest_task": next(reversed(state.tasks), ""),
         "head_argument_of_all": heads[2],

@@ -71,7 +71,8 @@ def _draw_matrix(state: SubspaceState, figure: Figure) -> None:
                     axes.text(j, i, f"{value:.2f}", ha="center", va="center", color=color)
     _name_some(axes.xaxis, tasks, rotation=45, ha="right")
     _name_some(axes.yaxis, tasks[: len(matrix)])
-    axes.set_xlabel(f"{state.metrics.get('score', 'score')} on task")
+    # As it is: a dollar sign begins no formula.
+    axes.set_xlabel(f"{state.metrics.get('score', 'score')} on task", parse_math=False)
     axes.set_ylabel("after learning")
     figure.colorbar(image, shrink=0.8)
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from ..format.index import INDEX_FILE, TreeIndex
+from ..format.index import INDEX_FILE, NO_BRANCHES, BranchRecords, TreeIndex
 from ..format.tree import CARD_FILE, FIGURES_FOLDER, writing_tree
 from ..state import SubspaceState
-from .card import CardOptions, write_card
+from .card import CardOptions, read_card, write_card
 from .figures import write_figures
 
 
@@ -18,7 +19,7 @@ def write_tree(
     folder: Path,
     *,
     card: CardOptions | None = None,
-    branches: Mapping[str, float] | None = None,
+    branches: BranchRecords = NO_BRANCHES,
     known: Mapping[str, str] | None = None,
     there: TreeIndex | None = None,
     draft: bool = False,
@@ -29,7 +30,7 @@ def write_tree(
         state: What to write.
         folder: Where.
         card: How to write the model card, whose text outside the generated part is kept in any case.
-        branches: As in `share_config.json`.
+        branches: As for `format.tree.write_root`.
         known: What an earlier call returned for this folder, if nobody else has written it since: files that are
             there already are not written again.
         there: As for `format.tree.write_root`.
@@ -40,7 +41,12 @@ def write_tree(
     """
     card = card or CardOptions()
     if (folder / CARD_FILE).is_file() and (card.existing is None or (folder / INDEX_FILE).is_file()):
-        card = replace(card, existing=(folder / CARD_FILE).read_text(encoding="utf-8"))
+        if (folder / CARD_FILE).is_symlink():
+            raise ValueError(
+                f"{folder / CARD_FILE}: a link to {os.readlink(folder / CARD_FILE)}, expected a file: the text of "
+                "another file would be copied into the model card"
+            )
+        card = replace(card, existing=read_card(folder / CARD_FILE))
     if draft:
         card = replace(card, audit=())
     with writing_tree(state, folder, branches=branches, known=known, there=there) as writer:

@@ -213,9 +213,15 @@ def _push(command: argparse.ArgumentParser) -> None:
     add("-m", "--commit-message", metavar="TEXT", help="Tells the new tasks if not given")
     add("--commit-description", metavar="TEXT", help="Of the commit on main")
     add("--default-task", metavar="TASK", help="Whose LoRA is at the root; the newest, or as chosen before")
+    add(
+        "--branches",
+        action="append",
+        metavar="WHICH",
+        help="Tasks that get a branch: all, new, none, or a task, and another by giving it again (all of up to 100)",
+    )
     add("--branch-tolerance", type=float, default=0.05, metavar="X", help="Drift that rewrites a branch (%(default)s)")
     add("--card-template", type=Path, metavar="FILE", help="A Jinja template of your own for the model card")
-    add("--max-attempts", type=int, default=5, metavar="N", help="While others push at the same time (%(default)s)")
+    add("--max-attempts", type=int, default=50, metavar="N", help="While others push at the same time (%(default)s)")
 
 
 def _pull(command: argparse.ArgumentParser) -> None:

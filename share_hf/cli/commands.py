@@ -27,6 +27,7 @@ from share_hf.format.base_model import common_base
 from share_hf.format.index import FORMAT_VERSION, INDEX_FILE, read_index
 from share_hf.format.lora import read_lora
 from share_hf.format.tree import expect_tree
+from share_hf.hub.branches import branch_choice
 from share_hf.hub.fetch import RemoteTree, is_local
 from share_hf.state import SubspaceState
 from share_hf.subspace import AuditReport, LowRankUpdate, SubspaceSettings, audit_updates
@@ -122,6 +123,7 @@ def push(args: Namespace) -> Outcome:
         token=args.token,
         create_pr=args.create_pr,
         default_task=args.default_task,
+        branches=branch_choice(args.branches),
         branch_tolerance=args.branch_tolerance,
         card_template=args.card_template,
         max_attempts=args.max_attempts,

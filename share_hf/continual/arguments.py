@@ -11,6 +11,7 @@ from typing import Any, Literal
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
+from ..hub.branches import branch_choice
 from ..state import Phase
 from ..tuner import ShareConfig
 
@@ -70,6 +71,9 @@ class ShareTrainingArguments(TrainingArguments):
             task before it, as forward transfer needs.
         score_metric (`str`, *optional*):
             The metric that is a task's score, higher better; `"accuracy"` if it is measured, or else minus the loss.
+        hub_branches (`str` or `list[str]`, *optional*):
+            Which tasks get a branch when the subspace is pushed: `"all"`, `"new"`, `"none"` or names of tasks, as for
+            [`SharedSubspace.push_to_hub`].
         ddp_broadcast_buffers (`bool`, *optional*, defaults to `False`):
             As of [`~transformers.TrainingArguments`], but off: the bases are buffers, which DDP would send to all
             processes at every step, though they are the same there.
@@ -106,6 +110,9 @@ class ShareTrainingArguments(TrainingArguments):
     score_metric: str | None = field(
         default=None, metadata={"help": "The metric that is a task's score; accuracy, or minus the loss."}
     )
+    hub_branches: list[str] | None = field(
+        default=None, metadata={"help": "Tasks that get a branch on the hub, or one of 'all', 'new' and 'none'."}
+    )
     ddp_broadcast_buffers: bool | None = field(
         default=False, metadata={"help": "Whether DDP sends all buffers, the bases among them, at every step."}
     )
@@ -124,6 +131,7 @@ class ShareTrainingArguments(TrainingArguments):
         for name, expected in REFUSED_ARGUMENTS.items():
             if value := getattr(self, name, None):  # versions of transformers differ in what they have
                 raise ValueError(f"{name} is {value!r}, expected {expected}")
+        self.hub_branches = branch_choice(self.hub_branches)
         if self.push_to_hub:
             if self.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
                 raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -37,6 +37,7 @@ from .data import (
     task_details,
 )
 from .phases import RefusedTaskError, config_for, put_back, with_adapters
+from .publishing import publish
 from .record import arguments_record, doubt_of_base_model, record_of
 from .scoring import TaskScorer
 from .stream import Stream
@@ -281,9 +282,9 @@ class ShareTrainer(TaskTrainer):
         if self._stream.is_done(name):
             return []
         outputs = list(self._learn(name))
-        is_last = name == next(reversed(self.tasks))
-        if self.args.push_to_hub and self.args.hub_strategy == HubStrategy.EVERY_SAVE and not is_last:
-            self._push_while_training()
+        upcoming = list(self.tasks)[list(self.tasks).index(name) + 1 :]
+        if self.args.push_to_hub and self.args.hub_strategy == HubStrategy.EVERY_SAVE and upcoming:
+            self._push_while_training(upcoming_tasks=upcoming)
         return outputs
 
     def _learn_or_withdraw(self, name: str) -> None:
@@ -338,32 +339,28 @@ class ShareTrainer(TaskTrainer):
         """
         if not blocking or revision not in (None, "main"):
             raise ValueError(f"blocking is {blocking} and revision {revision!r}, expected True and None")
-        token = token if token is not None else self.args.hub_token
-        private = private if private is not None else self.args.hub_private_repo
+        state, commit = self._publish(commit_message=commit_message, token=token, private=private, **kwargs)
+        self._take_published(state)
+        return commit
+
+    def _publish(self, **options: Any) -> tuple[SubspaceState, CommitInfo]:
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
-        subspace = self.subspace
+            self.init_hf_repo(token=options.get("token"), private=options.get("private"))
+        return publish(self.subspace, self.hub_model_id, self.args, **options)
 
-        def push() -> tuple[SubspaceState, CommitInfo]:
-            commit = subspace.push_to_hub(
-                self.hub_model_id, commit_message=commit_message, token=token, private=private, **kwargs
-            )
-            return subspace.state, commit
-
-        state, commit = on_first_process(push, known=subspace.state)
+    def _take_published(self, state: SubspaceState) -> None:
         if state.lineage != self._stream.state.lineage:
             self._load_subspace(state)
             self._stream.save_subspace()
-        return commit
 
-    def _push_while_training(self) -> None:
+    def _push_while_training(self, upcoming_tasks: Collection[str]) -> None:
         try:
-            self.push_to_hub()
-        except ValueError:
-            raise
-        except Exception as error:  # whatever ails the network, the stream goes on
+            state, _ = self._publish(upcoming_tasks=upcoming_tasks)
+        except Exception as error:  # whatever ails the network or the repository, the stream goes on
             logger.warning("The subspace was not pushed (%s); the push after the next task catches up.", error)
+        else:
+            self._take_published(state)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """

@@ -4,9 +4,11 @@ Fields: `format_version`; `kind` ("tree", or "checkpoint" for the folder of a `P
 the layout of a tree); `share_hf_version`; `base_model_name_or_path`; `settings` (the fields of
 `SubspaceSettings`); `modules` (module -> `shape` [n, d] and `num_components` [k_out, k_in]); `tasks` (names in the
 order they were learned); `default_task`; `lineage` (one object a step); `branches` (task -> its drift when its branch
-on the hub was last written); `sha256` (path in the tree -> checksum, of every file that loading depends on; of a task,
-its `metrics.json`, which has the checksums of the others); `digest` (checksum of all the other fields); since format
-version 2 `fingerprint` (of the bases of all layers, see `fingerprint_of_all`).
+on the hub was written, where it was over 0); `branched` (the tasks that have a branch, or are to have one; null where
+all are); `replaced` (task -> the commit of its branch that the push of this tree replaces: where the branch is still
+there, it was not written again); `sha256` (path in the tree -> checksum, of every file that loading depends on; of a
+task, its `metrics.json`, which has the checksums of the others); `digest` (checksum of all the other fields); since
+format version 2 `fingerprint` (of the bases of all layers, see `fingerprint_of_all`).
 """
 
 from __future__ import annotations
@@ -40,6 +42,24 @@ class ModuleEntry:
 
 
 @dataclass(frozen=True)
+class BranchRecords:
+    """What an index says of the branches of its repository; nothing on disk.
+
+    Args:
+        drifts: By task, its drift when its branch was written, where it was over 0.
+        tasks: The tasks that have a branch, or are to have one; None where all are.
+        replaced: By task whose branch was to be written again, the commit that was to be replaced.
+    """
+
+    drifts: Mapping[str, float] = field(default_factory=dict)
+    tasks: tuple[str, ...] | None = None
+    replaced: Mapping[str, str] = field(default_factory=dict)
+
+
+NO_BRANCHES = BranchRecords()
+
+
+@dataclass(frozen=True)
 class TreeIndex:
     """The content of `share_config.json`."""
 
@@ -51,6 +71,8 @@ class TreeIndex:
     default_task: str | None = None
     lineage: tuple[Mapping[str, Any], ...] = ()
     branches: Mapping[str, float] = field(default_factory=dict)
+    branched: tuple[str, ...] | None = None
+    replaced: Mapping[str, str] = field(default_factory=dict)
     sha256: Mapping[str, str] = field(default_factory=dict)
     fingerprint: str | None = None
     format_version: int = FORMAT_VERSION
@@ -59,6 +81,11 @@ class TreeIndex:
     def has_fingerprints(self) -> bool:
         """Whether the coefficients say which basis they belong to: since format version 2 they do."""
         return self.format_version >= 2
+
+    @property
+    def branch_records(self) -> BranchRecords:
+        """What is known of the branches of its repository."""
+        return BranchRecords(self.branches, self.branched, self.replaced)
 
     @property
     def is_tree(self) -> bool:
@@ -123,6 +150,8 @@ def read_index(folder: Path) -> TreeIndex:
             default_task=default_task,
             lineage=_lineage(content["lineage"]),
             branches={task: float(drift) for task, drift in content["branches"].items()},
+            branched=_names("branched", content.get("branched")),
+            replaced={task: str(commit) for task, commit in content.get("replaced", {}).items()},
             sha256={relative: str(checksum) for relative, checksum in content["sha256"].items()},
             fingerprint=str(content["fingerprint"]) if version >= 2 else None,
             format_version=version,
@@ -171,9 +200,21 @@ def _lineage(entries: Any) -> tuple[Mapping[str, Any], ...]:
     for entry in entries:
         merged = entry.get("merged", [])
         names = [entry["id"], entry.get("learned", ""), entry.get("removed", "")]
+        origins = entry.get("origins", {})
+        if not isinstance(origins, dict) or not all(isinstance(ids, list) and ids for ids in origins.values()):
+            raise ValueError(f"lineage has a step {entry!r}, expected origins to have lists of ids by task")
+        names += [step for steps in origins.values() for step in steps]
         if not isinstance(merged, list) or not all(isinstance(name, str) for name in (*names, *merged)):
             raise ValueError(f"lineage has a step {entry!r}, expected an id and names of tasks")
     return tuple(entries)
+
+
+def _names(field_name: str, names: Any) -> tuple[str, ...] | None:
+    if names is None:
+        return None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{field_name} is {names!r}, expected names of tasks, or null")
+    return tuple(names)
 
 
 def _digest(content: Mapping[str, Any]) -> str:

@@ -26,7 +26,7 @@ from ..subspace import LayerSubspace, SubspaceSettings, TaskRecords, rank_in_lay
 from .base_model import base_name
 from .basis_file import SUBSPACE_FILE, StoredBasis, bases_of, basis_tensors, fingerprint_of_all, read_bases
 from .files import FolderWriter, json_bytes, read_json, replacing_folder, restore_folder, tensor_bytes
-from .index import INDEX_FILE, ModuleEntry, TreeIndex, check_file, index_bytes, read_index
+from .index import INDEX_FILE, NO_BRANCHES, BranchRecords, ModuleEntry, TreeIndex, check_file, index_bytes, read_index
 from .lora import LoraAdapter, lora_files
 from .task_files import METRICS_FILE, TASKS_FOLDER, StoredTask, read_task, task_files, task_folder
 
@@ -58,7 +58,7 @@ def writing_tree(
     state: SubspaceState,
     folder: Path,
     *,
-    branches: Mapping[str, float] | None = None,
+    branches: BranchRecords = NO_BRANCHES,
     known: Mapping[str, str] | None = None,
     there: TreeIndex | None = None,
 ) -> Iterator[FolderWriter]:
@@ -69,7 +69,7 @@ def writing_tree(
     Args:
         state: What to write.
         folder: Where.
-        branches: As in `share_config.json`.
+        branches: What the index says of the branches of a repository.
         known: Checksums of files that the folder is known to hold, as an earlier writer had them.
         there: As for `write_root`.
     """
@@ -90,7 +90,7 @@ def write_root(
     writer: FolderWriter,
     *,
     fingerprint: str,
-    branches: Mapping[str, float] | None = None,
+    branches: BranchRecords = NO_BRANCHES,
     there: TreeIndex | None = None,
 ) -> None:
     """Write what in a tree depends on the default task: root adapter and index. The rest is there.
@@ -99,7 +99,7 @@ def write_root(
         state: With the default task.
         writer: Has put the rest.
         fingerprint: Fingerprint of the bases, as in `share_config.json`.
-        branches: As in `share_config.json`.
+        branches: What the index says of the branches of a repository.
         there: Index of the tree that is to be replaced elsewhere. If its root adapter is computed from the same basis
             and the same task, it stays and is not written: another machine may round the product differently.
     """
@@ -116,7 +116,9 @@ def write_root(
         tasks=tuple(state.tasks),
         default_task=state.default_task,
         lineage=state.lineage,
-        branches=dict(branches or {}),
+        branches=dict(branches.drifts),
+        branched=branches.tasks,
+        replaced=dict(branches.replaced),
         sha256={**{name: writer.sha256[name] for name in rest}, **adapter},
         fingerprint=fingerprint,
     )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Collection, Mapping
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,23 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.hf_api import RepoFile
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from transformers.utils import logging
 
+from ..card import MAX_CARD_BYTES, read_card
 from ..format.basis_file import SUBSPACE_FILE
 from ..format.download import download
 from ..format.files import MAX_JSON_BYTES
 from ..format.index import INDEX_FILE, TreeIndex, read_index
 from ..format.names import listing
 from ..format.task_files import METRICS_FILE, task_folder
-from ..format.tree import CARD_FILE, expect_tree
+from ..format.tree import CARD_FILE, expect_tree, read_tree
+from ..state import SubspaceState
+from .answers import answer_to
+
+
+logger = logging.get_logger(__name__)
 
 
 _PATHS_A_REQUEST = 500
@@ -50,6 +58,7 @@ class RemoteTree:
         folder: The commit's folder in the cache.
         index: Its `share_config.json`.
         download_options: `token`, `cache_dir` and `local_files_only`.
+        task: The task that was asked for; None where the tree was.
     """
 
     repo_id: str
@@ -57,6 +66,7 @@ class RemoteTree:
     folder: Path
     index: TreeIndex
     download_options: Mapping[str, Any]
+    task: str | None = None
 
     @classmethod
     def open(
@@ -68,20 +78,25 @@ class RemoteTree:
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
     ) -> RemoteTree:
-        """Download the index of a tree.
+        """Download the index of a tree. A task that has no branch of its own is found on `main`.
 
         Raises:
             ValueError: If there is no such revision, or no tree in it.
         """
         options = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         try:
-            path = download(repo_id, INDEX_FILE, limit=MAX_JSON_BYTES, revision=revision, **options)
-        except RevisionNotFoundError as error:
-            raise ValueError(_unknown_revision(repo_id, revision, options)) from error
-        except LocalEntryNotFoundError as error:
-            known = _cached_revisions(repo_id, cache_dir)
-            if revision is not None and known and revision not in known:
-                raise ValueError(_unknown_revision(repo_id, revision, options)) from error
+            tree = cls._open(repo_id, revision, options)
+        except (RevisionNotFoundError, LocalEntryNotFoundError) as error:
+            tree = cls._holding(repo_id, revision, options)
+            if tree is None:
+                raise _unopened(error, repo_id, revision, options) from error
+        return replace(tree, task=revision if revision in tree.index.tasks else None)
+
+    @classmethod
+    def _open(cls, repo_id: str, revision: str | None, options: Mapping[str, Any]) -> RemoteTree:
+        try:
+            path = answer_to(lambda: download(repo_id, INDEX_FILE, limit=MAX_JSON_BYTES, revision=revision, **options))
+        except LocalEntryNotFoundError:
             raise
         except EntryNotFoundError as error:
             raise ValueError(
@@ -91,31 +106,47 @@ class RemoteTree:
         expect_tree(path.parent, index)
         return cls(repo_id, path.parent.name, path.parent, index, options)
 
+    @classmethod
+    def _holding(cls, repo_id: str, task: str | None, options: Mapping[str, Any]) -> RemoteTree | None:
+        """The tree of `main`, if it has a task."""
+        if task is None:
+            return None
+        try:
+            tree = cls._open(repo_id, None, options)
+        except (ValueError, OSError):
+            return None
+        return tree if task in tree.index.tasks else None
+
+    def read(self, tasks: Collection[str] | None = None) -> SubspaceState:
+        """Read what was downloaded, as for `format.tree.read_tree`; the task that was asked for is the default."""
+        state = read_tree(self.folder, tasks)
+        return state if self.task is None else replace(state, default_task=self.task)
+
     def fetch(self, tasks: Collection[str] | None = None) -> None:
         """Download the bases and these tasks, or all of them, the metrics of the stream and the card.
 
         Raises:
             ValueError: If a file is missing, or far larger than it should be; nothing was downloaded then.
         """
-        files = [SUBSPACE_FILE]
-        if tasks is None:
-            files.append(METRICS_FILE)
-            with suppress(EntryNotFoundError):  # which also says that it is not in the cache
-                hf_hub_download(self.repo_id, CARD_FILE, revision=self.commit, **self.download_options)
+        files = [SUBSPACE_FILE] if tasks is not None else [SUBSPACE_FILE, METRICS_FILE]
         for task in self.index.tasks if tasks is None else tasks:
             names = (CONFIG_NAME, METRICS_FILE, SAFETENSORS_WEIGHTS_NAME)
             files += [f"{task_folder(task)}/{name}" for name in names]
         missing = [name for name in files if not (self.folder / name).is_file()]
-        if not missing:
+        wants_card = tasks is None and not (self.folder / CARD_FILE).is_file()
+        if not missing and not wants_card:
             return
         if not self.download_options["local_files_only"] and not constants.HF_HUB_OFFLINE:
-            self._check_sizes(missing)
+            sizes = self._sizes([*missing, CARD_FILE])
+            self._check_sizes(missing, sizes)
+            if wants_card and sizes.get(CARD_FILE, MAX_CARD_BYTES + 1) <= MAX_CARD_BYTES:
+                missing.append(CARD_FILE)
         try:
             if len(missing) <= _FEW_FILES:
                 for name in missing:
-                    hf_hub_download(self.repo_id, name, revision=self.commit, **self.download_options)
+                    answer_to(partial(hf_hub_download, self.repo_id, name, **self._of_commit))
             else:
-                snapshot_download(self.repo_id, revision=self.commit, allow_patterns=missing, **self.download_options)
+                answer_to(partial(snapshot_download, self.repo_id, allow_patterns=missing, **self._of_commit))
         except LocalEntryNotFoundError as error:
             raise LocalEntryNotFoundError(
                 f"{self.repo_id}: {missing[0]} is not in the cache, and the hub is offline or cannot be reached"
@@ -123,24 +154,44 @@ class RemoteTree:
 
     @property
     def card(self) -> str | None:
-        """The model card, None where there is none or it was not downloaded."""
+        """The model card, None where there is none that can be read, or it was not downloaded."""
         path = self.folder / CARD_FILE
-        return path.read_text(encoding="utf-8") if path.is_file() else None
+        try:
+            return read_card(path) if path.is_file() else None
+        except ValueError as error:
+            logger.warning("%s: the model card is left out (%s).", self.repo_id, error)
+            return None
 
-    def _check_sizes(self, files: Collection[str]) -> None:
-        """Refuse, before anything is downloaded, what cannot be what it is called."""
-        api, names = HfApi(token=self.download_options["token"]), list(files)
-        sizes = {}
+    @property
+    def _of_commit(self) -> dict[str, Any]:
+        return {"revision": self.commit, **self.download_options}
+
+    def _sizes(self, names: Sequence[str]) -> dict[str, int]:
+        """Bytes of the files that there are."""
+        api, sizes = HfApi(token=self.download_options["token"]), {}
         for start in range(0, len(names), _PATHS_A_REQUEST):
-            paths = names[start : start + _PATHS_A_REQUEST]
-            for entry in api.get_paths_info(self.repo_id, paths, revision=self.commit):
-                sizes[entry.path] = getattr(entry, "size", None)
+            paths = list(names[start : start + _PATHS_A_REQUEST])
+            entries = answer_to(partial(api.get_paths_info, self.repo_id, paths, revision=self.commit))
+            sizes |= {entry.path: entry.size for entry in entries if isinstance(entry, RepoFile)}
+        return sizes
+
+    def _check_sizes(self, names: Iterable[str], sizes: Mapping[str, int]) -> None:
+        """Refuse, before anything is downloaded, what cannot be what it is called."""
         for name in names:
             if (size := sizes.get(name)) is None:
                 raise ValueError(f"{self.repo_id}: {name} is missing, but {INDEX_FILE} lists it")
             limit = self.index.basis_bytes() if name == SUBSPACE_FILE else MAX_JSON_BYTES
             if size > limit and not name.endswith(SAFETENSORS_WEIGHTS_NAME):
                 raise ValueError(f"{self.repo_id}: {name} has {size} bytes, expected at most {limit}")
+
+
+def _unopened(error: Exception, repo_id: str, revision: str | None, options: Mapping[str, Any]) -> Exception:
+    """What to raise where a revision, or its index, is not there."""
+    if isinstance(error, LocalEntryNotFoundError):
+        known = _cached_revisions(repo_id, options["cache_dir"])
+        if revision is None or not known or revision in known:
+            return error
+    return ValueError(_unknown_revision(repo_id, revision, options))
 
 
 def _unknown_revision(repo_id: str, revision: str | None, options: Mapping[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """The immutable value that a shared subspace is: its state, its lineage, and the scores of its stream."""
 
-from .lineage import Lineage, step_tags
+from .lineage import Lineage, shared_steps, step_tags, tasks_touched
 from .phase import Phase
 from .reconcile import extends, reconcile
 from .report import SubspaceReport, TaskReport, report_of
@@ -34,8 +34,10 @@ __all__ = [
     "reconcile",
     "report_of",
     "rounded",
+    "shared_steps",
     "sketch_of",
     "step_tags",
+    "tasks_touched",
     "with_learned_coefficients",
     "without_task",
 ]

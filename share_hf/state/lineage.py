@@ -1,7 +1,7 @@
 """The lineage of a subspace: one entry for each step that changed it, by which two writers know what they share.
 
 An entry is JSON: what the step did (`merged`, `learned` or `removed`), and an `id` that stands for the step and all
-before it.
+before it. Where tasks came from another lineage, `origins` has, by task, the ids of the steps that they had there.
 """
 
 from __future__ import annotations
@@ -59,6 +59,20 @@ def tasks_after(lineage: Lineage) -> list[str]:
 def tasks_touched(lineage: Lineage) -> set[str]:
     """The tasks that some step added, or trained further."""
     return {task for entry in lineage for task in added_by(entry)}
+
+
+def steps_of_tasks(lineage: Lineage) -> dict[str, list[str]]:
+    """By task, the ids of the steps that added it or trained it further, in their order.
+
+    A task that came from another lineage keeps the steps that it had there, by which its writer knows it again. Tasks
+    that were removed since have theirs too.
+    """
+    steps: dict[str, list[str]] = {}
+    for entry in lineage:
+        origins = entry.get("origins", {})
+        for task in added_by(entry):
+            steps.setdefault(task, []).extend(origins.get(task, [entry["id"]]))
+    return steps
 
 
 def step_tags(lineage: Iterable[Mapping[str, Any]], tasks: Sequence[str]) -> dict[str, str]:

@@ -1,20 +1,20 @@
 """Two writers of one subspace: what both have learned, in one subspace.
 
-Each starts from a state that both share and changes it. What they share is told by their lineages, whose entries stand
-for a step and all before it. The result is the other's state with our steps since then done to it: our new tasks are
-merged into it as if they had arrived as adapters (the asynchronous setting of Sec. 3.2.3), and what we removed is
-removed.
+Each starts from a state that both share and changes it. What one knows of the other's tasks is told by their lineages.
+The result is the other's state with those of our steps that it lacks: our new tasks are merged into it as if they had
+arrived as adapters (the asynchronous setting of Sec. 3.2.3), and what we removed is removed. A task keeps the ids of
+the steps that it had with its writer, who knows it again by them after a push that was cut off.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 
 import torch
 
 from ..subspace import LayerSubspace, LowRankUpdate, TaskRecords
-from .lineage import Lineage, shared_steps, tasks_after, tasks_touched
+from .lineage import Lineage, shared_steps, steps_of_tasks
 from .scores import combined_metrics
 from .state import SubspaceState, merge_tasks, without_task
 
@@ -45,30 +45,17 @@ def reconcile(ours: SubspaceState, theirs: SubspaceState) -> SubspaceState:
     if extends(theirs, ours.lineage):
         return _named(theirs, ours)
     _check_mergeable(ours, theirs)
-    shared = shared_steps(ours.lineage, theirs.lineage)
-    before = tasks_after(ours.lineage[:shared])
-    ours_new = _new_tasks(ours, before, shared)
-    theirs_new = _new_tasks(theirs, before, shared)
+    added, superseded = _differences(ours, theirs)
     merged = theirs
-    for task in before:
-        if task in theirs.tasks and (task not in ours.tasks or (task in ours_new and task not in theirs_new)):
-            merged = without_task(merged, task)
-    added = []
-    for task in ours_new:
-        if task not in merged.tasks:
-            added.append(task)
-        elif not _same_update(ours, theirs, task):
-            raise ValueError(
-                f"task {task!r} was learned by both sides, with different results: expected one of them under another "
-                "name"
-            )
+    for task in superseded:
+        merged = without_task(merged, task)
     if added:
         # In float64: no bound would know of what rounding the factors changes.
         updates = {
             task: {module: layer.update_of(task, torch.float64) for module, layer in ours.layers_of(task).items()}
             for task in added
         }
-        merged, _ = merge_tasks(merged, updates, {task: ours.tasks[task] for task in added})
+        merged, _ = merge_tasks(merged, updates, {task: ours.tasks[task] for task in added}, origins=added)
         merged = replace(
             merged,
             layers={
@@ -84,10 +71,39 @@ def _named(state: SubspaceState, ours: SubspaceState) -> SubspaceState:
     return replace(state, base_model_name_or_path=base)
 
 
-def _new_tasks(state: SubspaceState, before: Iterable[str], shared: int) -> dict[str, None]:
-    """The tasks of one side that the other cannot have from the steps they share, in their order."""
-    old = set(before) - tasks_touched(state.lineage[shared:])
-    return {task: None for task in state.tasks if task not in old}
+def _differences(ours: SubspaceState, theirs: SubspaceState) -> tuple[dict[str, list[str]], list[str]]:
+    """What is to be done to the other's state.
+
+    A side that knows the last step of the other's task has seen it, and did what it did to it since: it kept the task,
+    trained it further, removed it, or learned another under its name.
+
+    Returns:
+        The tasks to add, each with the ids of its steps; and the tasks to remove before.
+
+    Raises:
+        ValueError: If neither side knows the other's task of one name.
+    """
+    steps, their_steps = steps_of_tasks(ours.lineage), steps_of_tasks(theirs.lineage)
+    added, superseded = {}, []
+    for task in theirs.tasks:
+        if _knows(their_steps, steps, task) and task in ours.tasks:
+            continue
+        if _knows(steps, their_steps, task):
+            superseded.append(task)
+        elif task in ours.tasks and not _same_update(ours, theirs, task):
+            raise ValueError(
+                f"task {task!r} was learned by both sides, with different results: expected one of them under another "
+                "name"
+            )
+    for task in ours.tasks:
+        if task in superseded or not (task in theirs.tasks or _knows(their_steps, steps, task)):
+            added[task] = steps.get(task, [])
+    return added, superseded
+
+
+def _knows(steps: Mapping[str, list[str]], others: Mapping[str, list[str]], task: str) -> bool:
+    """Whether the last of the other's steps of a task is among one's own."""
+    return task in others and others[task][-1] in steps.get(task, ())
 
 
 def _check_mergeable(ours: SubspaceState, theirs: SubspaceState) -> None:

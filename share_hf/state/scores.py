@@ -139,7 +139,7 @@ class ContinualMetrics:
             tasks=list(tasks),
             matrix=matrix,
             baseline=baseline,
-            drift={task: float(drift) for task, drift in values.get("drift", {}).items()},
+            drift={task: _drift(task, drift) for task, drift in values.get("drift", {}).items()},
             parameters={phase: int(count) for phase, count in values.get("parameters", {}).items()},
             training=dict(values.get("training", {})),
         )
@@ -196,6 +196,12 @@ def combined_metrics(
 
 def _is_score(value: Any) -> bool:
     return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+
+
+def _drift(task: str, value: Any) -> float:
+    if value is None or not _is_score(value):  # text such as "nan" would become a number that JSON does not have
+        raise ValueError(f"drift of {task!r} is {value!r}, expected a number")
+    return float(value)
 
 
 def _cell(value: float | None, width: int) -> str:

@@ -112,9 +112,17 @@ def merge_tasks(
     updates: Mapping[str, Mapping[str, LowRankUpdate]],
     infos: Mapping[str, TaskInfo],
     *,
+    origins: Mapping[str, list[str]] | None = None,
     progress: bool = False,
 ) -> tuple[SubspaceState, MergeReport]:
     """A state with new tasks merged into it; the given one is not changed.
+
+    Args:
+        state: Not changed.
+        updates: Updates by task and module.
+        infos: What is known of each task.
+        origins: By task, the ids of the steps that it had in another lineage, if it comes from one.
+        progress: Whether to show a progress bar.
 
     Raises:
         ValueError: If a task has NaN or infinite weights, the tasks cannot belong to one model, or a module has
@@ -127,7 +135,10 @@ def merge_tasks(
     layers, report = merge_into_layers(state.layers, updates, state.settings, progress=progress)
     # In the order that a tree is read back, so that sums over layers round as they would for a loaded subspace.
     merged = replace(state, layers=dict(sorted(layers.items())), tasks={**state.tasks, **infos})
-    return merged.with_step(changed=updates, merged=list(updates), max_drift=rounded(report.max_drift)), report
+    facts = {"merged": list(updates), "max_drift": rounded(report.max_drift)}
+    if known := {task: steps for task, steps in (origins or {}).items() if steps}:
+        facts["origins"] = known
+    return merged.with_step(changed=updates, **facts), report
 
 
 def with_learned_coefficients(

@@ -9,13 +9,13 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 from peft.config import PeftConfigMixin
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import Tensor
@@ -113,7 +113,8 @@ def stored_adapter(config: ShareConfig, loaded: Mapping[str, BasisFile | None]) 
 
 def remember_origins() -> None:
     """Make every loader of PEFT configurations note its source on SHARE ones: PEFT's and transformers' own."""
-    original = PeftConfigMixin.from_pretrained.__func__
+    original = _advising_on_revisions(PeftConfigMixin.from_pretrained.__func__)
+    PeftConfigMixin._get_peft_type = classmethod(_advising_on_revisions(PeftConfigMixin._get_peft_type.__func__))
 
     @functools.wraps(original)
     def from_pretrained(
@@ -125,6 +126,42 @@ def remember_origins() -> None:
         return config
 
     PeftConfigMixin.from_pretrained = classmethod(from_pretrained)
+
+
+def _advising_on_revisions(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a loader that finds no adapter at the revision of a task say where the task is."""
+
+    @functools.wraps(original)
+    def advising(cls: type, location: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(cls, location, *args, **kwargs)
+        except ValueError as error:
+            task = kwargs.get("revision")
+            if task is None or Path(location).is_dir() or not _is_task_on_main(str(location), task, kwargs):
+                raise
+            raise ValueError(
+                f"{location}: has no revision {task!r}, expected that of a branch, a tag or a commit: the task "
+                f"{task!r} has no branch of its own, it is at subfolder='tasks/{task}' of main"
+            ) from error
+
+    return advising
+
+
+def _is_task_on_main(repo_id: str, task: str, options: Mapping[str, Any]) -> bool:
+    """Whether a revision is missing, and is the name of a task of the repository's newest tree."""
+    options = {name: options[name] for name in _DOWNLOAD_OPTIONS if options.get(name) is not None}
+    try:
+        download(repo_id, INDEX_FILE, limit=MAX_JSON_BYTES, **options)
+    except RevisionNotFoundError:
+        options.pop("revision")
+    except (ValueError, OSError):
+        return False
+    else:
+        return False
+    try:
+        return task in read_index(download(repo_id, INDEX_FILE, limit=MAX_JSON_BYTES, **options).parent).tasks
+    except (ValueError, OSError):
+        return False
 
 
 def origin_of(location: str | os.PathLike, options: Mapping[str, Any]) -> AdapterOrigin:

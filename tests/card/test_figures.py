@@ -68,3 +68,13 @@ def test_a_save_of_three_hundred_tasks_takes_little_memory(tree: Path, tmp_path:
     run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
     unit = 1 if sys.platform == "darwin" else 1024
     assert int(run.stdout.split()[-1]) * unit < 300 * 2**20
+
+
+def test_the_name_of_a_score_is_no_formula(
+    saved: tuple[SubspaceState, Path], tmp_path: Path, with_figures: None
+) -> None:
+    state = with_matrix(saved[0], 2)
+    named = replace(state, metrics={**state.metrics, "score": "$\\frac$"})
+    SharedSubspace(named).save_pretrained(tmp_path / "tree")
+    assert (tmp_path / "tree" / "figures" / "accuracy_matrix.png").is_file()
+    assert SharedSubspace.from_pretrained(tmp_path / "tree").state.metrics["score"] == "$\\frac$"

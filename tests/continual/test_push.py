@@ -11,8 +11,10 @@ from huggingface_hub import ModelCard
 from transformers import PreTrainedModel
 
 from share_hf import SharedSubspace, ShareTrainer
-from tests.hub_server import Answer, is_commit
+from tests.hub_server import Answer, DropUpload, LoseAnswer, Request, WebPage, is_commit
+from tests.hub_server.faults import Fault
 from tests.hub_server.fixtures import Hub
+from tests.trees import distance
 
 from .cases import arguments, assert_same_tasks, classification_task, classification_tasks, classifier_trainer, logits
 
@@ -96,6 +98,84 @@ def test_a_hub_that_is_down_does_not_stop_a_stream(
     hub.server.faults.add(is_commit, Answer(403))
     trainer.train()
     assert commits(hub) == ["initial commit", "Add 2 tasks"]
+
+
+TROUBLES = {
+    "web page": WebPage(),
+    "answer lost": LoseAnswer(),
+    "forbidden": Answer(403),
+    "deleted": Answer(404),
+    "unavailable": WebPage(503),
+    "dropped": DropUpload(),
+    "refused": Answer(400, "Invalid metadata"),
+}
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(fault, id=name, marks=[pytest.mark.slow] * (name not in ("web page", "answer lost")))
+        for name, fault in TROUBLES.items()
+    ],
+)
+@pytest.mark.parametrize("request_part", ["/refs", "/tree/", "/commit/", "/branch/", "/tag/", "/preupload/"])
+def test_no_trouble_with_the_hub_ends_a_stream_and_the_next_push_catches_up(
+    fault: Fault, request_part: str, hub: Hub, tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    trainer = publishing(tiny_model("bert"), tmp_path, hub_strategy="every_save")
+    done = 0
+
+    def is_of_first_push(request: Request) -> bool:
+        nonlocal done
+        done = len(trainer.metrics["matrix"])
+        return done == 1 and request_part in request.path
+
+    hub.server.faults.add(is_of_first_push, fault, times=math.inf)
+    trainer.train()
+    assert done == 2, "the second push did not ask for it"
+    repository = hub.repository(REPO)
+    assert set(repository.branches) == {"main", "colors", "shapes"} and "step-0002-shapes" in repository.tags
+    assert_same_tasks(SharedSubspace.from_pretrained(REPO), trainer.subspace)
+    for task in ("colors", "shapes"):
+        assert distance(SharedSubspace.from_pretrained(REPO, revision=task), trainer.subspace, task) <= 0.05
+
+
+def test_a_task_of_somebody_else_under_the_name_of_one_to_come_is_not_taken_for_it(
+    hub: Hub, tiny_model: TinyModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = publishing(tiny_model("bert"), tmp_path / "ours", hub_strategy="every_save")
+    other = classifier_trainer(
+        tiny_model("bert"), tmp_path / "theirs", {"shapes": classification_task(3, 3)}, hub_model_id=REPO
+    )
+    other.train()
+    theirs = other.push_to_hub().oid
+    with pytest.raises(ValueError, match="task 'shapes' was learned by both sides"):
+        trainer.train()
+    assert (
+        f"{REPO}: has ['shapes'] already, which somebody else pushed and which are still to be learned" in caplog.text
+    )
+    assert trainer.metrics["tasks"] == ["colors", "shapes"] and len(trainer.metrics["matrix"]) == 2
+    assert hub.api.repo_info(REPO).sha == theirs
+    # They take theirs back, as the message says, and the stream goes on.
+    moved = SharedSubspace.from_pretrained(REPO)
+    moved.export_lora("shapes", tmp_path / "shapes-of-theirs")
+    moved.add_adapters({"forms": tmp_path / "shapes-of-theirs"}, progress=False)
+    moved.remove_task("shapes")
+    moved.push_to_hub(REPO)
+    resumed = publishing(tiny_model("bert"), tmp_path / "ours", hub_strategy="every_save")
+    resumed.train(resume_from_checkpoint=True)
+    assert set(SharedSubspace.from_pretrained(REPO).tasks) == {"colors", "shapes", "forms"}
+    assert distance(SharedSubspace.from_pretrained(REPO), trainer.subspace, "shapes") < 0.3
+
+
+def test_a_stream_says_which_of_its_tasks_get_a_branch(hub: Hub, tiny_model: TinyModel, tmp_path: Path) -> None:
+    trainer = publishing(tiny_model("bert"), tmp_path, hub_strategy="every_save", hub_branches=["shapes"])
+    trainer.train()
+    assert set(hub.repository(REPO).branches) == {"main", "shapes"}
+    assert arguments(tmp_path, hub_branches=["none"]).hub_branches == "none"
+    with pytest.raises(ValueError, match="branches is 'some', expected 'all', 'new', 'none' or a list of tasks"):
+        arguments(tmp_path, hub_branches="some")
 
 
 def test_a_hub_that_stays_down_leaves_the_subspace_on_disk(hub: Hub, tiny_model: TinyModel, tmp_path: Path) -> None:

@@ -13,8 +13,6 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from share_hf import SharedSubspace
 from share_hf.subspace import LayerSubspace, LowRankUpdate
-from tests.hub_server import Answer, DropUpload, Request
-from tests.hub_server.faults import Fault
 from tests.hub_server.fixtures import Hub
 from tests.trees import assert_same_state, files_of
 
@@ -286,62 +284,6 @@ def refuses(hub: Hub, subspace: SharedSubspace, message: str) -> None:
         subspace.push_to_hub(REPO)
     assert (repository.branches, repository.tags) == refs
     assert subspace.state is before
-
-
-# ---- Interruptions --------------------------------------------------------------------------------------------------
-
-
-class Interrupt:
-    """Lets everything from one request of a push on fail."""
-
-    def __init__(self, hub: Hub, at: int, fault: Fault) -> None:
-        self.seen = 0
-        hub.server.faults.add(self._is_due, fault, times=float("inf"))
-        self._at = at
-
-    def _is_due(self, request: Request) -> bool:
-        self.seen += 1
-        return self.seen > self._at
-
-
-@pytest.mark.parametrize("fault", [Answer(400), DropUpload()], ids=["refused", "dropped"])
-def test_a_push_interrupted_anywhere_leaves_a_repository_that_loads_and_the_next_completes_it(
-    fault: Fault, hub: Hub, subspace: SharedSubspace, loras: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
-    subspace.push_to_hub(REPO)
-    repository = hub.repository(REPO)
-    refs = dict(repository.branches), dict(repository.tags)
-    # Two new tasks, so that one of them needs a commit of its own on its branch.
-    adapters = {"rte": loras["rte"], "cola": loras["mrpc"]}
-    for at in range(100):
-        repository.branches, repository.tags = dict(refs[0]), dict(refs[1])
-        hub.move_to_another_machine()
-        pushed = SharedSubspace.from_pretrained(REPO)
-        pushed.add_adapters(adapters, progress=False)
-        before = pushed.state
-        interrupt = Interrupt(hub, at, fault)
-        try:
-            pushed.push_to_hub(REPO)
-        except Exception:
-            hub.server.faults.clear()
-            assert pushed.state is before
-        else:
-            assert interrupt.seen <= at, "the push did not notice"
-            hub.server.faults.clear()
-            break
-        for branch in set(repository.branches) - {"main"}:
-            if not branch.startswith("share_hf-"):
-                loaded = SharedSubspace.from_pretrained(REPO, revision=branch)
-                assert loaded.state.root_task == branch
-        assert SharedSubspace.from_pretrained(REPO).tasks in (subspace.tasks, pushed.tasks)
-        pushed.push_to_hub(REPO)
-        assert sorted(name for name in repository.branches if not name.startswith("share_hf-")) == [
-            "cola", "main", "mrpc", "rte", "sst2",
-        ]  # fmt: skip
-        assert sorted(repository.tags) == ["step-0002-sst2", "step-0004-cola"]
-        assert_same_state(SharedSubspace.from_pretrained(REPO).state, before)
-    assert at > 15
 
 
 # ---- The card -------------------------------------------------------------------------------------------------------

@@ -1,7 +1,20 @@
 """A Hub on loopback that the real client talks to, with counters and faults for tests."""
 
 from .client import Hub
-from .faults import Answer, Delay, DropDownload, DropUpload, Faults, Request, Run, is_commit, is_download_of, is_upload
+from .faults import (
+    Answer,
+    Delay,
+    DropDownload,
+    DropUpload,
+    Faults,
+    LoseAnswer,
+    Request,
+    Run,
+    WebPage,
+    is_commit,
+    is_download_of,
+    is_upload,
+)
 from .repository import Blob, Commit, HubError, Repository
 from .server import HubServer, User
 
@@ -17,10 +30,12 @@ __all__ = [
     "Hub",
     "HubError",
     "HubServer",
+    "LoseAnswer",
     "Repository",
     "Request",
     "Run",
     "User",
+    "WebPage",
     "is_commit",
     "is_download_of",
     "is_upload",

@@ -66,6 +66,19 @@ class DropDownload:
 
 
 @dataclass(frozen=True)
+class LoseAnswer:
+    """Do what was asked for, but close the connection before anything is answered."""
+
+
+@dataclass(frozen=True)
+class WebPage:
+    """Answer with a web page, as a proxy or the sign-in page of a network does, and do nothing."""
+
+    status: int = 200
+    body: bytes = b"<!doctype html><html><body><h1>Welcome to our network</h1></body></html>"
+
+
+@dataclass(frozen=True)
 class Delay:
     """Wait, then do what was asked for."""
 
@@ -79,7 +92,7 @@ class Run:
     function: Callable[[], object]
 
 
-Fault: TypeAlias = Answer | DropUpload | DropDownload | Delay | Run
+Fault: TypeAlias = Answer | DropUpload | DropDownload | LoseAnswer | WebPage | Delay | Run
 Match: TypeAlias = Callable[[Request], bool]
 
 

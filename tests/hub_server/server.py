@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from . import routes
-from .faults import Answer, Delay, DropDownload, DropUpload, Fault, Faults, Request, Run
+from .faults import Answer, Delay, DropDownload, DropUpload, Fault, Faults, LoseAnswer, Request, Run, WebPage
 from .repository import HubError, Repository
 
 
@@ -196,12 +196,19 @@ class _Handler(BaseHTTPRequestHandler):
             return
         try:
             _let_happen(fault)
-            response = endpoint(routes.Call(hub, request, params, body))
+            if isinstance(fault, WebPage):
+                response = routes.Response(fault.status, fault.body, {"Content-Type": "text/html"})
+            else:
+                response = endpoint(routes.Call(hub, request, params, body))
         except HubError as error:
             response = routes.refusal(error)
         except Exception:
             traceback.print_exc()
             response = routes.refusal(HubError(500, "Internal Server Error"))
+        if isinstance(fault, LoseAnswer):
+            request.status = response.status
+            self._hang_up()
+            return
         self._send(request, response, fault.after if isinstance(fault, DropDownload) else None)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_any

@@ -109,3 +109,9 @@ def test_the_table_has_a_dash_where_nothing_was_measured() -> None:
         ["a", "0.900", "0.500"],
         ["b", "0.800", "-"],
     ]
+
+
+def test_a_drift_that_is_text_is_refused() -> None:
+    metrics = {**ContinualMetrics(tasks=["a"], matrix=[[0.5]]).as_dict(), "drift": {"a": "nan"}}
+    with pytest.raises(ValueError, match="drift of 'a' is 'nan', expected a number"):
+        ContinualMetrics.from_dict(metrics)
