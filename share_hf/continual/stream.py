@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 from ..card import write_tree
 from ..engines import on_first_process, together
-from ..format.files import read_json, restore_folder, write_atomically
+from ..format.files import read_json, write_atomically
+from ..format.replacing import standing_at
 from ..format.tree import read_tree
 from ..shared_subspace import SharedSubspace
 from ..state import ContinualMetrics, SubspaceState, combined_metrics
@@ -225,8 +226,7 @@ def read_stream(
     if learned != order[: begun.position]:
         raise ValueError(f"{folder}: the stream has learned {learned}, but tasks is {order}")
     place = folder / SUBSPACE_FOLDER
-    restore_folder(place)
-    saved = read_tree(place) if place.exists() else None
+    saved = read_tree(place) if standing_at(place).exists() else None
     if saved is not None and saved.settings != state.settings:
         found, expected = vars(saved.settings), vars(state.settings)
         differing = [name for name in expected if found[name] != expected[name]]
