@@ -26,6 +26,7 @@ Read = TypeVar("Read")
 # In a workshop of ours; a folder of that name without it is somebody else's.
 _MARK = "share_hf.txt"
 _MARK_TEXT = "share_hf keeps a folder here while it replaces it. The next save tidies up what a crash left.\n"
+_ATTEMPTS = 100  # of a reader, each as long as a save
 _NOT_RENAMED = {errno.EBUSY, errno.EXDEV}
 
 
@@ -108,8 +109,11 @@ def reading_whole(folder: Path, index: str, read: Callable[[Path], Read]) -> Rea
         folder: The folder.
         index: Name of a file in it that is another one in each version.
         read: Reads, where the folder stands. It is called again if the folder was replaced meanwhile.
+
+    Raises:
+        ValueError: If the folder is replaced each time; also whatever `read` raises of a version that stayed.
     """
-    while True:
+    for _ in range(_ATTEMPTS):
         place = standing_at(folder)
         before = _identity(place / index)
         try:
@@ -120,6 +124,7 @@ def reading_whole(folder: Path, index: str, read: Callable[[Path], Read]) -> Rea
         else:
             if _identity(standing_at(folder) / index) == before:
                 return found
+    raise ValueError(f"{folder} was replaced {_ATTEMPTS} times while it was read, expected a quieter moment")
 
 
 def retrying_when_replaced(folder: Path, index: str, action: Callable[[Path], Read]) -> Read:
@@ -127,9 +132,9 @@ def retrying_when_replaced(folder: Path, index: str, action: Callable[[Path], Re
 
     Args:
         folder: As for `reading_whole`, as is `index`.
-        action: Is done once, unlike a reading: what it read was of one version by its own care.
+        action: Sees by itself to it that what it reads is of one version. It is not done again after a success.
     """
-    while True:
+    for _ in range(_ATTEMPTS):
         place = standing_at(folder)
         before = _identity(place / index)
         try:
@@ -137,6 +142,7 @@ def retrying_when_replaced(folder: Path, index: str, action: Callable[[Path], Re
         except (ValueError, OSError, RuntimeError):
             if _identity(standing_at(folder) / index) == before:
                 raise
+    return action(standing_at(folder))
 
 
 def _identity(path: Path) -> tuple[int, ...] | None:

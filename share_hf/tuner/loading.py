@@ -9,11 +9,12 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Collection, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 from huggingface_hub.errors import EntryNotFoundError
 from peft.config import PeftConfigMixin
@@ -26,6 +27,7 @@ from ..format.embeddings import embedding_of
 from ..format.files import MAX_JSON_BYTES, expect_tensor, read_pickled_tensors, read_tensors
 from ..format.index import INDEX_FILE, ModuleEntry, TreeIndex, read_index
 from ..format.lora import PEFT_PREFIX, check_head_names
+from ..format.replacing import holds, reading_whole, retrying_when_replaced
 from ..format.saved_modules import saved_module_of, saved_names
 from ..format.task_files import FINGERPRINT, METRICS_FILE, check_fingerprint, check_task_files, task_folder
 from ..format.tree import check_bases
@@ -47,6 +49,11 @@ _PARTS = {
 # What PEFT puts into the names of further copies, where the vocabulary was resized and embeddings are kept whole too.
 _COPY = re.compile(r"(?<=\.)(?:modules_to_save|original_module)\.(?=[^.]+$)")
 
+Loaded = TypeVar("Loaded")
+
+# While a loader of PEFT is at work: the weights that were read and checked, by location and subfolder.
+_KEPT: ContextVar[dict[tuple[str, str | None], dict[str, Tensor]] | None] = ContextVar("_KEPT", default=None)
+
 _DOWNLOAD_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "repo_type")
 
 
@@ -63,6 +70,7 @@ class StoredAdapter:
             vocabulary was resized, and loads them into the base model. Only in checkpoints of the user's own.
         basis_file: The file that the bases are in; None if they are not from a file with a checksum.
         fingerprints: By module, the fingerprint of the basis that its coefficients belong to, where they have one.
+        weights: What was read of its file, by the names there; empty if it is not from a file.
     """
 
     modules: Mapping[str, ModuleEntry] = field(default_factory=dict)
@@ -72,6 +80,7 @@ class StoredAdapter:
     embeddings: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     basis_file: BasisFile | None = None
     fingerprints: Mapping[str, Tensor] = field(default_factory=dict)
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -79,12 +88,14 @@ class _Weights:
     """The weights of an adapter, checked by name and shape.
 
     Args:
+        tensors: By the names in the file.
         adapted: The modules that it adapts by coefficients in the basis.
         head: Shapes of its `modules_to_save` weights, by name in the base model.
         embeddings: As of `StoredAdapter`.
         fingerprints: By module.
     """
 
+    tensors: dict[str, Tensor]
     adapted: set[str] = field(default_factory=set)
     head: dict[str, tuple[int, ...]] = field(default_factory=dict)
     embeddings: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -95,7 +106,7 @@ def stored_adapter(config: ShareConfig, loaded: Mapping[str, BasisFile | None]) 
     """What is stored with an adapter, read and checked; nothing for a fresh one.
 
     Args:
-        config: Its origin says where it is from.
+        config: Its origin says where it is from, or is what was read there.
         loaded: By module of the model, the file that its basis was read from. The bases are not read again if this is
             the file of all modules of the adapter.
 
@@ -103,6 +114,8 @@ def stored_adapter(config: ShareConfig, loaded: Mapping[str, BasisFile | None]) 
         ValueError: If the configuration was loaded from a place without bases, or they or the adapter's weights are
             damaged.
     """
+    if isinstance(config.origin, StoredAdapter):
+        return config.origin
     if isinstance(config.origin, AdapterOrigin):
         return _read_adapter(config.origin, config, loaded)
     stored = StoredAdapter()
@@ -181,7 +194,99 @@ def _with_bases(bases: Mapping[str, StoredBasis]) -> StoredAdapter:
     return StoredAdapter(modules, bases)
 
 
+@contextmanager
+def keeping_weights() -> Iterator[None]:
+    """Keep the weights of adapters that are read in the block: PEFT reads no others than those that were checked."""
+    if _KEPT.get() is not None:
+        yield
+        return
+    token = _KEPT.set({})
+    try:
+        yield
+    finally:
+        _KEPT.reset(token)
+
+
+def keep_weights(origin: AdapterOrigin, weights: Mapping[str, Tensor]) -> None:
+    """Keep the weights of an adapter for the loader that is at work, if there is one."""
+    if (kept := _KEPT.get()) is not None:
+        kept[origin.location, origin.subfolder] = dict(weights)
+
+
+def are_kept(origin: AdapterOrigin) -> bool:
+    """Whether the weights of an adapter are kept, so that its basis is in the model."""
+    return (origin.location, origin.subfolder) in (_KEPT.get() or {})
+
+
+def kept_weights(origin: AdapterOrigin) -> dict[str, Tensor] | None:
+    """The weights that were kept of an adapter, which are let go; None if there are none."""
+    return (_KEPT.get() or {}).pop((origin.location, origin.subfolder), None)
+
+
+def load_whole(origin: AdapterOrigin, load: Callable[[str], Loaded]) -> Loaded:
+    """What a loader makes of an adapter, of which others may be saving a new version.
+
+    Args:
+        origin: Where the adapter is.
+        load: Is given the location, or where its content stands while a writer replaces it.
+    """
+    with keeping_weights():
+        if (root := _root_of(origin)) is None:
+            return load(origin.location)
+        location = Path(os.path.abspath(origin.location))
+
+        def load_at(place: Path) -> Loaded:
+            moved = place != root and location.is_relative_to(root)
+            return load(str(place / location.relative_to(root)) if moved else origin.location)
+
+        return retrying_when_replaced(root, INDEX_FILE, load_at)
+
+
+def in_folder_of_bases(origin: AdapterOrigin) -> bool:
+    """Whether an adapter is in a folder of this machine that has bases beside it."""
+    return _root_of(origin) is not None
+
+
+def _root_of(origin: AdapterOrigin) -> Path | None:
+    """The folder of this machine that has the bases of an adapter, which is replaced as a whole; None without one."""
+    folder = Path(os.path.abspath(origin.folder))
+    candidates = (folder, folder.parent, folder.parent.parent)
+    return next((candidate for candidate in candidates if holds(candidate, SUBSPACE_FILE)), None)
+
+
 def _read_adapter(origin: AdapterOrigin, config: ShareConfig, loaded: Mapping[str, BasisFile | None]) -> StoredAdapter:
+    """What is stored with an adapter, all of it of one version of its folder or one commit of its repository."""
+    if (root := _root_of(origin)) is None:
+        return _read_version(_pinned(origin), config, loaded)
+    within = Path(os.path.abspath(origin.folder)).relative_to(root)
+
+    def read(place: Path) -> StoredAdapter:
+        here = origin if place == root else AdapterOrigin(str(place / within))
+        return _read_version(here, config, loaded)
+
+    return reading_whole(root, INDEX_FILE, read)
+
+
+def _pinned(origin: AdapterOrigin) -> AdapterOrigin:
+    """The place of an adapter in a repository at the commit that its revision is now; as it is where there is none."""
+    if Path(origin.location).is_dir():
+        return origin
+    for candidate in _places_beside(origin):
+        name = candidate / INDEX_FILE
+        with suppress(EntryNotFoundError):
+            path = _fetch(origin, str(name), MAX_JSON_BYTES)
+            commit = path.parents[len(name.parts) - 1].name
+            return replace(origin, download_options={**origin.download_options, "revision": commit})
+    return origin
+
+
+def _places_beside(origin: AdapterOrigin) -> list[PurePosixPath]:
+    """Where the bases of an adapter of a repository may be: in its folder, the parent or the grandparent."""
+    place = PurePosixPath(origin.subfolder or ".")
+    return list(dict.fromkeys((place, place.parent, place.parent.parent)))
+
+
+def _read_version(origin: AdapterOrigin, config: ShareConfig, loaded: Mapping[str, BasisFile | None]) -> StoredAdapter:
     path = _find_beside_adapter(origin)
     index = read_index(path.parent) if (path.parent / INDEX_FILE).is_file() else None
     if index is None:
@@ -198,6 +303,7 @@ def _read_adapter(origin: AdapterOrigin, config: ShareConfig, loaded: Mapping[st
         head=weights.head,
         embeddings=weights.embeddings,
         fingerprints=weights.fingerprints,
+        weights=with_fingerprints(weights.tensors, origin),
     )
     if index is not None:
         _check_against_tree(origin, config, place, path.parent, index)
@@ -223,8 +329,7 @@ def _find_beside_adapter(origin: AdapterOrigin) -> Path:
             if (path := candidate / SUBSPACE_FILE).is_file():
                 return path
     elif not Path(origin.location).is_dir():
-        place = PurePosixPath(origin.subfolder or ".")
-        for candidate in dict.fromkeys((place, place.parent, place.parent.parent)):
+        for candidate in _places_beside(origin):
             try:
                 index = _fetch(origin, str(candidate / INDEX_FILE), MAX_JSON_BYTES)
                 return _fetch(origin, str(candidate / SUBSPACE_FILE), read_index(index.parent).basis_bytes())
@@ -276,9 +381,9 @@ def _check_weights(
     if of_tree and config.phase != Phase.COEFFICIENTS:
         raise ValueError(f"{path.parent}: phase is {config.phase!r}, expected 'coefficients' for a task of a tree")
     tensors = read_tensors(path) if path.suffix == ".safetensors" else read_pickled_tensors(path)
+    weights, saved = _Weights(tensors), saved_names(config.modules_to_save, config.task_type)
     if not of_tree:  # of a model that its user may have cast before saving it
         tensors = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
-    weights, saved = _Weights(), saved_names(config.modules_to_save, config.task_type)
     for name, tensor in tensors.items():
         plain = name.removeprefix(PEFT_PREFIX)
         module, _, part = plain.rpartition(".")
