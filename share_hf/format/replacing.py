@@ -98,8 +98,7 @@ def standing_at(folder: Path) -> Path:
 
 def holds(folder: Path, name: str) -> bool:
     """Whether a folder has a file of this name, while a writer may be replacing it."""
-    aside = _aside(_real(folder))
-    return any((place / name).is_file() for place in (folder, aside, folder))
+    return _version_of(folder, name) is not None
 
 
 def reading_whole(folder: Path, index: str, read: Callable[[Path], Read]) -> Read:
@@ -119,10 +118,10 @@ def reading_whole(folder: Path, index: str, read: Callable[[Path], Read]) -> Rea
         try:
             found = read(place)
         except (ValueError, OSError, RuntimeError):
-            if _identity(standing_at(folder) / index) == before:
-                raise
+            if _identity(place / index) == before == _version_of(folder, index):
+                raise  # nothing has moved
         else:
-            if _identity(standing_at(folder) / index) == before:
+            if _version_of(folder, index) == before:
                 return found
     raise ValueError(f"{folder} was replaced {_ATTEMPTS} times while it was read, expected a quieter moment")
 
@@ -140,9 +139,15 @@ def retrying_when_replaced(folder: Path, index: str, action: Callable[[Path], Re
         try:
             return action(place)
         except (ValueError, OSError, RuntimeError):
-            if _identity(standing_at(folder) / index) == before:
-                raise
+            if _identity(place / index) == before == _version_of(folder, index):
+                raise  # nothing has moved
     return action(standing_at(folder))
+
+
+def _version_of(folder: Path, index: str) -> tuple[int, ...] | None:
+    """What tells the version of a folder from every other, wherever it stands; None if it has no such file."""
+    places = (folder, _aside(_real(folder)), folder)  # a writer may end between the first and the second
+    return next((found for place in places if (found := _identity(place / index)) is not None), None)
 
 
 def _identity(path: Path) -> tuple[int, ...] | None:

@@ -16,9 +16,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
+from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from peft.config import PeftConfigMixin
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import Tensor
 
 from ..format.basis_file import SUBSPACE_FILE, BasisFile, StoredBasis, read_bases
@@ -272,11 +273,11 @@ def _pinned(origin: AdapterOrigin) -> AdapterOrigin:
     if Path(origin.location).is_dir():
         return origin
     for candidate in _places_beside(origin):
-        name = candidate / INDEX_FILE
         with suppress(EntryNotFoundError):
-            path = _fetch(origin, str(name), MAX_JSON_BYTES)
-            commit = path.parents[len(name.parts) - 1].name
-            return replace(origin, download_options={**origin.download_options, "revision": commit})
+            found = hf_hub_download(
+                origin.location, str(candidate / INDEX_FILE), dry_run=True, **origin.download_options
+            )
+            return replace(origin, download_options={**origin.download_options, "revision": found.commit_hash})
     return origin
 
 
@@ -437,7 +438,8 @@ def _check_against_tree(
     task = next((task for task in index.tasks if root / task_folder(task) == weights.parent), None)
     if task is None:  # a checkpoint of the user's own
         return
-    _fetch(origin, f"{task_folder(task)}/{METRICS_FILE}", MAX_JSON_BYTES)
+    for name in (CONFIG_NAME, METRICS_FILE):  # PEFT may have read the configuration at an older commit
+        _fetch(origin, f"{task_folder(task)}/{name}", MAX_JSON_BYTES)
     check_task_files(root, index, task)
     if config.base_model_name_or_path != index.base_model_name_or_path:
         raise ValueError(
