@@ -90,7 +90,7 @@ class _Weights:
 
     Args:
         tensors: By the names in the file.
-        adapted: The modules that it adapts by coefficients in the basis.
+        adapted: The modules that it has a part of its phase for.
         head: Shapes of its `modules_to_save` weights, by name in the base model.
         embeddings: As of `StoredAdapter`.
         fingerprints: By module.
@@ -300,7 +300,7 @@ def _read_version(origin: AdapterOrigin, config: ShareConfig, loaded: Mapping[st
     weights = _check_weights(place, config, stored.modules, index, is_own=is_own)
     stored = replace(
         stored,
-        adapted=weights.adapted or None,
+        adapted=weights.adapted,
         head=weights.head,
         embeddings=weights.embeddings,
         fingerprints=weights.fingerprints,
@@ -401,9 +401,9 @@ def _check_weights(
             _check_part(path, tensors, name, part, modules[module], config)
             if part == FINGERPRINT:
                 weights.fingerprints[module] = tensor
-            elif config.phase == Phase.COEFFICIENTS:
+            else:
                 weights.adapted.add(module)
-    unmarked = weights.adapted - weights.fingerprints.keys()
+    unmarked = weights.adapted - weights.fingerprints.keys() if config.phase == Phase.COEFFICIENTS else ()
     if unmarked and index is not None and index.has_fingerprints:
         raise ValueError(f"{path}: {sorted(unmarked)[0]!r} has coefficients but no {FINGERPRINT}, expected both")
     check_head_names(path, weights.head, saved)

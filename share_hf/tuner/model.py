@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from ..format.basis_file import BasisFile, StoredBasis
 from ..format.module_names import without_wrappers
+from ..format.patterns import without_slow_patterns
 from ..format.saved_modules import saved_module_of
 from ..format.task_files import FINGERPRINT
 from ..subspace import smaller_layers
@@ -144,6 +145,9 @@ class ShareModel(BaseTuner):
             keep_weights(peft_config.origin, self._stored.weights)
         else:
             peft_config.origin = None  # the layers have them now; a configuration would keep them alive past a merge
+        if (adapted := self._stored.adapted) is not None:
+            # Nothing need be matched now; later something may.
+            vars(peft_config).update(without_slow_patterns(vars(peft_config), adapted))
         if (head := self._stored.head) is not None:
             check_head(model, peft_config.modules_to_save or [], head)
             saved = {name for config in self.peft_config.values() for name in config.modules_to_save or []}
@@ -163,11 +167,9 @@ class ShareModel(BaseTuner):
         """
         if saved_module_of(f"{without_wrappers(key)}.", config.modules_to_save or []) is not None:
             return False
-        targeted = super()._check_target_module_exists(config, key)
         if self._stored.adapted is None:
-            return targeted
-        # What is falsy may be PEFT's mark of an excluded module.
-        return without_wrappers(key) in self._stored.adapted or (False if targeted else targeted)
+            return super()._check_target_module_exists(config, key)
+        return without_wrappers(key) in self._stored.adapted
 
     def _create_and_replace(
         self,
