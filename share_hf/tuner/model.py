@@ -28,6 +28,7 @@ from .head import check_apart, check_head
 from .layer import Linear, ShareLayer, offload_hook_of, placeholder_basis
 from .loading import StoredAdapter, keep_weights, stored_adapter
 from .quantization import check_supported, keep_4bit_weights_differentiable
+from .renaming import adapter_named_as_in
 
 
 logger = logging.get_logger(__name__)
@@ -139,7 +140,7 @@ class ShareModel(BaseTuner):
         """Read the basis that an adapter was saved with. Runs for every adapter, before the model is touched."""
         keep_4bit_weights_differentiable(model)
         layers = share_layers(model)
-        self._stored = stored_adapter(peft_config, basis_files(model))
+        self._stored = adapter_named_as_in(model, stored_adapter(peft_config, basis_files(model)))
         _check_modules(model, self._stored, from_file=bool(self._stored.weights))
         if isinstance(peft_config.origin, AdapterOrigin):
             keep_weights(peft_config.origin, self._stored.weights)
@@ -256,7 +257,7 @@ class ShareModel(BaseTuner):
         if not isinstance(config, ShareConfig):
             raise ValueError(f"{origin.folder}: is {config.peft_type}, expected SHARE as adapter {adapter_name!r} is")
         layers = share_layers(self.model)
-        stored = stored_adapter(config, basis_files(self.model))
+        stored = adapter_named_as_in(self.model, stored_adapter(config, basis_files(self.model)))
         _check_same_dimensions(config, f"{origin.folder}", self.peft_config[adapter_name], f"adapter {adapter_name!r}")
         keep_weights(origin, stored.weights)
         others = [layer for layer in layers.values() if set(layer.tasks) - {adapter_name}]
