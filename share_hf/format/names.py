@@ -41,10 +41,8 @@ def check_task_name(name: str, taken: Iterable[str] = ()) -> None:
     if name in _PARAMETERS:
         raise ValueError(f"task name {name!r} is a parameter of the layers of a head, expected another name")
     for other in taken:
-        if other == name:
-            raise ValueError(f"task {name!r} exists already, expected a new name")
         if other.lower() == name.lower():
-            raise ValueError(_but_for_case(name, other))
+            raise ValueError(_taken(name, other))
 
 
 def check_stored_names(names: Iterable[str]) -> None:
@@ -59,7 +57,7 @@ def check_stored_names(names: Iterable[str]) -> None:
     for name in names:
         _check_usable(name)
         if (other := folded.get(name.lower())) is not None:
-            raise ValueError(f"task {name!r} is there twice" if other == name else _but_for_case(name, other))
+            raise ValueError(_taken(name, other))
         folded[name.lower()] = name
 
 
@@ -75,7 +73,9 @@ def _check_usable(name: str) -> None:
         raise ValueError(f"task name {name!r} is an attribute of torch.nn.ModuleDict, expected another name")
 
 
-def _but_for_case(name: str, other: str) -> str:
+def _taken(name: str, other: str) -> str:
+    if name == other:
+        return f"task {name!r} exists already, expected a new name"
     return f"task name {name!r} equals {other!r} but for case, which some file systems cannot tell"
 
 

@@ -392,7 +392,7 @@ def _check_weights(
         if is_own and embedding_of(in_base) is not None and f"{PEFT_PREFIX}{in_base}" in tensors:
             if in_base == plain:
                 kept = weights.embeddings if saved_module_of(plain, saved) is None else weights.head
-                kept[plain] = tuple(tensor.shape)
+                kept[plain.replace(".base_layer.", ".")] = tuple(tensor.shape)
         elif not part.startswith("share_"):
             weights.head[name.removeprefix(PEFT_PREFIX)] = tuple(tensor.shape)
         elif module not in modules:
