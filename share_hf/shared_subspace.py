@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,14 +16,18 @@ from transformers.utils import logging
 
 from .card import CardOptions, write_tree
 from .format.base_model import base_name, common_base
-from .format.files import FolderWriter, replacing_folder
-from .format.index import INDEX_FILE
+from .format.files import FolderWriter
+from .format.index import INDEX_FILE, read_index
+from .format.lock import holding
 from .format.lora import lora_files, read_lora
-from .format.names import check_task_name, listing
+from .format.names import listing
+from .format.places import Adapters, named_places
+from .format.replacing import holds, reading_whole, replacing_folder
 from .format.tree import ADAPTER_FILES, lora_of, read_tree
 from .hub.fetch import RemoteTree, is_local
 from .hub.push import MAX_ATTEMPTS, BranchChoice, PushOptions, push_state
 from .state import (
+    Lineage,
     SubspaceReport,
     SubspaceState,
     TaskInfo,
@@ -38,8 +42,6 @@ from .tuner.transfer import inject_tasks
 
 
 logger = logging.get_logger(__name__)
-
-Adapters = Mapping[str, str | os.PathLike] | Sequence[str | os.PathLike]
 
 
 class SharedSubspace:
@@ -64,6 +66,7 @@ class SharedSubspace:
         self._held = state
         self._rest = rest
         self._card = CardOptions()
+        self._seen: dict[Path, Lineage] = {}  # by folder, what this subspace knows to be there
 
     @property
     def state(self) -> SubspaceState:
@@ -169,16 +172,12 @@ class SharedSubspace:
         """
         if base_model is not None and (not isinstance(base_model, str) or base_name(base_model) is None):
             raise ValueError(f"base_model is {base_model!r}, expected an id on the hub or a folder")
-        located = _by_name(adapters)
-        if not located:
-            raise ValueError("no adapters given, expected at least one")
-        for i, name in enumerate(located):
-            check_task_name(name, [*self.tasks, *list(located)[:i]])
+        located = named_places(adapters, self.tasks)
         loras = {}
         for name, location in tqdm(
             located.items(), desc="Reading adapters", unit="adapter", leave=False, disable=not progress
         ):
-            loras[name] = read_lora(location if isinstance(location, str) else Path(location), token=token)
+            loras[name] = read_lora(location, token=token)
         base = base_name(base_model) or common_base(
             {name: lora.base_model_name_or_path for name, lora in loras.items()}, self.base_model_name_or_path
         )
@@ -223,10 +222,10 @@ class SharedSubspace:
             folder (`str`): Where to write `adapter_config.json` and `adapter_model.safetensors`.
         """
         self._check_known(task)
-        if Path(folder, INDEX_FILE).is_file():
+        if holds(Path(folder), INDEX_FILE):
             raise ValueError(f"{folder}: holds a subspace or a model's checkpoint, expected another folder")
         files = lora_files(lora_of(self._holding([task]), task), self.settings.pseudo_rank)
-        with replacing_folder(Path(folder), ADAPTER_FILES) as scratch:
+        with replacing_folder(Path(folder), lambda _: ADAPTER_FILES) as scratch:
             writer = FolderWriter(scratch)
             for name, content in files.items():
                 writer.put(name, content)
@@ -262,14 +261,41 @@ class SharedSubspace:
         """
         Write the subspace as a tree that loads on disk and on the hub. A crash leaves the old tree or the new one.
 
+        If somebody else saved there since this subspace was loaded from the folder or saved to it, both sides' tasks
+        are merged, here and there, as by [`~SharedSubspace.push_to_hub`]. Another subspace there is replaced.
+
         Args:
-            folder (`str`): Where to write; other files in it stay.
+            folder (`str`): Where to write; files that are not of a subspace stay.
             card_template (`str`, *optional*): A Jinja template of your own for the model card.
+
+        Raises:
+            ValueError: If what the folder holds cannot be replaced or merged with; nothing has changed then.
         """
-        if Path(folder, CONFIG_NAME).is_file() and not Path(folder, INDEX_FILE).is_file():
-            raise ValueError(f"{folder}: holds an adapter that is no shared subspace, expected another folder")
-        template = None if card_template is None else Path(card_template)
-        write_tree(self.state, Path(folder), card=replace(self._card, template=template))
+        place = Path(folder)
+        with holding(place):
+            if holds(place, CONFIG_NAME) and not holds(place, INDEX_FILE):
+                raise ValueError(f"{folder}: holds an adapter that is no shared subspace, expected another folder")
+            state = self._with_saved(place)
+            template = None if card_template is None else Path(card_template)
+            write_tree(state, place, card=replace(self._card, template=template))
+            self._held = state
+            self._seen[place.resolve()] = state.lineage
+
+    def _with_saved(self, folder: Path) -> SubspaceState:
+        """The state with what others have saved in a folder since this subspace last read or wrote it."""
+        state, seen = self.state, self._seen.get(folder.resolve())
+        if seen is None or not holds(folder, INDEX_FILE):
+            return state
+        found = reading_whole(folder, INDEX_FILE, read_index)
+        if found.lineage == seen:
+            return state
+        try:
+            return reconcile(state, read_tree(folder))
+        except ValueError as error:
+            raise ValueError(
+                f"{folder}: somebody else saved there since, and the two cannot be merged: {error}; save to another "
+                "folder, or load that one again"
+            ) from error
 
     def push_to_hub(
         self,
@@ -379,7 +405,9 @@ class SharedSubspace:
                     f"revision is {revision!r} but {folder} is a local folder, which has no revisions; its tasks are "
                     f"in {folder}/tasks"
                 )
-            return cls(read_tree(folder))
+            subspace = cls(read_tree(folder))
+            subspace._seen[folder.resolve()] = subspace.state.lineage
+            return subspace
         tree = RemoteTree.open(
             os.fspath(folder_or_repo), revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
@@ -403,17 +431,3 @@ class SharedSubspace:
     def _check_known(self, task: str) -> None:
         if task not in self.tasks:
             raise ValueError(f"no task {task!r} in the subspace, it has {listing(self.tasks)}")
-
-
-def _by_name(adapters: Adapters) -> dict[str, str | os.PathLike]:
-    if isinstance(adapters, Mapping):
-        return dict(adapters)
-    if isinstance(adapters, (str, os.PathLike)):
-        raise ValueError(f"adapters is {adapters!r}, expected a list of folders or hub ids, or a dict by task name")
-    named: dict[str, str | os.PathLike] = {}
-    for location in adapters:
-        name = Path(location).name
-        if name in named:
-            raise ValueError(f"two adapters are called {name!r}, expected a dict that gives each its task name")
-        named[name] = location
-    return named

@@ -189,3 +189,11 @@ def edit_tensors(path: Path, change: Callable[[dict[str, Tensor]], Any]) -> None
     tensors = load_file(path)
     change(tensors)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
+
+
+def leave_aside(folder: Path) -> None:
+    """Bring a folder into the state that a save leaves which was killed between its two renames."""
+    workshop = folder.with_name(f".{folder.name}.share_hf")
+    workshop.mkdir()
+    (workshop / "share_hf.txt").touch()
+    folder.rename(workshop / "old")

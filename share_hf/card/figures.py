@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from transformers.utils import logging
 
+from ..format.tree import FIGURES
 from ..state import SubspaceState
 
 
@@ -18,9 +19,7 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-MATRIX_FIGURE = "accuracy_matrix.png"
-DRIFT_FIGURE = "drift.png"
-SPECTRA_FIGURE = "spectra.png"
+MATRIX_FIGURE, DRIFT_FIGURE, SPECTRA_FIGURE = FIGURES
 
 # A figure has a readable size at any number of tasks: past these numbers, values and names are left out, not added.
 _INCHES_PER_TASK = {MATRIX_FIGURE: 0.8, DRIFT_FIGURE: 0.3}

@@ -25,7 +25,9 @@ from share_hf import SharedSubspace
 from share_hf.card import audit_of
 from share_hf.format.base_model import common_base
 from share_hf.format.index import FORMAT_VERSION, INDEX_FILE, read_index
+from share_hf.format.lock import holding
 from share_hf.format.lora import read_lora
+from share_hf.format.replacing import holds, reading_whole, standing_at
 from share_hf.format.tree import expect_tree
 from share_hf.hub.branches import branch_choice
 from share_hf.hub.fetch import RemoteTree, is_local
@@ -56,23 +58,27 @@ def run(args: Namespace, *, debug: bool = False) -> Outcome:
 
 
 def init(args: Namespace) -> Outcome:
-    _expect_no_adapter(args.folder, "add to it with `share-hf add`")
     settings = {field.name: getattr(args, field.name) for field in fields(SubspaceSettings)}
     adapters = _by_name(args.adapters)
-    with _naming_what_is_missing(adapters.values(), CONFIG_NAME):
-        subspace = SharedSubspace.from_adapters(
-            adapters, **settings, base_model=args.base_model, token=args.token, progress=args.progress
-        )
-    subspace.save_pretrained(args.folder)
+    with holding(args.folder):
+        _expect_no_adapter(args.folder, "add to it with `share-hf add`")
+        with _naming_what_is_missing(adapters.values(), CONFIG_NAME):
+            subspace = SharedSubspace.from_adapters(
+                adapters, **settings, base_model=args.base_model, token=args.token, progress=args.progress
+            )
+        subspace.save_pretrained(args.folder)
     return _described(subspace, str(args.folder))
 
 
 def add(args: Namespace) -> Outcome:
-    subspace = SharedSubspace.from_pretrained(args.folder)
     adapters = _by_name(args.adapters)
-    with _naming_what_is_missing(adapters.values(), CONFIG_NAME):
-        merge = subspace.add_adapters(adapters, base_model=args.base_model, token=args.token, progress=args.progress)
-    subspace.save_pretrained(args.folder)
+    with holding(args.folder):  # so that a second one begins from what this one saves
+        subspace = SharedSubspace.from_pretrained(args.folder)
+        with _naming_what_is_missing(adapters.values(), CONFIG_NAME):
+            merge = subspace.add_adapters(
+                adapters, base_model=args.base_model, token=args.token, progress=args.progress
+            )
+        subspace.save_pretrained(args.folder)
     tasks = subspace.report().tasks
     rows = [
         (task.name, drift(merge.drift[task.name]), drift(task.drift), drift(task.drift_bound))
@@ -141,7 +147,7 @@ def push(args: Namespace) -> Outcome:
 
 
 def pull(args: Namespace) -> Outcome:
-    exists = (args.folder / INDEX_FILE).exists()
+    exists = holds(args.folder, INDEX_FILE)
     if exists:
         subspace = SharedSubspace.from_pretrained(args.folder)
     else:
@@ -238,9 +244,9 @@ def _naming_what_is_missing(places: Iterable[str], file: str) -> Iterator[None]:
 
 
 def _format_version(folder: Path) -> int:
-    if not folder.is_dir():
+    if not standing_at(folder).is_dir():
         raise ValueError(f"{folder}: no such folder")
-    index = read_index(folder)
+    index = reading_whole(folder, INDEX_FILE, read_index)
     expect_tree(folder, index)
     return index.format_version
 
@@ -267,9 +273,9 @@ def _tasks_of(repo_id: str, token: str | None) -> tuple[str, ...]:
 
 def _expect_no_adapter(folder: Path, advice: str = "expected another folder") -> None:
     """Refuse to write over a subspace, or into the folder of an adapter."""
-    if (folder / INDEX_FILE).exists():
+    if holds(folder, INDEX_FILE):
         raise ValueError(f"{folder} is a shared subspace already, {advice}")
-    if (folder / CONFIG_NAME).exists():
+    if holds(folder, CONFIG_NAME):
         raise ValueError(f"{folder} holds an adapter, expected another folder")
 
 

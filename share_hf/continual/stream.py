@@ -19,8 +19,8 @@ from transformers.utils import logging
 
 from ..card import write_tree
 from ..engines import on_first_process, together
-from ..format.files import restore_folder
 from ..format.index import read_index
+from ..format.replacing import standing_at
 from ..format.tree import read_tree
 from ..shared_subspace import SharedSubspace
 from ..state import ContinualMetrics, SubspaceState, combined_metrics, extends
@@ -245,8 +245,7 @@ class Stream:
 
     def _keep_earlier(self) -> None:
         """Move aside what an earlier stream has learned here, unless this one goes on from it."""
-        place = self.folder / SUBSPACE_FOLDER
-        restore_folder(place)
+        place = standing_at(self.folder / SUBSPACE_FOLDER)
         if not _has_more_than(place, self.state):
             return
         earlier = self.folder / EARLIER_FOLDER
@@ -291,8 +290,7 @@ def read_stream(
     if begun is None:
         return None, None, False
     place = folder / SUBSPACE_FOLDER
-    restore_folder(place)
-    saved = read_tree(place) if place.exists() else None
+    saved = read_tree(place) if standing_at(place).exists() else None
     in_subspace = list((saved or state).tasks)
     _check_order(folder, begun, [task for task in tasks if task in begun.tasks or task not in in_subspace])
     if saved is not None and saved.settings != state.settings:

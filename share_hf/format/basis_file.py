@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..subspace import LayerSubspace
+from ..subspace.factors import without_autocast
 from .files import expect_tensor, read_tensors
 
 
@@ -175,7 +176,9 @@ def _read_columns(path: Path, tensors: Mapping[str, Tensor], name: str) -> Tenso
         shape = None if found is None else tuple(found.shape)
         raise ValueError(f"{path}: {name!r} has shape {shape}, expected a matrix with no more columns than rows")
     columns = expect_tensor(path, tensors, name, tuple(found.shape))
-    error = (columns.T @ columns - torch.eye(columns.shape[1])).abs().max() if columns.numel() else torch.zeros(())
+    with without_autocast(columns.device):
+        gram = columns.T @ columns
+    error = (gram - torch.eye(len(gram))).abs().max() if columns.numel() else torch.zeros(())
     if error > ORTHONORMALITY_TOLERANCE:
         raise ValueError(f"{path}: the columns of {name!r} are not orthonormal (off by {error:.2g})")
     # Out of the mapped file, to an address as aligned as any other tensor's: BLAS may round by that too.

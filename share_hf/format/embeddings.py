@@ -59,7 +59,7 @@ def with_update(module: str, tensors: Mapping[str, Tensor], update: LowRankUpdat
     kept = {f"{module}.{leaf}": tensor for leaf, tensor in tensors.items()}
     if update is not None:
         weight = f"{module}.weight"
-        kept[weight] = kept[weight].float() + update.out_factor @ update.in_factor.T
+        kept[weight] = kept[weight].float() + update.dense()
     return kept
 
 

@@ -1,17 +1,14 @@
-"""Reading files that may be anything, and writing them so that a crash leaves the old tree or the new one."""
+"""Reading files that may be anything, and writing them whole."""
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import math
 import os
 import pickle
-import shutil
-import tempfile
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -207,63 +204,6 @@ class FolderWriter:
         return True
 
 
-@contextmanager
-def replacing_folder(folder: Path, entries: Collection[str]) -> Iterator[Path]:
-    """A scratch folder beside `folder` that takes its place when the block ends without an error.
-
-    The old folder is there until the new one is whole and on disk: it is renamed aside, the new one into place, what
-    else it held moved over, and only then deleted. `recover_folder` finishes what a crash in between left. There may
-    be one writer at a time, and any number of readers.
-
-    Args:
-        folder: The folder to replace, or to create.
-        entries: Names in it that belong to what is written; all others stay.
-    """
-    folder = _real(folder)
-    if Path.cwd().is_relative_to(folder):
-        raise ValueError(f"{folder} is or holds the current folder and would be replaced, expected another folder")
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file, expected a folder, or none yet")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    recover_folder(folder, entries)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.new-", dir=folder.parent))
-    try:
-        with naming(folder):
-            yield scratch
-            _flush(scratch)
-        scratch.chmod(folder.stat().st_mode & 0o7777 if folder.exists() else 0o777 & ~_umask())
-        if folder.exists():
-            folder.rename(_aside(folder))
-        scratch.rename(folder)
-        _flush_folder(folder.parent)
-        recover_folder(folder, entries)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def restore_folder(folder: Path) -> None:
-    """Undo a replacement that was cut off between its renames. A reader may do no more: a writer may be at work."""
-    folder = _real(folder)
-    if not folder.exists() and _aside(folder).exists():
-        with suppress(OSError):  # the writer was faster
-            _aside(folder).rename(folder)
-
-
-def recover_folder(folder: Path, entries: Collection[str]) -> None:
-    """Finish or undo a replacement that was cut off: no tree is lost, nor what else its folder held."""
-    folder = _real(folder)
-    for scratch in folder.parent.glob(f".{glob.escape(folder.name)}.new-*"):
-        shutil.rmtree(scratch, ignore_errors=True)
-    restore_folder(folder)
-    aside = _aside(folder)
-    if not aside.exists():
-        return
-    for path in aside.iterdir():
-        if path.name not in entries and not (folder / path.name).exists():
-            path.rename(folder / path.name)
-    shutil.rmtree(aside)
-
-
 def write_atomically(path: Path, text: str) -> None:
     """Replace a text file as a whole."""
     scratch = path.with_name(f".{path.name}.new")  # one name, so that the next write takes what a crash left
@@ -275,7 +215,7 @@ def write_atomically(path: Path, text: str) -> None:
             scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)
-    _flush_folder(path.parent)
+    flush_folder(path.parent)
 
 
 @contextmanager
@@ -291,31 +231,9 @@ def naming(place: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(place)) from error
 
 
-def _real(folder: Path) -> Path:
-    """The folder itself where `folder` is a link to it or a relative path: it has a name and a parent."""
-    return Path(os.path.realpath(folder))
-
-
-def _aside(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.old")
-
-
-def _flush(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file() and path.stat().st_nlink == 1:  # a linked file is on disk already
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-
-
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

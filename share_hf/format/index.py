@@ -23,7 +23,7 @@ from typing import Any, Literal
 from ..subspace import SubspaceSettings
 from ..version import __version__
 from .files import json_bytes, read_json, sha256_of
-from .names import check_task_name
+from .names import check_stored_names
 
 
 INDEX_FILE = "share_config.json"
@@ -137,8 +137,7 @@ def read_index(folder: Path) -> TreeIndex:
         tasks, default_task = content["tasks"], content["default_task"]
         if not isinstance(tasks, list):
             raise ValueError(f"tasks is {tasks!r}, expected a list")
-        for i, task in enumerate(tasks):
-            check_task_name(task, tasks[:i])
+        check_stored_names(tasks)
         if default_task is not None and default_task not in tasks:
             raise ValueError(f"default_task is {default_task!r}, expected one of {tasks}")
         return TreeIndex(

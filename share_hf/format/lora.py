@@ -16,7 +16,6 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import LoraConfig, TaskType
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from ..subspace import LowRankUpdate
@@ -25,6 +24,7 @@ from .embeddings import changed_embeddings, embedding_of, with_update
 from .files import read_json, read_pickled_tensors, read_tensors, tensor_bytes
 from .module_names import PEFT_PREFIX, check_no_single_experts, named_as_in_base, without_wrappers
 from .names import HUB_ID
+from .patterns import is_name, values_by_module, without_slow_patterns
 from .saved_modules import saved_module_of, saved_names, targets_beside
 
 
@@ -99,9 +99,14 @@ def read_lora(
     factors, head, embeddings = _sort_tensors(weights_path, tensors, saved, bias=config.get("bias", "none"))
     _check_head_shapes(weights_path, head)
     check_no_single_experts(weights_path, factors, config)
+    patterns = {without_wrappers(pattern): alpha for pattern, alpha in (config.get("alpha_pattern") or {}).items()}
+    alphas = values_by_module(config_path, "alpha_pattern", patterns, factors)
+    use_rslora = bool(config.get("use_rslora"))
     updates = {}
     for module, pair in factors.items():
-        updates[module] = _scaled_update(weights_path, module, pair, config)
+        alpha = alphas.get(module, config["lora_alpha"])
+        updates[module] = _scaled_update(weights_path, module, pair, alpha, use_rslora=use_rslora)
+    target = without_slow_patterns(target, updates)
     if not updates:
         raise ValueError(f"{weights_path}: no lora_A and lora_B in it, expected a LoRA")
     base = config.get("base_model_name_or_path")
@@ -128,7 +133,7 @@ def read_target(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         texts = isinstance(value, list) and all(isinstance(entry, str) for entry in value)
         whole_numbers = all(type(entry) is int for entry in (value if isinstance(value, list) else [value]))
         usable = {
-            "modules_to_save": texts,
+            "modules_to_save": texts and all(map(is_name, value)),
             "layers_to_transform": whole_numbers,
             "fan_in_fan_out": isinstance(value, bool),
             "task_type": value in list(TaskType),
@@ -293,7 +298,9 @@ def _check_head_shapes(path: Path, head: Mapping[str, Tensor]) -> None:
             )
 
 
-def _scaled_update(path: Path, module: str, pair: Mapping[str, Tensor], config: Mapping[str, Any]) -> LowRankUpdate:
+def _scaled_update(
+    path: Path, module: str, pair: Mapping[str, Tensor], alpha: float, *, use_rslora: bool
+) -> LowRankUpdate:
     if set(pair) != {"A", "B"}:
         missing = "B" if "A" in pair else "A"
         raise ValueError(f"{path}: {module!r} has no lora_{missing}, expected both lora_A and lora_B")
@@ -303,9 +310,7 @@ def _scaled_update(path: Path, module: str, pair: Mapping[str, Tensor], config: 
             f"{path}: lora_A and lora_B of {module!r} are {tuple(a.shape)} and {tuple(b.shape)}, expected (r, d) and "
             "(n, r)"
         )
-    patterns = {without_wrappers(pattern): alpha for pattern, alpha in (config.get("alpha_pattern") or {}).items()}
-    alpha = patterns.get(get_pattern_key(patterns.keys(), module), config["lora_alpha"])
-    scale = alpha / (math.sqrt(a.shape[0]) if config.get("use_rslora") else a.shape[0])
+    scale = alpha / (math.sqrt(a.shape[0]) if use_rslora else a.shape[0])
     # A power of two rounds nothing in float32; what another scale would round, no drift bound would know of.
     dtype = torch.float32 if math.frexp(scale)[0] == 0.5 else torch.float64
     return LowRankUpdate(out_factor=scale * b.to(dtype), in_factor=a.T.to(dtype))

@@ -14,6 +14,14 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _REFUSED = re.compile(r"main|default|ref|HEAD|step-\d{4}-.*|[0-9a-f]{40}", re.IGNORECASE)
 
+# What a folder cannot be called on Windows.
+_DEVICES = re.compile(r"con|prn|aux|nul|com[0-9]|lpt[0-9]", re.IGNORECASE)
+
+_ATTRIBUTES = frozenset(dir(nn.ModuleDict())) | frozenset(dir(nn.ParameterDict()))
+
+# Parameters of the layers that a head consists of: PEFT tells them from adapters by their names.
+_PARAMETERS = frozenset({"weight", "bias"})
+
 
 def check_task_name(name: str, taken: Iterable[str] = ()) -> None:
     """Refuse a name that some part of the stack could not carry, before anything is written.
@@ -24,9 +32,36 @@ def check_task_name(name: str, taken: Iterable[str] = ()) -> None:
 
     Raises:
         ValueError: If the name is not 1 to 64 letters, digits, `_` and `-` starting with a letter or digit, has a
-            meaning of its own (`main`, `default`, a commit, a step tag, an attribute of `torch.nn.ModuleDict`), or is
-            taken, in this or another case.
+            meaning of its own (`main`, `default`, a commit, a step tag, an attribute of `torch.nn.ModuleDict`, a
+            parameter of a layer, a device of Windows), or is taken, in this or another case.
     """
+    _check_usable(name)
+    if _DEVICES.fullmatch(name):
+        raise ValueError(f"task name {name!r} is a device on Windows, expected another name: no folder can have it")
+    if name in _PARAMETERS:
+        raise ValueError(f"task name {name!r} is a parameter of the layers of a head, expected another name")
+    for other in taken:
+        if other.lower() == name.lower():
+            raise ValueError(_taken(name, other))
+
+
+def check_stored_names(names: Iterable[str]) -> None:
+    """Refuse the tasks of a tree if a name is none, or there twice.
+
+    Older trees may have names that `check_task_name` refuses by now.
+
+    Raises:
+        ValueError: As there.
+    """
+    folded: dict[str, str] = {}
+    for name in names:
+        _check_usable(name)
+        if (other := folded.get(name.lower())) is not None:
+            raise ValueError(_taken(name, other))
+        folded[name.lower()] = name
+
+
+def _check_usable(name: str) -> None:
     if not isinstance(name, str) or not _PATTERN.fullmatch(name):
         raise ValueError(
             f"task name {name!r} is not usable, expected 1 to 64 letters, digits, '_' or '-', "
@@ -34,13 +69,14 @@ def check_task_name(name: str, taken: Iterable[str] = ()) -> None:
         )
     if _REFUSED.fullmatch(name):
         raise ValueError(f"task name {name!r} is reserved, expected another name: it would be read as a revision")
-    if hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):
+    if name in _ATTRIBUTES:
         raise ValueError(f"task name {name!r} is an attribute of torch.nn.ModuleDict, expected another name")
-    for other in taken:
-        if other == name:
-            raise ValueError(f"task {name!r} exists already, expected a new name")
-        if other.lower() == name.lower():
-            raise ValueError(f"task name {name!r} equals {other!r} but for case, which some file systems cannot tell")
+
+
+def _taken(name: str, other: str) -> str:
+    if name == other:
+        return f"task {name!r} exists already, expected a new name"
+    return f"task name {name!r} equals {other!r} but for case, which some file systems cannot tell"
 
 
 def listing(names: Iterable[str], limit: int = 20) -> str:

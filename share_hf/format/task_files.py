@@ -26,6 +26,7 @@ from .basis_file import SUBSPACE_FILE, StoredBasis
 from .files import check_tensors, expect_tensor, json_bytes, read_json, read_tensors
 from .index import INDEX_FILE, TreeIndex, check_file
 from .lora import PEFT_PREFIX, adapter_files, check_head_names, read_target
+from .patterns import without_slow_patterns
 from .saved_modules import saved_names
 
 
@@ -186,7 +187,7 @@ def _task_info(
     metrics: Mapping[str, Any],
     head: dict[str, Tensor],
 ) -> TaskInfo:
-    target = read_target(config_path, config)
+    target = without_slow_patterns(read_target(config_path, config), metrics["certificate"])
     _check_kept(config_path.parent / SAFETENSORS_WEIGHTS_NAME, head, target)
     labels, dataset, initialization = metrics["labels"], metrics["dataset"], metrics["initialization"]
     for name, value in (("dataset", dataset), ("initialization", initialization)):

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -25,16 +26,18 @@ from ..state import ContinualMetrics, SubspaceState
 from ..subspace import LayerSubspace, SubspaceSettings, TaskRecords, rank_in_layer
 from .base_model import base_name
 from .basis_file import SUBSPACE_FILE, StoredBasis, bases_of, basis_tensors, fingerprint_of_all, read_bases
-from .files import FolderWriter, json_bytes, read_json, replacing_folder, restore_folder, tensor_bytes
+from .files import FolderWriter, json_bytes, read_json, tensor_bytes
 from .index import INDEX_FILE, NO_BRANCHES, BranchRecords, ModuleEntry, TreeIndex, check_file, index_bytes, read_index
 from .lora import LoraAdapter, lora_files
+from .replacing import reading_whole, replacing_folder
 from .task_files import METRICS_FILE, TASKS_FOLDER, StoredTask, read_task, task_files, task_folder
 
 
 CARD_FILE = "README.md"
 FIGURES_FOLDER = "figures"
+FIGURES = ("accuracy_matrix.png", "drift.png", "spectra.png")
 
-# Everything a tree consists of; what else a folder holds is its owner's and stays there.
+# The names at the top of a tree; what else a folder holds is its owner's and stays there.
 TREE_ENTRIES = (
     CARD_FILE,
     INDEX_FILE,
@@ -62,7 +65,7 @@ def writing_tree(
     known: Mapping[str, str] | None = None,
     there: TreeIndex | None = None,
 ) -> Iterator[FolderWriter]:
-    """Write the whole tree when the block ends, or on a crash none of it. Other files in the folder stay.
+    """Write the whole tree when the block ends, or on a crash none of it. Files that are not of a tree stay.
 
     Inside the block the tree is whole in the scratch folder of the writer, but for card and figures.
 
@@ -73,7 +76,7 @@ def writing_tree(
         known: Checksums of files that the folder is known to hold, as an earlier writer had them.
         there: As for `write_root`.
     """
-    with replacing_folder(folder, TREE_ENTRIES) as scratch:
+    with replacing_folder(folder, written_files) as scratch:
         writer = FolderWriter(scratch, folder, known)
         bases = bases_of(state.layers)
         writer.put(SUBSPACE_FILE, tensor_bytes(basis_tensors(bases)))
@@ -83,6 +86,26 @@ def writing_tree(
         writer.put(METRICS_FILE, json_bytes(state.metrics))
         write_root(state, writer, fingerprint=fingerprint_of_all(bases), branches=branches, there=there)
         yield writer
+
+
+def written_files(folder: Path) -> set[str]:
+    """The files in a folder, by relative path, that are of the tree there; of a damaged one, all that may be.
+
+    A card is among them in any case: the text that others wrote into it stays.
+    """
+    files = {CARD_FILE}
+    if not (folder / INDEX_FILE).is_file():
+        return files
+    files |= {INDEX_FILE, *(f"{FIGURES_FOLDER}/{name}" for name in FIGURES)}
+    try:
+        index = read_index(folder)
+    except ValueError:
+        places = [".", *(path.relative_to(folder).as_posix() for path in folder.glob(f"{TASKS_FOLDER}/*"))]
+        names = (SUBSPACE_FILE, METRICS_FILE, *ADAPTER_FILES)
+        return files | {(PurePosixPath(place) / name).as_posix() for place in places for name in names}
+    return (
+        files | index.sha256.keys() | {f"{task_folder(task)}/{name}" for task in index.tasks for name in ADAPTER_FILES}
+    )
 
 
 def write_root(
@@ -145,20 +168,12 @@ def read_tree(folder: Path, tasks: Collection[str] | None = None) -> SubspaceSta
         ValueError: If a file is missing, damaged, edited or of a newer format; naming file, tensor, what was found and
             what was expected.
     """
-    while True:
-        restore_folder(folder)
-        if not folder.is_dir():
-            raise ValueError(f"{folder}: no such folder")
-        found = folder.stat()
-        try:
-            return _read_whole(folder, tasks)
-        except (ValueError, OSError, RuntimeError):
-            now = folder.stat() if folder.is_dir() else None
-            if now is not None and (now.st_ino, now.st_mtime_ns) == (found.st_ino, found.st_mtime_ns):
-                raise  # unlike where a writer replaced the tree meanwhile
+    return reading_whole(folder, INDEX_FILE, partial(_read_whole, wanted=tasks))
 
 
 def _read_whole(folder: Path, wanted: Collection[str] | None) -> SubspaceState:
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
     index = read_index(folder)
     expect_tree(folder, index)
     bases = read_bases(folder / SUBSPACE_FILE)

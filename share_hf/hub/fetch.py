@@ -28,6 +28,7 @@ from ..format.download import download
 from ..format.files import MAX_JSON_BYTES
 from ..format.index import INDEX_FILE, TreeIndex, read_index
 from ..format.names import listing
+from ..format.replacing import standing_at
 from ..format.task_files import METRICS_FILE, task_folder
 from ..format.tree import CARD_FILE, expect_tree, read_tree
 from ..state import SubspaceState
@@ -45,7 +46,8 @@ _FEW_FILES = 8
 def is_local(place: str | os.PathLike) -> bool:
     """Whether this means a folder, there or not, rather than a repository."""
     path = Path(place)
-    return path.is_absolute() or isinstance(place, Path) or os.fspath(place).startswith(".") or path.exists()
+    named = path.is_absolute() or isinstance(place, Path) or os.fspath(place).startswith(".")
+    return named or standing_at(path).exists()
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,9 @@ An update of a linear layer with n outputs and d inputs is kept as its factors, 
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,7 +52,15 @@ class LowRankUpdate:
 
     def dense(self) -> Tensor:
         """The (n, d) matrix, for tests and for merging into a weight."""
-        return self.out_factor @ self.in_factor.T
+        with without_autocast(self.out_factor.device):
+            return self.out_factor @ self.in_factor.T
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Products in the type of their factors, in the middle of a training in a smaller one too."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 @dataclass(frozen=True)

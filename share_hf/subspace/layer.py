@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .factors import LowRankUpdate, check_norm, inverse_norms, truncated_balanced_factors
+from .factors import LowRankUpdate, check_norm, inverse_norms, truncated_balanced_factors, without_autocast
 from .settings import rank_in_layer
 from .stack import TASKS_PER_CHUNK
 
@@ -179,7 +179,8 @@ class LayerSubspace:
         """
         dtype = dtype or self.basis_out.dtype
         out, in_ = (side.to(dtype) for side in self.coefficients_of(task))
-        return LowRankUpdate(self.basis_out.to(dtype) @ out, self.basis_in.to(dtype) @ in_)
+        with without_autocast(out.device):
+            return LowRankUpdate(self.basis_out.to(dtype) @ out, self.basis_in.to(dtype) @ in_)
 
     def explained_variance(self) -> float:
         """Mean over tasks of ``‖C_i‖² / ‖ΔW_i‖²`` with ``C_i = ε_out ε_in^T``: 1 where nothing was lost."""

@@ -6,7 +6,6 @@ import math
 import warnings
 import zlib
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from ..format.basis_file import BasisFile, fingerprint_of
 from ..state import Phase
 from ..subspace import LowRankUpdate, rank_in_layer
+from ..subspace.factors import without_autocast
 from .config import ShareConfig
 from .folding import FOLDED_TASKS, FoldedFactors
 from .quantization import quantization_backend_of
@@ -233,7 +233,7 @@ class ShareLayer(BaseTunerLayer):
         if not self.has_task(task):
             raise ValueError(f"task {task!r} does not adapt this layer, expected one of {self.tasks}")
         sides = []
-        with _without_autocast(self.share_basis_out.device):
+        with without_autocast(self.share_basis_out.device):
             for side in ("out", "in"):
                 temporary = getattr(self, f"share_temporary_{side}")
                 coefficients = getattr(self, f"share_coefficients_{side}")
@@ -439,9 +439,3 @@ def _with_update(result: Tensor, z: Tensor, up: Tensor) -> Tensor:
         return result + F.linear(z, up).to(result.dtype)
     rows = torch.addmm(result.reshape(-1, result.shape[-1]), z.reshape(-1, z.shape[-1]), up.T)
     return rows.view(result.shape)
-
-
-def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    if not torch.amp.is_autocast_available(device.type):
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)

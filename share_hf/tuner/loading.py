@@ -8,44 +8,35 @@ from __future__ import annotations
 
 import functools
 import os
-import re
-from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
+from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 from peft.config import PeftConfigMixin
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import Tensor
 
 from ..format.basis_file import SUBSPACE_FILE, BasisFile, StoredBasis, read_bases
 from ..format.download import download
-from ..format.embeddings import embedding_of
-from ..format.files import MAX_JSON_BYTES, expect_tensor, read_pickled_tensors, read_tensors
+from ..format.files import MAX_JSON_BYTES
 from ..format.index import INDEX_FILE, ModuleEntry, TreeIndex, read_index
-from ..format.lora import PEFT_PREFIX, check_head_names
-from ..format.saved_modules import saved_module_of, saved_names
+from ..format.lora import PEFT_PREFIX
+from ..format.replacing import holds, reading_whole, retrying_when_replaced
 from ..format.task_files import FINGERPRINT, METRICS_FILE, check_fingerprint, check_task_files, task_folder
 from ..format.tree import check_bases
-from ..state import Phase
-from ..subspace import rank_in_layer
 from .config import SHARE, AdapterOrigin, ShareConfig
+from .weights import check_weights
 
 
-_COEFFICIENTS = {"share_coefficients_out", "share_coefficients_in"}
-_TEMPORARY = {"share_temporary_out", "share_temporary_in"}
+Loaded = TypeVar("Loaded")
 
-# What an adapter may have in a module. Before there is a basis, the adapt phase trains free factors as init does.
-_PARTS = {
-    Phase.COEFFICIENTS: _COEFFICIENTS | {FINGERPRINT},
-    Phase.ADAPT: _COEFFICIENTS | _TEMPORARY,
-    Phase.INIT: _TEMPORARY,
-}
-
-# What PEFT puts into the names of further copies, where the vocabulary was resized and embeddings are kept whole too.
-_COPY = re.compile(r"(?<=\.)(?:modules_to_save|original_module)\.(?=[^.]+$)")
+# While a loader of PEFT is at work: the weights that were read and checked, by location and subfolder.
+_KEPT: ContextVar[dict[tuple[str, str | None], dict[str, Tensor]] | None] = ContextVar("_KEPT", default=None)
 
 _DOWNLOAD_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "repo_type")
 
@@ -63,6 +54,7 @@ class StoredAdapter:
             vocabulary was resized, and loads them into the base model. Only in checkpoints of the user's own.
         basis_file: The file that the bases are in; None if they are not from a file with a checksum.
         fingerprints: By module, the fingerprint of the basis that its coefficients belong to, where they have one.
+        weights: What was read of its file, by the names there; empty if it is not from a file.
     """
 
     modules: Mapping[str, ModuleEntry] = field(default_factory=dict)
@@ -72,30 +64,14 @@ class StoredAdapter:
     embeddings: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     basis_file: BasisFile | None = None
     fingerprints: Mapping[str, Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Weights:
-    """The weights of an adapter, checked by name and shape.
-
-    Args:
-        adapted: The modules that it adapts by coefficients in the basis.
-        head: Shapes of its `modules_to_save` weights, by name in the base model.
-        embeddings: As of `StoredAdapter`.
-        fingerprints: By module.
-    """
-
-    adapted: set[str] = field(default_factory=set)
-    head: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    embeddings: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    fingerprints: dict[str, Tensor] = field(default_factory=dict)
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def stored_adapter(config: ShareConfig, loaded: Mapping[str, BasisFile | None]) -> StoredAdapter:
     """What is stored with an adapter, read and checked; nothing for a fresh one.
 
     Args:
-        config: Its origin says where it is from.
+        config: Its origin says where it is from, or is what was read there.
         loaded: By module of the model, the file that its basis was read from. The bases are not read again if this is
             the file of all modules of the adapter.
 
@@ -103,6 +79,8 @@ def stored_adapter(config: ShareConfig, loaded: Mapping[str, BasisFile | None]) 
         ValueError: If the configuration was loaded from a place without bases, or they or the adapter's weights are
             damaged.
     """
+    if isinstance(config.origin, StoredAdapter):
+        return config.origin
     if isinstance(config.origin, AdapterOrigin):
         return _read_adapter(config.origin, config, loaded)
     stored = StoredAdapter()
@@ -218,7 +196,99 @@ def _with_bases(bases: Mapping[str, StoredBasis]) -> StoredAdapter:
     return StoredAdapter(modules, bases)
 
 
+@contextmanager
+def keeping_weights() -> Iterator[None]:
+    """Keep the weights of adapters that are read in the block: PEFT reads no others than those that were checked."""
+    if _KEPT.get() is not None:
+        yield
+        return
+    token = _KEPT.set({})
+    try:
+        yield
+    finally:
+        _KEPT.reset(token)
+
+
+def keep_weights(origin: AdapterOrigin, weights: Mapping[str, Tensor]) -> None:
+    """Keep the weights of an adapter for the loader that is at work, if there is one."""
+    if (kept := _KEPT.get()) is not None:
+        kept[origin.location, origin.subfolder] = dict(weights)
+
+
+def are_kept(origin: AdapterOrigin) -> bool:
+    """Whether the weights of an adapter are kept, so that its basis is in the model."""
+    return (origin.location, origin.subfolder) in (_KEPT.get() or {})
+
+
+def kept_weights(origin: AdapterOrigin) -> dict[str, Tensor] | None:
+    """The weights that were kept of an adapter, which are let go; None if there are none."""
+    return (_KEPT.get() or {}).pop((origin.location, origin.subfolder), None)
+
+
+def load_whole(origin: AdapterOrigin, load: Callable[[str], Loaded]) -> Loaded:
+    """What a loader makes of an adapter, of which others may be saving a new version.
+
+    Args:
+        origin: Where the adapter is.
+        load: Is given the location, or where its content stands while a writer replaces it.
+    """
+    with keeping_weights():
+        if (root := _root_of(origin)) is None:
+            return load(origin.location)
+        location = Path(os.path.abspath(origin.location))
+
+        def load_at(place: Path) -> Loaded:
+            moved = place != root and location.is_relative_to(root)
+            return load(str(place / location.relative_to(root)) if moved else origin.location)
+
+        return retrying_when_replaced(root, INDEX_FILE, load_at)
+
+
+def in_folder_of_bases(origin: AdapterOrigin) -> bool:
+    """Whether an adapter is in a folder of this machine that has bases beside it."""
+    return _root_of(origin) is not None
+
+
+def _root_of(origin: AdapterOrigin) -> Path | None:
+    """The folder of this machine that has the bases of an adapter, which is replaced as a whole; None without one."""
+    folder = Path(os.path.abspath(origin.folder))
+    candidates = (folder, folder.parent, folder.parent.parent)
+    return next((candidate for candidate in candidates if holds(candidate, SUBSPACE_FILE)), None)
+
+
 def _read_adapter(origin: AdapterOrigin, config: ShareConfig, loaded: Mapping[str, BasisFile | None]) -> StoredAdapter:
+    """What is stored with an adapter, all of it of one version of its folder or one commit of its repository."""
+    if (root := _root_of(origin)) is None:
+        return _read_version(_pinned(origin), config, loaded)
+    within = Path(os.path.abspath(origin.folder)).relative_to(root)
+
+    def read(place: Path) -> StoredAdapter:
+        here = origin if place == root else AdapterOrigin(str(place / within))
+        return _read_version(here, config, loaded)
+
+    return reading_whole(root, INDEX_FILE, read)
+
+
+def _pinned(origin: AdapterOrigin) -> AdapterOrigin:
+    """The place of an adapter in a repository at the commit that its revision is now; as it is where there is none."""
+    if Path(origin.location).is_dir():
+        return origin
+    for candidate in _places_beside(origin):
+        with suppress(EntryNotFoundError):
+            found = hf_hub_download(
+                origin.location, str(candidate / INDEX_FILE), dry_run=True, **origin.download_options
+            )
+            return replace(origin, download_options={**origin.download_options, "revision": found.commit_hash})
+    return origin
+
+
+def _places_beside(origin: AdapterOrigin) -> list[PurePosixPath]:
+    """Where the bases of an adapter of a repository may be: in its folder, the parent or the grandparent."""
+    place = PurePosixPath(origin.subfolder or ".")
+    return list(dict.fromkeys((place, place.parent, place.parent.parent)))
+
+
+def _read_version(origin: AdapterOrigin, config: ShareConfig, loaded: Mapping[str, BasisFile | None]) -> StoredAdapter:
     path = _find_beside_adapter(origin)
     index = read_index(path.parent) if (path.parent / INDEX_FILE).is_file() else None
     if index is None:
@@ -228,13 +298,14 @@ def _read_adapter(origin: AdapterOrigin, config: ShareConfig, loaded: Mapping[st
         stored = StoredAdapter(index.modules, basis_file=BasisFile.at(path, checksum))
     place = _weights_file(origin, index)
     is_own = Path(origin.location).is_dir() and not (index is not None and index.is_tree)
-    weights = _check_weights(place, config, stored.modules, index, is_own=is_own)
+    weights = check_weights(place, config, stored.modules, index, is_own=is_own)
     stored = replace(
         stored,
-        adapted=weights.adapted or None,
+        adapted=weights.adapted,
         head=weights.head,
         embeddings=weights.embeddings,
         fingerprints=weights.fingerprints,
+        weights=with_fingerprints(weights.tensors, origin),
     )
     if index is not None:
         _check_against_tree(origin, config, place, path.parent, index)
@@ -260,8 +331,7 @@ def _find_beside_adapter(origin: AdapterOrigin) -> Path:
             if (path := candidate / SUBSPACE_FILE).is_file():
                 return path
     elif not Path(origin.location).is_dir():
-        place = PurePosixPath(origin.subfolder or ".")
-        for candidate in dict.fromkeys((place, place.parent, place.parent.parent)):
+        for candidate in _places_beside(origin):
             try:
                 index = _fetch(origin, str(candidate / INDEX_FILE), MAX_JSON_BYTES)
                 return _fetch(origin, str(candidate / SUBSPACE_FILE), read_index(index.parent).basis_bytes())
@@ -289,79 +359,6 @@ def _weights_file(origin: AdapterOrigin, index: TreeIndex | None) -> Path:
     raise ValueError(f"{origin.location}: no {name}, expected the coefficients of a task as safetensors")
 
 
-def _check_weights(
-    path: Path,
-    config: ShareConfig,
-    modules: Mapping[str, ModuleEntry],
-    index: TreeIndex | None,
-    *,
-    is_own: bool,
-) -> _Weights:
-    """Check every weight of an adapter: whatever has a name of the model's is loaded into it.
-
-    Args:
-        path: The file.
-        config: The adapter's configuration.
-        modules: Shapes of the layers and bases of its subspace.
-        index: That of the folder; None if there is none.
-        is_own: Whether this is a checkpoint in a folder of the user's, whose embeddings may go into the base model.
-
-    Raises:
-        ValueError: Naming a weight that is not one of the adapter's phase or of its `modules_to_save`.
-    """
-    of_tree = index is not None and index.is_tree
-    if of_tree and config.phase != Phase.COEFFICIENTS:
-        raise ValueError(f"{path.parent}: phase is {config.phase!r}, expected 'coefficients' for a task of a tree")
-    tensors = read_tensors(path) if path.suffix == ".safetensors" else read_pickled_tensors(path)
-    if not of_tree:  # of a model that its user may have cast before saving it
-        tensors = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
-    weights, saved = _Weights(), saved_names(config.modules_to_save, config.task_type)
-    for name, tensor in tensors.items():
-        plain = name.removeprefix(PEFT_PREFIX)
-        module, _, part = plain.rpartition(".")
-        in_base = _COPY.sub("", plain)
-        if is_own and embedding_of(in_base) is not None and f"{PEFT_PREFIX}{in_base}" in tensors:
-            if in_base == plain:
-                kept = weights.embeddings if saved_module_of(plain, saved) is None else weights.head
-                kept[plain] = tuple(tensor.shape)
-        elif not part.startswith("share_"):
-            weights.head[name.removeprefix(PEFT_PREFIX)] = tuple(tensor.shape)
-        elif module not in modules:
-            raise ValueError(f"{path}: {name!r} is of no module of {SUBSPACE_FILE}, it has {len(modules)}")
-        else:
-            _check_part(path, tensors, name, part, modules[module], config)
-            if part == FINGERPRINT:
-                weights.fingerprints[module] = tensor
-            elif config.phase == Phase.COEFFICIENTS:
-                weights.adapted.add(module)
-    unmarked = weights.adapted - weights.fingerprints.keys()
-    if unmarked and index is not None and index.has_fingerprints:
-        raise ValueError(f"{path}: {sorted(unmarked)[0]!r} has coefficients but no {FINGERPRINT}, expected both")
-    check_head_names(path, weights.head, saved)
-    return weights
-
-
-def _check_part(
-    path: Path, tensors: Mapping[str, Tensor], name: str, part: str, module: ModuleEntry, config: ShareConfig
-) -> None:
-    """Check a tensor of a module by what the adapter's phase has there."""
-    if part not in _PARTS[config.phase]:
-        raise ValueError(
-            f"{path}: {name!r} is unexpected in phase {config.phase.value!r}, expected {sorted(_PARTS[config.phase])}"
-        )
-    side = 0 if part.endswith("_out") else 1
-    shape = tuple(tensors[name].shape)
-    if part == FINGERPRINT:
-        if shape != (8,):
-            raise ValueError(f"{path}: {name!r} has shape {shape}, expected (8,)")
-    elif part.startswith("share_temporary"):
-        if len(shape) != 2 or shape[0] != module.shape[side]:
-            raise ValueError(f"{path}: {name!r} has shape {shape}, expected ({module.shape[side]}, any rank)")
-    elif config.phase == Phase.COEFFICIENTS:
-        p = rank_in_layer(config.pseudo_rank, module.shape)
-        expect_tensor(path, tensors, name, (module.num_components[side], p))
-
-
 def _check_against_tree(
     origin: AdapterOrigin, config: ShareConfig, weights: Path, root: Path, index: TreeIndex
 ) -> None:
@@ -369,7 +366,8 @@ def _check_against_tree(
     task = next((task for task in index.tasks if root / task_folder(task) == weights.parent), None)
     if task is None:  # a checkpoint of the user's own
         return
-    _fetch(origin, f"{task_folder(task)}/{METRICS_FILE}", MAX_JSON_BYTES)
+    for name in (CONFIG_NAME, METRICS_FILE):  # PEFT may have read the configuration at an older commit
+        _fetch(origin, f"{task_folder(task)}/{name}", MAX_JSON_BYTES)
     check_task_files(root, index, task)
     if config.base_model_name_or_path != index.base_model_name_or_path:
         raise ValueError(

@@ -16,19 +16,21 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from ..format.basis_file import StoredBasis
+from ..format.basis_file import BasisFile, StoredBasis
 from ..format.module_names import without_wrappers
+from ..format.patterns import without_slow_patterns
 from ..format.saved_modules import saved_module_of
 from ..format.task_files import FINGERPRINT
 from ..subspace import smaller_layers
 from .combining import combined_coefficients, combined_config
-from .config import AdapterOrigin, GivenBases, ShareConfig
+from .config import AdapterOrigin, ShareConfig
 from .head import check_apart, check_head
 from .layer import Linear, ShareLayer, offload_hook_of, placeholder_basis
-from .loading import StoredAdapter, stored_adapter
+from .loading import StoredAdapter, keep_weights, stored_adapter
 from .lora_only import check_options
 from .placement import call_layers_of, check_held_once, check_reached
 from .quantization import check_supported, keep_4bit_weights_differentiable
+from .renaming import adapter_named_as_in
 
 
 logger = logging.get_logger(__name__)
@@ -146,10 +148,15 @@ class ShareModel(BaseTuner):
             )
         keep_4bit_weights_differentiable(model)
         layers = share_layers(model)
-        self._stored = stored_adapter(peft_config, {name: layer.basis_file for name, layer in layers.items()})
-        _check_modules(model, self._stored, from_file=isinstance(peft_config.origin, AdapterOrigin))
-        if isinstance(peft_config.origin, GivenBases):
+        self._stored = adapter_named_as_in(model, stored_adapter(peft_config, basis_files(model)))
+        _check_modules(model, self._stored, from_file=bool(self._stored.weights))
+        if isinstance(peft_config.origin, AdapterOrigin):
+            keep_weights(peft_config.origin, self._stored.weights)
+        else:
             peft_config.origin = None  # the layers have them now; a configuration would keep them alive past a merge
+        if (adapted := self._stored.adapted) is not None:
+            # Nothing need be matched now; later something may.
+            vars(peft_config).update(without_slow_patterns(vars(peft_config), adapted))
         if (head := self._stored.head) is not None:
             check_head(model, peft_config.modules_to_save or [], head)
             saved = {name for config in self.peft_config.values() for name in config.modules_to_save or []}
@@ -169,11 +176,9 @@ class ShareModel(BaseTuner):
         """
         if saved_module_of(f"{without_wrappers(key)}.", config.modules_to_save or []) is not None:
             return False
-        targeted = super()._check_target_module_exists(config, key)
         if self._stored.adapted is None:
-            return targeted
-        # What is falsy may be PEFT's mark of an excluded module.
-        return without_wrappers(key) in self._stored.adapted or (False if targeted else targeted)
+            return super()._check_target_module_exists(config, key)
+        return without_wrappers(key) in self._stored.adapted
 
     def _create_and_replace(
         self,
@@ -262,10 +267,11 @@ class ShareModel(BaseTuner):
         if not isinstance(config, ShareConfig):
             raise ValueError(f"{origin.folder}: is {config.peft_type}, expected SHARE as adapter {adapter_name!r} is")
         layers = share_layers(self.model)
-        stored = stored_adapter(config, {name: layer.basis_file for name, layer in layers.items()})
+        stored = adapter_named_as_in(self.model, stored_adapter(config, basis_files(self.model)))
         if stored.head is not None:
             check_head(self.model, self.peft_config[adapter_name].modules_to_save or [], stored.head)
         _check_same_dimensions(config, f"{origin.folder}", self.peft_config[adapter_name], f"adapter {adapter_name!r}")
+        keep_weights(origin, stored.weights)
         others = [layer for layer in layers.values() if set(layer.tasks) - {adapter_name}]
         changed = {
             name: basis
@@ -366,6 +372,11 @@ def share_layers(model: nn.Module) -> dict[str, ShareLayer]:
     """All Share layers of a model by the name of their module in the base model, whatever wraps it."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return {without_wrappers(name): module for name, module in base.named_modules() if isinstance(module, ShareLayer)}
+
+
+def basis_files(model: nn.Module) -> dict[str, BasisFile | None]:
+    """By layer, the file that its basis was read from."""
+    return {name: layer.basis_file for name, layer in share_layers(model).items()}
 
 
 def stored_bases(model: nn.Module) -> dict[str, StoredBasis]:

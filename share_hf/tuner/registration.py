@@ -15,14 +15,24 @@ from huggingface_hub import constants, hf_hub_download
 from peft import PeftConfig, PeftModel, peft_model
 from peft import utils as peft_utils
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, hotswap, save_and_load
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, hotswap, infer_device, save_and_load
 from torch import nn
 from transformers import PreTrainedModel
 
 from .config import SHARE, ShareConfig
-from .loading import fingerprints_of, origin_of, remember_origins, with_fingerprints
+from .loading import (
+    are_kept,
+    fingerprints_of,
+    in_folder_of_bases,
+    kept_weights,
+    load_whole,
+    origin_of,
+    remember_origins,
+    stored_adapter,
+    with_fingerprints,
+)
 from .lora_only import advise_on_functions_of_lora, refuse
-from .model import ShareModel, stored_bases
+from .model import ShareModel, basis_files, stored_bases
 from .saving import check_no_remote_tree, check_no_tree, check_same_bases, write_bases
 
 
@@ -139,10 +149,16 @@ def _load_bases_with_given_configs() -> None:
         cls: type[PeftModel], model: nn.Module, model_id: str | os.PathLike, *args: Any, **kwargs: Any
     ) -> PeftModel:
         call = inspect.signature(original).bind(cls, model, model_id, *args, **kwargs)
-        if isinstance(config := call.arguments.get("config"), ShareConfig):
-            call.arguments["config"] = copy.copy(config)
-            call.arguments["config"].origin = origin_of(model_id, call.arguments.get("kwargs", {}))
-        return original(*call.args, **call.kwargs)
+        options, config = call.arguments.get("kwargs", {}), call.arguments.get("config")
+
+        def load(location: str) -> PeftModel:
+            call.arguments["model_id"] = location
+            if isinstance(config, ShareConfig):
+                call.arguments["config"] = copy.copy(config)
+                call.arguments["config"].origin = origin_of(location, options)
+            return original(*call.args, **call.kwargs)
+
+        return load_whole(origin_of(model_id, options), load)
 
     PeftModel.from_pretrained = classmethod(from_pretrained)
 
@@ -155,28 +171,54 @@ def _load_bases_with_adapters_that_are_there() -> None:
     def load_adapter(
         self: PeftModel, model_id: str | os.PathLike, adapter_name: str, *args: Any, **kwargs: Any
     ) -> Any:
-        if isinstance(self.peft_config.get(adapter_name), ShareConfig):
-            self.base_model.take_basis(adapter_name, origin_of(model_id, kwargs))
-        return original(self, model_id, adapter_name, *args, **kwargs)
+        def load(location: str) -> Any:
+            origin = origin_of(location, kwargs)
+            # A model that was just made for the adapter has its basis.
+            if isinstance(self.peft_config.get(adapter_name), ShareConfig) and not are_kept(origin):
+                self.base_model.take_basis(adapter_name, origin)
+            return original(self, location, adapter_name, *args, **kwargs)
+
+        return load_whole(origin_of(model_id, kwargs), load)
 
     PeftModel.load_adapter = load_adapter
 
 
 def _check_coefficients_of_transformers() -> None:
-    """Let transformers' `load_adapter` compare coefficients in memory with the bases, and find those beside files."""
+    """Let transformers' `load_adapter` compare coefficients with the bases, and load those that were checked."""
     original = PreTrainedModel.load_adapter
 
     @functools.wraps(original)
     def load_adapter(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         call = inspect.signature(original).bind(self, *args, **kwargs)
-        if isinstance(config := call.arguments.get("peft_config"), ShareConfig):
+        weights, location = call.arguments.get("adapter_state_dict"), call.arguments.get("peft_model_id")
+        config = call.arguments.get("peft_config")
+        if weights is not None and isinstance(config, ShareConfig):
             config = call.arguments["peft_config"] = copy.copy(config)
-            if (weights := call.arguments.get("adapter_state_dict")) is not None:
-                config.fingerprints = fingerprints_of(weights)
-            elif (location := call.arguments.get("peft_model_id")) is not None:
-                options = {**call.arguments.get("kwargs", {}), **(call.arguments.get("adapter_kwargs") or {})}
-                config.origin = origin_of(location, options)
-        return original(*call.args, **call.kwargs)
+            config.fingerprints = fingerprints_of(weights)
+        if weights is not None or location is None:
+            return original(*call.args, **call.kwargs)
+        options = {**call.arguments.get("kwargs", {}), **(call.arguments.get("adapter_kwargs") or {})}
+        origin = origin_of(location, options)
+        if not isinstance(config, ShareConfig) and not in_folder_of_bases(origin):
+            return original(*call.args, **call.kwargs)
+
+        def load(place: str) -> Any:
+            here = origin_of(place, options)
+            of_adapter = config or PeftConfig.from_pretrained(place, subfolder=here.subfolder)
+            if not isinstance(of_adapter, ShareConfig):
+                return original(*call.args, **call.kwargs)
+            of_adapter = copy.copy(of_adapter)
+            of_adapter.origin = here
+            stored = stored_adapter(of_adapter, basis_files(self))
+            of_adapter.origin = stored
+            call.arguments |= {
+                "peft_model_id": None,
+                "peft_config": of_adapter,
+                "adapter_state_dict": dict(stored.weights),
+            }
+            return original(*call.args, **call.kwargs)
+
+        return load_whole(origin, load)
 
     PreTrainedModel.load_adapter = load_adapter
 
@@ -191,6 +233,11 @@ def _prepare_weights() -> None:
     @functools.wraps(original)
     def load_peft_weights(model_id: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         origin = origin_of(model_id, kwargs)
+        if (kept := kept_weights(origin)) is not None:
+            if kwargs.get("key_mapping"):
+                _check_not_renamed(original(model_id, *args, **kwargs), kept)
+            device = args[0] if args else kwargs.get("device")
+            return {name: weight.to(device or infer_device()) for name, weight in kept.items()}
         subfolder = kwargs.get("subfolder")
         if subfolder is not None and constants.HF_HUB_OFFLINE and not Path(model_id).is_dir():
             names = ("revision", "cache_dir", "repo_type")

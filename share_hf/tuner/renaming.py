@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
+from typing import TypeVar
 
 from peft import PeftModel
 from torch import nn
@@ -11,8 +12,12 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-from ..format.module_names import without_wrappers
+from ..format.module_names import PEFT_PREFIX, without_wrappers
 from ..state import SubspaceState
+from .loading import StoredAdapter
+
+
+Value = TypeVar("Value")
 
 
 def named_as_in(model: nn.Module, state: SubspaceState) -> SubspaceState:
@@ -38,6 +43,32 @@ def named_as_in(model: nn.Module, state: SubspaceState) -> SubspaceState:
         for task, info in state.tasks.items()
     }
     return replace(state, layers=dict(sorted(layers.items())), tasks=tasks)
+
+
+def adapter_named_as_in(model: nn.Module, stored: StoredAdapter) -> StoredAdapter:
+    """An adapter from a file whose modules, head and weights have the names of a model; else as `named_as_in`."""
+    if not isinstance(model, PreTrainedModel) or not stored.weights:
+        return stored
+    heads = {name.rpartition(".")[0] for name in stored.head or ()}
+    names = {without_wrappers(name) for name, _ in model.named_modules()}
+    missing = (stored.modules.keys() | heads) - names
+    renamed = _current_names(model, missing, names - stored.modules.keys()) if missing else {}
+    if not renamed:
+        return stored
+
+    def of_modules(values: Mapping[str, Value]) -> dict[str, Value]:
+        return {renamed.get(module, module): value for module, value in values.items()}
+
+    weights = {name.removeprefix(PEFT_PREFIX): weight for name, weight in stored.weights.items()}
+    return replace(
+        stored,
+        modules=of_modules(stored.modules),
+        bases=of_modules(stored.bases),
+        adapted=None if stored.adapted is None else {renamed.get(module, module) for module in stored.adapted},
+        fingerprints=of_modules(stored.fingerprints),
+        head={_renamed_weight(name, renamed): shape for name, shape in (stored.head or {}).items()},
+        weights={f"{PEFT_PREFIX}{_renamed_weight(name, renamed)}": weight for name, weight in weights.items()},
+    )
 
 
 def _current_names(model: PreTrainedModel, modules: Collection[str], free: Collection[str]) -> dict[str, str]:

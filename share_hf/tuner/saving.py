@@ -16,9 +16,10 @@ from peft.utils import CONFIG_NAME
 
 from ..format.basis_file import SUBSPACE_FILE, StoredBasis, basis_tensors, fingerprint_of_all, read_bases
 from ..format.download import download
-from ..format.files import MAX_JSON_BYTES, FolderWriter, read_json, restore_folder, tensor_bytes
+from ..format.files import MAX_JSON_BYTES, FolderWriter, read_json, tensor_bytes
 from ..format.index import INDEX_FILE, ModuleEntry, TreeIndex, index_bytes, read_index
 from ..format.names import listing
+from ..format.replacing import standing_at
 from ..format.task_files import TASKS_FOLDER
 from .config import SHARE, ShareConfig
 
@@ -29,11 +30,10 @@ def check_no_tree(folder: Path) -> None:
     Raises:
         ValueError: Naming the tree.
     """
-    restore_folder(folder)  # a tree that a crash left aside, where a new folder would take its place
     of_task = folder.absolute().parent
     trees = [folder, *([of_task.parent] if of_task.name == TASKS_FOLDER else [])]
     for tree in trees:
-        if _is_tree(tree):
+        if _is_tree(standing_at(tree)):
             raise ValueError(
                 f"{folder}: {tree} holds a shared subspace, which the adapters of a model would overwrite; expected "
                 "another folder. Save a subspace by SharedSubspace.save_pretrained or ShareTrainer; add an adapter to "

@@ -17,6 +17,7 @@ import pytest
 
 import share_hf.card.tree as card_tree
 import share_hf.format.files as files
+import share_hf.format.replacing as replacing
 from share_hf import SharedSubspace
 from share_hf.card import write_tree
 from share_hf.format.files import FolderWriter
@@ -176,7 +177,7 @@ def cut_off(rename: int) -> Iterator[None]:
     """The process stops in the block, as if killed, before this one of the renames; nothing is tidied up after it."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interruption):
         patch.setattr(Path, "rename", interrupting(Path.rename, rename))
-        patch.setattr(files.shutil, "rmtree", lambda *args, **kwargs: None)
+        patch.setattr(replacing.shutil, "rmtree", lambda *args, **kwargs: None)
         yield
 
 
@@ -209,7 +210,7 @@ def test_what_a_cut_off_save_left_is_tidied_up_by_the_next(newer: SharedSubspace
     with cut_off(2):
         newer.save_pretrained(tree)
     assert not notes.exists()
-    assert siblings(tree) == [".tree.old", "tree"]
+    assert siblings(tree) == [".tree.share_hf", "tree"]
     newer.save_pretrained(tree)
     assert notes.read_text() == "mine"
     assert (tree / "mine" / "data.bin").read_bytes() == b"data"

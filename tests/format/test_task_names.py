@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 
 from share_hf import ShareCallback, SharedSubspace
-from share_hf.format.names import check_task_name
+from share_hf.format.names import check_stored_names, check_task_name
 
 
 UNUSABLE = ["", "a.b", "a/b", "../up", "with space", "-first", "_first", "ünicode", "x" * 65, "new\nline", "a\n"]
 RESERVED = ["main", "default", "ref", "HEAD", "head", "Main", "step-0001-x", "step-9999-", "STEP-0001-x"]
 COMMITS = ["a" * 40, "0123456789abcdef0123456789abcdef01234567", "A" * 40]
+DEVICES = ["con", "NUL", "Aux", "prn", "com1", "LPT9"]
+PARAMETERS = ["weight", "bias"]
 ATTRIBUTES = ["train", "eval", "type", "keys", "update", "values", "items", "pop", "forward", "to", "copy", "get"]
 
 
-@pytest.mark.parametrize("name", [*UNUSABLE, *RESERVED, *COMMITS, *ATTRIBUTES])
+@pytest.mark.parametrize("name", [*UNUSABLE, *RESERVED, *COMMITS, *DEVICES, *PARAMETERS, *ATTRIBUTES])
 def test_a_name_that_some_part_of_the_stack_could_not_carry_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="task name") as refusal:
         check_task_name(name)
@@ -31,7 +34,23 @@ def test_a_name_that_is_no_string_is_refused(name: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["a", "0", "MRPC", "sst-2_v1", "x" * 64, "a" * 39, "g" * 40, "step-1-x", "step-0001", "mains", "heads"]
+    "name",
+    [
+        "a",
+        "0",
+        "MRPC",
+        "sst-2_v1",
+        "x" * 64,
+        "a" * 39,
+        "g" * 40,
+        "step-1-x",
+        "step-0001",
+        "mains",
+        "heads",
+        "console",
+        "com10",
+        "Bias",
+    ],
 )
 def test_any_other_name_is_taken(name: str) -> None:
     check_task_name(name, taken=["other"])
@@ -63,3 +82,24 @@ def test_a_callback_refuses_a_name_when_it_is_made(subspace: SharedSubspace) -> 
         ShareCallback("main")
     with pytest.raises(ValueError, match="'mrpc' exists already"):
         ShareCallback("mrpc", subspace)
+
+
+@pytest.mark.parametrize("name", [*DEVICES, *PARAMETERS])
+def test_trees_that_were_saved_with_such_a_name_are_still_read(name: str) -> None:
+    check_stored_names(["mrpc", name])
+
+
+@pytest.mark.parametrize("names", [["a", "b", "A"], ["a", "b", "a"], ["a", "main"], ["a", "../b"], ["a", 3]])
+def test_the_names_in_a_tree_are_checked(names: list[str]) -> None:
+    with pytest.raises(ValueError, match="task"):
+        check_stored_names(names)
+
+
+def test_the_time_for_names_grows_with_their_number_alone() -> None:
+    def seconds(count: int) -> float:
+        names = [f"task-{number}" for number in range(count)]
+        started = time.perf_counter()
+        check_stored_names(names)
+        return time.perf_counter() - started
+
+    assert min(seconds(40_000) for _ in range(3)) < 20 * min(seconds(10_000) for _ in range(3))

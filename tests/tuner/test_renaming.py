@@ -71,6 +71,36 @@ def test_a_head_of_an_older_transformers_is_loaded_too(llava: LlavaForConditiona
     assert_close(logits(subspace_of(folder).apply(copy.deepcopy(llava))), expected)
 
 
+@pytest.mark.parametrize("saved", [None, ["lm_head"]])
+def test_the_loaders_of_peft_and_transformers_rename_too(
+    saved: list[str] | None, llava: LlavaForConditionalGeneration, tmp_path: Path
+) -> None:
+    folders = []
+    for seed, name in enumerate(("one", "two")):
+        config = lora_config(target_modules=TARGETS, modules_to_save=saved)
+        folders.append(save_adapter(named(copy.deepcopy(llava)), tmp_path / name, config, seed))
+    expected = [plain_logits(copy.deepcopy(llava), folder) for folder in folders]
+    for path in (folder / "adapter_model.safetensors" for folder in folders):
+        old = {
+            as_before_4_52(key).replace("model.lm_head", "model.language_model.lm_head"): key
+            for key in load_file(path)
+        }
+        save_file({name: load_file(path)[key] for name, key in old.items()}, path)
+    subspace_of(*folders).save_pretrained(tmp_path / "tree")
+    model = PeftModel.from_pretrained(
+        copy.deepcopy(llava), tmp_path / "tree", subfolder="tasks/one", adapter_name="one"
+    ).eval()
+    assert_close(logits(model), expected[0])
+    model.load_adapter(tmp_path / "tree" / "tasks" / "two", "two")
+    model.set_adapter("two")
+    assert_close(logits(model), expected[1])
+    model.load_adapter(tmp_path / "tree" / "tasks" / "two", "two")
+    assert_close(logits(model), expected[1])
+    by_transformers = copy.deepcopy(llava)
+    by_transformers.load_adapter(str(tmp_path / "tree" / "tasks" / "one"), "one")
+    assert_close(logits(by_transformers), expected[0])
+
+
 def test_what_the_model_has_no_name_for_is_refused(
     llava: LlavaForConditionalGeneration, old_adapter: Path, tiny_model: Callable[[str], PreTrainedModel]
 ) -> None:

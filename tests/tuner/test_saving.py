@@ -386,3 +386,20 @@ def test_it_is_refused_by_a_model_without_these_tokens(
     with pytest.raises(ValueError, match=r"resize_token_embeddings\(80\)"):
         PeftModel.from_pretrained(other, tmp_path / "one")
     assert all(torch.equal(parameter, before[name]) for name, parameter in other.named_parameters())
+
+
+def test_a_model_whose_lm_head_is_adapted_comes_back_with_the_copy_that_peft_saves_of_it(
+    tiny_model: Callable[[str], PreTrainedModel], tmp_path: Path
+) -> None:
+    model = with_tasks(tiny_model("llama"), LLAMA, "default", "two", target_modules=["q_proj", "lm_head"])
+    model.save_pretrained(tmp_path)
+    assert "base_model.model.lm_head.base_layer.weight" in load_file(tmp_path / "adapter_model.safetensors")
+    loaded = PeftModel.from_pretrained(tiny_model("llama"), tmp_path)
+    loaded.load_adapter(tmp_path / "two", "two")
+    for name in ("default", "two"):
+        for one in (model, loaded):
+            one.set_adapter(name)
+        assert_close(logits(loaded.eval(), LLAMA.batch()), logits(model, LLAMA.batch()))
+    by_transformers = tiny_model("llama")
+    by_transformers.load_adapter(str(tmp_path / "two"), "two")
+    assert_close(logits(by_transformers, LLAMA.batch()), logits(model, LLAMA.batch()))

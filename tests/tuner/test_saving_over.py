@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from share_hf import SharedSubspace
 from share_hf.tuner.transfer import state_of
-from tests.trees import files_of
+from tests.trees import files_of, leave_aside
 
 from .cases import LLAMA, logits, with_random_bases, with_tasks
 
@@ -46,10 +46,11 @@ def test_a_model_is_not_saved_into_the_tree_of_a_subspace(
 
 def test_a_tree_that_a_crash_left_aside_is_not_taken_for_gone(tree: Path, tiny_model: Base) -> None:
     before = files_of(tree)
-    tree.rename(tree.with_name(".tree.old"))
+    leave_aside(tree)
     with pytest.raises(ValueError, match="holds a shared subspace"):
         with_tasks(tiny_model("llama"), LLAMA, "one").save_pretrained(tree)
-    assert files_of(tree) == before
+    assert files_of(tree.with_name(".tree.share_hf") / "old") == before
+    assert SharedSubspace.from_pretrained(tree).tasks == ("one", "two")
 
 
 def test_a_tree_with_a_damaged_index_is_not_written_over(tree: Path, tiny_model: Base) -> None:

@@ -1,0 +1,67 @@
+"""One writer at a time: a lock on a folder that a dead process does not keep."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from pathlib import Path
+
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+# What a file system answers that knows no locks, such as some network ones.
+_UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+
+# Folders that this thread holds: whoever holds one may ask for it again.
+_HELD: ContextVar[frozenset[Path]] = ContextVar("_HELD", default=frozenset())
+
+
+@contextmanager
+def holding(folder: Path) -> Iterator[None]:
+    """Hold a folder, there or not, against other writers; wait for one that holds it.
+
+    The lock is a file beside the folder, which is gone when nobody holds it. Where the platform or the file system
+    has no locks, nothing is held.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    folder = Path(os.path.realpath(folder))
+    if fcntl is None or folder in _HELD.get():
+        yield
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    path = folder.with_name(f".{folder.name}.share_hf.lock")
+    descriptor = _locked(path)
+    token = _HELD.set(_HELD.get() | {folder})
+    try:
+        yield
+    finally:
+        _HELD.reset(token)
+        with suppress(OSError):
+            if not os.fstat(descriptor).st_size:  # one that has content is not ours
+                path.unlink()
+        os.close(descriptor)
+
+
+def _locked(path: Path) -> int:
+    """A descriptor of the file that is there now, locked; its last holder may have removed the one waited for."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno in _UNSUPPORTED:
+                return descriptor
+            os.close(descriptor)
+            raise
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        os.close(descriptor)

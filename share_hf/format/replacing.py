@@ -1,0 +1,256 @@
+"""Replacing a folder as a whole: a crash leaves the old one or the new one, and readers see one of the two.
+
+While somebody writes `folder`, its workshop `.<folder>.share_hf` stands beside it. It holds the new folder until that
+is whole, and the old one until what else that held has moved over. There may be one writer at a time, who holds the
+folder's lock, and any number of readers, who write nothing: between the two renames of a replacement they read the
+old folder in the workshop.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+from typing import TypeVar
+
+from .files import flush_folder, naming
+from .lock import holding
+
+
+Read = TypeVar("Read")
+
+# In a workshop of ours; a folder of that name without it is somebody else's.
+_MARK = "share_hf.txt"
+_MARK_TEXT = "share_hf keeps a folder here while it replaces it. The next save tidies up what a crash left.\n"
+_ATTEMPTS = 100  # of a reader, each as long as a save
+_NOT_RENAMED = {errno.EBUSY, errno.EXDEV}
+
+
+@contextmanager
+def replacing_folder(folder: Path, written: Callable[[Path], Collection[str]]) -> Iterator[Path]:
+    """A scratch folder that takes the place of `folder` when the block ends without an error.
+
+    The old folder is there until the new one is whole and on disk: it is renamed aside, the new one into place, what
+    else it held moved over, and only then deleted.
+
+    Args:
+        folder: The folder to replace, or to create.
+        written: Gives the relative paths of the files in a folder that an earlier call wrote. They are replaced or
+            removed; all others stay.
+
+    Raises:
+        ValueError: If the folder cannot be replaced, or a file that nobody wrote here is in the way; naming it.
+    """
+    folder = _real(folder)
+    _check_replaceable(folder)
+    with holding(folder), _workshop(folder) as workshop:
+        recover_folder(folder, written)
+        scratch = Path(tempfile.mkdtemp(prefix="new-", dir=workshop))
+        try:
+            with naming(folder):
+                yield scratch
+                _flush(scratch)
+            _check_not_in_the_way(scratch, folder, written)
+            scratch.chmod(folder.stat().st_mode & 0o7777 if folder.exists() else 0o777 & ~_umask())
+            if folder.exists():
+                _set_aside(folder)
+            scratch.rename(folder)
+            flush_folder(folder.parent)
+            recover_folder(folder, written)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def recover_folder(folder: Path, written: Callable[[Path], Collection[str]]) -> None:
+    """Finish or undo a replacement that was cut off: nothing is lost of what was saved, nor what else was there.
+
+    Args:
+        folder: Held by the caller.
+        written: As for `replacing_folder`.
+    """
+    folder = _real(folder)
+    if not _is_ours(workshop := _workshop_of(folder)):
+        return
+    for scratch in workshop.glob("new-*"):
+        shutil.rmtree(scratch, ignore_errors=True)
+    old = _aside(folder)
+    if not old.exists():
+        return
+    if folder.exists():
+        _move_rest(old, folder, written(old))
+        shutil.rmtree(old)
+    else:
+        old.rename(folder)
+
+
+def standing_at(folder: Path) -> Path:
+    """Where the content of a folder is: in its workshop while a writer replaces it, or where a crash cut that off."""
+    if folder.exists():
+        return folder
+    aside = _aside(_real(folder))
+    # The other way round a writer could end in between.
+    return aside if aside.exists() and _is_ours(aside.parent) and not folder.exists() else folder
+
+
+def holds(folder: Path, name: str) -> bool:
+    """Whether a folder has a file of this name, while a writer may be replacing it."""
+    return _version_of(folder, name) is not None
+
+
+def reading_whole(folder: Path, index: str, read: Callable[[Path], Read]) -> Read:
+    """What a function reads of one version of a folder that others may be replacing.
+
+    Args:
+        folder: The folder.
+        index: Name of a file in it that is another one in each version.
+        read: Reads, where the folder stands. It is called again if the folder was replaced meanwhile.
+
+    Raises:
+        ValueError: If the folder is replaced each time; also whatever `read` raises of a version that stayed.
+    """
+    for _ in range(_ATTEMPTS):
+        place = standing_at(folder)
+        before = _identity(place / index)
+        try:
+            found = read(place)
+        except (ValueError, OSError, RuntimeError):
+            if _identity(place / index) == before == _version_of(folder, index):
+                raise  # nothing has moved
+        else:
+            if _version_of(folder, index) == before:
+                return found
+    raise ValueError(f"{folder} was replaced {_ATTEMPTS} times while it was read, expected a quieter moment")
+
+
+def retrying_when_replaced(folder: Path, index: str, action: Callable[[Path], Read]) -> Read:
+    """The outcome of an action that reads a folder. It is tried again if it failed while the folder was replaced.
+
+    Args:
+        folder: As for `reading_whole`, as is `index`.
+        action: Sees by itself to it that what it reads is of one version. It is not done again after a success.
+    """
+    for _ in range(_ATTEMPTS):
+        place = standing_at(folder)
+        before = _identity(place / index)
+        try:
+            return action(place)
+        except (ValueError, OSError, RuntimeError):
+            if _identity(place / index) == before == _version_of(folder, index):
+                raise  # nothing has moved
+    return action(standing_at(folder))
+
+
+def _version_of(folder: Path, index: str) -> tuple[int, ...] | None:
+    """What tells the version of a folder from every other, wherever it stands; None if it has no such file."""
+    places = (folder, _aside(_real(folder)), folder)  # a writer may end between the first and the second
+    return next((found for place in places if (found := _identity(place / index)) is not None), None)
+
+
+def _identity(path: Path) -> tuple[int, ...] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _check_replaceable(folder: Path) -> None:
+    if Path.cwd().is_relative_to(folder):
+        raise ValueError(f"{folder} is or holds the current folder and would be replaced, expected another folder")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file, expected a folder, or none yet")
+    if os.path.ismount(folder):
+        raise ValueError(_mounted(folder))
+
+
+def _mounted(folder: Path) -> str:
+    return f"{folder} is a mount point, which cannot be replaced as a whole, expected a folder in it"
+
+
+def _check_not_in_the_way(scratch: Path, folder: Path, written: Callable[[Path], Collection[str]]) -> None:
+    if not folder.exists():
+        return
+    ours = set(written(folder))
+    for path in scratch.rglob("*"):
+        name = path.relative_to(scratch).as_posix()
+        if path.is_file() and name not in ours and os.path.lexists(folder / name):
+            raise ValueError(
+                f"{folder / name} is in the way and was not written by share_hf, expected another folder, or that "
+                "file elsewhere"
+            )
+
+
+def _set_aside(folder: Path) -> None:
+    try:
+        folder.rename(_aside(folder))
+    except OSError as error:
+        if error.errno in _NOT_RENAMED:  # a mount of the same file system cannot be told before
+            raise ValueError(_mounted(folder)) from error
+        raise
+
+
+def _move_rest(old: Path, new: Path, ours: Collection[str]) -> None:
+    """Move what is not ours from the old folder to the new one."""
+    ours = set(ours)
+    mixed = {str(parent) for name in ours for parent in PurePosixPath(name).parents}
+    folders = [old]
+    while folders:
+        for path in list(folders.pop().iterdir()):
+            name = path.relative_to(old).as_posix()
+            place = new / name
+            if path.is_dir() and not path.is_symlink() and (name in mixed or place.is_dir()):
+                folders.append(path)
+            elif name not in ours and not os.path.lexists(place):
+                place.parent.mkdir(parents=True, exist_ok=True)
+                path.rename(place)
+
+
+@contextmanager
+def _workshop(folder: Path) -> Iterator[Path]:
+    """The workshop of a folder, gone afterwards unless something of value is left in it."""
+    workshop = _workshop_of(folder)
+    workshop.mkdir(exist_ok=True)
+    if not _is_ours(workshop) and any(workshop.iterdir()):
+        raise ValueError(f"{workshop} is in the way and was not made by share_hf, expected no folder of this name")
+    (workshop / _MARK).write_text(_MARK_TEXT, encoding="utf-8")
+    try:
+        yield workshop
+    finally:
+        if [path.name for path in workshop.iterdir()] == [_MARK]:
+            with suppress(OSError):
+                (workshop / _MARK).unlink()
+                workshop.rmdir()
+
+
+def _is_ours(workshop: Path) -> bool:
+    return (workshop / _MARK).is_file()
+
+
+def _workshop_of(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.share_hf")
+
+
+def _aside(folder: Path) -> Path:
+    return _workshop_of(folder) / "old"
+
+
+def _real(folder: Path) -> Path:
+    """The folder itself where `folder` is a link to it or a relative path: it has a name and a parent."""
+    return Path(os.path.realpath(folder))
+
+
+def _flush(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file() and path.stat().st_nlink == 1:  # a linked file is on disk already
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
