@@ -18,7 +18,8 @@ from transformers.utils import logging
 
 from ..engines import check_placement, naming_lost_ranks, on_first_process
 from ..format.names import check_task_name
-from ..shared_subspace import Adapters, SharedSubspace
+from ..format.places import Adapters
+from ..shared_subspace import SharedSubspace
 from ..state import ContinualMetrics, SubspaceState
 from ..subspace import MergeReport
 from ..tuner import ShareConfig
