@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from share_hf import SharedSubspace
 from share_hf.cli import build_parser, commands, main, parse
 from share_hf.cli.tables import size
+from share_hf.state import ContinualMetrics
 from tests.format.test_old_trees import VERSION_1
 from tests.hub_server.fixtures import Hub
 from tests.trees import (
@@ -281,25 +282,15 @@ class TestInfo:
         self, share: Callable[..., Output], share_json: Callable[..., Any], here: Path
     ) -> None:
         subspace = SharedSubspace.from_pretrained("sub")
-        metrics = {
-            "score": "accuracy",
-            "tasks": ["mrpc", "sst2"],
-            "matrix": [[0.75, None], [0.5, 0.875]],
-            "baseline": [None, None],
-            "average": 0.6875,
-            "forgetting": 0.25,
-            "drift": {},
-            "parameters": {},
-            "training": {},
-        }
-        subspace.state.metrics.update(metrics)
+        metrics = ContinualMetrics(tasks=["mrpc", "sst2"], matrix=[[0.75, None], [0.5, 0.875]], baseline=[None, None])
+        subspace.state.metrics.update(metrics.as_dict())
         subspace.save_pretrained("sub")
         _, out, _ = share("info", "sub")
         assert re.search(r"mrpc .* accuracy +0\.750 +0\.500\n", out)
-        assert "average 0.688, forgetting 0.250" in out
+        assert "average 0.688, backward transfer -0.250, forgetting 0.250" in out
         facts = share_json("info", "sub")
         assert facts["scores"]["sst2"] == {"metric": "accuracy", "learned": 0.875, "now": 0.875}
-        assert facts["metrics"] == {"average": 0.6875, "forgetting": 0.25}
+        assert facts["metrics"] == {"average": 0.6875, "forgetting": 0.25, "backward_transfer": -0.25}
 
     def test_suggests_the_folder_that_was_meant(self, share: Callable[..., Output], here: Path) -> None:
         code, out, err = share("info", "sbu")

@@ -47,13 +47,12 @@ def replacing_folder(folder: Path, written: Callable[[Path], Collection[str]]) -
     """
     folder = _real(folder)
     _check_replaceable(folder)
-    with holding(folder), _workshop(folder) as workshop:
+    with naming(folder), holding(folder), _workshop(folder) as workshop:
         recover_folder(folder, written)
         scratch = Path(tempfile.mkdtemp(prefix="new-", dir=workshop))
         try:
-            with naming(folder):
-                yield scratch
-                _flush(scratch)
+            yield scratch
+            _flush(scratch)
             _check_not_in_the_way(scratch, folder, written)
             scratch.chmod(folder.stat().st_mode & 0o7777 if folder.exists() else 0o777 & ~_umask())
             if folder.exists():
@@ -216,13 +215,13 @@ def _workshop(folder: Path) -> Iterator[Path]:
     workshop.mkdir(exist_ok=True)
     if not _is_ours(workshop) and any(workshop.iterdir()):
         raise ValueError(f"{workshop} is in the way and was not made by share_hf, expected no folder of this name")
-    (workshop / _MARK).write_text(_MARK_TEXT, encoding="utf-8")
     try:
+        (workshop / _MARK).write_text(_MARK_TEXT, encoding="utf-8")
         yield workshop
     finally:
-        if [path.name for path in workshop.iterdir()] == [_MARK]:
+        if {path.name for path in workshop.iterdir()} <= {_MARK}:
             with suppress(OSError):
-                (workshop / _MARK).unlink()
+                (workshop / _MARK).unlink(missing_ok=True)
                 workshop.rmdir()
 
 

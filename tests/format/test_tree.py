@@ -16,21 +16,14 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from share_hf import SharedSubspace
+from share_hf.state import ContinualMetrics
 from share_hf.version import __version__
 from tests.tree_fixtures import SaveLora
 from tests.trees import BASE_NAME, assert_same_state, edit_json, files_of
 
 
 MODULES = [f"model.layers.{i}.self_attn.{name}" for i in (0, 1) for name in ("q_proj", "v_proj")]
-METRICS = {
-    "score": "accuracy",
-    "tasks": ["mrpc", "sst2"],
-    "matrix": [[0.9, None], [0.85, 0.75]],
-    "average": 0.8,
-    "forgetting": 0.05,
-    "backward_transfer": -0.05,
-    "forward_transfer": None,
-}
+METRICS = ContinualMetrics(tasks=["mrpc", "sst2"], matrix=[[0.9, None], [0.85, 0.75]], baseline=[None, None]).as_dict()
 
 
 def with_metrics(subspace: SharedSubspace) -> SharedSubspace:
@@ -89,6 +82,8 @@ def test_the_index_tells_what_the_tree_holds(tree: Path) -> None:
         "tasks": ["mrpc", "sst2"],
         "default_task": None,
         "branches": {},
+        "branched": None,
+        "replaced": {},
     }
 
 
