@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,8 @@ from pathlib import Path
 import pytest
 
 
-PACKAGE = Path(__file__).parents[1] / "share_hf"
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "share_hf"
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 
 # The rooms that each one may import from; `DESIGN` calls them the arrows of the house.
@@ -109,3 +111,9 @@ def test_the_package_offers_what_it_lists() -> None:
     names = "ShareCallback ShareConfig ShareTrainer ShareTrainingArguments SharedSubspace"
     assert run.stdout.split()[:-1] == names.split()
     assert {*names.split()} <= {*dir(__import__("share_hf"))}
+
+
+def test_the_readme_names_no_test_that_is_not_there() -> None:
+    named = set(re.findall(r"`(tests/[\w/]+\.py)`", (ROOT / "README.md").read_text(encoding="utf-8")))
+    assert len(named) >= 15
+    assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
