@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from .card import CardOptions, write_tree
-from .format.base_model import base_name, common_base
+from .format.base_model import base_name, common_base, named_alike
 from .format.files import FolderWriter
 from .format.index import INDEX_FILE, read_index
 from .format.lock import holding
@@ -195,18 +195,19 @@ class SharedSubspace:
             logger.warning_once(line)
         return report
 
-    def update_from(self, other: SharedSubspace) -> None:
+    def update_from(self, other: SharedSubspace, *, base_model: str | None = None) -> None:
         """
         Take in what another writer of this subspace has done since the two were one: new tasks, and removed ones.
 
         Args:
             other ([`SharedSubspace`]): Stays as it is.
+            base_model (`str`, *optional*): Name of the base model of both, whatever they call it. Not checked.
 
         Raises:
             ValueError: If it belongs to another base model, has other settings, or another task of a new task's name;
                 the subspace is as before.
         """
-        self._held = reconcile(self.state, other.state)
+        self._held = reconcile(*named_alike(self.state, other.state, base_model))
 
     def remove_task(self, name: str) -> None:
         """Forget a task: its coefficients and head. The basis and the other tasks stay as they are."""
@@ -290,7 +291,7 @@ class SharedSubspace:
         if found.lineage == seen:
             return state
         try:
-            return reconcile(state, read_tree(folder))
+            return reconcile(*named_alike(state, read_tree(folder)))
         except ValueError as error:
             raise ValueError(
                 f"{folder}: somebody else saved there since, and the two cannot be merged: {error}; save to another "
@@ -310,6 +311,7 @@ class SharedSubspace:
         branches: BranchChoice | None = None,
         branch_tolerance: float = 0.05,
         upcoming_tasks: Collection[str] = (),
+        base_model: str | None = None,
         card_template: str | os.PathLike | None = None,
         max_attempts: int = MAX_ATTEMPTS,
     ) -> CommitInfo:
@@ -339,6 +341,8 @@ class SharedSubspace:
             upcoming_tasks (`Collection[str]`, *optional*):
                 Names of tasks that are still to be learned here: the push is refused where somebody else has pushed
                 one of these names.
+            base_model (`str`, *optional*):
+                Name of the base model here and in the repository, whatever they call it. Not checked.
             card_template (`str`, *optional*): A Jinja template of your own for the model card.
             max_attempts (`int`, *optional*, defaults to `50`):
                 How often to merge and push again while others push at the same time.
@@ -362,6 +366,7 @@ class SharedSubspace:
             branches=branches,
             branch_tolerance=branch_tolerance,
             upcoming_tasks=upcoming_tasks,
+            base_model=base_model,
             card_template=None if card_template is None else Path(card_template),
             max_attempts=max_attempts,
         )

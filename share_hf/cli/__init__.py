@@ -146,8 +146,8 @@ def _add_adapters(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_base_model(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--base-model", metavar="ID", help="Of all the adapters, where they call it by several names")
+def _add_base_model(command: argparse.ArgumentParser, of: str = "Of all the adapters") -> None:
+    command.add_argument("--base-model", metavar="ID", help=f"{of}, where they call it by several names")
 
 
 def _add_place(command: argparse.ArgumentParser) -> None:
@@ -205,6 +205,7 @@ def _export(command: argparse.ArgumentParser) -> None:
 def _push(command: argparse.ArgumentParser) -> None:
     command.add_argument("folder", metavar="FOLDER", type=Path, help="Of the subspace")
     command.add_argument("repo_id", metavar="REPO_ID", help="The repository, created if need be")
+    _add_base_model(command, "Of both sides")
     access = command.add_mutually_exclusive_group()
     access.add_argument("--private", action="store_true", default=None, help="Of a repository that is created")
     access.add_argument("--public", dest="private", action="store_false", default=None, help="Of such a repository")
@@ -228,6 +229,7 @@ def _pull(command: argparse.ArgumentParser) -> None:
     command.add_argument("repo_id", metavar="REPO_ID", help="The repository")
     command.add_argument("folder", metavar="FOLDER", type=Path, help="Of the subspace, or where to write one")
     command.add_argument("--revision", help="A task, a step, a branch, a tag or a commit")
+    _add_base_model(command, "Of both sides")
 
 
 # Summary, example and arguments.

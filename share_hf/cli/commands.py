@@ -129,6 +129,7 @@ def push(args: Namespace) -> Outcome:
         token=args.token,
         create_pr=args.create_pr,
         default_task=args.default_task,
+        base_model=args.base_model,
         branches=branch_choice(args.branches),
         branch_tolerance=args.branch_tolerance,
         card_template=args.card_template,
@@ -154,7 +155,7 @@ def pull(args: Namespace) -> Outcome:
         _expect_no_adapter(args.folder)
         subspace = SharedSubspace(SubspaceState(SubspaceSettings()))
     ours, remote = subspace.state, _load(args.repo_id, args, revision=args.revision)
-    subspace.update_from(remote)
+    subspace.update_from(remote, base_model=args.base_model)
     up_to_date = exists and subspace.state.lineage == ours.lineage
     if not up_to_date:
         subspace.save_pretrained(args.folder)

@@ -6,12 +6,14 @@ import os
 import re
 from collections.abc import Collection, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
+from ..state import SubspaceState
 from .files import read_json, sha256_of
 from .names import HUB_ID
 
@@ -74,6 +76,31 @@ def common_base(names: Mapping[str, str | None], base: str | None = None) -> str
         known.add(found)
         base = base if published_name(base) else found
     return base
+
+
+def named_alike(
+    ours: SubspaceState, theirs: SubspaceState, base_model: str | None = None
+) -> tuple[SubspaceState, SubspaceState]:
+    """Two subspaces of one base model, with one name for it.
+
+    Args:
+        ours: A subspace.
+        theirs: Another writer's.
+        base_model: The name, if both are to have it whatever they call their base model; not checked.
+
+    Raises:
+        ValueError: If they may belong to different base models, naming both.
+    """
+    names = ours.base_model_name_or_path, theirs.base_model_name_or_path
+    if base_model is None and None in names:
+        return ours, theirs
+    if base_model is None and not is_same_model(*names):
+        raise ValueError(
+            f"the other subspace belongs to base model {names[1]!r}, expected {names[0]!r}; if both are one model, "
+            "name it with base_model= (share-hf: --base-model)"
+        )
+    name = base_name(base_model) or published_name(names[1]) or names[0]
+    return replace(ours, base_model_name_or_path=name), replace(theirs, base_model_name_or_path=name)
 
 
 def is_same_model(first: str, second: str) -> bool:

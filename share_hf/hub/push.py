@@ -21,7 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers.utils import logging
 
 from ..card import CardOptions, audit_sentences, write_tree
-from ..format.base_model import published_name
+from ..format.base_model import named_alike, published_name
 from ..format.files import FolderWriter
 from ..format.index import TreeIndex, read_index
 from ..format.task_files import METRICS_FILE, task_folder
@@ -57,6 +57,7 @@ class PushOptions:
         branches: Which tasks get a branch, as for `branches.plan_branches`.
         branch_tolerance: Relative drift since its branch was written from which a task's branch is written again.
         upcoming_tasks: Names of tasks that are still to be learned here, and that nobody else may have pushed.
+        base_model: Name of the base model here and there, whatever they call it; not checked.
         card_template: A Jinja template of one's own for the model card.
         max_attempts: How often to merge and push again when others push at the same time.
     """
@@ -69,6 +70,7 @@ class PushOptions:
     branches: BranchChoice | None = None
     branch_tolerance: float = 0.05
     upcoming_tasks: Collection[str] = ()
+    base_model: str | None = None
     card_template: Path | None = None
     max_attempts: int = MAX_ATTEMPTS
 
@@ -99,6 +101,10 @@ def push_state(
     if options.default_task is not None and options.default_task not in state.tasks:
         raise ValueError(f"no task {options.default_task!r} in the subspace, it has {list(state.tasks)}")
     check_choice(options.branches, state.tasks)
+    if options.base_model is not None:
+        if published_name(options.base_model) is None:
+            raise ValueError(f"base_model is {options.base_model!r}, expected an id on the hub")
+        state = replace(state, base_model_name_or_path=options.base_model)
     ours, state = state, _published(state)
     repository = HubRepository.existing(repo_id, token=token) if options.create_pr else None
     if repository is None:
@@ -107,7 +113,7 @@ def push_state(
         refs = repository.refs()
         tip = repository.tip(refs.branches[MAIN])
         _check_upcoming(repository, state, tip, options.upcoming_tasks)
-        merged = _with_pushed(state, tip, repository)
+        merged = _with_pushed(state, tip, repository, options.base_model)
         if options.default_task is not None:
             merged = replace(merged, default_task=options.default_task)
         try:
@@ -153,7 +159,9 @@ def _check_upcoming(
         )
 
 
-def _with_pushed(state: SubspaceState, tip: Tip, repository: HubRepository) -> SubspaceState:
+def _with_pushed(
+    state: SubspaceState, tip: Tip, repository: HubRepository, base_model: str | None
+) -> SubspaceState:
     """The state with what the repository has beyond it."""
     if tip.tree is None:
         return state
@@ -161,7 +169,7 @@ def _with_pushed(state: SubspaceState, tip: Tip, repository: HubRepository) -> S
         return replace(state, default_task=tip.tree.default_task if tip.tree.default_task in state.tasks else None)
     tree = RemoteTree.open(repository.repo_id, tip.commit, token=repository.api.token)
     tree.fetch()
-    return reconcile(state, tree.read())
+    return reconcile(*named_alike(state, tree.read(), base_model))
 
 
 def _push_once(

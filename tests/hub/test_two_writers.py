@@ -220,3 +220,40 @@ def test_merging_is_the_same_whoever_comes_second(writers: tuple[SharedSubspace,
             a, b = layer.update_of(task).dense(), other.layers[module].update_of(task).dense()
             drift = 2 * max(one.drifts()[task], other.drifts()[task], 1e-6)
             assert torch.linalg.matrix_norm(a - b) <= 2 * drift * torch.linalg.matrix_norm(a) + 1e-6
+
+
+def renamed(writer: SharedSubspace, base: str) -> SharedSubspace:
+    return SharedSubspace(replace(writer.state, base_model_name_or_path=base))
+
+
+def test_a_four_bit_twin_of_the_base_model_is_the_same_model(
+    hub: Hub, writers: tuple[SharedSubspace, SharedSubspace]
+) -> None:
+    first, second = writers
+    first.push_to_hub(REPO)
+    twin = renamed(second, "org/tiny-bnb-4bit")
+    twin.push_to_hub(REPO)
+    assert SharedSubspace.from_pretrained(REPO).base_model_name_or_path == "org/tiny"
+    assert set(SharedSubspace.from_pretrained(REPO).tasks) == {"mrpc", "sst2", "rte", "cola"}
+
+
+def test_who_knows_that_two_names_are_one_model_says_so(
+    hub: Hub, writers: tuple[SharedSubspace, SharedSubspace]
+) -> None:
+    first, second = writers
+    first.push_to_hub(REPO)
+    other = renamed(second, "org/renamed")
+    before = other.state
+    for meet in (lambda: other.push_to_hub(REPO), lambda: other.update_from(first)):
+        with pytest.raises(ValueError, match=r"base model 'org/tiny', expected 'org/renamed'.*base_model="):
+            meet()
+    assert other.state is before and SharedSubspace.from_pretrained(REPO).tasks == first.tasks
+
+    SharedSubspace(before).update_from(first, base_model="org/renamed")
+    other.push_to_hub(REPO, base_model="org/renamed")
+
+    published = SharedSubspace.from_pretrained(REPO)
+    assert published.base_model_name_or_path == other.base_model_name_or_path == "org/renamed"
+    assert set(published.tasks) == {"mrpc", "sst2", "rte", "cola"}
+    with pytest.raises(ValueError, match=r"base_model is './tiny', expected an id on the hub"):
+        other.push_to_hub(REPO, base_model="./tiny")
