@@ -63,6 +63,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
+@pytest.mark.slow
 def test_a_save_of_three_hundred_tasks_takes_little_memory(tree: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", PROGRAM, str(tree), str(tmp_path / "out")]
     run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])

@@ -81,6 +81,7 @@ def test_without_checkpoints_a_phase_is_begun_again(start: Start, phases: Path) 
     assert_ends_as(start(save_strategy="no"), whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [3, 4, 6])
 def test_checkpoints_of_epochs_are_taken_up(step: int, start: Start, phases: Path) -> None:  # noqa: F811
     changes = dict(save_strategy="epoch", num_train_epochs=2)
@@ -91,6 +92,7 @@ def test_checkpoints_of_epochs_are_taken_up(step: int, start: Start, phases: Pat
     assert_ends_as(start(**changes), whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", ["linear", "constant"])
 @pytest.mark.parametrize("steps", [3, 6])
 def test_a_phase_that_was_trained_to_its_end_is_not_trained_further(
@@ -123,6 +125,7 @@ def stop_when_trained(phase: str) -> At:
     return At("on_train_end", stop)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [2, 4])
 def test_a_checkpoint_of_the_model_alone_is_not_continued_from(
     step: int,
@@ -202,6 +205,7 @@ def test_the_best_checkpoint_of_a_phase_is_what_is_merged(
     assert taken == ["colors-init", "colors-finetune", "shapes-adapt", "shapes-finetune"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["colors-init", "shapes-adapt", "shapes-finetune"])
 @pytest.mark.parametrize("when", ["before its last step", "before its merge"])
 def test_the_best_checkpoint_is_known_after_an_interruption(

@@ -95,6 +95,7 @@ def test_a_first_task_that_is_not_finite_makes_way_for_another(make: Make) -> No
     assert trainer.subspace.tasks == ("one",)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["shapes-adapt", "shapes-finetune"])
 def test_a_stream_goes_on_from_before_the_phase_that_diverged(phase: str, make: Make) -> None:
     tasks = classification_tasks("colors", "shapes", "sizes")

@@ -145,6 +145,7 @@ def test_an_export_that_finds_no_room_leaves_the_one_before_it(whole: ShareTrain
     assert files_of(folder) != before
 
 
+@pytest.mark.slow
 # Of the checkpoints: the first, and one of the second task. Of the subspace: after the merges of both tasks, and when
 # the first is done. Of the stream's position: within the first task, and after it.
 @pytest.mark.parametrize(

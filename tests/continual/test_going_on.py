@@ -59,6 +59,7 @@ def whole(pristine_models: dict[str, PreTrainedModel], tmp_path_factory: pytest.
 # ---- A script that is run again -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "where",
     [("colors-init", 2), ("shapes-adapt", 3), ("sizes-adapt", 2), ("sizes-adapt", 4), ("sizes-finetune", 1), None],

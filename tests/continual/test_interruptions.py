@@ -117,6 +117,7 @@ def raising(original: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", [1, 2, 4, 7], ids=lambda call: f"save-{call}")
 def test_a_stream_that_is_interrupted_between_two_saves_ends_as_one_that_is_not(
     call: int, start: Start, whole: ShareTrainer, monkeypatch: pytest.MonkeyPatch
@@ -192,6 +193,7 @@ def test_all_phases_are_logged_as_one_curve_in_one_place(start: Start, tmp_path:
 # ---- What an earlier run left ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["colors-init", "shapes-adapt"])
 def test_nothing_of_an_earlier_run_in_the_same_folder_is_taken_up(
     phase: str, start: Start, whole: ShareTrainer

@@ -40,6 +40,7 @@ def short_trainer(model: PreTrainedModel, folder: Path, **overrides: Any) -> Sha
     return ShareTrainer(model, arguments(folder, **{**values, **overrides}), config(LLAMA_TARGETS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["share", "coefficients"])
 def test_twenty_tasks_hold_as_much_as_two_and_their_coefficients(
     method: str, tiny_model: Callable[[str], PreTrainedModel], tmp_path: Path

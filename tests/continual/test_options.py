@@ -395,6 +395,7 @@ def test_a_way_to_compute_the_same_learns_the_same(changes: dict[str, Any], make
     assert set(checkpointed) == {"gradient_checkpointing" in changes}
 
 
+@pytest.mark.slow
 def test_a_compiled_model_learns_the_same(make: Make) -> None:
     plain = make("plain", max_steps=1)
     plain.train()

@@ -71,6 +71,7 @@ def test_a_phase_that_is_cut_off_continues_to_the_bit(
     assert_same_to_the_bit(coefficients(resume(make_trainer)), uninterrupted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["take_merged", "take_coefficients", "write_tree"])
 @pytest.mark.parametrize("after", [False, True])
 def test_a_run_cut_off_around_a_merge_or_a_save_continues_to_the_bit(

@@ -73,12 +73,10 @@ def changed(pushed: SharedSubspace, save_lora: Callable[..., Path]) -> SharedSub
     return pushed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fault",
-    [
-        pytest.param(fault, id=name, marks=[pytest.mark.slow] * (name != "answer lost"))
-        for name, fault in FAULTS.items()
-    ],
+    [pytest.param(fault, id=name) for name, fault in FAULTS.items()],
 )
 @pytest.mark.parametrize("third", range(3))
 def test_a_push_interrupted_anywhere_leaves_a_repository_that_loads_and_the_next_completes_it(

@@ -155,6 +155,7 @@ for revision in (None, "mrpc"):
 """
 
 
+@pytest.mark.slow
 def test_a_process_without_share_hf_loads_any_task_online_and_from_the_cache(
     hub: Hub, published: SharedSubspace, base: Path, tmp_path: Path
 ) -> None:

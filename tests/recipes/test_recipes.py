@@ -71,6 +71,7 @@ def test_llama_stream_leaves_a_tree_that_loads_with_its_card_and_figure(tmp_path
     assert metrics["average"] == pytest.approx(shown_average(output), abs=6e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["per_task_lora", "sequential_lora", "coefficients"])
 def test_llama_stream_runs_every_method_from_a_yaml_config(tmp_path: Path, method: str) -> None:
     config = tmp_path / "stream.yaml"
@@ -81,6 +82,7 @@ def test_llama_stream_runs_every_method_from_a_yaml_config(tmp_path: Path, metho
     assert (tmp_path / "llama-stream" / "subspace").exists() == (method == "coefficients")
 
 
+@pytest.mark.slow
 def test_llama_stream_learns_on_a_quantized_backbone(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     small = ("--train_examples", "32", "--num_train_epochs", "1", "--num_init_tasks", "1", "--load_in_4bit")
@@ -90,6 +92,7 @@ def test_llama_stream_learns_on_a_quantized_backbone(tmp_path: Path) -> None:
     assert SharedSubspace.from_pretrained(tmp_path / "llama-stream" / "subspace").tasks == ("count", "giver")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["share", "sequential_lora"])
 def test_text_stream_learns_tasks_with_different_numbers_of_labels(tmp_path: Path, encoder: str, method: str) -> None:
     csv = tmp_path / "short.csv"

@@ -37,6 +37,7 @@ def places(tmp_path: Path) -> list[str]:
     return [f"giver={tmp_path / 'chats.jsonl'}", f"count={tmp_path / 'count'}"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantized", [False, True], ids=["float32", "4bit"])
 def test_sft_stream_leaves_a_tree_that_loads(quantized: bool, tmp_path: Path, places: list[str]) -> None:
     flags = [*SMALL, "--output_dir", "out"]
