@@ -75,6 +75,7 @@ class _Merge:
         noise: (new tasks,), relative size of what the float64 decomposition of a new update may have missed.
         coordinates: (n, q_out) and (d, q_in), orthonormal.
         stack: All updates in these coordinates.
+        unbalanced: Whether the factors of the new updates are still to get equal shares of them.
     """
 
     layer: LayerSubspace
@@ -83,6 +84,7 @@ class _Merge:
     noise: Tensor
     coordinates: tuple[Tensor, Tensor]
     stack: UpdateStack
+    unbalanced: bool
 
     @property
     def weights(self) -> Tensor:
@@ -141,7 +143,7 @@ def merge_into_layer(
 def _merged(merge: _Merge, settings: SubspaceSettings) -> _Merged:
     unchanged = candidate_of(merge.stack, (old_basis_of(merge.stack), old_basis_of(merge.stack.mirrored)))
     if (unchanged.span_error <= NEGLIGIBLE_RESIDUAL).all():
-        kept, drift = _with_old_basis(merge, unchanged, settings)
+        kept, drift = _with_old_basis(merge, unchanged)
         added = _tolerated_part(kept.records)[len(merge.layer.tasks) :]
         if settings.drift_tolerance is None or (added <= settings.drift_tolerance).all():
             return kept, drift
@@ -184,15 +186,16 @@ def _rooms(layer: LayerSubspace, updates: Mapping[str, LowRankUpdate], settings:
 def _prepared(
     layer: LayerSubspace, updates: Mapping[str, LowRankUpdate], settings: SubspaceSettings, room: int
 ) -> _Merge:
-    stacked = batch_of_many if room else batch_of_few
-    batch = stacked(layer, updates, as_they_are=settings.basis == "factor")
+    joint = settings.basis == "joint"
+    batch = (batch_of_many if room else batch_of_few)(layer, updates, as_they_are=not joint)
     norms = torch.cat([layer.records.norms, batch.norms])
     weights = inverse_norms(norms)
     if room:
-        coordinates, stack = found_coordinates(layer, batch, weights, room, joint=settings.basis == "joint")
+        coordinates, stack = found_coordinates(layer, batch, weights, room, joint=joint)
     else:
         coordinates, stack = exact_coordinates(layer, batch, weights)
-    return _Merge(layer, tuple(updates), norms, batch.noise * stack.new_weights, coordinates, stack)
+    noise = batch.noise * stack.new_weights
+    return _Merge(layer, tuple(updates), norms, noise, coordinates, stack, unbalanced=joint and bool(room))
 
 
 def _search(merge: _Merge, settings: SubspaceSettings) -> _Merged:
@@ -207,7 +210,7 @@ def _search(merge: _Merge, settings: SubspaceSettings) -> _Merged:
     stack, tolerance = merge.stack, settings.drift_tolerance
     candidate = candidate_of(stack, choose_directions(stack, settings, settings.num_components))
     if tolerance is None:
-        return _with_new_basis(merge, candidate, settings)
+        return _with_new_basis(merge, candidate)
     limit = max(stack.rotation_out.shape[0], stack.rotation_in.shape[0])
     if settings.max_components is not None:
         limit = min(limit, settings.max_components)
@@ -216,7 +219,7 @@ def _search(merge: _Merge, settings: SubspaceSettings) -> _Merged:
     while True:
         worst = _worst_drift(merge, candidate)
         if worst <= tolerance:
-            result = _with_new_basis(merge, candidate, settings)
+            result = _with_new_basis(merge, candidate)
             worst = float(_tolerated_part(result[0].records).max())
             if worst <= tolerance:
                 return result
@@ -241,7 +244,7 @@ def _tolerated_part(records: TaskRecords) -> Tensor:
     return records.drift_bounds - records.rank_errors
 
 
-def _with_new_basis(merge: _Merge, candidate: Candidate, settings: SubspaceSettings) -> _Merged:
+def _with_new_basis(merge: _Merge, candidate: Candidate) -> _Merged:
     """The layer in the candidate's basis, rounded to its dtype, and the drift (tasks,) of this merge.
 
     What is certified is what is written: the bounds include the rounding of basis and coefficients.
@@ -253,9 +256,7 @@ def _with_new_basis(merge: _Merge, candidate: Candidate, settings: SubspaceSetti
     basis_out, slack_out = rounded_basis(coordinates[0] @ candidate.out.basis, dtype)
     basis_in, slack_in = rounded_basis(coordinates[1] @ candidate.in_.basis, dtype)
     moved = move_old_tasks(stack, candidate)
-    new_out, new_in, rank_errors = new_coefficients(
-        stack, candidate, layer.pseudo_rank, balance=settings.basis == "joint"
-    )
+    new_out, new_in, rank_errors = new_coefficients(stack, candidate, layer.pseudo_rank, balance=merge.unbalanced)
     coefficients_out, coefficients_in = moved.coefficients_out, moved.coefficients_in
     stored_out, stored_in = coefficients_out[old_count:], coefficients_in[old_count:]
     stored_out.copy_(new_out)
@@ -282,12 +283,10 @@ def _with_new_basis(merge: _Merge, candidate: Candidate, settings: SubspaceSetti
     return replace(merged, explained_by_basis=merged.explained_variance()), drift
 
 
-def _with_old_basis(merge: _Merge, candidate: Candidate, settings: SubspaceSettings) -> _Merged:
+def _with_old_basis(merge: _Merge, candidate: Candidate) -> _Merged:
     """The layer with the new tasks projected on the basis it has; the old tasks keep their coefficients to the bit."""
     layer, stack, dtype = merge.layer, merge.stack, merge.layer.basis_out.dtype
-    new_out, new_in, rank_errors = new_coefficients(
-        stack, candidate, layer.pseudo_rank, balance=settings.basis == "joint"
-    )
+    new_out, new_in, rank_errors = new_coefficients(stack, candidate, layer.pseudo_rank, balance=merge.unbalanced)
     new_out, new_in = _in_old_basis(new_out, stack.rotation_out), _in_old_basis(new_in, stack.rotation_in)
     stored_out, stored_in = new_out.to(dtype), new_in.to(dtype)
     new_rounding = rounding_bound(

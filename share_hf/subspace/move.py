@@ -130,9 +130,7 @@ def new_coefficients(
         new_out, new_in = (factors_out @ candidate.out.basis).mT, (factors_in @ candidate.in_.basis).mT
         rank = min(pseudo_rank, new_out.shape[2])
         all_out[span, :, :rank], all_in[span, :, :rank] = new_out[..., :rank], new_in[..., :rank]
-        remade = torch.full_like(stack.new_ranks[span], balance, dtype=torch.bool) | (
-            stack.new_ranks[span] > pseudo_rank
-        )
+        remade = stack.new_ranks[span] > (0 if balance else pseudo_rank)
         if remade.any():
             all_out[span][remade], all_in[span][remade], rank_errors[span][remade] = truncated_balanced_factors(
                 new_out[remade], new_in[remade], pseudo_rank
