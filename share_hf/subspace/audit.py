@@ -16,7 +16,6 @@ from torch import Tensor
 from .basis import JOINT_ITERATIONS
 from .factors import CompactUpdate, LowRankUpdate, inverse_norms, thin_svd_of_update
 from .layer import LayerSubspace
-from .range_finder import gram, moment_times
 from .sketch import Numbers, group_by_initialization, initialization_sketch
 
 
@@ -323,8 +322,8 @@ def _explained(left: Tensor, values: Tensor, right: Tensor, k_out: int, k_in: in
     start_out, basis_in = _leading_directions(out, everything, k_out), _leading_directions(in_, everything, k_in)
     outputs, inputs = _energy(out, everything, start_out), _energy(in_, everything, basis_in)
     for _ in range(JOINT_ITERATIONS):
-        basis_out = _leading_directions(out, gram(in_, basis_in), k_out)
-        seen_out = gram(out, basis_out)
+        basis_out = _leading_directions(out, _gram(in_, basis_in), k_out)
+        seen_out = _gram(out, basis_out)
         basis_in = _leading_directions(in_, seen_out, k_in)
     return Explained(*(energy / len(values) for energy in (_energy(in_, seen_out, basis_in), outputs, inputs)))
 
@@ -338,8 +337,19 @@ def _coordinates(columns: Tensor) -> Tensor:
     return rows.view(tasks, rank, -1)
 
 
+def _gram(rows: Tensor, directions: Tensor) -> Tensor:
+    """``X_i^T P P^T X_i`` (tasks, r, r) of factors (tasks, r, q)."""
+    seen = rows @ directions
+    return seen @ seen.mT
+
+
+def _moment_times(rows: Tensor, weights: Tensor, block: Tensor) -> Tensor:
+    """``(Σ X_i G_i X_i^T) block`` (q, b) of factors (tasks, r, q) and G (tasks, r, r)."""
+    return rows.flatten(0, 1).T @ (weights @ (rows @ block)).flatten(0, 1)
+
+
 def _energy(rows: Tensor, weights: Tensor, directions: Tensor) -> float:
-    return float((directions * moment_times(rows, weights, directions)).sum())
+    return float((directions * _moment_times(rows, weights, directions)).sum())
 
 
 def _leading_directions(rows: Tensor, weights: Tensor, k: int) -> Tensor:
@@ -352,10 +362,10 @@ def _leading_directions(rows: Tensor, weights: Tensor, k: int) -> Tensor:
     block = torch.randn(q, 2 * k, dtype=rows.dtype, generator=torch.Generator().manual_seed(0)).to(rows.device)
     blocks = []
     for _ in range(_KRYLOV_STEPS):
-        block = torch.linalg.qr(moment_times(rows, weights, block)).Q
+        block = torch.linalg.qr(_moment_times(rows, weights, block)).Q
         blocks.append(block)
     space = torch.linalg.qr(torch.cat(blocks, dim=1)).Q
-    inside = space.T @ moment_times(rows, weights, space)
+    inside = space.T @ _moment_times(rows, weights, space)
     return space @ torch.linalg.eigh(inside).eigenvectors[:, -k:]
 
 
