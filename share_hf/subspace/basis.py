@@ -135,7 +135,7 @@ class _JointProblem:
 
     def explained(self, out: Directions, in_: Directions) -> float:
         """Fraction of ``Σ w_i² ‖ΔW_i‖²`` inside both bases."""
-        total = torch.trace(self.moment_out)
+        total = torch.trace(self.moment_out) + self.stack.energy_outside
         within = self.stack.second_moment_within(self.moment_out, in_.basis, in_.discarded)
         return float(torch.trace(out.basis.T @ within @ out.basis) / total) if total > 0 else 1.0
 

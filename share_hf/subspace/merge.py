@@ -7,14 +7,16 @@ to each task, at whatever scale the task is, and what the bound says holds for w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .basis import choose_directions
-from .factors import CompactUpdate, LowRankUpdate, check_norm, inverse_norms, thin_svd_of_update
+from .batch import batch_of_few, batch_of_many
+from .coordinates import EXACT_COLUMNS, OVERSAMPLING, exact_coordinates, found_coordinates
+from .factors import LowRankUpdate, inverse_norms
 from .layer import LayerSubspace, TaskRecords
 from .move import (
     Candidate,
@@ -73,6 +75,7 @@ class _Merge:
         noise: (new tasks,), relative size of what the float64 decomposition of a new update may have missed.
         coordinates: (n, q_out) and (d, q_in), orthonormal.
         stack: All updates in these coordinates.
+        unbalanced: Whether the factors of the new updates are still to get equal shares of them.
     """
 
     layer: LayerSubspace
@@ -81,6 +84,7 @@ class _Merge:
     noise: Tensor
     coordinates: tuple[Tensor, Tensor]
     stack: UpdateStack
+    unbalanced: bool
 
     @property
     def weights(self) -> Tensor:
@@ -118,15 +122,14 @@ def merge_into_layer(
         DriftToleranceError: If no number of components up to `max_components` meets `drift_tolerance`.
     """
     _check_updates(layer, updates, settings)
-    merge = _prepared(layer, updates, settings)
-    unchanged = candidate_of(merge.stack, (old_basis_of(merge.stack), old_basis_of(merge.stack.mirrored)))
-    result = None
-    if (unchanged.span_error <= NEGLIGIBLE_RESIDUAL).all():
-        result = _with_old_basis(merge, unchanged)
-        added = _tolerated_part(result[0].records)[len(layer.tasks) :]
-        if settings.drift_tolerance is not None and (added > settings.drift_tolerance).any():
-            result = None
-    merged, drift = result or _search(merge, settings)
+    for room in _rooms(layer, updates, settings):
+        merge = _prepared(layer, updates, settings, room)
+        try:
+            merged, drift = _merged(merge, settings)
+            break
+        except DriftToleranceError:
+            if not room:
+                raise
     report = LayerMergeReport(
         new_tasks=merge.new_tasks,
         drift=dict(zip(merged.tasks, drift.tolist(), strict=True)),
@@ -137,15 +140,25 @@ def merge_into_layer(
     return merged, report
 
 
+def _merged(merge: _Merge, settings: SubspaceSettings) -> _Merged:
+    unchanged = candidate_of(merge.stack, (old_basis_of(merge.stack), old_basis_of(merge.stack.mirrored)))
+    if (unchanged.span_error <= NEGLIGIBLE_RESIDUAL).all():
+        kept, drift = _with_old_basis(merge, unchanged)
+        added = _tolerated_part(kept.records)[len(merge.layer.tasks) :]
+        if settings.drift_tolerance is None or (added <= settings.drift_tolerance).all():
+            return kept, drift
+    return _search(merge, settings)
+
+
 def residual_outside(layer: LayerSubspace, update: LowRankUpdate) -> float:
     """Relative part of an update that the layer's basis does not explain, ``‖ΔW - ββ^T ΔW αα^T‖ / ‖ΔW‖``.
 
     Measured on the factors themselves, not as a difference of squared norms.
     """
-    compact = thin_svd_of_update(update)
+    batch = batch_of_few(layer, {"": update}, as_they_are=False)
     weights = torch.ones(len(layer.tasks) + 1, dtype=torch.float64, device=layer.basis_out.device)
-    weights[-1] = inverse_norms(compact.norm)
-    _, stack = _coordinates(layer, [compact.balanced_factors()], weights)
+    weights[-1] = inverse_norms(batch.norms)
+    _, stack = exact_coordinates(layer, batch, weights)
     return float(candidate_of(stack, (old_basis_of(stack), old_basis_of(stack.mirrored))).span_error)
 
 
@@ -159,61 +172,30 @@ def _check_updates(layer: LayerSubspace, updates: Mapping[str, LowRankUpdate], s
         raise ValueError(f"pseudo_rank is {expected}, the layer's tasks have {layer.pseudo_rank}")
 
 
-def _prepared(layer: LayerSubspace, updates: Mapping[str, LowRankUpdate], settings: SubspaceSettings) -> _Merge:
-    compact = {task: _compact(task, update) for task, update in updates.items()}
-    empty = layer.records.norms[:0]
-    new_norms = torch.stack([update.norm for update in compact.values()]) if compact else empty
-    noise = torch.stack([update.noise for update in compact.values()]) if compact else empty
-    norms = torch.cat([layer.records.norms, new_norms])
-    new_factors = [_stacked_factors(updates[task], compact[task], settings) for task in updates]
-    coordinates, stack = _coordinates(layer, new_factors, inverse_norms(norms))
-    return _Merge(layer, tuple(updates), norms, noise * stack.new_weights, coordinates, stack)
+def _rooms(layer: LayerSubspace, updates: Mapping[str, LowRankUpdate], settings: SubspaceSettings) -> Iterator[int]:
+    """How many directions to find for a merge, more and more while a tolerated drift is not met; 0 for all."""
+    columns = sum(update.out_factor.shape[1] for update in updates.values())
+    room = max(settings.num_components, *layer.num_components) + OVERSAMPLING
+    if columns > EXACT_COLUMNS:
+        while 4 * room < columns:
+            yield room
+            room *= 2
+    yield 0
 
 
-def _compact(task: str, update: LowRankUpdate) -> CompactUpdate:
-    try:
-        compact = thin_svd_of_update(update)
-    except ValueError as error:
-        raise ValueError(f"task {task!r}: {error}") from error
-    if len(compact.singular_values):
-        check_norm(compact.norm, task)
-    return compact
-
-
-def _stacked_factors(update: LowRankUpdate, compact: CompactUpdate, settings: SubspaceSettings) -> LowRankUpdate:
-    """The factors of a new update as they enter the stack: balanced ones, or in `factor` mode the adapter's own."""
-    if settings.basis == "joint" or compact.norm == 0:
-        return compact.balanced_factors()
-    return LowRankUpdate(update.out_factor.double(), update.in_factor.double())
-
-
-def _coordinates(
-    layer: LayerSubspace, new_factors: list[LowRankUpdate], weights: Tensor
-) -> tuple[tuple[Tensor, Tensor], UpdateStack]:
-    """Orthonormal coordinates for all updates: one QR a side, of the basis beside the new factors.
-
-    No orthogonality is assumed, so a rank-deficient block, or more columns than rows, needs no special case.
-    """
-    old_count, (k_out, k_in) = len(layer.tasks), layer.num_components
-    columns_out = [layer.basis_out.double(), *(factors.out_factor for factors in new_factors)]
-    columns_in = [layer.basis_in.double(), *(factors.in_factor for factors in new_factors)]
-    coordinates_out, triangle_out = torch.linalg.qr(torch.cat(columns_out, dim=1))
-    coordinates_in, triangle_in = torch.linalg.qr(torch.cat(columns_in, dim=1))
-    widths = torch.tensor([factors.out_factor.shape[1] for factors in new_factors], dtype=torch.long)
-    owner = torch.repeat_interleave(torch.arange(len(new_factors)), widths)
-    stack = UpdateStack(
-        rotation_out=triangle_out[:, :k_out],
-        rotation_in=triangle_in[:, :k_in],
-        # Transposed in memory too, as the products over all tasks run along the rows.
-        old_out=layer.coefficients_out.mT.contiguous(),
-        old_in=layer.coefficients_in.mT.contiguous(),
-        new_out=triangle_out[:, k_out:],
-        new_in=triangle_in[:, k_in:],
-        new_owner=owner.to(coordinates_out.device),
-        old_weights=weights[:old_count],
-        new_weights=weights[old_count:],
-    )
-    return (coordinates_out, coordinates_in), stack
+def _prepared(
+    layer: LayerSubspace, updates: Mapping[str, LowRankUpdate], settings: SubspaceSettings, room: int
+) -> _Merge:
+    joint = settings.basis == "joint"
+    batch = (batch_of_many if room else batch_of_few)(layer, updates, as_they_are=not joint)
+    norms = torch.cat([layer.records.norms, batch.norms])
+    weights = inverse_norms(norms)
+    if room:
+        coordinates, stack = found_coordinates(layer, batch, weights, room, joint=joint)
+    else:
+        coordinates, stack = exact_coordinates(layer, batch, weights)
+    noise = batch.noise * stack.new_weights
+    return _Merge(layer, tuple(updates), norms, noise, coordinates, stack, unbalanced=joint and bool(room))
 
 
 def _search(merge: _Merge, settings: SubspaceSettings) -> _Merged:
@@ -229,7 +211,7 @@ def _search(merge: _Merge, settings: SubspaceSettings) -> _Merged:
     candidate = candidate_of(stack, choose_directions(stack, settings, settings.num_components))
     if tolerance is None:
         return _with_new_basis(merge, candidate)
-    limit = max(stack.new_out.shape[0], stack.new_in.shape[0])
+    limit = max(stack.rotation_out.shape[0], stack.rotation_in.shape[0])
     if settings.max_components is not None:
         limit = min(limit, settings.max_components)
     widest = replace(settings, explained_variance=None)
@@ -274,7 +256,7 @@ def _with_new_basis(merge: _Merge, candidate: Candidate) -> _Merged:
     basis_out, slack_out = rounded_basis(coordinates[0] @ candidate.out.basis, dtype)
     basis_in, slack_in = rounded_basis(coordinates[1] @ candidate.in_.basis, dtype)
     moved = move_old_tasks(stack, candidate)
-    new_out, new_in, rank_errors = new_coefficients(stack, candidate, layer.pseudo_rank)
+    new_out, new_in, rank_errors = new_coefficients(stack, candidate, layer.pseudo_rank, balance=merge.unbalanced)
     coefficients_out, coefficients_in = moved.coefficients_out, moved.coefficients_in
     stored_out, stored_in = coefficients_out[old_count:], coefficients_in[old_count:]
     stored_out.copy_(new_out)
@@ -304,7 +286,7 @@ def _with_new_basis(merge: _Merge, candidate: Candidate) -> _Merged:
 def _with_old_basis(merge: _Merge, candidate: Candidate) -> _Merged:
     """The layer with the new tasks projected on the basis it has; the old tasks keep their coefficients to the bit."""
     layer, stack, dtype = merge.layer, merge.stack, merge.layer.basis_out.dtype
-    new_out, new_in, rank_errors = new_coefficients(stack, candidate, layer.pseudo_rank)
+    new_out, new_in, rank_errors = new_coefficients(stack, candidate, layer.pseudo_rank, balance=merge.unbalanced)
     new_out, new_in = _in_old_basis(new_out, stack.rotation_out), _in_old_basis(new_in, stack.rotation_in)
     stored_out, stored_in = new_out.to(dtype), new_in.to(dtype)
     new_rounding = rounding_bound(

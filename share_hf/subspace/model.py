@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from tqdm.auto import tqdm
@@ -12,6 +15,12 @@ from .factors import LowRankUpdate
 from .layer import LayerSubspace
 from .merge import DriftToleranceError, LayerMergeReport, merge_into_layer
 from .settings import SubspaceSettings
+
+
+# From so many new tasks in a layer on, layers are merged side by side: before, one has too little work for that.
+TASKS_AT_ONCE = 16
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,10 @@ def merge_into_layers(
 ) -> tuple[dict[str, LayerSubspace], MergeReport]:
     """Merge new tasks into every layer they adapt; a layer that is seen for the first time is initialized.
 
+    Updates are taken from their mappings one layer at a time and let go of after it, so mappings that read an update
+    when it is asked for never hold more than a layer's. Where many tasks come at once, as many layers are merged at a
+    time as there are threads, with one thread each: what comes out does not depend on how many there are.
+
     Args:
         layers: By module; not changed.
         updates: Task -> module -> update. A task need not be in every layer.
@@ -64,23 +77,55 @@ def merge_into_layers(
         ValueError: As `merge_into_layer`, naming the module.
         DriftToleranceError: Likewise.
     """
-    by_module: dict[str, dict[str, LowRankUpdate]] = {}
+    by_module: dict[str, list[str]] = {}
     for task, modules in updates.items():
-        for module, update in modules.items():
-            by_module.setdefault(module, {})[task] = update
+        for module in modules:
+            by_module.setdefault(module, []).append(task)
+
+    def merge(module: str) -> tuple[LayerSubspace, LayerMergeReport]:
+        new = {task: updates[task][module] for task in by_module[module]}
+        return _merged(module, layers.get(module), new, settings)
+
     merged, reports = dict(layers), {}
-    for module, new in tqdm(by_module.items(), desc="Merging", unit="layer", leave=False, disable=not progress):
-        layer = layers.get(module)
-        if layer is None:
-            first = next(iter(new.values()))
-            layer = LayerSubspace.empty(*first.shape, settings.pseudo_rank, device=first.out_factor.device)
-        try:
-            merged[module], reports[module] = merge_into_layer(layer, new, settings)
-        except DriftToleranceError as error:
-            raise DriftToleranceError(f"{module!r}: {error}") from error
-        except ValueError as error:
-            raise ValueError(f"{module!r}: {error}") from error
+    with tqdm(total=len(by_module), desc="Merging", unit="layer", leave=False, disable=not progress) as bar:
+        for module, (layer, report) in zip(by_module, _each(merge, by_module), strict=True):
+            merged[module], reports[module] = layer, report
+            bar.update()
     return merged, MergeReport(tuple(updates), reports, _drift_over_layers(merged, reports))
+
+
+def _merged(
+    module: str, layer: LayerSubspace | None, new: Mapping[str, LowRankUpdate], settings: SubspaceSettings
+) -> tuple[LayerSubspace, LayerMergeReport]:
+    if layer is None:
+        first = next(iter(new.values()))
+        layer = LayerSubspace.empty(*first.shape, settings.pseudo_rank, device=first.out_factor.device)
+    try:
+        return merge_into_layer(layer, new, settings)
+    except DriftToleranceError as error:
+        raise DriftToleranceError(f"{module!r}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{module!r}: {error}") from error
+
+
+def _each(merge: Callable[[str], _Result], by_module: Mapping[str, Sequence[str]]) -> Iterator[_Result]:
+    """The result for each module, in their order."""
+    threads = torch.get_num_threads()
+    if max(map(len, by_module.values()), default=0) < TASKS_AT_ONCE:
+        yield from map(merge, by_module)
+        return
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            # No more than are worked on: results that nobody has taken yet would pile up, and errors would wait.
+            waiting: deque[Future[_Result]] = deque()
+            for module in by_module:
+                waiting.append(pool.submit(merge, module))
+                if len(waiting) > threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _drift_over_layers(

@@ -34,17 +34,21 @@ def old_basis_of(stack: UpdateStack) -> Directions:
 
 def candidate_of(stack: UpdateStack, directions: tuple[Directions, Directions]) -> Candidate:
     """Directions with what they leave out of each new update."""
-    errors = [_span_error(stack, *directions, j) for j in range(len(stack.new_weights))]
-    lost = torch.stack(errors) if errors else torch.zeros_like(stack.new_weights)
-    return Candidate(*directions, lost * stack.new_weights)
+    return Candidate(*directions, _span_errors(stack, *directions) * stack.new_weights)
 
 
-def _span_error(stack: UpdateStack, out: Directions, in_: Directions, j: int) -> Tensor:
-    """``‖ΔW - PP^T ΔW P'P'^T‖`` of the j-th new update: its part in discarded outputs, or only in discarded inputs."""
-    new_out, new_in = stack.new_update(j)
-    in_discarded_outputs = ((out.discarded.T @ new_out) @ new_in.T).square().sum()
-    in_discarded_inputs = ((out.basis.T @ new_out) @ (in_.discarded.T @ new_in).T).square().sum()
-    return (in_discarded_outputs + in_discarded_inputs).sqrt()
+def _span_errors(stack: UpdateStack, out: Directions, in_: Directions) -> Tensor:
+    """``‖ΔW - PP^T ΔW P'P'^T‖`` (new tasks,).
+
+    Parts outside the coordinates, in discarded outputs, and in kept outputs but discarded inputs, are orthogonal.
+    """
+    squared = stack.outside.square()
+    for span, new_out, new_in in stack.new_chunks():
+        triangles = torch.linalg.qr(new_in.mT, mode="r").R
+        in_discarded_outputs = triangles @ (new_out @ out.discarded)
+        in_discarded_inputs = (new_out @ out.basis).mT @ (new_in @ in_.discarded)
+        squared[span] += sum(part.square().sum((-2, -1)) for part in (in_discarded_outputs, in_discarded_inputs))
+    return squared.sqrt()
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ def move_old_tasks(stack: UpdateStack, candidate: Candidate) -> MovedTasks:
     moved_in = stack.old_in.new_empty(with_room, pseudo_rank, kept_in)
     squared = stack.old_weights.new_empty(tasks)
     sizes, roundings = stack.old_weights.new_empty(tasks, 2), stack.old_weights.new_empty(tasks, 2)
-    for span, stored_out, stored_in in stack.chunks():
+    for span, stored_out, stored_in in stack.old_chunks():
         old_out, old_in = stored_out.double(), stored_in.double()
         turned_out, turned_in = old_out @ turn_out, old_in @ turn_in
         lost_out, lost_in = turned_out[..., kept_out:], turned_in[..., kept_in:]
@@ -104,8 +108,16 @@ def _product_norm_squared(factor: Tensor, gram: Tensor) -> Tensor:
     return ((gram @ factor) * factor).sum((-2, -1)).clamp_min(0)
 
 
-def new_coefficients(stack: UpdateStack, candidate: Candidate, pseudo_rank: int) -> tuple[Tensor, Tensor, Tensor]:
+def new_coefficients(
+    stack: UpdateStack, candidate: Candidate, pseudo_rank: int, *, balance: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Coefficients of the new tasks: their factors projected, or the best rank p of the product if they are wider.
+
+    Args:
+        stack: Has the new tasks.
+        candidate: The directions.
+        pseudo_rank: p.
+        balance: Whether both factors of each task get the same share of its update, instead of what they came with.
 
     Returns:
         (new tasks, k_out', p), (new tasks, k_in', p), and the norm (new tasks,) of what a rank over p lost.
@@ -114,14 +126,15 @@ def new_coefficients(stack: UpdateStack, candidate: Candidate, pseudo_rank: int)
     all_out = stack.new_out.new_zeros(count, candidate.out.kept, pseudo_rank)
     all_in = stack.new_in.new_zeros(count, candidate.in_.kept, pseudo_rank)
     rank_errors = stack.new_weights.new_zeros(count)
-    for j in range(count):
-        new_out, new_in = stack.new_update(j)
-        new_out, new_in = candidate.out.basis.T @ new_out, candidate.in_.basis.T @ new_in
-        rank = new_out.shape[1]
-        if rank > pseudo_rank:
-            all_out[j], all_in[j], rank_errors[j] = truncated_balanced_factors(new_out, new_in, pseudo_rank)
-        else:
-            all_out[j, :, :rank], all_in[j, :, :rank] = new_out, new_in
+    for span, factors_out, factors_in in stack.new_chunks():
+        new_out, new_in = (factors_out @ candidate.out.basis).mT, (factors_in @ candidate.in_.basis).mT
+        rank = min(pseudo_rank, new_out.shape[2])
+        all_out[span, :, :rank], all_in[span, :, :rank] = new_out[..., :rank], new_in[..., :rank]
+        remade = stack.new_ranks[span] > (0 if balance else pseudo_rank)
+        if remade.any():
+            all_out[span][remade], all_in[span][remade], rank_errors[span][remade] = truncated_balanced_factors(
+                new_out[remade], new_in[remade], pseudo_rank
+            )
     return all_out, all_in, rank_errors
 
 

@@ -7,6 +7,10 @@ from torch import Tensor
 from share_hf.subspace.stack import TASKS_PER_CHUNK, UpdateStack
 
 
+# The first new update is of rank 1, the second of rank 3.
+GIVEN = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0]], dtype=torch.float64).unsqueeze(2)
+
+
 def make_stack(tasks: int) -> tuple[UpdateStack, list[Tensor]]:
     """A stack of `tasks` old and two new updates in (9, 8) coordinates, and its weighted updates."""
     generator = torch.Generator().manual_seed(tasks)
@@ -19,19 +23,20 @@ def make_stack(tasks: int) -> tuple[UpdateStack, list[Tensor]]:
         rotation_in=torch.linalg.qr(normal(8, 4)).Q,
         old_out=normal(tasks, 2, 5),
         old_in=normal(tasks, 2, 4),
-        new_out=normal(9, 4),
-        new_in=normal(8, 4),
-        new_owner=torch.tensor([0, 1, 1, 1]),
+        new_out=normal(2, 3, 9) * GIVEN,
+        new_in=normal(2, 3, 8) * GIVEN,
+        new_ranks=torch.tensor([1, 3]),
         old_weights=normal(tasks).abs(),
         new_weights=torch.tensor([0.5, 3.0], dtype=torch.float64),
+        outside=torch.zeros(2, dtype=torch.float64),
     )
     old = [
         weight * (stack.rotation_out @ out.T) @ (stack.rotation_in @ in_.T).T
         for weight, out, in_ in zip(stack.old_weights, stack.old_out, stack.old_in, strict=True)
     ]
     new = [
-        0.5 * stack.new_out[:, :1] @ stack.new_in[:, :1].T,
-        3.0 * stack.new_out[:, 1:] @ stack.new_in[:, 1:].T,
+        0.5 * stack.new_out[0, :1].T @ stack.new_in[0, :1],
+        3.0 * stack.new_out[1].T @ stack.new_in[1],
     ]
     return stack, old + new
 
@@ -69,13 +74,6 @@ def test_factor_columns_are_the_factors_of_all_updates_unweighted(tasks: int) ->
     columns = stack.factor_columns()
 
     old = [stack.rotation_out @ out.T for out in stack.old_out]
-    torch.testing.assert_close(columns, torch.cat([*old, stack.new_out], dim=1), rtol=1e-12, atol=1e-13)
-
-
-def test_each_new_update_gets_back_the_columns_it_owns() -> None:
-    stack, _ = make_stack(1)
-
-    out_factor, in_factor = stack.new_update(1)
-
-    assert torch.equal(out_factor, stack.new_out[:, 1:])
-    assert torch.equal(in_factor, stack.new_in[:, 1:])
+    torch.testing.assert_close(
+        columns, torch.cat([*old, stack.new_out[0, :1].T, stack.new_out[1].T], dim=1), rtol=1e-12, atol=1e-13
+    )

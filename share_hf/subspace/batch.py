@@ -1,0 +1,128 @@
+"""Many updates of one layer as one stack of factors, with their norms: what a merge of many begins with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .factors import LowRankUpdate, check_norm, thin_svd_of_update
+from .layer import LayerSubspace
+
+
+# Beyond these sizes the square of a square is no float64 number.
+_LARGEST_USUAL_FACTOR = 1e60
+# Where ‖ΔW‖ is smaller than this part of ‖B‖ ‖A‖, columns cancel each other, and a product of Gram matrices would know
+# less than half of its digits.
+_NOTABLE_CANCELLATION = 1e-3
+
+
+@dataclass(frozen=True)
+class UpdateBatch:
+    """Updates ``ΔW_j = X_j Y_j^T`` of one layer, float64.
+
+    Args:
+        out: (updates, r, n), factors X, transposed; zeros fill up smaller ranks.
+        in_: (updates, r, d), factors Y.
+        ranks: (updates,) int64.
+        norms: (updates,), ``‖ΔW_j‖``; 0 for one that is zero against its own factors.
+        noise: (updates,), bound on what rounding, and cutting to numerical rank, changed of each.
+    """
+
+    out: Tensor
+    in_: Tensor
+    ranks: Tensor
+    norms: Tensor
+    noise: Tensor
+
+    @property
+    def given(self) -> Tensor:
+        """(updates, r) bool: which rows of the factors are not there to fill up."""
+        places = torch.arange(self.out.shape[1], device=self.ranks.device)
+        return places < self.ranks.unsqueeze(1)
+
+
+def batch_of_few(layer: LayerSubspace, updates: Mapping[str, LowRankUpdate], *, as_they_are: bool) -> UpdateBatch:
+    """Stack updates cut to their numerical rank, each from its compact SVD.
+
+    Args:
+        layer: Which they are of.
+        updates: By task.
+        as_they_are: Whether to keep the factors that the updates came with, instead of balanced ones.
+
+    Raises:
+        ValueError: If one is not finite or its norm is out of range; naming the task.
+    """
+    factors, norms, noise = [], [], []
+    for task, update in updates.items():
+        balanced, norm, error = _balanced(task, update)
+        factors.append(update if as_they_are and norm > 0 else balanced)
+        norms.append(norm)
+        noise.append(error)
+    numbers = [torch.stack(values) if values else layer.records.norms[:0] for values in (norms, noise)]
+    return UpdateBatch(*_stacked(layer, factors), *numbers)
+
+
+def batch_of_many(layer: LayerSubspace, updates: Mapping[str, LowRankUpdate], *, as_they_are: bool) -> UpdateBatch:
+    """Stack updates with the factors that they came with, and norms from Gram matrices: no decomposition of each.
+
+    An update whose columns cancel each other, or that is zero or not finite, is treated as in `batch_of_few`.
+
+    Raises:
+        ValueError: As for `batch_of_few`.
+    """
+    out, in_, ranks = _stacked(layer, list(updates.values()))
+    energies = _gram(out), _gram(in_)
+    squared = (energies[0] * energies[1]).sum((1, 2))
+    sizes = torch.stack([energy.diagonal(dim1=1, dim2=2).sum(1).sqrt() for energy in energies])
+    bounds = sizes[0] * sizes[1]
+    norms = squared.clamp_min(0).sqrt()
+    usual = (sizes > 1 / _LARGEST_USUAL_FACTOR).all(0) & (sizes < _LARGEST_USUAL_FACTOR).all(0)
+    usual &= norms > _NOTABLE_CANCELLATION * bounds
+    noise = max(out.shape[2], in_.shape[2]) * torch.finfo(torch.float64).eps * bounds * ranks.sqrt()
+    for j, (task, update) in enumerate(updates.items()):
+        if usual[j]:
+            check_norm(norms[j], task)
+            continue
+        balanced, norms[j], noise[j] = _balanced(task, update)
+        if not (as_they_are and norms[j] > 0):
+            _fill(out[j], in_[j], balanced)
+            ranks[j] = balanced.out_factor.shape[1]
+    return UpdateBatch(out, in_, ranks, norms, noise)
+
+
+def _balanced(task: str, update: LowRankUpdate) -> tuple[LowRankUpdate, Tensor, Tensor]:
+    """Balanced factors of numerical rank, ``‖ΔW‖``, and what was lost (0-d each)."""
+    try:
+        compact = thin_svd_of_update(update)
+    except ValueError as error:
+        raise ValueError(f"task {task!r}: {error}") from error
+    if len(compact.singular_values):
+        check_norm(compact.norm, task)
+    return compact.balanced_factors(), compact.norm, compact.noise
+
+
+def _stacked(layer: LayerSubspace, updates: Sequence[LowRankUpdate]) -> tuple[Tensor, Tensor, Tensor]:
+    """Factors (updates, r, n) and (updates, r, d), transposed, and ranks (updates,)."""
+    ranks = [update.out_factor.shape[1] for update in updates]
+    out, in_ = (
+        basis.new_empty(len(updates), max(ranks, default=0), len(basis), dtype=torch.float64)
+        for basis in (layer.basis_out, layer.basis_in)
+    )
+    for j, update in enumerate(updates):
+        _fill(out[j], in_[j], update)
+    return out, in_, torch.tensor(ranks, dtype=torch.long, device=out.device)
+
+
+def _fill(out: Tensor, in_: Tensor, update: LowRankUpdate) -> None:
+    """Write the factors of an update into their rows, (r, n) and (r, d), and zeros behind them."""
+    for rows, factor in ((out, update.out_factor), (in_, update.in_factor)):
+        rows[: factor.shape[1]] = factor.T
+        rows[factor.shape[1] :] = 0
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """``X^T X`` (updates, r, r) of factors (updates, r, n)."""
+    return rows @ rows.mT
