@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -11,20 +10,12 @@ from pathlib import Path
 from transformers.utils import logging
 
 from ..engines import on_first_process
-
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from ..format.lock import lock
 
 
 logger = logging.get_logger(__name__)
 
 LOCK_FILE = ".share_hf_lock"
-
-# What file systems without locks answer.
-_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 # Descriptors of the locks that this process holds. A forked process has them too, and would hold the locks for as long
 # as it lives, longer than a parent that was killed.
@@ -73,23 +64,17 @@ def _take(folder: Path) -> int | None:
 
 def _is_locked(descriptor: int, folder: Path) -> bool:
     """Lock a file, or warn where that is not possible."""
-    reason = "this system has no flock"
-    if fcntl is not None:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError as error:
-            holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
-            raise FolderInUseError(
-                f"{folder}: process {holder} trains a stream there, expected one trainer at a time; wait for it, or "
-                "take another output_dir"
-            ) from error
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-            reason = error.strerror
-    logger.warning("%s: cannot be locked (%s); see to it that no other trainer works there.", folder, reason)
-    return False
+    try:
+        is_locked = lock(descriptor, wait=False)
+    except BlockingIOError as error:
+        holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
+        raise FolderInUseError(
+            f"{folder}: process {holder} trains a stream there, expected one trainer at a time; wait for it, or "
+            "take another output_dir"
+        ) from error
+    if not is_locked:
+        logger.warning("%s: cannot be locked here; see to it that no other trainer works there.", folder)
+    return is_locked
 
 
 def _release(descriptor: int) -> None:

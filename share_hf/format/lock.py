@@ -16,7 +16,7 @@ except ImportError:  # Windows
     fcntl = None
 
 # What a file system answers that knows no locks, such as some network ones.
-_UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+_UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 # Folders that this thread holds: whoever holds one may ask for it again.
 _HELD: ContextVar[frozenset[Path]] = ContextVar("_HELD", default=frozenset())
@@ -50,15 +50,38 @@ def holding(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def lock(descriptor: int, *, wait: bool) -> bool:
+    """Lock an open file, for as long as it is open.
+
+    Args:
+        descriptor: Of the file.
+        wait: Whether to wait for who holds it.
+
+    Returns:
+        False where the platform or the file system has no locks.
+
+    Raises:
+        BlockingIOError: If somebody else holds it, unless it is waited for.
+    """
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno in _UNSUPPORTED:
+            return False
+        raise
+    return True
+
+
 def _locked(path: Path) -> int:
     """A descriptor of the file that is there now, locked; its last holder may have removed the one waited for."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno in _UNSUPPORTED:
+            if not lock(descriptor, wait=True):
                 return descriptor
+        except OSError:
             os.close(descriptor)
             raise
         with suppress(FileNotFoundError):

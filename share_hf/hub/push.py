@@ -159,9 +159,7 @@ def _check_upcoming(
         )
 
 
-def _with_pushed(
-    state: SubspaceState, tip: Tip, repository: HubRepository, base_model: str | None
-) -> SubspaceState:
+def _with_pushed(state: SubspaceState, tip: Tip, repository: HubRepository, base_model: str | None) -> SubspaceState:
     """The state with what the repository has beyond it."""
     if tip.tree is None:
         return state
