@@ -11,7 +11,6 @@ from huggingface_hub import CommitInfo
 from peft import PeftModel
 from peft.utils import CONFIG_NAME
 from torch import nn
-from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from .card import CardOptions, write_tree
@@ -19,9 +18,9 @@ from .format.base_model import base_name, common_base, named_alike
 from .format.files import FolderWriter
 from .format.index import INDEX_FILE, read_index
 from .format.lock import holding
-from .format.lora import lora_files, read_lora
+from .format.lora import lora_files
 from .format.names import listing
-from .format.places import Adapters, named_places
+from .format.places import Adapters, named_places, read_loras
 from .format.replacing import holds, reading_whole, replacing_folder
 from .format.tree import ADAPTER_FILES, lora_of, read_tree
 from .hub.fetch import RemoteTree, is_local
@@ -31,7 +30,7 @@ from .state import (
     SubspaceReport,
     SubspaceState,
     TaskInfo,
-    initialization_of,
+    initializations_of,
     merge_tasks,
     reconcile,
     report_of,
@@ -173,23 +172,19 @@ class SharedSubspace:
         if base_model is not None and (not isinstance(base_model, str) or base_name(base_model) is None):
             raise ValueError(f"base_model is {base_model!r}, expected an id on the hub or a folder")
         located = named_places(adapters, self.tasks)
-        loras = {}
-        for name, location in tqdm(
-            located.items(), desc="Reading adapters", unit="adapter", leave=False, disable=not progress
-        ):
-            loras[name] = read_lora(location, token=token)
+        loras = read_loras(located, token=token, progress=progress)
         base = base_name(base_model) or common_base(
             {name: lora.base_model_name_or_path for name, lora in loras.items()}, self.base_model_name_or_path
         )
         state = replace(self.state, base_model_name_or_path=base)
         known = set(state.layers)
+        updates = {name: lora.updates for name, lora in loras.items()}
+        initializations = initializations_of(updates)
         infos = {
-            name: TaskInfo(target=lora.target, head=lora.head, initialization=initialization_of(lora.updates))
+            name: TaskInfo(target=lora.target, head=lora.head, initialization=initializations[name])
             for name, lora in loras.items()
         }
-        self._held, report = merge_tasks(
-            state, {name: lora.updates for name, lora in loras.items()}, infos, progress=progress
-        )
+        self._held, report = merge_tasks(state, updates, infos, progress=progress)
         shapes = {module: layer.shape for module, layer in self._held.layers.items() if module not in known}
         if (line := smaller_layers(shapes, self.settings.num_components)) is not None:
             logger.warning_once(line)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
@@ -61,16 +61,54 @@ class LoraAdapter:
     """A plain LoRA: its updates with the scale folded in, and what came with it.
 
     Args:
-        updates: By module of the base model, ``ΔW = out_factor in_factor^T``.
+        updates: By module of the base model, ``ΔW = out_factor in_factor^T``. Those of a file are scaled when they are
+            asked for, and not kept.
         head: Weights of `modules_to_save` by name in the base model, such as `classifier.weight`.
         target: Values of `TARGET_FIELDS`.
         base_model_name_or_path: As the adapter names it.
     """
 
-    updates: dict[str, LowRankUpdate]
+    updates: Mapping[str, LowRankUpdate]
     head: dict[str, Tensor] = field(default_factory=dict)
     target: dict[str, Any] = field(default_factory=dict)
     base_model_name_or_path: str | None = None
+
+
+@dataclass(frozen=True)
+class ScaledFactors:
+    """A and B of a module as a file has them, and the scale of their product.
+
+    Args:
+        a: (r, d), in memory that is mapped from the file where it is a safetensors one.
+        b: (n, r).
+        scale: ``alpha / r``, or ``alpha / sqrt(r)`` with rslora.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+    def update(self) -> LowRankUpdate:
+        """The update, in memory of its own."""
+        # A power of two rounds nothing in float32; what another scale would round, no drift bound would know of.
+        dtype = torch.float32 if math.frexp(self.scale)[0] == 0.5 else torch.float64
+        return LowRankUpdate(out_factor=self.scale * self.b.to(dtype), in_factor=self.a.T.to(dtype))
+
+
+class StoredUpdates(Mapping[str, LowRankUpdate]):
+    """Updates by module, each made from its file when it is asked for: many adapters need no memory before that."""
+
+    def __init__(self, factors: Mapping[str, ScaledFactors]) -> None:
+        self._factors = factors
+
+    def __getitem__(self, module: str) -> LowRankUpdate:
+        return self._factors[module].update()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._factors)
+
+    def __len__(self) -> int:
+        return len(self._factors)
 
 
 def read_lora(
@@ -102,24 +140,25 @@ def read_lora(
     patterns = {without_wrappers(pattern): alpha for pattern, alpha in (config.get("alpha_pattern") or {}).items()}
     alphas = values_by_module(config_path, "alpha_pattern", patterns, factors)
     use_rslora = bool(config.get("use_rslora"))
-    updates = {}
+    scaled = {}
     for module, pair in factors.items():
         alpha = alphas.get(module, config["lora_alpha"])
-        updates[module] = _scaled_update(weights_path, module, pair, alpha, use_rslora=use_rslora)
-    target = without_slow_patterns(target, updates)
-    if not updates:
+        scaled[module] = _scaled(weights_path, module, pair, alpha, use_rslora=use_rslora)
+    target = without_slow_patterns(target, scaled)
+    if not scaled:
         raise ValueError(f"{weights_path}: no lora_A and lora_B in it, expected a LoRA")
     base = config.get("base_model_name_or_path")
     for module, tensors in changed_embeddings(embeddings, base).items():
-        head |= with_update(module, tensors, updates.pop(module, None))
+        adapted = scaled.pop(module, None)
+        head |= with_update(module, tensors, None if adapted is None else adapted.update())
         saved.append(module)
-    if not updates:
+    if not scaled:
         raise ValueError(f"{weights_path}: it adapts {sorted(factors)} only and brings them whole, expected a LoRA")
     if saved:
         target["modules_to_save"] = saved
     if isinstance(modules := target.get("target_modules"), list):
         target["target_modules"] = targets_beside(modules, saved)
-    return LoraAdapter(updates=updates, head=head, target=target, base_model_name_or_path=base)
+    return LoraAdapter(updates=StoredUpdates(scaled), head=head, target=target, base_model_name_or_path=base)
 
 
 def read_target(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -298,9 +337,7 @@ def _check_head_shapes(path: Path, head: Mapping[str, Tensor]) -> None:
             )
 
 
-def _scaled_update(
-    path: Path, module: str, pair: Mapping[str, Tensor], alpha: float, *, use_rslora: bool
-) -> LowRankUpdate:
+def _scaled(path: Path, module: str, pair: Mapping[str, Tensor], alpha: float, *, use_rslora: bool) -> ScaledFactors:
     if set(pair) != {"A", "B"}:
         missing = "B" if "A" in pair else "A"
         raise ValueError(f"{path}: {module!r} has no lora_{missing}, expected both lora_A and lora_B")
@@ -310,7 +347,4 @@ def _scaled_update(
             f"{path}: lora_A and lora_B of {module!r} are {tuple(a.shape)} and {tuple(b.shape)}, expected (r, d) and "
             "(n, r)"
         )
-    scale = alpha / (math.sqrt(a.shape[0]) if use_rslora else a.shape[0])
-    # A power of two rounds nothing in float32; what another scale would round, no drift bound would know of.
-    dtype = torch.float32 if math.frexp(scale)[0] == 0.5 else torch.float64
-    return LowRankUpdate(out_factor=scale * b.to(dtype), in_factor=a.T.to(dtype))
+    return ScaledFactors(a, b, alpha / (math.sqrt(a.shape[0]) if use_rslora else a.shape[0]))

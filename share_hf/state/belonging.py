@@ -27,10 +27,10 @@ def check_one_model(layers: Mapping[str, LayerSubspace], updates: Mapping[str, M
     """
     shapes: dict[str, dict[str, tuple[int, int]]] = {}
     for modules in (layers, *updates.values()):
-        for module, layer in modules.items():
+        for module in modules:
             before, rest = _split(module)
-            if rest:
-                shapes.setdefault(before, {}).setdefault(rest, layer.shape)
+            if rest and rest not in shapes.setdefault(before, {}):
+                shapes[before][rest] = modules[module].shape
     for first, second in combinations(shapes, 2):
         if not _alike(first, second):
             continue

@@ -16,7 +16,7 @@ from ..subspace import (
     LowRankUpdate,
     MergeReport,
     SubspaceSettings,
-    initialization_sketch,
+    initialization_sketches,
     merge_into_layers,
 )
 from .belonging import check_one_model
@@ -195,9 +195,16 @@ def rounded(number: float) -> float:
 
 def initialization_of(updates: Mapping[str, LowRankUpdate]) -> str:
     """A sketch of the A that an adapter was trained from, as text: one signed byte an entry, the largest 127."""
-    sketch = initialization_sketch(updates)
-    scaled = sketch * (127 / sketch.abs().max().clamp_min(torch.finfo(sketch.dtype).tiny))
-    return base64.b64encode(scaled.round().to(torch.int8).numpy().tobytes()).decode()
+    return initializations_of({"": updates})[""]
+
+
+def initializations_of(adapters: Mapping[str, Mapping[str, LowRankUpdate]]) -> dict[str, str]:
+    """`initialization_of` for each of many adapters, one module after another."""
+    texts = {}
+    for task, sketch in initialization_sketches(adapters).items():
+        scaled = sketch * (127 / sketch.abs().max().clamp_min(torch.finfo(sketch.dtype).tiny))
+        texts[task] = base64.b64encode(scaled.round().to(torch.int8).numpy().tobytes()).decode()
+    return texts
 
 
 def sketch_of(info: TaskInfo) -> Tensor | None:

@@ -6,7 +6,7 @@ from .layer import LayerSubspace, TaskRecords
 from .merge import DriftToleranceError, LayerMergeReport, merge_into_layer, residual_outside
 from .model import MergeReport, merge_into_layers
 from .settings import BasisKind, SubspaceSettings, check_dimensions, rank_in_layer, smaller_layers
-from .sketch import SKETCH_BUCKETS, initialization_sketch
+from .sketch import SKETCH_BUCKETS, initialization_sketch, initialization_sketches
 
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "audit_updates",
     "check_dimensions",
     "initialization_sketch",
+    "initialization_sketches",
     "merge_into_layer",
     "merge_into_layers",
     "rank_in_layer",

@@ -16,7 +16,7 @@ from torch import Tensor
 from .basis import JOINT_ITERATIONS
 from .factors import CompactUpdate, LowRankUpdate, inverse_norms, thin_svd_of_update
 from .layer import LayerSubspace
-from .sketch import Numbers, group_by_initialization, initialization_sketch
+from .sketch import Numbers, group_by_initialization, initialization_sketches
 
 
 CHANCE_MARGIN = 0.02  # an explained variance that is above the null by less says nothing
@@ -185,7 +185,7 @@ def audit_updates(
         for module, updates in layers.items():
             for task, update in updates.items():
                 by_task.setdefault(task, {})[module] = update
-        sketches = {task: initialization_sketch(updates) for task, updates in by_task.items()}
+        sketches = initialization_sketches(by_task)
     rows = []
     for i, module in enumerate(progress(list(layers if modules is None else modules))):
         updates = _normalized(list(layers[module].values()))

@@ -31,13 +31,27 @@ def initialization_sketch(updates: Mapping[str, LowRankUpdate]) -> Tensor:
     Args:
         updates: By module; A^T is the `in_factor`.
     """
-    sketch = torch.zeros(SKETCH_BUCKETS, dtype=torch.float64)
-    for module, update in updates.items():
-        entries = update.in_factor.detach().cpu().double().T.flatten()
-        hashes = _entry_hashes(module, len(entries))
-        signs = (hashes >> 32 & 1) * 2 - 1
-        sketch.index_add_(0, hashes % SKETCH_BUCKETS, entries * signs)
-    return (sketch / sketch.norm().clamp_min(torch.finfo(torch.float64).tiny)).float()
+    return initialization_sketches({"": updates})[""]
+
+
+def initialization_sketches(adapters: Mapping[str, Mapping[str, LowRankUpdate]]) -> dict[str, Tensor]:
+    """`initialization_sketch` of each of many adapters, which takes one module of all of them after another."""
+    by_module: dict[str, list[str]] = {}
+    for task, updates in adapters.items():
+        for module in updates:
+            by_module.setdefault(module, []).append(task)
+    sketches = torch.zeros(len(adapters), SKETCH_BUCKETS, dtype=torch.float64)
+    rows = dict(zip(adapters, sketches, strict=True))
+    for module, tasks in by_module.items():
+        buckets = signs = torch.zeros(0, dtype=torch.long)
+        for task in tasks:
+            entries = adapters[task][module].in_factor.detach().cpu().double().T.flatten()
+            if len(entries) > len(buckets):
+                hashes = _entry_hashes(module, len(entries))
+                buckets, signs = hashes % SKETCH_BUCKETS, (hashes >> 32 & 1) * 2 - 1
+            rows[task].index_add_(0, buckets[: len(entries)], entries * signs[: len(entries)])
+    sketches /= sketches.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    return dict(zip(adapters, sketches.float(), strict=True))
 
 
 def group_by_initialization(

@@ -12,7 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from share_hf.subspace import LayerSubspace, LowRankUpdate, SubspaceSettings, audit, merge_into_layer
+from share_hf.subspace import (
+    LayerSubspace,
+    LowRankUpdate,
+    SubspaceSettings,
+    audit,
+    initialization_sketch,
+    merge_into_layer,
+)
 from share_hf.subspace.audit import (
     AuditReport,
     Explained,
@@ -21,7 +28,6 @@ from share_hf.subspace.audit import (
     audit_updates,
     explained_variance,
     group_by_initialization,
-    initialization_sketch,
     null_explained_variance,
 )
 
