@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from jinja2 import TemplateError
+from jinja2 import Template, TemplateError
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from yaml import YAMLError
 
@@ -76,13 +77,19 @@ def write_card(state: SubspaceState, folder: Path, options: CardOptions) -> None
         raise ValueError(f"{template}: no such model card template")
     data, facts = _card_data(state), _facts(state, folder, options)
     try:
-        generated = ModelCard.from_template(data, template_path=str(template), **facts).text
+        compiled = _compiled(template.read_text(encoding="utf-8"))
+        generated = ModelCard(compiled.render(card_data=data.to_yaml(), **{**data.to_dict(), **facts})).text
     except (TemplateError, TypeError) as error:
         raise ValueError(f"{template}: not a usable model card template ({error})") from error
     before, owned, after = _outside(options.existing)
     text = f"{before}{GENERATED_BEGIN}\n\n{_without_markers(generated).strip()}\n\n{GENERATED_END}{after}"
     card = ModelCard(f"---\n{_joined(owned, data).to_yaml()}\n---\n\n{text.strip()}\n")
     (folder / CARD_FILE).write_text(str(card), encoding="utf-8")
+
+
+@lru_cache(maxsize=2)  # a push writes a card for each branch
+def _compiled(template: str) -> Template:
+    return Template(template)
 
 
 def read_card(path: Path) -> str:
