@@ -54,7 +54,7 @@ def lock(descriptor: int, *, wait: bool) -> bool:
     """Lock an open file, for as long as it is open.
 
     Args:
-        descriptor: Of the file.
+        descriptor: The open file.
         wait: Whether to wait for who holds it.
 
     Returns:

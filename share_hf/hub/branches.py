@@ -214,7 +214,7 @@ class BranchWriter:
         """Roots of trees, large files uploaded, each as it differs from the one before.
 
         Args:
-            tasks: Of these tasks.
+            tasks: The tasks of these trees.
             workshop: The branch that they become commits of.
             held: Checksums of the root files at its tip; they are kept up to date.
         """

@@ -75,7 +75,7 @@ def test_the_one_who_loses_a_race_merges_and_pushes_again(
     assert set(SharedSubspace.from_pretrained(REPO).tasks) == {"mrpc", "sst2", "rte", "cola"}
 
 
-@pytest.mark.parametrize("count", [4, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [4, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
 def test_many_at_once_all_arrive_once(count: int, hub: Hub, save_lora: Callable[..., Path]) -> None:
     names = [f"task{i}" for i in range(count)]
     adapters = {
