@@ -47,15 +47,6 @@ def shared_steps(first: Lineage, second: Lineage) -> int:
     return shared
 
 
-def tasks_after(lineage: Lineage) -> list[str]:
-    """The tasks that were added and not removed, in the order they were first added."""
-    tasks: dict[str, None] = {}
-    for entry in lineage:
-        tasks |= dict.fromkeys(added_by(entry))
-        tasks.pop(entry.get("removed"), None)
-    return list(tasks)
-
-
 def tasks_touched(lineage: Lineage) -> set[str]:
     """The tasks that some step added, or trained further."""
     return {task for entry in lineage for task in added_by(entry)}

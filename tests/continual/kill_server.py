@@ -12,7 +12,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from typing import Any
 
 import torch
 
-from share_hf import ShareTrainer
+from share_hf import SharedSubspace, ShareTrainer
 from share_hf.card import tree as card_tree
 from share_hf.continual import checkpoints, phase_trainer, task_trainer
 from share_hf.continual import phases as phases_module
@@ -32,11 +31,11 @@ from share_hf.format import files as files_module
 from share_hf.format import tree as tree_module
 from tests.conftest import _tiny_bert
 from tests.distributed import fsdp_on_cpu
+from tests.forking import forking_server
 
 from .cases import LABELS, At, classification_tasks, classifier_trainer
 
 
-ROOT = Path(__file__).parents[2]
 SECONDS_A_RUN = 120
 TASKS = list(LABELS)[:3]
 
@@ -264,46 +263,38 @@ def _run_as(index: int, processes: int, port: int, run: dict[str, Any], writing:
 @contextmanager
 def kill_server(log: Path) -> Iterator[Ask]:
     """Runs streams as asked for: by process, how it ended and its lengths; and what was printed."""
-    with log.open("wb") as errors:
-        server = subprocess.Popen(
-            [sys.executable, "-c", "from tests.continual.kill_server import serve; serve()"],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            start_new_session=True,
-            text=True,
-        )
+    with forking_server(__name__, log, HF_HUB_OFFLINE="1", DS_ACCELERATOR="cpu") as server:
 
-    def ask(
-        folder: Path,
-        clock: str = "seconds",
-        moment: float = 2 * SECONDS_A_RUN,
-        *,
-        processes: int = 1,
-        rank: int = 0,
-        alone: bool = True,
-        **run: Any,
-    ) -> dict[str, Any]:
-        before = log.stat().st_size
-        run |= {"folder": str(folder), "clock": clock, "moment": moment, "processes": processes}
-        server.stdin.write(json.dumps({**run, "rank": rank, "alone": alone}) + "\n")
-        server.stdin.flush()
-        answer = server.stdout.readline()
-        with log.open("rb") as lines:
-            lines.seek(before)
-            output = lines.read().decode(errors="replace")
-        assert answer, output[-4000:]
-        return {**json.loads(answer), "output": output}
+        def ask(
+            folder: Path,
+            clock: str = "seconds",
+            moment: float = 2 * SECONDS_A_RUN,
+            *,
+            processes: int = 1,
+            rank: int = 0,
+            alone: bool = True,
+            **run: Any,
+        ) -> dict[str, Any]:
+            before = log.stat().st_size
+            run |= {"folder": str(folder), "clock": clock, "moment": moment, "processes": processes}
+            server.stdin.write(json.dumps({**run, "rank": rank, "alone": alone}) + "\n")
+            server.stdin.flush()
+            answer = server.stdout.readline()
+            with log.open("rb") as lines:
+                lines.seek(before)
+                output = lines.read().decode(errors="replace")
+            assert answer, output[-4000:]
+            return {**json.loads(answer), "output": output}
 
-    try:
         yield ask
-        server.stdin.close()
-        assert server.wait(timeout=30) == 0
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
-        server.stdin.close()
-        server.stdout.close()
+
+
+def whole_stream(run: Ask, folder: Path) -> tuple[dict[str, bytes], dict[str, float]]:
+    """What a stream that is not ended leaves, the same by whatever it is timed, and its length by each clock."""
+    lengths = {}
+    for clock in reversed(CLOCKS):  # time last, when all is imported
+        lengths[clock] = run(folder / clock, clock, 1e9)["lengths"][0][clock]
+    ends = [end_of(folder / clock) for clock in CLOCKS]
+    assert ends[0] == ends[1] == ends[2]
+    assert SharedSubspace.from_pretrained(folder / "seconds" / "subspace").tasks == tuple(TASKS)
+    return ends[0], lengths

@@ -10,9 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from share_hf import SharedSubspace
-
-from .kill_server import CLOCKS, TASKS, Ask, end_of, kill_server
+from .kill_server import CLOCKS, Ask, end_of, kill_server, whole_stream
 
 
 MOMENTS = 50
@@ -33,14 +31,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
 @pytest.fixture(scope="module")
 def whole(run: Ask, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes], dict[str, float]]:
     """What the stream that is not killed leaves, and its length by each clock."""
-    folder = tmp_path_factory.mktemp("whole")
-    lengths = {}
-    for clock in reversed(CLOCKS):  # time last, when all is imported
-        lengths[clock] = run(folder / clock, clock, 1e9)["lengths"][0][clock]
-    ends = [end_of(folder / clock) for clock in CLOCKS]
-    assert ends[0] == ends[1] == ends[2]
-    assert SharedSubspace.from_pretrained(folder / "seconds" / "subspace").tasks == tuple(TASKS)
-    return ends[0], lengths
+    return whole_stream(run, tmp_path_factory.mktemp("whole"))
 
 
 @pytest.mark.parametrize("number", range(MOMENTS))

@@ -15,7 +15,7 @@ import pytest
 
 from .cases import At, classification_tasks
 from .conftest import Make
-from .kill_server import CLOCKS, Ask, end_of, kill_server
+from .kill_server import CLOCKS, Ask, end_of, kill_server, whole_stream
 
 
 MOMENTS = 6
@@ -31,11 +31,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
 @pytest.fixture(scope="module")
 def whole(run: Ask, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes], dict[str, float]]:
     """What the stream that is not ended leaves, and its length by each clock."""
-    folder = tmp_path_factory.mktemp("whole")
-    lengths = {}
-    for clock in reversed(CLOCKS):
-        lengths[clock] = run(folder / clock, clock, 1e9)["lengths"][0][clock]
-    return end_of(folder / "seconds"), lengths
+    return whole_stream(run, tmp_path_factory.mktemp("whole"))
 
 
 @pytest.mark.slow

@@ -12,15 +12,15 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from share_hf import SharedSubspace
+from tests.forking import forking_server
 
 
-ROOT = Path(__file__).parents[2]
 SECONDS_A_SESSION = 60
 CHANGES = {"os.chmod", "os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir"}
 
@@ -158,24 +158,5 @@ class Forks:
 @contextmanager
 def forks(log: Path) -> Iterator[Forks]:
     """A process that imports the libraries and forks, in the environment of now."""
-    with log.open("wb") as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-c", "from tests.faults.sessions import serve; serve()"],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            start_new_session=True,
-            text=True,
-        )
-    try:
+    with forking_server(__name__, log) as process:
         yield Forks(process, log)
-        process.stdin.close()
-        assert process.wait(timeout=30) == 0
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        process.stdin.close()
-        process.stdout.close()
