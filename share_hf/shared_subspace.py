@@ -220,7 +220,7 @@ class SharedSubspace:
         self._check_known(task)
         if holds(Path(folder), INDEX_FILE):
             raise ValueError(f"{folder}: holds a subspace or a model's checkpoint, expected another folder")
-        files = lora_files(lora_of(self._holding([task]), task), self.settings.pseudo_rank)
+        files = lora_files(lora_of(self._holding([task]), task))
         with replacing_folder(Path(folder), lambda _: ADAPTER_FILES) as scratch:
             writer = FolderWriter(scratch)
             for name, content in files.items():

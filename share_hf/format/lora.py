@@ -207,12 +207,13 @@ def _check_pattern(path: Path, name: str, pattern: str) -> None:
         raise ValueError(f"{path}: {name} is {pattern!r}, which is no regular expression ({error})") from error
 
 
-def lora_files(adapter: LoraAdapter, rank: int) -> dict[str, bytes]:
-    """The files of updates as a plain PEFT LoRA of this rank and scale 1, which any PEFT loads without share_hf.
+def lora_files(adapter: LoraAdapter) -> dict[str, bytes]:
+    """The files of updates as a plain PEFT LoRA of scale 1, which any PEFT loads without share_hf.
 
-    Factors of a smaller rank, as of layers with fewer outputs or inputs, are filled up with zeros: unlike a
-    `rank_pattern`, every PEFT and every server of LoRAs reads that.
+    Its rank is the largest of its layers'. Factors of a smaller rank, as of layers with fewer outputs or inputs, are
+    filled up with zeros: unlike a `rank_pattern`, every PEFT and every server of LoRAs reads that.
     """
+    rank = max((update.out_factor.shape[1] for update in adapter.updates.values()), default=1)
     tensors = {f"{PEFT_PREFIX}{name}": tensor for name, tensor in adapter.head.items()}
     for module, update in adapter.updates.items():
         missing = (0, rank - update.out_factor.shape[1])

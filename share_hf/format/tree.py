@@ -128,7 +128,7 @@ def write_root(
     """
     adapter = _root_adapter_of(there, state, writer) if there is not None else {}
     if not adapter and state.root_task is not None:
-        for name, content in lora_files(lora_of(state, state.root_task), state.settings.pseudo_rank).items():
+        for name, content in lora_files(lora_of(state, state.root_task)).items():
             writer.put(name, content)
             adapter[name] = writer.sha256[name]
     rest = [SUBSPACE_FILE, METRICS_FILE, *(f"{task_folder(task)}/{METRICS_FILE}" for task in state.tasks)]

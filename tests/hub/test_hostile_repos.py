@@ -243,6 +243,47 @@ def test_sizes_in_the_index_are_checked_before_they_are_computed_with(
     assert Q_PROJ in victim.is_refused(loader, INDEX)
 
 
+def with_rank(rank: int) -> Edit:
+    """A tree whose settings and tasks name this pseudo-rank, and as many components."""
+    sizes = {"num_components": rank, "pseudo_rank": rank}
+
+    def change(tree: Path) -> None:
+        for task in ("mrpc", "sst2"):
+            signed(f"tasks/{task}/{CONFIG}", lambda path: edit_json(path, lambda config: config.update(sizes)))(tree)
+        edit_index(tree, lambda index: index["settings"].update(sizes))
+
+    return change
+
+
+@every_loader
+@pytest.mark.parametrize("rank", [2**24, 2**40])
+def test_sizes_in_the_settings_are_compared_with_the_tensors_before_any_is_made(
+    rank: int, loader: Loader, victim: Victim, tree: Path
+) -> None:
+    with_rank(rank)(tree)
+    victim.finds(tree)
+    victim.is_refused(loader, r"share_coefficients_(in|out)' has shape \(.*\), expected")
+
+
+def test_a_rank_beyond_that_of_every_layer_takes_no_memory(victim: Victim, tree: Path, tmp_path: Path) -> None:
+    def fill(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if "share_coefficients" in name]:
+            largest = 32 if "v_proj" in name else 64  # the rank that the weight can have
+            tensors[name] = torch.nn.functional.pad(tensors[name], (0, largest - tensors[name].shape[1]))
+
+    with_rank(2**40)(tree)
+    for task in ("mrpc", "sst2"):
+        in_tensors(f"tasks/{task}/{WEIGHTS}", fill)(tree)
+    victim.finds(tree)
+    loaded = victim.loads("subspace")
+    exported = tmp_path / "exported"
+    loaded.export_lora("mrpc", exported)
+    assert json.loads((exported / CONFIG).read_text())["r"] == 64
+    loaded.save_pretrained(tmp_path / "saved")
+    found = logits(PeftModel.from_pretrained(victim.model, exported))
+    assert torch.allclose(found, victim.expected, atol=1e-5)
+
+
 # ---- Pickles --------------------------------------------------------------------------------------------------------
 
 
