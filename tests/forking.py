@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 
 ROOT = Path(__file__).parents[1]
@@ -44,3 +49,67 @@ def forking_server(module: str, log: Path, **environment: str) -> Iterator[subpr
         process.wait()
         process.stdin.close()
         process.stdout.close()
+
+
+@contextmanager
+def answering_server(module: str, log: Path, **environment: str) -> Iterator[Callable[..., dict[str, Any]]]:
+    """Ask a module's `serve()`, which calls `answer_requests`, for what its answers are, and for what was printed.
+
+    Args:
+        module: Its name.
+        log: As for `forking_server`.
+        environment: As for `forking_server`.
+    """
+    with forking_server(module, log, **environment) as server:
+
+        def ask(**request: Any) -> dict[str, Any]:
+            before = log.stat().st_size
+            server.stdin.write(json.dumps(request) + "\n")
+            server.stdin.flush()
+            answer = server.stdout.readline()
+            with log.open("rb") as lines:
+                lines.seek(before)
+                output = lines.read().decode(errors="replace")
+            assert answer, output[-4000:]
+            return {**json.loads(answer), "output": output}
+
+        yield ask
+
+
+# ---- In the process that forks --------------------------------------------------------------------------------------
+
+
+def answer_requests(answer: Callable[..., dict[str, Any]]) -> None:
+    """Answer each request, a line of JSON, with another; what is printed meanwhile goes to the log.
+
+    Args:
+        answer: Takes a request and tells, beside the rest, which `modules` its forks have imported.
+    """
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    for line in sys.stdin:
+        told = answer(**json.loads(line))
+        import_for_forks(told.pop("modules"))
+        answers.write(json.dumps(told) + "\n")
+        answers.flush()
+
+
+def import_for_forks(modules: Iterable[str]) -> None:
+    """Import what forks have imported, so that the next ones need not."""
+    for module in modules:
+        with suppress(Exception):
+            importlib.import_module(module)
+    gc.collect()
+    gc.freeze()
+
+
+def free_port() -> int:
+    with socket.create_server(("localhost", 0)) as server:
+        return server.getsockname()[1]
+
+
+def be_rank(index: int, processes: int, port: int) -> None:
+    """Have the environment that a launcher gives to one of its processes."""
+    facts = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    facts |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in facts.items()})

@@ -6,16 +6,13 @@ itself: processes that no other has trained in, and that SIGKILL ends.
 
 from __future__ import annotations
 
-import gc
-import importlib
 import json
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +28,7 @@ from share_hf.format import files as files_module
 from share_hf.format import tree as tree_module
 from tests.conftest import _tiny_bert
 from tests.distributed import fsdp_on_cpu
-from tests.forking import forking_server
+from tests.forking import answer_requests, answering_server, be_rank, free_port
 
 from .cases import LABELS, At, classification_tasks, classifier_trainer
 
@@ -183,20 +180,10 @@ def end_of(folder: Path) -> dict[str, bytes]:
 
 
 def serve() -> None:
-    """Run the stream in forks for each request, a line of JSON, and answer how it ended with another."""
+    """Run the stream in forks for each request, and answer how it ended."""
     torch.set_num_threads(1)
     sys.modules["matplotlib.figure"] = None  # type: ignore[assignment]
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    for line in sys.stdin:
-        answer = _run_in_forks(**json.loads(line))
-        for module in answer.pop("modules"):  # imported once, not in every fork again
-            with suppress(Exception):
-                importlib.import_module(module)
-        gc.collect()
-        gc.freeze()
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
+    answer_requests(_run_in_forks)
 
 
 def _run_in_forks(
@@ -209,8 +196,7 @@ def _run_in_forks(
     **run: Any,
 ) -> dict[str, Any]:
     run |= {"clock": clock, "moment": moment, "rank": rank, "alone": alone, "number": number}
-    with socket.create_server(("localhost", 0)) as server:
-        port = server.getsockname()[1]
+    port = free_port()
     pids: list[int] = []
     reports = []
     for index in range(processes):
@@ -240,9 +226,7 @@ def _run_as(index: int, processes: int, port: int, run: dict[str, Any], writing:
     try:
         signal.alarm(SECONDS_A_RUN)
         if processes > 1 or "deepspeed" in run:
-            facts = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-            facts |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
-            os.environ.update({name: str(value) for name, value in facts.items()})
+            be_rank(index, processes, port)
         imported = set(sys.modules)
         with os.fdopen(writing, "w") as reports:
             lengths = run_stream(
@@ -263,7 +247,7 @@ def _run_as(index: int, processes: int, port: int, run: dict[str, Any], writing:
 @contextmanager
 def kill_server(log: Path) -> Iterator[Ask]:
     """Runs streams as asked for: by process, how it ended and its lengths; and what was printed."""
-    with forking_server(__name__, log, HF_HUB_OFFLINE="1", DS_ACCELERATOR="cpu") as server:
+    with answering_server(__name__, log, HF_HUB_OFFLINE="1", DS_ACCELERATOR="cpu") as ask_server:
 
         def ask(
             folder: Path,
@@ -275,16 +259,8 @@ def kill_server(log: Path) -> Iterator[Ask]:
             alone: bool = True,
             **run: Any,
         ) -> dict[str, Any]:
-            before = log.stat().st_size
             run |= {"folder": str(folder), "clock": clock, "moment": moment, "processes": processes}
-            server.stdin.write(json.dumps({**run, "rank": rank, "alone": alone}) + "\n")
-            server.stdin.flush()
-            answer = server.stdout.readline()
-            with log.open("rb") as lines:
-                lines.seek(before)
-                output = lines.read().decode(errors="replace")
-            assert answer, output[-4000:]
-            return {**json.loads(answer), "output": output}
+            return ask_server(**run, rank=rank, alone=alone)
 
         yield ask
 

@@ -15,9 +15,10 @@ import torch
 
 from share_hf import SharedSubspace
 from tests.continual.kill_server import TASKS, end_of
+from tests.distributed.launching import HERE as SCRIPTS
+from tests.distributed.launching import command, run
 from tests.distributed.test_deaths import STAGES
-from tests.distributed.test_streams import HERE as SCRIPTS
-from tests.distributed.test_streams import RECIPES, assert_close, command, run
+from tests.distributed.test_streams import RECIPES, assert_close
 from tests.trees import distance
 
 
@@ -46,7 +47,7 @@ def launch(device: torch.device, tmp_path_factory: pytest.TempPathFactory) -> La
         if key not in known:
             folder = tmp_path_factory.mktemp(engine) / "out"
             options = {"processes": 1, "device": device.type, "tasks": 2, "model": model, **options}
-            done = run(command(engine, "stream.py", folder, **options), SECONDS, device=device.type)
+            done = run(command(engine, "stream", folder, **options), SECONDS, device=device.type)
             assert done.returncode == 0, done.stdout[-6000:]
             known[key] = SharedSubspace.from_pretrained(folder / "subspace")
         return known[key]

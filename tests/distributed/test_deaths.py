@@ -18,8 +18,10 @@ import pytest
 from share_hf import SharedSubspace
 from share_hf.continual.checkpoints import newest_whole_checkpoint
 from tests.continual.kill_server import CLOCKS, TASKS, Ask, end_of, kill_server
+from tests.forking import free_port
 
-from .test_streams import assert_close, free_port, run, zero_config
+from .launching import run, zero_config
+from .test_streams import assert_close
 
 
 pytestmark = [
@@ -177,7 +179,7 @@ def test_a_stream_is_resumed_by_other_processes_than_began_it(
 
 
 def started_by(name: str) -> list[str]:
-    port, programs = free_port(), Path(sys.executable).parent
+    port, programs = str(free_port()), Path(sys.executable).parent
     return {
         "torchrun": [str(programs / "torchrun"), "--nproc-per-node", "2", "--master-port", port],
         "accelerate": [

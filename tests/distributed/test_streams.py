@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from safetensors import safe_open
@@ -20,80 +16,30 @@ from share_hf import SharedSubspace
 from tests.continual.cases import P
 from tests.trees import distance
 
+from .forked import running
+from .launching import ROOT, options_of_script, run
+
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(600)]
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-TIMEOUT = 570  # seconds; DeepSpeed may compile an operator, for minutes where the cores are shared
-
 Launch = Callable[..., SharedSubspace]
-
-
-def environment(device: str = "cpu") -> dict[str, str]:
-    return {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "DS_ACCELERATOR": device,
-    }
-
-
-def run(
-    command: list[str], timeout: float = TIMEOUT, cwd: Path | None = None, device: str = "cpu"
-) -> subprocess.CompletedProcess[str]:
-    """Run a command, of which no process is left afterwards."""
-    process = subprocess.Popen(
-        command, cwd=cwd, env=environment(device), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    finally:
-        for child in children_of(process.pid):  # launchers start them in sessions of their own
-            child.kill()
-    return subprocess.CompletedProcess(command, process.returncode, output)
-
-
-def children_of(pid: int) -> list[psutil.Process]:
-    """A process and all that it has started, as far as they are there."""
-    if not psutil.pid_exists(pid):
-        return []
-    process = psutil.Process(pid)
-    return [process, *process.children(recursive=True)]
-
-
-def free_port() -> str:
-    with socket.create_server(("localhost", 0)) as server:
-        return str(server.getsockname()[1])
-
-
-def launcher(engine: str, processes: int = 2) -> list[str]:
-    """What starts the script under an engine; one process with none."""
-    if engine == "one":
-        return [sys.executable]
-    if engine in ("ddp", "fsdp"):
-        torchrun = [sys.executable, "-m", "torch.distributed.run"]
-        return [*torchrun, "--standalone", "--nproc-per-node", str(processes)]
-    deepspeed = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(processes)]
-    return [*deepspeed, "--master_port", free_port()]
-
-
-def command(
-    engine: str, script: str, folder: Path, processes: int = 2, device: str = "cpu", **options: Any
-) -> list[str]:
-    """Runs a script of this folder under an engine."""
-    options = {"folder": str(folder), "use_cpu": device == "cpu", **options}
-    if engine.startswith("zero"):
-        options["deepspeed"] = zero_config(engine)
-    elif engine != "one":
-        options["ddp_backend"] = "gloo" if device == "cpu" else "nccl"
-        options["fsdp"] = engine == "fsdp"
-    return [*launcher(engine, processes), str(HERE / script), json.dumps(options)]
+RunScript = Callable[..., tuple[list[int], str]]
 
 
 @pytest.fixture(scope="module")
-def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
+def run_script(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunScript]:
+    """Runs a script of this folder in two processes of an engine, or in one of none."""
+    with running(tmp_path_factory.mktemp("forks") / "log.txt") as run_in_forks:
+
+        def start(engine: str, script: str, folder: Path, **options: Any) -> tuple[list[int], str]:
+            processes = None if engine == "one" else 2
+            return run_in_forks(script, options_of_script(engine, folder, **options), processes)
+
+        yield start
+
+
+@pytest.fixture(scope="module")
+def launch(run_script: RunScript, tmp_path_factory: pytest.TempPathFactory) -> Launch:
     """Runs a stream under an engine, the same one once: the subspace it leaves."""
     known: dict[str, SharedSubspace] = {}
 
@@ -101,8 +47,8 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
         key = json.dumps([engine, model, options])
         if key not in known:
             folder = tmp_path_factory.mktemp(engine) / "out"
-            done = run(command(engine, "stream.py", folder, model=model, **options))
-            assert done.returncode == 0, done.stdout[-6000:]
+            codes, output = run_script(engine, "stream", folder, model=model, **options)
+            assert not any(codes), output[-6000:]
             assert_whole_checkpoints(folder)
             known[key] = SharedSubspace.from_pretrained(folder / "subspace")
         return known[key]
@@ -124,23 +70,6 @@ def assert_whole_checkpoints(folder: Path) -> None:
                     assert shape[0] in (32, 64)  # outputs or inputs of a layer
                 if "share_coefficients" in name:
                     assert shape[1] == P
-
-
-def zero_config(engine: str) -> dict[str, Any]:
-    # No parameter of the tiny models is so small that every process keeps the whole of it.
-    stage: dict[str, Any] = {"stage": int(engine[4]), "stage3_param_persistence_threshold": 0}
-    if engine.endswith("offload"):
-        stage["offload_optimizer"] = {"device": "cpu"}
-        if engine.startswith("zero3"):
-            stage["offload_param"] = {"device": "cpu"}
-    return {
-        "zero_optimization": stage,
-        "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": "auto"},
-        "train_micro_batch_size_per_gpu": "auto",
-        "gradient_accumulation_steps": "auto",
-        "gradient_clipping": "auto",
-    }
 
 
 def assert_close(found: SharedSubspace, expected: SharedSubspace, tolerance: float) -> None:
@@ -253,37 +182,43 @@ def test_a_quantized_and_partitioned_backbone_learns_in_bfloat16_with_accumulate
     assert_close(found, expected, 0.1)
 
 
-def test_packed_weights_that_an_engine_would_cast_are_refused_before_training(tmp_path: Path) -> None:
-    done = run(command("zero3", "stream.py", tmp_path / "out", model="llama", quantized="nf4", bf16=True))
-    assert done.returncode != 0
-    assert "bnb_4bit_quant_storage=torch.bfloat16" in done.stdout
+def test_packed_weights_that_an_engine_would_cast_are_refused_before_training(
+    run_script: RunScript, tmp_path: Path
+) -> None:
+    codes, output = run_script("zero3", "stream", tmp_path / "out", model="llama", quantized="nf4", bf16=True)
+    assert codes == [1, 1]
+    assert "bnb_4bit_quant_storage=torch.bfloat16" in output
     assert not (tmp_path / "out" / "subspace").exists()
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero2"])
-def test_a_plain_trainer_in_two_processes_merges_what_one_does(engine: str, tmp_path: Path) -> None:
+def test_a_plain_trainer_in_two_processes_merges_what_one_does(
+    engine: str, run_script: RunScript, tmp_path: Path
+) -> None:
     for each in ("one", engine):
         for _ in range(2):  # DeepSpeed allows one Trainer in a process
-            done = run(command(each, "foreign.py", tmp_path / each))
-            assert done.returncode == 0, done.stdout[-6000:]
+            codes, output = run_script(each, "foreign", tmp_path / each)
+            assert not any(codes), output[-6000:]
     found, expected = (SharedSubspace.from_pretrained(tmp_path / each) for each in (engine, "one"))
     assert expected.tasks == ("a", "b")
     assert_close(found, expected, 1e-4)
 
 
-def test_a_plain_trainer_trains_float32_values_that_its_engine_keeps(tmp_path: Path) -> None:
-    done = run(command("zero2", "foreign.py", tmp_path / "out", bf16=True))
-    assert done.returncode == 0, done.stdout[-6000:]
+def test_a_plain_trainer_trains_float32_values_that_its_engine_keeps(run_script: RunScript, tmp_path: Path) -> None:
+    codes, output = run_script("zero2", "foreign", tmp_path / "out", bf16=True)
+    assert not any(codes), output[-6000:]
     for layer in SharedSubspace.from_pretrained(tmp_path / "out").state.layers.values():
         update = layer.update_of("a").dense()
         assert (update - update.bfloat16().float()).abs().max() > 0
 
 
 @pytest.mark.parametrize("engine", ["zero3", "fsdp"])
-def test_engines_that_keep_adapters_in_parts_are_refused_in_a_plain_trainer(engine: str, tmp_path: Path) -> None:
-    done = run(command(engine, "foreign.py", tmp_path / "out"))
-    assert done.returncode != 0
-    assert "or ShareTrainer, which takes any of them" in done.stdout
+def test_engines_that_keep_adapters_in_parts_are_refused_in_a_plain_trainer(
+    engine: str, run_script: RunScript, tmp_path: Path
+) -> None:
+    codes, output = run_script(engine, "foreign", tmp_path / "out")
+    assert codes == [1, 1]
+    assert "or ShareTrainer, which takes any of them" in output
 
 
 RECIPES = ROOT / "recipes"
