@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ import torch
 
 from share_hf import SharedSubspace
 from tests.continual.kill_server import TASKS, end_of
+from tests.distributed.forked import running
 from tests.distributed.launching import HERE as SCRIPTS
-from tests.distributed.launching import command, run
+from tests.distributed.launching import command, options_of_script, run
 from tests.distributed.test_deaths import STAGES
 from tests.distributed.test_streams import RECIPES, assert_close
 from tests.trees import distance
@@ -28,6 +29,7 @@ SECONDS = 100  # a process, its imports among them
 STEPS_LEFT = 10  # of 18, from the checkpoint before the moment that the stream is killed at
 
 Launch = Callable[..., SharedSubspace]
+RunStream = Callable[..., tuple[list[int], str]]
 
 
 def needs(library: str) -> pytest.MarkDecorator:
@@ -38,7 +40,24 @@ ZERO = [pytest.param(engine, marks=needs("deepspeed")) for engine in ("zero2", "
 
 
 @pytest.fixture(scope="module")
-def launch(device: torch.device, tmp_path_factory: pytest.TempPathFactory) -> Launch:
+def run_stream(device: torch.device, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunStream]:
+    """Runs a stream in one process of an engine: by its launcher on a card, faster in a fork on the CPU."""
+    if device.type == "cuda":
+
+        def start(engine: str, folder: Path, **options: Any) -> tuple[list[int], str]:
+            done = run(command(engine, "stream", folder, 1, device.type, **options), SECONDS, device=device.type)
+            return [done.returncode], done.stdout
+
+        yield start
+        return
+    with running(tmp_path_factory.mktemp("forks") / "log.txt") as run_in_forks:
+        yield lambda engine, folder, **options: run_in_forks(
+            "stream", options_of_script(engine, folder, **options), None if engine == "one" else 1
+        )
+
+
+@pytest.fixture(scope="module")
+def launch(run_stream: RunStream, tmp_path_factory: pytest.TempPathFactory) -> Launch:
     """The subspace that a stream leaves under an engine; each is run once."""
     known: dict[str, SharedSubspace] = {}
 
@@ -46,9 +65,8 @@ def launch(device: torch.device, tmp_path_factory: pytest.TempPathFactory) -> La
         key = json.dumps([engine, model, options])
         if key not in known:
             folder = tmp_path_factory.mktemp(engine) / "out"
-            options = {"processes": 1, "device": device.type, "tasks": 2, "model": model, **options}
-            done = run(command(engine, "stream", folder, **options), SECONDS, device=device.type)
-            assert done.returncode == 0, done.stdout[-6000:]
+            codes, output = run_stream(engine, folder, **{"tasks": 2, "model": model, **options})
+            assert codes == [0], output[-6000:]
             known[key] = SharedSubspace.from_pretrained(folder / "subspace")
         return known[key]
 
