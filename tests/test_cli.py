@@ -475,6 +475,28 @@ class TestHub:
         assert "/discussions/1" in share_json("push", "sub", REPO, "--create-pr")["url"]
         assert hub.api.repo_info(REPO).sha == head
 
+    @pytest.mark.parametrize(
+        ("choice", "branches"),
+        [
+            ([], {"mrpc", "sst2"}),
+            (["none"], set()),
+            (["sst2"], {"sst2"}),
+            (["mrpc", "sst2"], {"mrpc", "sst2"}),
+        ],
+        ids=str,
+    )
+    def test_the_tasks_that_get_a_branch_are_chosen(
+        self, choice: list[str], branches: set[str], share: Callable[..., Output], here: Path, hub: Hub
+    ) -> None:
+        assert share("push", "sub", REPO, *(part for name in choice for part in ("--branches", name)))[0] == 0
+        assert set(hub.repository(REPO).branches) == {"main", *branches}
+
+    def test_branches_of_no_task_are_an_error(self, share: Callable[..., Output], here: Path, hub: Hub) -> None:
+        code, _, err = share("push", "sub", REPO, "--branches", "mrcp")
+        assert code == 1
+        assert "branches has ['mrcp'], expected tasks of the subspace, which has ['mrpc', 'sst2']" in err
+        assert REPO not in hub.server.repositories
+
     def test_an_unknown_revision_is_an_error(self, share: Callable[..., Output], here: Path, hub: Hub) -> None:
         share("push", "sub", REPO)
         code, _, err = share("info", REPO, "--revision", "mrcp")
