@@ -26,6 +26,6 @@ export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$VIRTUAL_ENV/torch_extensions}"
 # All fast tests together use the cores there are; a selection is shown as it goes.
 if [ "$#" -eq 0 ]; then
-    set -- --numprocesses auto --maxprocesses 4
+    set -- --numprocesses auto --maxprocesses 4 --dist worksteal
 fi
 exec python -m pytest "$@"
