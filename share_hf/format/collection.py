@@ -15,7 +15,7 @@ from ..state import TaskInfo, initializations_of
 from ..subspace import LowRankUpdate
 from .base_model import base_name, common_base, of_another_base
 from .lora import LoraAdapter, read_lora
-from .pipelines import check_one_component
+from .pipelines import of_other_components
 from .places import NamedPlaces
 
 
@@ -71,6 +71,14 @@ class Collection:
         """By task name and module."""
         return {name: lora.updates for name, lora in self.loras.items()}
 
+    def updates_by_module(self) -> dict[str, dict[str, LowRankUpdate]]:
+        """By module and task name."""
+        modules: dict[str, dict[str, LowRankUpdate]] = {}
+        for name, updates in self.updates.items():
+            for module, update in updates.items():
+                modules.setdefault(module, {})[name] = update
+        return modules
+
     def infos(self) -> dict[str, TaskInfo]:
         """By task name, what a subspace knows of a task beside its coefficients."""
         initializations = initializations_of(self.updates)
@@ -119,7 +127,7 @@ def read_collection(
             loras[name] = read_lora(place, component=component, token=token)
         except _BROKEN as error:
             broken[name] = error
-    broken |= _of_other_components(loras)
+    broken |= _of_other_components(loras, shapes or {})
     broken |= _of_other_shapes(_without(loras, broken), shapes or {})
     if base_model is None:
         broken |= _of_other_bases(_without(loras, broken), base)
@@ -157,8 +165,8 @@ def _without(loras: Mapping[str, LoraAdapter], names: Mapping[str, Exception]) -
     return {name: lora for name, lora in loras.items() if name not in names}
 
 
-def _of_other_components(loras: Mapping[str, LoraAdapter]) -> dict[str, Exception]:
-    wrong = check_one_component({name: lora.component for name, lora in loras.items()})
+def _of_other_components(loras: Mapping[str, LoraAdapter], modules: Iterable[str]) -> dict[str, Exception]:
+    wrong = of_other_components({name: lora.component for name, lora in loras.items()}, modules)
     return {name: ValueError(f"adapter {name!r} {found}") for name, found in wrong.items()}
 
 

@@ -38,7 +38,7 @@ TRANSFORMER = _vocabulary(
     "transformer_blocks single_transformer_blocks net to_out",
     "attn attn2 to_q to_k to_v add_q_proj add_k_proj add_v_proj to_add_out ff ff_context proj proj_mlp proj_out norm "
     "norm1 norm1_context norm_out linear x_embedder context_embedder time_text_embed timestep_embedder "
-    "guidance_embedder text_embedder linear_1 linear_2",
+    "guidance_embedder text_embedder pos_embed linear_1 linear_2",
 )
 TEXT_ENCODER = _vocabulary(
     "layers block layer",

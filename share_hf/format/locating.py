@@ -75,7 +75,7 @@ def last_part(place: str | Path) -> str:
         path = PurePosixPath(reference.repo_id, reference.path)
     if path.suffix in _SUFFIXES and (reference is not None or Path(place).is_file()):
         return path.parent.name if path.name in {*_PEFT_WEIGHTS, *PIPELINE_WEIGHTS} else path.stem
-    return path.name or Path(place).resolve().name
+    return path.name if path.name not in ("", "..") else Path(place).resolve().name
 
 
 def find_adapter(location: str | Path, *, revision: str | None = None, **download_options: Any) -> AdapterFiles:

@@ -7,7 +7,6 @@ own here: the component that is meant is read, under the names that its modules 
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -289,19 +288,24 @@ def _metadata(path: Path, component: str | None) -> dict[str, Any] | None:
     return of_component or (content if "lora_alpha" in content else None)
 
 
-def check_one_component(components: Mapping[str, str | None]) -> dict[str, str]:
+def of_other_components(components: Mapping[str, str | None], modules: Iterable[str] = ()) -> dict[str, str]:
     """By adapter, what is wrong with it, where adapters are of several components of a pipeline.
 
     Args:
         components: By adapter, its component; None for those that name none, which may be of any.
+        modules: Names of modules that a subspace has which they are to be added to.
     """
-    counts = Counter(component for component in components.values() if component is not None)
-    if len(counts) < 2:
-        return {}
-    first = next(component for component in components.values() if component is not None)
+    named = {adapter: component for adapter, component in components.items() if component is not None}
+    known = {_BY_FIRST_PART.get(module.split(".")[0]) for module in modules}
+    of_subspace = known.pop() if len(known) == 1 else None
+    expected = next((component for component in named.values() if _is_kind(component, of_subspace)), of_subspace)
+    advice = "each is a model of its own, name the one that is meant with component= (share-hf: --component)"
     return {
-        adapter: f"is of component {component!r}, expected {first!r} as the first: each component is a model of its "
-        "own, name the one that is meant with component= (share-hf: --component)"
-        for adapter, component in components.items()
-        if component not in (None, first)
+        adapter: f"is of component {component!r}, the others are of {expected!r}: {advice}"
+        for adapter, component in named.items()
+        if component != expected
     }
+
+
+def _is_kind(component: str, kind: str | None) -> bool:
+    return kind is None or re.sub(r"_\d$", "", component) == kind
