@@ -95,7 +95,8 @@ class ScaledFactors:
     def update(self) -> LowRankUpdate:
         """The update, in memory of its own."""
         # A power of two rounds nothing in float32; what another scale would round, no drift bound would know of.
-        dtype = torch.float32 if math.frexp(self.scale)[0] == 0.5 else torch.float64
+        rounds = math.frexp(self.scale)[0] != 0.5 or torch.float64 in (self.a.dtype, self.b.dtype)
+        dtype = torch.float64 if rounds else torch.float32
         return LowRankUpdate(out_factor=self.scale * self.b.to(dtype), in_factor=self.a.T.to(dtype))
 
 

@@ -241,7 +241,9 @@ def _unflattened(path: Path, component: str, flat: str, part: Mapping[str, Tenso
 
 def _choose(path: Path, sides: Mapping[str | None, Mapping[str, Any]], component: str | None) -> str | None:
     """The component that is meant."""
-    counts = ", ".join(f"{name or 'one without a name'} ({len(modules)} modules)" for name, modules in sides.items())
+    counts = ", ".join(
+        sorted(f"{name or 'without a name'} ({len(modules)} modules)" for name, modules in sides.items())
+    )
     if not sides:
         raise ValueError(f"{path}: no lora_A and lora_B in it, expected a LoRA")
     if component is not None:
