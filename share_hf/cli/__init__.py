@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import errno
 import json
 import logging
 import os
@@ -23,6 +24,7 @@ from typing import Any, NoReturn
 
 
 FAILED, INTERRUPTED = 1, 130
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a quota, a limit on the length of files
 
 Commands = dict[str, argparse.ArgumentParser]
 
@@ -49,12 +51,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             outcome = commands.run(args, debug=debug)
     except KeyboardInterrupt:
-        return _fail("interrupted", INTERRUPTED, as_json=args.json)
+        return _fail("interrupted, run the command again", INTERRUPTED, as_json=args.json)
     except Exception as error:
         if debug:
             traceback.print_exc()
         expected = isinstance(error, (ValueError, OSError, RuntimeError)) and str(error)
         message = " ".join(str(error).split()) if expected else repr(error)
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            message += "; nothing has changed, make room there, and run the command again"
         return _fail(message, FAILED, as_json=args.json)
     _print(json.dumps(outcome.facts, indent=2) if args.json else outcome.text)
     return 0

@@ -53,8 +53,8 @@ def mended_name(text: str) -> str:
     Raises:
         ValueError: If no letter or digit of the text can stay.
     """
-    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
-    name = re.sub(r"[^A-Za-z0-9_-]+", "-", plain).strip("-_")
+    letters = (letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter))
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", "".join(letters)).strip("-_")
     if not name:
         raise ValueError(f"no task can be called {text!r}, expected another name for it")
     try:
