@@ -571,7 +571,7 @@ class TestFailures:
         before = files_of(here)
         monkeypatch.setattr(SharedSubspace, "add_adapters", interrupted)
         code, out, err = share("add", "sub", adapters["rte"])
-        assert (code, out, err) == (130, "", "error: interrupted\n")
+        assert (code, out, err) == (130, "", "error: interrupted, run the command again\n")
         assert files_of(here) == before
 
     def test_an_error_of_ours_has_its_type(

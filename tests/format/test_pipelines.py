@@ -11,6 +11,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -149,6 +151,44 @@ def test_factors_of_every_type_are_read_as_they_are(dtype: torch.dtype, tmp_path
     lora = read_lora(write(tmp_path / "style.safetensors", tensors))
     for module, (a, b) in rounded.items():
         torch.testing.assert_close(dense(lora.updates[module]), b @ a, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("saved_by", ["model", "pipeline"])
+def test_what_diffusers_itself_writes_is_read(saved_by: str, tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 64),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=16,
+    )
+    config = LoraConfig(
+        r=4,
+        lora_alpha=6,
+        target_modules=["to_q", "to_out.0", "ff.net.0.proj"],
+        rank_pattern={"attn1.to_q": 2},
+        alpha_pattern={"attn2.to_q": 3},
+        init_lora_weights=False,
+    )
+    unet.add_adapter(config)
+    if saved_by == "model":
+        unet.save_lora_adapter(tmp_path)
+    else:
+        diffusers.StableDiffusionPipeline.save_lora_weights(
+            tmp_path, unet_lora_layers=get_peft_model_state_dict(unet), unet_lora_adapter_metadata=config.to_dict()
+        )
+    lora = read_lora(tmp_path)
+    expected = {
+        name: module.get_delta_weight("default")
+        for name, module in unet.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+    assert lora.component == "unet"
+    assert lora.updates.keys() == expected.keys()
+    for module, delta in expected.items():
+        torch.testing.assert_close(lora.updates[module].dense().float(), delta, rtol=1e-5, atol=1e-6)
 
 
 # ---- Scales ---------------------------------------------------------------------------------------------------------
