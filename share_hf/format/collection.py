@@ -8,6 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import torch
+from huggingface_hub import is_offline_mode
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 from tqdm.auto import tqdm
 
@@ -21,7 +22,7 @@ from .places import NamedPlaces
 
 _SHOWN = 20  # broken adapters in a message
 
-# What leaves an adapter out, and others as they are; a hub that does not answer would leave out all.
+# What is wrong with one adapter alone.
 _BROKEN = (ValueError, RepositoryNotFoundError, LocalEntryNotFoundError)
 
 
@@ -126,6 +127,8 @@ def read_collection(
         try:
             loras[name] = read_lora(place, component=component, token=token)
         except _BROKEN as error:
+            if isinstance(error, LocalEntryNotFoundError) and not is_offline_mode():
+                raise  # of the network: it would be wrong with all of them, after a while each
             broken[name] = error
     broken |= _of_other_components(loras, shapes or {})
     broken |= _of_other_shapes(_without(loras, broken), shapes or {})
@@ -158,6 +161,8 @@ def _cannot_be_used(names: Sequence[str], broken: Mapping[str, Exception], count
 
 
 def _told(error: Exception) -> str:
+    if isinstance(error, RepositoryNotFoundError):
+        return "no such folder, and no repository that could be read, a private one needs a token"
     return str(error).partition("\n")[0]
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from huggingface_hub import is_offline_mode
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RevisionNotFoundError
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
@@ -165,7 +166,7 @@ def _config_on_hub(
     try:
         return download(reference.repo_id, (folder / CONFIG_NAME).as_posix(), **options)
     except EntryNotFoundError as error:
-        if required:
+        if required or _is_out_of_reach(error):
             raise _nothing_there(location, CONFIG_NAME, error) from error
         return None
 
@@ -178,7 +179,14 @@ def _first(location: str, reference: Reference, names: Sequence[str], options: d
             return download(reference.repo_id, name, **options)
         except EntryNotFoundError as error:
             missing = missing or error
+            if _is_out_of_reach(error):
+                break
     raise _nothing_there(location, expected, missing) from missing
+
+
+def _is_out_of_reach(error: EntryNotFoundError) -> bool:
+    """Whether the hub did not answer, after a while in which it was asked again."""
+    return isinstance(error, LocalEntryNotFoundError) and not is_offline_mode()
 
 
 def _nothing_there(location: str, name: str, error: EntryNotFoundError | None) -> Exception:

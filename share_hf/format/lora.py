@@ -199,7 +199,7 @@ def read_lora(
         target=target,
         base_model_name_or_path=base,
         component=found,
-        shapes={module: (len(factors.b), factors.a[0].numel()) for module, factors in scaled.items()},
+        shapes={module: (len(factors.b), factors.a.shape[1:].numel()) for module, factors in scaled.items()},
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import CommitInfo
+from huggingface_hub import CommitInfo, constants
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from share_hf import SharedSubspace
@@ -212,6 +212,34 @@ def test_what_a_repository_does_not_have_is_named(hub: Hub, save_lora: SaveLora)
         pytest.raises(LocalEntryNotFoundError, match="org/other@v1: no such folder, and no repo"),
     ):
         read_lora("org/other@v1")
+
+
+def test_places_of_the_hub_that_cannot_be_read_are_left_out(hub: Hub, save_lora: SaveLora) -> None:
+    hub.api.create_repo(REPO)
+    upload(hub, save_lora("a"), "a")
+    missing = {"b": "org/nowhere", "c": f"{REPO}:nothing", "d": f"{REPO}@v7:a"}
+    messages = {"b": "no repository that could be read", "c": "no adapter_config.json", "d": "no revision 'v7'"}
+    with pytest.raises(ValueError, match="3 of 4 adapters cannot be used") as caught:
+        SharedSubspace.from_adapters({"a": f"{REPO}:a", **missing}, pseudo_rank=4, progress=False)
+    assert all(message in str(caught.value) for message in messages.values())
+    subspace = SharedSubspace.from_adapters(
+        {**missing, "a": f"{REPO}:a"}, pseudo_rank=4, skip_bad=True, progress=False
+    )
+    assert subspace.tasks == ("a",)
+    assert all(messages[name] in reason for name, reason in subspace.reading.skipped.items())
+    assert subspace.reading.skipped.keys() == missing.keys()
+
+
+@pytest.mark.slow  # the client asks again for a while
+def test_a_hub_that_is_out_of_reach_leaves_no_adapter_out(
+    hub: Hub, save_lora: SaveLora, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
+    )
+    with pytest.raises(LocalEntryNotFoundError, match="org/lora: no such folder, and no repository in the cache"):
+        SharedSubspace.from_adapters([save_lora("a"), "org/lora"], pseudo_rank=4, skip_bad=True, progress=False)
 
 
 def test_a_local_folder_of_the_name_of_a_repository_comes_first(
