@@ -157,12 +157,13 @@ def _by_component(path: Path, tensors: Mapping[str, Tensor]) -> dict[str | None,
     sides: dict[str | None, dict[str, dict[str, Tensor]]] = {}
     for name, tensor in tensors.items():
         if (match := _FLAT.fullmatch(name)) is not None:
-            side = _side(path, name, match["leaf"])
+            side = _side(path, name, match["leaf"], tensor)
             component = _component_of_flat(match["prefix"], of_flux=of_flux)
-            flat.setdefault((component, match["flat"]), {})[side] = tensor
-            continue
-        component, module, side = _read_name(path, name)
-        known = sides.setdefault(component, {}).setdefault(module, {})
+            module, known = match["flat"], flat.setdefault((component, match["flat"]), {})
+        else:
+            component, module, leaf = _read_name(path, name)
+            side = _side(path, name, leaf, tensor)
+            known = sides.setdefault(component, {}).setdefault(module, {})
         if side in known:
             raise ValueError(f"{path}: {name!r} is a second one for {module!r}, expected one")
         known[side] = tensor
@@ -180,7 +181,7 @@ def _component_of_flat(prefix: str, *, of_flux: bool) -> str:
 
 
 def _read_name(path: Path, name: str) -> tuple[str | None, str, str]:
-    """Component, module and side of a tensor with a dotted name."""
+    """Component, module and leaf of a tensor with a dotted name."""
     if name.startswith(("diffusion_model.", "model.diffusion_model.", "cond_stage_model.", "conditioner.")):
         raise ValueError(
             f"{path}: {name!r} is named as the model's authors name it, expected the names of diffusers: load the "
@@ -193,21 +194,25 @@ def _read_name(path: Path, name: str) -> tuple[str | None, str, str]:
     if (old := _OLD_ATTENTION.fullmatch(rest)) is not None:
         in_text = in_text or rest.startswith("text_model.")
         attention = (_OF_TEXT_ATTENTION if in_text else _OF_ATTENTION)[old["which"]]
-        module, side = f"{old['module']}.{attention}", {"down": "A", "up": "B"}[old["side"]]
-    elif (leaf := _LEAF.fullmatch(rest)) is not None:
-        module, side = leaf["module"], _SIDES[leaf["leaf"]]
+        module, leaf = f"{old['module']}.{attention}", f"lora.{old['side']}.weight"
+    elif (match := _LEAF.fullmatch(rest)) is not None:
+        module, leaf = match["module"], match["leaf"]
     else:
         raise _unexpected(path, name)
     component = component or _BY_FIRST_PART.get(module.split(".")[0])
     if in_text and _CLIP_LAYER.fullmatch(module):
         module = f"text_model.{module}"  # so named before transformers 5, and in most files
-    return component, module, side
+    return component, module, leaf
 
 
-def _side(path: Path, name: str, leaf: str) -> str:
-    if leaf not in _SIDES:
+def _side(path: Path, name: str, leaf: str, tensor: Tensor) -> str:
+    """Which part of a LoRA a tensor is: A, B or alpha."""
+    side = _SIDES.get(leaf)
+    if side is None:
         raise _unexpected(path, name)
-    return _SIDES[leaf]
+    if side != "alpha" and tensor.ndim < 2:
+        raise ValueError(f"{path}: {name!r} is {tuple(tensor.shape)}, expected a matrix")
+    return side
 
 
 def _unexpected(path: Path, name: str) -> ValueError:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
@@ -383,6 +383,8 @@ _FLAT = f"lora_unet_{BLOCK.replace('.', '_')}_attn1_to_q"
         ({"lora_unet_what_is_this.lora_down.weight": torch.ones(2, 2)}, "'what_is_this' of unet cannot be told from"),
         ({"diffusion_model.x.lora_A.weight": torch.ones(2, 2)}, "as the model's authors name it, .*save_lora_weights"),
         ({f"unet.{BLOCK}.attn1.to_q.lora_A.weight": torch.ones(2, 2)}, "is a second one for"),
+        ({f"{_FLAT}.lora_A.weight": torch.ones(2, 2)}, "is a second one for"),
+        ({f"{_FLAT}.lora_down.weight": torch.ones(2)}, r"lora_down.weight' is \(2,\), expected a matrix"),
         ({f"{_FLAT}.alpha": torch.ones(2)}, r"alpha of '.*attn1.to_q' is \(2,\), expected one number"),
         ({f"{_FLAT}.alpha": torch.tensor(float("nan"))}, "has NaN or infinite entries"),
         (
@@ -423,6 +425,58 @@ def test_a_header_that_says_otherwise_is_refused(header: Any, message: str, tmp_
     path = write(tmp_path / "style.safetensors", in_peft_style(factors_of(UNET), "unet."), header)
     with pytest.raises(ValueError, match=message):
         read_lora(path)
+
+
+_PREFIXES = ("unet.", "text_encoder.", "transformer.", "", "lora_unet_", "lora_te_", "lora_te3_", "diffusion_model.")
+_MODULES = (
+    f"{BLOCK}.attn1.to_q",
+    f"{CLIP}.mlp.fc1",
+    f"{CLIP}.self_attn",
+    "double_blocks_0_img_attn_qkv",
+    "single_blocks_0_linear1",
+    "conv_in",
+    "x",
+    "",
+)
+_LEAVES = (
+    *("lora_A.weight", "lora_B.weight", "lora_down.weight", "lora_up.weight", "lora.down.weight", "lora.up.weight"),
+    *("to_q_lora.down.weight", "to_q_lora.up.weight", "alpha", "lora_A.default.weight", "weight", "lora_mid.weight"),
+)
+
+
+@st.composite
+def files_of_tensors(draw: st.DrawFn) -> dict[str, Tensor]:
+    tensors = {}
+    for _ in range(draw(st.integers(0, 6))):
+        prefix, module = draw(st.sampled_from(_PREFIXES)), draw(st.sampled_from(_MODULES))
+        if prefix.startswith("lora_"):
+            module = module.replace(".", "_")
+        leaves = draw(st.sampled_from([_LEAVES[:2], _LEAVES[2:4], _LEAVES[4:6], (draw(st.sampled_from(_LEAVES)),)]))
+        rank, n, d = (draw(st.sampled_from([0, 1, 2, 8, 24])) for _ in range(3))
+        usual = draw(st.booleans())
+        for leaf, shape in zip(leaves, [(rank, d), (n, rank)], strict=False):
+            shape = shape if usual else tuple(draw(st.lists(st.integers(0, 4), max_size=4)))
+            dtype = draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool]))
+            tensors[f"{prefix}{module}.{leaf}"] = torch.ones(shape).to(dtype)
+    return tensors
+
+
+@settings(max_examples=200, deadline=None)
+@given(tensors=files_of_tensors(), component=st.sampled_from([None, "unet", "text_encoder_2"]))
+def test_any_tensors_are_a_lora_or_refused_by_name(
+    tensors: dict[str, Tensor], component: str | None, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = write(tmp_path_factory.mktemp("any") / "style.safetensors", tensors)
+    try:
+        lora = read_lora(path, component=component)
+    except ValueError as error:
+        assert str(path) in str(error)
+        assert "expected" in str(error) or "it has" in str(error)
+        return
+    for module, update in lora.updates.items():
+        n, d = lora.shapes[module]
+        assert update.out_factor.shape[0] == n
+        assert update.in_factor.shape[0] == d
 
 
 def test_scales_that_are_said_twice_are_refused(tmp_path: Path) -> None:
