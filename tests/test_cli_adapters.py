@@ -60,6 +60,7 @@ def test_an_audit_takes_a_list(share_json: Callable[..., Any], listed: Path) -> 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        (b"loras/a\nloras/a.b\nloras/a b\n", "loras/a.b and loras/a b are both called 'a-b'"),
         (b"# nothing\n\n", "list.txt: lists no adapters, expected one a line"),
         (b"\xff\xfe\x00", "list.txt: expected a list of adapters, one a line, as text"),
         (b"x=loras/a\nx=loras/b\n", "loras/a and loras/b are both called 'x'"),
@@ -84,6 +85,13 @@ def test_a_list_that_is_not_there_is_named(share: Callable[..., Output], folders
     assert code == 1
     assert "nowhere.txt" in err
     assert not Path("sub").exists()
+
+
+def test_a_subspace_is_audited_whatever_its_folder_is_called(
+    share_json: Callable[..., Any], folders: dict[str, Path]
+) -> None:
+    share_json("init", "日本", str(folders["a"]), str(folders["b"]), *SMALL)
+    assert len(share_json("audit", "日本")["rows"]) == 1
 
 
 @pytest.mark.parametrize("argv", [["init", "sub"], ["add", "sub"], ["audit"]])

@@ -92,10 +92,10 @@ def info(args: Namespace) -> Outcome:
 
 def audit(args: Namespace) -> Outcome:
     progress = partial(tqdm, desc="Auditing", unit="layer", leave=False, disable=not args.progress)
-    adapters = adapters_of(args)
-    if len(adapters.places) == 1:
-        (place,) = adapters.places.values()
+    if len(args.adapters) == 1 and args.from_file is None:
+        ((_, place),) = args.adapters
         return _audited(audit_of(_load(place, args).state, progress=progress), args.per_module)
+    adapters = adapters_of(args)
     with _naming_what_is_missing(adapters.places.values(), CONFIG_NAME):
         collection = read_collection(adapters, **_of_reading(args))
     report = audit_updates(collection.updates_by_module(), args.num_components, progress=progress)

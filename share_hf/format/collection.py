@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import is_offline_mode
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..state import TaskInfo, initializations_of
@@ -23,7 +24,7 @@ from .places import NamedPlaces
 _SHOWN = 20  # broken adapters in a message
 
 # What is wrong with one adapter alone.
-_BROKEN = (ValueError, RepositoryNotFoundError, LocalEntryNotFoundError)
+_BROKEN = (ValueError, FileNotFoundError, PermissionError, RepositoryNotFoundError, LocalEntryNotFoundError)
 
 
 @dataclass(frozen=True)
@@ -235,13 +236,16 @@ def _fingerprint(lora: LoraAdapter) -> bytes:
 def _same(first: LoraAdapter, second: LoraAdapter) -> bool:
     if first.updates.keys() != second.updates.keys() or first.head.keys() != second.head.keys():
         return False
-    heads = (torch.equal(tensor, second.head[name]) for name, tensor in first.head.items())
+    heads = (_equal(tensor, second.head[name]) for name, tensor in first.head.items())
     return all(heads) and all(_same_update(first.updates[module], second.updates[module]) for module in first.updates)
 
 
 def _same_update(first: LowRankUpdate, second: LowRankUpdate) -> bool:
-    sides = (first.out_factor, second.out_factor), (first.in_factor, second.in_factor)
-    return all(side.shape == other.shape and torch.equal(side.double(), other.double()) for side, other in sides)
+    return _equal(first.out_factor, second.out_factor) and _equal(first.in_factor, second.in_factor)
+
+
+def _equal(first: Tensor, second: Tensor) -> bool:
+    return first.dtype == second.dtype and torch.equal(first, second)
 
 
 def _some(items: Iterable) -> list:

@@ -303,7 +303,7 @@ def of_other_components(components: Mapping[str, str | None], modules: Iterable[
         modules: Names of modules that a subspace has which they are to be added to.
     """
     named = {adapter: component for adapter, component in components.items() if component is not None}
-    known = {_BY_FIRST_PART.get(module.split(".")[0]) for module in modules}
+    known = {_BY_FIRST_PART.get(module.split(".")[0]) for module in modules} - {None}
     of_subspace = known.pop() if len(known) == 1 else None
     expected = next((component for component in named.values() if _is_kind(component, of_subspace)), of_subspace)
     advice = "each is a model of its own, name the one that is meant with component= (share-hf: --component)"
