@@ -151,7 +151,7 @@ def test_a_component_of_a_pipeline_is_named(
     places = ["style0.safetensors", "style1.safetensors"]
     code, _, err = share("init", "sub", *places)
     assert code == 1
-    assert "text_encoder (3 modules), unet (3 modules)" in err
+    assert "text_encoder (6 tensors), unet (6 tensors)" in err
     assert "--component" in err
     assert len(share_json("audit", *places, "--component", "text_encoder")["rows"]) == len(TEXT)
     assert share_json("init", "sub", places[0], "--component", "unet", *SMALL)["modules"] == len(UNET)

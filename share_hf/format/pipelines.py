@@ -42,6 +42,9 @@ _FLAT = re.compile(r"(?P<prefix>lora_(?:unet|transformer|te[123]?)_)(?P<flat>[^.
 # kohya trains the transformer of Flux under the name of a U-Net, and T5, its second text encoder, as the third.
 _OF_FLUX = {"unet": "transformer", "text_encoder_3": "text_encoder_2"}
 
+# Before names in files for other programs than diffusers, which keep the names of the models' authors.
+_OF_AUTHORS = ("diffusion_model.", "model.diffusion_model.", "cond_stage_model.", "conditioner.")
+
 # The component of a file that names none, by the first part of its modules' names.
 _BY_FIRST_PART = {
     "down_blocks": "unet",
@@ -127,9 +130,9 @@ def read_component(path: Path, tensors: Mapping[str, Tensor], component: str | N
         raise ValueError(
             f"{path}: has no configuration, which says the scale, expected adapter_config.json of PEFT beside it"
         )
-    sides = _by_component(path, tensors)
-    found = _choose(path, sides, component)
-    modules = sides[found]
+    by_component = _by_component(path, tensors)
+    found = _choose(path, by_component, component)
+    modules = _by_module(path, found, by_component[found])
     metadata = _metadata(path, found)
     alphas = {module: _number(path, module, part["alpha"]) for module, part in modules.items() if "alpha" in part}
     if metadata is not None and alphas:
@@ -150,59 +153,66 @@ def read_component(path: Path, tensors: Mapping[str, Tensor], component: str | N
     return ComponentLora(found, {"peft_type": "LORA", **config}, named, scales)
 
 
-def _by_component(path: Path, tensors: Mapping[str, Tensor]) -> dict[str | None, dict[str, dict[str, Tensor]]]:
-    """By component and module, factors and alpha."""
+def _by_component(path: Path, tensors: Mapping[str, Tensor]) -> dict[str | None, dict[str, Tensor]]:
+    """By component, its tensors by the names in the file."""
     of_flux = any((match := _FLAT.fullmatch(name)) and is_of_flux(match["flat"]) for name in tensors)
-    flat: dict[tuple[str, str], dict[str, Tensor]] = {}
-    sides: dict[str | None, dict[str, dict[str, Tensor]]] = {}
+    components: dict[str | None, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith(_OF_AUTHORS):
+            raise ValueError(
+                f"{path}: {name!r} is named as the model's authors name it, expected the names of diffusers: load the "
+                "file with a pipeline's load_lora_weights and save it with its save_lora_weights"
+            )
+        components.setdefault(_component_of(name, of_flux=of_flux), {})[name] = tensor
+    return components
+
+
+def _component_of(name: str, *, of_flux: bool) -> str | None:
+    if (match := _FLAT.fullmatch(name)) is not None:
+        component = _FLAT_PREFIXES[match["prefix"]]
+        return _OF_FLUX.get(component, component) if of_flux else component
+    if (match := _COMPONENT.fullmatch(name)) is not None:
+        return match["component"]
+    return _BY_FIRST_PART.get(name.split(".")[0])
+
+
+def _by_module(path: Path, component: str | None, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """By module of a component, A, B and alpha."""
+    flat: dict[str, dict[str, Tensor]] = {}
+    modules: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if (match := _FLAT.fullmatch(name)) is not None:
-            side = _side(path, name, match["leaf"], tensor)
-            component = _component_of_flat(match["prefix"], of_flux=of_flux)
-            module, known = match["flat"], flat.setdefault((component, match["flat"]), {})
+            module, leaf = match["flat"], match["leaf"]
+            known = flat.setdefault(module, {})
         else:
-            component, module, leaf = _read_name(path, name)
-            side = _side(path, name, leaf, tensor)
-            known = sides.setdefault(component, {}).setdefault(module, {})
+            module, leaf = _read_name(path, name, component)
+            known = modules.setdefault(module, {})
+        side = _side(path, name, leaf, tensor)
         if side in known:
             raise ValueError(f"{path}: {name!r} is a second one for {module!r}, expected one")
         known[side] = tensor
-    for (component, name), part in flat.items():
+    for name, part in flat.items():
         for module, own in _unflattened(path, component, name, part).items():
-            if module in sides.setdefault(component, {}):
+            if module in modules:
                 raise ValueError(f"{path}: {name!r} is a second one for {module!r}, expected one")
-            sides[component][module] = own
-    return sides
+            modules[module] = own
+    return modules
 
 
-def _component_of_flat(prefix: str, *, of_flux: bool) -> str:
-    component = _FLAT_PREFIXES[prefix]
-    return _OF_FLUX.get(component, component) if of_flux else component
-
-
-def _read_name(path: Path, name: str) -> tuple[str | None, str, str]:
-    """Component, module and leaf of a tensor with a dotted name."""
-    if name.startswith(("diffusion_model.", "model.diffusion_model.", "cond_stage_model.", "conditioner.")):
-        raise ValueError(
-            f"{path}: {name!r} is named as the model's authors name it, expected the names of diffusers: load the "
-            "file with a pipeline's load_lora_weights and save it with its save_lora_weights"
-        )
-    match = _COMPONENT.fullmatch(without_wrappers(name))
-    component, rest = (match["component"], match["name"]) if match else (None, without_wrappers(name))
-    rest = rest.replace(".processor.", ".")
+def _read_name(path: Path, name: str, component: str | None) -> tuple[str, str]:
+    """Module and leaf of a tensor with a dotted name."""
+    rest = without_wrappers(name.removeprefix(f"{component}.")).replace(".processor.", ".")
     in_text = component is not None and component.startswith("text_encoder")
     if (old := _OLD_ATTENTION.fullmatch(rest)) is not None:
-        in_text = in_text or rest.startswith("text_model.")
         attention = (_OF_TEXT_ATTENTION if in_text else _OF_ATTENTION)[old["which"]]
         module, leaf = f"{old['module']}.{attention}", f"lora.{old['side']}.weight"
     elif (match := _LEAF.fullmatch(rest)) is not None:
         module, leaf = match["module"], match["leaf"]
     else:
         raise _unexpected(path, name)
-    component = component or _BY_FIRST_PART.get(module.split(".")[0])
     if in_text and _CLIP_LAYER.fullmatch(module):
         module = f"text_model.{module}"  # so named before transformers 5, and in most files
-    return component, module, leaf
+    return module, leaf
 
 
 def _side(path: Path, name: str, leaf: str, tensor: Tensor) -> str:
@@ -244,23 +254,23 @@ def _unflattened(path: Path, component: str, flat: str, part: Mapping[str, Tenso
     return {module: {**part, "B": block} for module, block in zip(modules, blocks, strict=True)}
 
 
-def _choose(path: Path, sides: Mapping[str | None, Mapping[str, Any]], component: str | None) -> str | None:
+def _choose(path: Path, found: Mapping[str | None, Mapping[str, Any]], component: str | None) -> str | None:
     """The component that is meant."""
-    counts = ", ".join(
-        sorted(f"{name or 'without a name'} ({len(modules)} modules)" for name, modules in sides.items())
-    )
-    if not sides:
+    counts = ", ".join(sorted(f"{name or 'unnamed'} ({len(tensors)} tensors)" for name, tensors in found.items()))
+    if not found:
         raise ValueError(f"{path}: no lora_A and lora_B in it, expected a LoRA")
+    if len(found) > 1 and None in found:
+        raise _unexpected(path, next(iter(found[None])))
     if component is not None:
-        if component not in sides:
+        if component not in found:
             raise ValueError(f"{path}: has no weights of component {component!r}, it has {counts}")
         return component
-    if len(sides) > 1:
+    if len(found) > 1:
         raise ValueError(
             f"{path}: has weights of several components, {counts}: each is a model of its own, expected component= "
             "(share-hf: --component) to name one"
         )
-    return next(iter(sides))
+    return next(iter(found))
 
 
 def _alphas(path: Path, modules: Mapping[str, Mapping[str, Tensor]], alphas: Mapping[str, float]) -> dict[str, float]:

@@ -293,13 +293,22 @@ def of_two(tmp_path: Path) -> Path:
 
 
 def test_a_file_of_several_components_needs_the_name_of_one(of_two: Path) -> None:
-    counts = r"text_encoder \(3 modules\), unet \(3 modules\)"
+    counts = r"text_encoder \(6 tensors\), unet \(6 tensors\)"
     with pytest.raises(ValueError, match=rf"several components, {counts}.*expected component="):
         read_lora(of_two)
     with pytest.raises(ValueError, match=rf"no weights of component 'vae', it has {counts}"):
         read_lora(of_two, component="vae")
     assert_updates(of_two, factors_of(UNET), component="unet")
     assert_updates(of_two, factors_of(TEXT), component="text_encoder")
+
+
+def test_what_is_wrong_with_another_component_is_no_matter(tmp_path: Path) -> None:
+    tensors = in_style_of_kohya(factors_of(UNET), "unet.")
+    tensors["lora_te_unknown.lora_down.weight"] = torch.ones(2, 2)
+    path = write(tmp_path / "style.safetensors", tensors)
+    assert_updates(path, factors_of(UNET), component="unet")
+    with pytest.raises(ValueError, match="'unknown' of text_encoder cannot be told from"):
+        read_lora(path, component="text_encoder")
 
 
 def test_each_component_becomes_a_subspace_of_its_own(of_two: Path, tmp_path: Path) -> None:
