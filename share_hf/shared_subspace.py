@@ -197,11 +197,10 @@ class SharedSubspace:
             token=token,
             progress=progress,
         )
-        for line in collection.reading.lines():
-            logger.warning(line)
         state = replace(self.state, base_model_name_or_path=collection.base)
-        self._held, report = merge_tasks(state, collection.updates, collection.infos(), progress=progress)
-        self._reading = collection.reading
+        merged, report = merge_tasks(state, collection.updates, collection.infos(), progress=progress)
+        collection.expect_unchanged()
+        self._held, self._reading = merged, collection.reading
         shapes = {module: layer.shape for module, layer in self._held.layers.items() if module not in state.layers}
         if (line := smaller_layers(shapes, self.settings.num_components)) is not None:
             logger.warning_once(line)

@@ -12,14 +12,17 @@ from huggingface_hub import is_offline_mode
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from ..state import TaskInfo, initializations_of
 from ..subspace import LowRankUpdate
 from .base_model import base_name, common_base, of_another_base
-from .lora import LoraAdapter, read_lora
+from .lora import LoraAdapter, StoredUpdates, read_lora
 from .pipelines import of_other_components
 from .places import NamedPlaces
 
+
+logger = logging.get_logger(__name__)
 
 _SHOWN = 20  # broken adapters in a message
 
@@ -81,6 +84,16 @@ class Collection:
                 modules.setdefault(module, {})[name] = update
         return modules
 
+    def expect_unchanged(self) -> None:
+        """Refuse files that were written to since they were opened, once what was made of them is about to be used.
+
+        Raises:
+            ValueError: Naming the first.
+        """
+        for updates in self.updates.values():
+            if isinstance(updates, StoredUpdates):
+                updates.expect_unchanged()
+
     def infos(self) -> dict[str, TaskInfo]:
         """By task name, what a subspace knows of a task beside its coefficients."""
         initializations = initializations_of(self.updates)
@@ -141,7 +154,10 @@ def read_collection(
     bases = {name: lora.base_model_name_or_path for name, lora in loras.items()}
     base = base_name(base_model) or common_base(bases, base)
     skipped = {name: _told(broken[name]) for name in places if name in broken}
-    return Collection(loras, base, Reading(skipped, _duplicates(loras), named.mended))
+    reading = Reading(skipped, _duplicates(loras), named.mended)
+    for line in reading.lines():
+        logger.warning(line)
+    return Collection(loras, base, reading)
 
 
 def read_loras(

@@ -113,9 +113,9 @@ class StoredUpdates(Mapping[str, LowRankUpdate]):
         self._stamp = stamp
 
     def __getitem__(self, module: str) -> LowRankUpdate:
-        self._expect_same_content()  # a mapped file that has become shorter must not be touched
+        self.expect_unchanged()  # a mapped file that has become shorter must not be touched
         update = self._factors[module].update()
-        self._expect_same_content()
+        self.expect_unchanged()
         return update
 
     def __iter__(self) -> Iterator[str]:
@@ -124,7 +124,12 @@ class StoredUpdates(Mapping[str, LowRankUpdate]):
     def __len__(self) -> int:
         return len(self._factors)
 
-    def _expect_same_content(self) -> None:
+    def expect_unchanged(self) -> None:
+        """Refuse a file that was written to since it was opened: what was made of it may be half of each version.
+
+        Raises:
+            ValueError: Naming it.
+        """
         if self._stamp is not None:
             self._stamp.expect_same_content()
 

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from share_hf import SharedSubspace
-from share_hf.format.collection import read_loras
+from share_hf.format.collection import read_collection, read_loras
+from share_hf.format.places import named_places
 from share_hf.format.unchanged import Stamp
 from tests.tree_fixtures import SaveLora
 from tests.trees import assert_same_state, edit_json, edit_tensors
@@ -288,6 +289,16 @@ def test_an_adapter_that_is_written_to_while_it_is_read_is_refused_by_name(
     ):
         subspace.add_adapters(adapters, progress=False)
     assert subspace.state is before
+
+
+def test_an_adapter_that_is_written_to_during_the_work_is_refused_at_its_end(tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "new", 1)
+    collection = read_collection(named_places([folder]), progress=False)
+    assert collection.updates_by_module().keys() == {MODULE}
+    collection.expect_unchanged()
+    rewrite_in_place(folder)
+    with pytest.raises(ValueError, match="changed while it was read"):
+        collection.expect_unchanged()
 
 
 def test_an_adapter_that_another_takes_the_place_of_is_the_one_that_was_read(
