@@ -14,13 +14,14 @@ from torch import nn
 from transformers.utils import logging
 
 from .card import CardOptions, write_tree
-from .format.base_model import base_name, common_base, named_alike
+from .format.base_model import named_alike
+from .format.collection import Reading, read_collection
 from .format.files import FolderWriter
 from .format.index import INDEX_FILE, read_index
 from .format.lock import holding
 from .format.lora import lora_files
 from .format.names import listing
-from .format.places import Adapters, named_places, read_loras
+from .format.places import Adapters, named_places
 from .format.replacing import holds, reading_whole, replacing_folder
 from .format.tree import ADAPTER_FILES, lora_of, read_tree
 from .hub.fetch import RemoteTree, is_local
@@ -29,8 +30,6 @@ from .state import (
     Lineage,
     SubspaceReport,
     SubspaceState,
-    TaskInfo,
-    initializations_of,
     merge_tasks,
     reconcile,
     report_of,
@@ -65,6 +64,7 @@ class SharedSubspace:
         self._held = state
         self._rest = rest
         self._card = CardOptions()
+        self._reading = Reading()
         self._seen: dict[Path, Lineage] = {}  # by folder, what this subspace knows to be there
 
     @property
@@ -91,6 +91,11 @@ class SharedSubspace:
         """The model the subspace belongs to."""
         return self._held.base_model_name_or_path
 
+    @property
+    def reading(self) -> Reading:
+        """What came of reading the adapters added last: which were left out, are the same, or have another name."""
+        return self._reading
+
     @classmethod
     def from_adapters(
         cls,
@@ -104,6 +109,8 @@ class SharedSubspace:
         drift_tolerance: float | None = None,
         max_components: int | None = None,
         base_model: str | None = None,
+        component: str | None = None,
+        skip_bad: bool = False,
         token: str | bool | None = None,
         progress: bool = True,
     ) -> SharedSubspace:
@@ -112,8 +119,9 @@ class SharedSubspace:
 
         Args:
             adapters (`Mapping[str, str]` or `Sequence[str]`):
-                Folders or hub ids of plain LoRAs, of any ranks and scales; by task name, or in a list, where the last
-                part of each is its task's name.
+                Plain LoRAs, of any ranks and scales: folders, files of weights, or hub ids, which may name more
+                (`org/repo@revision:subfolder`); by task name, or in a list, where the last part of each is its task's
+                name, mended where no task can be called that.
             num_components (`int`, *optional*, defaults to `32`):
                 Cap k on the directions of a layer, on each side; a layer has no more than outputs, or inputs.
             pseudo_rank (`int`, *optional*, defaults to `8`): Cap p on the rank of a task in a layer.
@@ -125,6 +133,10 @@ class SharedSubspace:
             max_components (`int`, *optional*): How far layers may grow for it.
             base_model (`str`, *optional*):
                 Name of the base model, where the adapters call one model by several names. Not checked.
+            component (`str`, *optional*):
+                The model of a pipeline that is meant, such as `"unet"`, where files have LoRAs of several.
+            skip_bad (`bool`, *optional*, defaults to `False`):
+                Whether adapters that cannot be used are left out; [`~SharedSubspace.reading`] says which, and why.
             token (`str` or `bool`, *optional*): For the hub.
             progress (`bool`, *optional*, defaults to `True`): Whether to show progress bars.
 
@@ -141,7 +153,9 @@ class SharedSubspace:
             max_components=max_components,
         )
         subspace = cls(SubspaceState(settings=settings))
-        subspace.add_adapters(adapters, base_model=base_model, token=token, progress=progress)
+        subspace.add_adapters(
+            adapters, base_model=base_model, component=component, skip_bad=skip_bad, token=token, progress=progress
+        )
         return subspace
 
     def add_adapters(
@@ -149,6 +163,8 @@ class SharedSubspace:
         adapters: Adapters,
         *,
         base_model: str | None = None,
+        component: str | None = None,
+        skip_bad: bool = False,
         token: str | bool | None = None,
         progress: bool = True,
     ) -> MergeReport:
@@ -159,6 +175,8 @@ class SharedSubspace:
             adapters: As for [`~SharedSubspace.from_adapters`].
             base_model (`str`, *optional*):
                 Name of the base model of these adapters and of the subspace, whatever they call it. Not checked.
+            component (`str`, *optional*): As for [`~SharedSubspace.from_adapters`].
+            skip_bad (`bool`, *optional*, defaults to `False`): As for [`~SharedSubspace.from_adapters`].
             token (`str` or `bool`, *optional*): For the hub.
             progress (`bool`, *optional*, defaults to `True`): Whether to show progress bars.
 
@@ -169,23 +187,21 @@ class SharedSubspace:
             ValueError: As for [`~SharedSubspace.from_adapters`]; also if an adapter belongs to another base model.
             DriftToleranceError: If the tolerated drift cannot be met; the subspace is as before.
         """
-        if base_model is not None and (not isinstance(base_model, str) or base_name(base_model) is None):
-            raise ValueError(f"base_model is {base_model!r}, expected an id on the hub or a folder")
-        located = named_places(adapters, self.tasks)
-        loras = read_loras(located, token=token, progress=progress)
-        base = base_name(base_model) or common_base(
-            {name: lora.base_model_name_or_path for name, lora in loras.items()}, self.base_model_name_or_path
+        collection = read_collection(
+            named_places(adapters, self.tasks),
+            base=self.base_model_name_or_path,
+            base_model=base_model,
+            shapes={module: layer.shape for module, layer in self.state.layers.items()},
+            component=component,
+            skip_bad=skip_bad,
+            token=token,
+            progress=progress,
         )
-        state = replace(self.state, base_model_name_or_path=base)
-        known = set(state.layers)
-        updates = {name: lora.updates for name, lora in loras.items()}
-        initializations = initializations_of(updates)
-        infos = {
-            name: TaskInfo(target=lora.target, head=lora.head, initialization=initializations[name])
-            for name, lora in loras.items()
-        }
-        self._held, report = merge_tasks(state, updates, infos, progress=progress)
-        shapes = {module: layer.shape for module, layer in self._held.layers.items() if module not in known}
+        state = replace(self.state, base_model_name_or_path=collection.base)
+        merged, report = merge_tasks(state, collection.updates, collection.infos(), progress=progress)
+        collection.expect_unchanged()
+        self._held, self._reading = merged, collection.reading
+        shapes = {module: layer.shape for module, layer in self._held.layers.items() if module not in state.layers}
         if (line := smaller_layers(shapes, self.settings.num_components)) is not None:
             logger.warning_once(line)
         return report

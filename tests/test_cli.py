@@ -171,7 +171,7 @@ class TestInit:
         args = vars(parse(["init", "sub", "mrpc"]))
         parameters = inspect.signature(SharedSubspace.from_adapters).parameters
         settings = {name: parameters[name].default for name in parameters if name in args and name != "adapters"}
-        assert len(settings) == 9  # the base model and the token are two
+        assert len(settings) == 11  # four are about reading the adapters
         assert settings == {name: args[name] for name in settings}
 
     def test_refuses_a_folder_that_is_a_subspace(
@@ -593,7 +593,7 @@ class TestFailures:
         before = files_of(here)
         monkeypatch.setattr(SharedSubspace, "add_adapters", interrupted)
         code, out, err = share("add", "sub", adapters["rte"])
-        assert (code, out, err) == (130, "", "error: interrupted\n")
+        assert (code, out, err) == (130, "", "error: interrupted, run the command again\n")
         assert files_of(here) == before
 
     def test_an_error_of_ours_has_its_type(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import errno
 import json
 import logging
 import os
@@ -23,6 +24,7 @@ from typing import Any, NoReturn
 
 
 FAILED, INTERRUPTED = 1, 130
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a quota, a limit on the length of files
 
 Commands = dict[str, argparse.ArgumentParser]
 
@@ -49,12 +51,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             outcome = commands.run(args, debug=debug)
     except KeyboardInterrupt:
-        return _fail("interrupted", INTERRUPTED, as_json=args.json)
+        return _fail("interrupted, run the command again", INTERRUPTED, as_json=args.json)
     except Exception as error:
         if debug:
             traceback.print_exc()
         expected = isinstance(error, (ValueError, OSError, RuntimeError)) and str(error)
         message = " ".join(str(error).split()) if expected else repr(error)
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            message += "; nothing has changed, make room there, and run the command again"
         return _fail(message, FAILED, as_json=args.json)
     _print(json.dumps(outcome.facts, indent=2) if args.json else outcome.text)
     return 0
@@ -68,6 +72,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args = commands[argv[0]].parse_intermixed_args(argv[1:])
     if args.command == "export" and (args.task is None) != args.all:
         commands["export"].error("expected one TASK, or --all")
+    if "from_file" in args and not (args.adapters or args.from_file):
+        commands[args.command].error("expected an ADAPTER, or --from-file")
     return args
 
 
@@ -136,14 +142,16 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     group.add_argument("--debug", action="store_true", help="Warnings and a traceback; also SHARE_HF_DEBUG=1")
 
 
-def _add_adapters(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "adapters",
-        metavar="ADAPTER",
-        nargs="+",
-        type=located_adapter,
-        help="Folder or hub id of a LoRA: name=place, or a place whose last part is the name",
-    )
+def _add_adapters(
+    command: argparse.ArgumentParser,
+    help: str = "A LoRA, as name=place or a place whose last part is the name: a folder, a file of weights, or "
+    "org/repo@revision:subfolder",
+) -> None:
+    command.add_argument("adapters", metavar="ADAPTER", nargs="*", type=located_adapter, help=help)
+    add = command.add_argument
+    add("--from-file", metavar="LIST", type=Path, help="More of them: a line each, # before a comment")
+    add("--skip-bad", action="store_true", help="Leave out adapters that cannot be used, and say why")
+    add("--component", metavar="NAME", help="Of pipelines' LoRAs: the model that is meant, such as unet")
 
 
 def _add_base_model(command: argparse.ArgumentParser, of: str = "Of all the adapters") -> None:
@@ -182,13 +190,7 @@ def _info(command: argparse.ArgumentParser) -> None:
 
 
 def _audit(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "places",
-        metavar="PLACE",
-        nargs="+",
-        type=located_adapter,
-        help="One subspace, or two or more LoRAs: folders or hub ids, or name=place",
-    )
+    _add_adapters(command, "One subspace, or two or more LoRAs: folders, files or hub ids, or name=place")
     command.add_argument("--num-components", type=int, default=32, metavar="K", help="For LoRAs (%(default)s)")
     _add_base_model(command)
     command.add_argument("--per-module", action="store_true", help="A line a module, not one for all layers of a kind")

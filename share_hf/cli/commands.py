@@ -6,9 +6,9 @@ import difflib
 import re
 import sys
 from argparse import Namespace
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,27 +23,20 @@ from transformers.utils import logging as transformers_logging
 
 from share_hf import SharedSubspace
 from share_hf.card import audit_of
-from share_hf.format.base_model import common_base
+from share_hf.format.collection import read_collection
 from share_hf.format.index import FORMAT_VERSION, INDEX_FILE, read_index
 from share_hf.format.lock import holding
-from share_hf.format.lora import read_lora
 from share_hf.format.replacing import holds, reading_whole, standing_at
 from share_hf.format.tree import expect_tree
 from share_hf.hub.branches import branch_choice
 from share_hf.hub.fetch import RemoteTree, is_local
 from share_hf.state import SubspaceState
-from share_hf.subspace import AuditReport, LowRankUpdate, SubspaceSettings, audit_updates
+from share_hf.subspace import AuditReport, SubspaceSettings, audit_updates
 from share_hf.subspace.audit import ModuleAudit
 
+from .adapters import adapters_of, with_reading
+from .outcome import Outcome
 from .tables import drift, names, percent, score, size, table
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a command found or did, for a person and as JSON."""
-
-    text: str
-    facts: dict[str, Any]
 
 
 def run(args: Namespace, *, debug: bool = False) -> Outcome:
@@ -59,25 +52,22 @@ def run(args: Namespace, *, debug: bool = False) -> Outcome:
 
 def init(args: Namespace) -> Outcome:
     settings = {field.name: getattr(args, field.name) for field in fields(SubspaceSettings)}
-    adapters = _by_name(args.adapters)
+    adapters = adapters_of(args)
     with holding(args.folder):
         _expect_no_adapter(args.folder, "add to it with `share-hf add`")
-        with _naming_what_is_missing(adapters.values(), CONFIG_NAME):
-            subspace = SharedSubspace.from_adapters(
-                adapters, **settings, base_model=args.base_model, token=args.token, progress=args.progress
-            )
+        with _naming_what_is_missing(adapters.places.values(), CONFIG_NAME):
+            subspace = SharedSubspace.from_adapters(adapters.places, **settings, **_of_reading(args))
         subspace.save_pretrained(args.folder)
-    return _described(subspace, str(args.folder))
+    reading = replace(subspace.reading, mended=adapters.mended)
+    return with_reading(_described(subspace, str(args.folder)), reading)
 
 
 def add(args: Namespace) -> Outcome:
-    adapters = _by_name(args.adapters)
+    adapters = adapters_of(args)
     with holding(args.folder):  # so that a second one begins from what this one saves
         subspace = SharedSubspace.from_pretrained(args.folder)
-        with _naming_what_is_missing(adapters.values(), CONFIG_NAME):
-            merge = subspace.add_adapters(
-                adapters, base_model=args.base_model, token=args.token, progress=args.progress
-            )
+        with _naming_what_is_missing(adapters.places.values(), CONFIG_NAME):
+            merge = subspace.add_adapters(adapters.places, **_of_reading(args))
         subspace.save_pretrained(args.folder)
     tasks = subspace.report().tasks
     rows = [
@@ -92,7 +82,8 @@ def add(args: Namespace) -> Outcome:
         "max_drift": merge.max_drift,
         "tasks": [{**asdict(task), "drift_by_merge": merge.drift[task.name]} for task in tasks],
     }
-    return Outcome(text + table(("task", "drift by this merge", "since learned", "bound"), rows), facts)
+    outcome = Outcome(text + table(("task", "drift by this merge", "since learned", "bound"), rows), facts)
+    return with_reading(outcome, replace(subspace.reading, mended=adapters.mended))
 
 
 def info(args: Namespace) -> Outcome:
@@ -101,10 +92,14 @@ def info(args: Namespace) -> Outcome:
 
 def audit(args: Namespace) -> Outcome:
     progress = partial(tqdm, desc="Auditing", unit="layer", leave=False, disable=not args.progress)
-    if len(args.places) == 1:
-        return _audited(audit_of(_load(args.places[0][1], args).state, progress=progress), args.per_module)
-    layers = _updates_by_layer(_by_name(args.places), args)
-    return _audited(audit_updates(layers, args.num_components, progress=progress), args.per_module)
+    if len(args.adapters) == 1 and args.from_file is None:
+        ((_, place),) = args.adapters
+        return _audited(audit_of(_load(place, args).state, progress=progress), args.per_module)
+    adapters = adapters_of(args)
+    with _naming_what_is_missing(adapters.places.values(), CONFIG_NAME):
+        collection = read_collection(adapters, **_of_reading(args))
+    report = audit_updates(collection.updates_by_module(), args.num_components, progress=progress)
+    return with_reading(_audited(report, args.per_module), collection.reading)
 
 
 def export(args: Namespace) -> Outcome:
@@ -203,32 +198,15 @@ _COMMANDS = {
 _MEANS = ("average", "forgetting", "backward_transfer", "forward_transfer")
 
 
-def _by_name(located: Sequence[tuple[str, str]]) -> dict[str, str]:
-    named: dict[str, str] = {}
-    for name, place in located:
-        if name in named:
-            raise ValueError(f"{named[name]} and {place} are both called {name!r}, expected name=place for one")
-        named[name] = place
-    return named
+def _of_reading(args: Namespace) -> dict[str, Any]:
+    """How adapters are to be read."""
+    names = ("base_model", "component", "skip_bad", "token", "progress")
+    return {name: getattr(args, name) for name in names}
 
 
 def _load(place: str, args: Namespace, *, revision: str | None = None) -> SharedSubspace:
     with _naming_what_is_missing([place], INDEX_FILE):
         return SharedSubspace.from_pretrained(place, revision=revision, token=args.token)
-
-
-def _updates_by_layer(adapters: dict[str, str], args: Namespace) -> dict[str, dict[str, LowRankUpdate]]:
-    layers: dict[str, dict[str, LowRankUpdate]] = {}
-    bases: dict[str, str | None] = {}
-    for task in tqdm(adapters, desc="Reading adapters", unit="adapter", leave=False, disable=not args.progress):
-        with _naming_what_is_missing([adapters[task]], CONFIG_NAME):
-            lora = read_lora(adapters[task], token=args.token)
-        bases[task] = lora.base_model_name_or_path
-        for module, update in lora.updates.items():
-            layers.setdefault(module, {})[task] = update
-    if args.base_model is None:
-        common_base(bases)
-    return layers
 
 
 @contextmanager

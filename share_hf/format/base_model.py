@@ -69,13 +69,18 @@ def common_base(names: Mapping[str, str | None], base: str | None = None) -> str
         if (found := base_name(name)) in known:
             continue
         if base is not None and not is_same_model(found, base):
-            raise ValueError(
-                f"adapter {adapter!r} belongs to base model {found!r}, expected {base!r}; if both are one model, name "
-                "it with base_model= (share-hf: --base-model)"
-            )
+            raise of_another_base(adapter, found, base)
         known.add(found)
         base = base if published_name(base) else found
     return base
+
+
+def of_another_base(adapter: str, found: str | None, base: str) -> ValueError:
+    """What is wrong with an adapter whose base model has a name that stands for another one than is expected."""
+    return ValueError(
+        f"adapter {adapter!r} belongs to base model {found!r}, expected {base!r}; if both are one model, name it with "
+        "base_model= (share-hf: --base-model)"
+    )
 
 
 def named_alike(

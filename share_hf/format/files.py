@@ -45,16 +45,31 @@ def read_json(path: Path) -> dict[str, Any]:
     if (size := path.stat().st_size) > MAX_JSON_BYTES:
         raise ValueError(f"{path}: {size} bytes, expected at most {MAX_JSON_BYTES}")
     try:
-        content = json.loads(
-            path.read_text(encoding="utf-8"), parse_constant=_refuse, parse_float=_finite, parse_int=_short
-        )
+        text = path.read_text(encoding="utf-8")
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
+    return json_object(str(path), text)
+
+
+def json_object(place: str, text: str) -> dict[str, Any]:
+    """The JSON object in a text.
+
+    Args:
+        place: Where the text is from, for messages.
+        text: Anything.
+
+    Raises:
+        ValueError: If it is not JSON, or not an object.
+    """
+    try:
+        content = json.loads(text, parse_constant=_refuse, parse_float=_finite, parse_int=_short)
         json.dumps(
             content, ensure_ascii=False
         ).encode()  # refuses half a surrogate pair, which cannot be written again
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from error
+        raise ValueError(f"{place}: not valid JSON ({error})") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds a {type(content).__name__}, expected a JSON object")
+        raise ValueError(f"{place}: holds a {type(content).__name__}, expected a JSON object")
     return content
 
 
@@ -100,7 +115,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
+        raise ValueError(f"{path}: not a readable safetensors file ({error}), expected a whole one") from error
     check_tensors(path, tensors)
     return tensors
 

@@ -12,20 +12,20 @@ from types import NoneType
 from typing import Any
 
 import torch
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import LoraConfig, TaskType
 from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
 from ..subspace import LowRankUpdate
-from .download import download
 from .embeddings import changed_embeddings, embedding_of, with_update
 from .files import read_json, read_pickled_tensors, read_tensors, tensor_bytes
+from .locating import PICKLED, find_adapter
 from .module_names import PEFT_PREFIX, check_no_single_experts, named_as_in_base, without_wrappers
-from .names import HUB_ID
 from .patterns import is_name, values_by_module, without_slow_patterns
+from .pipelines import is_never_of_peft, read_component
 from .saved_modules import saved_module_of, saved_names, targets_beside
+from .unchanged import Stamp
 
 
 # Which modules an adapter targets, in the fields that LoRA and SHARE configurations have in common.
@@ -66,12 +66,16 @@ class LoraAdapter:
         head: Weights of `modules_to_save` by name in the base model, such as `classifier.weight`.
         target: Values of `TARGET_FIELDS`.
         base_model_name_or_path: As the adapter names it.
+        component: The part of a pipeline that it is of, where its file names one.
+        shapes: Outputs and inputs of the layers by module, as its file has them.
     """
 
     updates: Mapping[str, LowRankUpdate]
     head: dict[str, Tensor] = field(default_factory=dict)
     target: dict[str, Any] = field(default_factory=dict)
     base_model_name_or_path: str | None = None
+    component: str | None = None
+    shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -91,18 +95,28 @@ class ScaledFactors:
     def update(self) -> LowRankUpdate:
         """The update, in memory of its own."""
         # A power of two rounds nothing in float32; what another scale would round, no drift bound would know of.
-        dtype = torch.float32 if math.frexp(self.scale)[0] == 0.5 else torch.float64
+        rounds = math.frexp(self.scale)[0] != 0.5 or torch.float64 in (self.a.dtype, self.b.dtype)
+        dtype = torch.float64 if rounds else torch.float32
         return LowRankUpdate(out_factor=self.scale * self.b.to(dtype), in_factor=self.a.T.to(dtype))
 
 
 class StoredUpdates(Mapping[str, LowRankUpdate]):
-    """Updates by module, each made from its file when it is asked for: many adapters need no memory before that."""
+    """Updates by module, each made from its file when it is asked for: many adapters need no memory before that.
 
-    def __init__(self, factors: Mapping[str, ScaledFactors]) -> None:
+    Args:
+        factors: By module, the factors in the file.
+        stamp: Of the file, where it is mapped into memory: an update is refused when the file was written to since.
+    """
+
+    def __init__(self, factors: Mapping[str, ScaledFactors], stamp: Stamp | None = None) -> None:
         self._factors = factors
+        self._stamp = stamp
 
     def __getitem__(self, module: str) -> LowRankUpdate:
-        return self._factors[module].update()
+        self.expect_unchanged()  # a mapped file that has become shorter must not be touched
+        update = self._factors[module].update()
+        self.expect_unchanged()
+        return update
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._factors)
@@ -110,35 +124,61 @@ class StoredUpdates(Mapping[str, LowRankUpdate]):
     def __len__(self) -> int:
         return len(self._factors)
 
+    def expect_unchanged(self) -> None:
+        """Refuse a file that was written to since it was opened: what was made of it may be half of each version.
+
+        Raises:
+            ValueError: Naming it.
+        """
+        if self._stamp is not None:
+            self._stamp.expect_same_content()
+
 
 def read_lora(
     location: str | Path,
     *,
+    component: str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
 ) -> LoraAdapter:
-    """Read a PEFT LoRA from a folder or a hub repository.
+    """Read a LoRA: the folder of a PEFT adapter, a file of weights, or one of these on the hub.
+
+    Args:
+        location: A folder, a file, or `org/repo@revision:subfolder`, where the subfolder may be a file too.
+        component: Which model of a pipeline is meant, such as `unet`, where a file has LoRAs of several.
+        revision: Of a repository, where the location names none.
+        token: For the hub.
+        cache_dir: Where to keep downloads.
 
     Raises:
         ValueError: If it is no plain LoRA (another method, DoRA, a trained bias, an embedding, an initialization that
-            changes the base weights), a tensor is missing, of a wrong shape, or not finite; naming what was found.
+            changes the base weights), a tensor is missing, of a wrong shape, or not finite, or a file changes while
+            it is read; naming what was found.
     """
-    config_path, weights_path = (
-        _resolve(location, names, revision=revision, token=token, cache_dir=cache_dir)
-        for names in ([CONFIG_NAME], [SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME])
-    )
-    config = read_json(config_path)
-    _check_plain_lora(config_path, config)
+    files = find_adapter(location, revision=revision, token=token, cache_dir=cache_dir)
+    weights_path = files.weights
+    stamps = [Stamp.of(path) for path in (files.config, weights_path) if path is not None]
+    config_path = files.config or weights_path
+    if files.config is not None:
+        _check_plain_lora(config_path, config := read_json(config_path))
+    pickled = weights_path.suffix in PICKLED
+    stored = (read_pickled_tensors if pickled else read_tensors)(weights_path)
+    given_alphas = found = None
+    if files.config is None or is_never_of_peft(stored):
+        lora = read_component(weights_path, stored, component)
+        stored, config, given_alphas, found = lora.tensors, lora.config, lora.alphas, lora.component
+        _check_plain_lora(weights_path, config)
+    tensors = named_as_in_base(weights_path, stored)
+    for stamp in stamps:
+        stamp.expect_same_file()
     target = read_target(config_path, config)
     saved = saved_names(target.get("modules_to_save"), target.get("task_type"))
-    read = read_pickled_tensors if weights_path.name == WEIGHTS_NAME else read_tensors
-    tensors = named_as_in_base(weights_path, read(weights_path))
     factors, head, embeddings = _sort_tensors(weights_path, tensors, saved, bias=config.get("bias", "none"))
     _check_head_shapes(weights_path, head)
     check_no_single_experts(weights_path, factors, config)
     patterns = {without_wrappers(pattern): alpha for pattern, alpha in (config.get("alpha_pattern") or {}).items()}
-    alphas = values_by_module(config_path, "alpha_pattern", patterns, factors)
+    alphas = given_alphas or values_by_module(config_path, "alpha_pattern", patterns, factors)
     use_rslora = bool(config.get("use_rslora"))
     scaled = {}
     for module, pair in factors.items():
@@ -158,7 +198,14 @@ def read_lora(
         target["modules_to_save"] = saved
     if isinstance(modules := target.get("target_modules"), list):
         target["target_modules"] = targets_beside(modules, saved)
-    return LoraAdapter(updates=StoredUpdates(scaled), head=head, target=target, base_model_name_or_path=base)
+    return LoraAdapter(
+        updates=StoredUpdates(scaled, None if pickled else stamps[-1]),
+        head=head,
+        target=target,
+        base_model_name_or_path=base,
+        component=found,
+        shapes={module: (len(factors.b), factors.a.shape[1:].numel()) for module, factors in scaled.items()},
+    )
 
 
 def read_target(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -243,28 +290,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (set, frozenset)):
         return sorted(value)
     raise TypeError(f"{value!r} is not JSON serializable")
-
-
-def _resolve(location: str | Path, names: Sequence[str], **download_options: Any) -> Path:
-    """The first of these files that an adapter has."""
-    folder = Path(location)
-    if folder.is_dir():
-        if path := next((folder / name for name in names if (folder / name).is_file()), None):
-            return path
-        raise ValueError(f"{folder}: no {names[0]} in it, expected the folder of a PEFT adapter")
-    if isinstance(location, Path) or not HUB_ID.fullmatch(location):
-        raise ValueError(f"{location}: no such folder")
-    missing: EntryNotFoundError | None = None
-    for name in names:
-        try:
-            return download(location, name, **download_options)
-        except EntryNotFoundError as error:
-            missing = missing or error
-    if isinstance(missing, LocalEntryNotFoundError):
-        raise LocalEntryNotFoundError(
-            f"{location}: no such folder, and no repository in the cache or reach"
-        ) from missing
-    raise ValueError(f"{location}: no {names[0]} in this repository, expected a PEFT adapter") from missing
 
 
 def _check_plain_lora(path: Path, config: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable
 
 from torch import nn
@@ -11,7 +12,8 @@ from torch import nn
 # What a repository of the hub can be called, with its organization or without.
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
-_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+_LONGEST = 64
+_PATTERN = re.compile(rf"[A-Za-z0-9][A-Za-z0-9_-]{{0,{_LONGEST - 1}}}")
 _REFUSED = re.compile(r"main|default|ref|HEAD|step-\d{4}-.*|[0-9a-f]{40}", re.IGNORECASE)
 
 # What a folder cannot be called on Windows.
@@ -43,6 +45,23 @@ def check_task_name(name: str, taken: Iterable[str] = ()) -> None:
     for other in taken:
         if other.lower() == name.lower():
             raise ValueError(_taken(name, other))
+
+
+def mended_name(text: str) -> str:
+    """A name for a task as close to a text, such as the name of a folder, as `check_task_name` allows.
+
+    Raises:
+        ValueError: If no letter or digit of the text can stay.
+    """
+    letters = (letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter))
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", "".join(letters)).strip("-_")
+    if not name:
+        raise ValueError(f"no task can be called {text!r}, expected another name for it")
+    try:
+        check_task_name(name[:_LONGEST])
+    except ValueError:  # it has a meaning of its own
+        name = f"task-{name}"
+    return name[:_LONGEST].rstrip("-_")
 
 
 def check_stored_names(names: Iterable[str]) -> None:

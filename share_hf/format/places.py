@@ -4,24 +4,34 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from tqdm.auto import tqdm
+from .locating import last_part
+from .names import check_task_name, mended_name
 
-from .lora import LoraAdapter, read_lora
-from .names import check_task_name
-
-
-_SHOWN = 20  # broken adapters in a message
 
 Adapters = Mapping[str, str | os.PathLike] | Sequence[str | os.PathLike]
 
 
-def named_places(adapters: Adapters, taken: Iterable[str] = ()) -> dict[str, str | Path]:
+@dataclass(frozen=True)
+class NamedPlaces:
+    """Places of adapters, by task name.
+
+    Args:
+        places: Folders, files or hub ids.
+        mended: By task name, what its place is called, where no task can be called that.
+    """
+
+    places: dict[str, str | Path]
+    mended: dict[str, str] = field(default_factory=dict)
+
+
+def named_places(adapters: Adapters, taken: Iterable[str] = ()) -> NamedPlaces:
     """Folders or hub ids by task name; in a list, the last part of each is its task's name.
 
     Args:
-        adapters: At least one.
+        adapters: At least one. A name in a list that no task can have is mended; one that is given must be usable.
         taken: Names of the tasks there are.
 
     Raises:
@@ -32,46 +42,48 @@ def named_places(adapters: Adapters, taken: Iterable[str] = ()) -> dict[str, str
     if not adapters:
         raise ValueError("no adapters given, expected at least one")
     if isinstance(adapters, Mapping):
-        named = dict(adapters)
+        named = NamedPlaces({name: _place(place) for name, place in adapters.items()})
     else:
-        named = {}
-        for location in adapters:
-            name = Path(location).name
-            if name in named:
-                raise ValueError(f"two adapters are called {name!r}, expected a dict that gives each its task name")
-            named[name] = location
-    known = list(taken)
-    for name in named:
-        check_task_name(name, known)
-        known.append(name)
-    return {name: place if isinstance(place, str) else Path(place) for name, place in named.items()}
+        named = _named_by_place(map(_place, adapters))
+    known = {name.lower(): name for name in taken}
+    for name in named.places:
+        folded = name.lower() if isinstance(name, str) else None
+        check_task_name(name, [known[folded]] if folded in known else [])
+        known[folded] = name
+    return named
 
 
-def read_loras(
-    places: Mapping[str, str | Path], *, token: str | bool | None = None, progress: bool = True
-) -> dict[str, LoraAdapter]:
-    """Plain LoRAs by task name, all of them looked at before any is used.
-
-    Args:
-        places: Folders or hub ids by task name.
-        token: For the hub.
-        progress: Whether to show a progress bar.
+def name_of(place: str | Path) -> str:
+    """The name that an adapter gets from its place; one that no task can have is mended.
 
     Raises:
-        ValueError: As for `read_lora`; where several cannot be used, naming each of them and what ails it.
+        ValueError: If nothing of the place's name can stay in a task's.
     """
-    loras, broken = {}, {}
-    for name, place in tqdm(
-        places.items(), desc="Reading adapters", unit="adapter", leave=False, disable=not progress
-    ):
+    text = last_part(place)
+    try:
+        check_task_name(text)
+    except ValueError:
         try:
-            loras[name] = read_lora(place, token=token)
+            return mended_name(text)
         except ValueError as error:
-            broken[name] = error
-    if len(broken) == 1:
-        raise next(iter(broken.values()))
-    if broken:
-        lines = [f"{name}: {error}" for name, error in list(broken.items())[:_SHOWN]]
-        lines += [f"and {len(broken) - _SHOWN} more"] * (len(broken) > _SHOWN)
-        raise ValueError("\n  ".join([f"{len(broken)} of {len(places)} adapters cannot be used", *lines]))
-    return loras
+            raise ValueError(f"{place}: {error} (a dict gives each its name; share-hf: name=place)") from error
+    return text
+
+
+def _named_by_place(places: Iterable[str | Path]) -> NamedPlaces:
+    named = NamedPlaces({})
+    for place in places:
+        name = name_of(place)
+        if name in named.places:
+            raise ValueError(
+                f"two adapters are called {name!r}, expected a dict that gives each its task name: "
+                f"{named.places[name]} and {place}"
+            )
+        named.places[name] = place
+        if name != (text := last_part(place)):
+            named.mended[name] = text
+    return named
+
+
+def _place(place: str | os.PathLike) -> str | Path:
+    return place if isinstance(place, str) else Path(place)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from share_hf import SharedSubspace
-from share_hf.format.places import read_loras
+from share_hf.format.collection import read_loras
 
 
 COUNT, RANK, MODULES, FEATURES = 40, 16, 20, 512

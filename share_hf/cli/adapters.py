@@ -1,0 +1,57 @@
+"""The adapters that a command is given, in its arguments and in a file, and what came of reading them."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from share_hf.format.collection import Reading
+from share_hf.format.locating import last_part
+from share_hf.format.places import NamedPlaces, name_of
+
+from . import located_adapter
+from .outcome import Outcome
+
+
+_MOST_BYTES = 2**24  # of a list, far above any that a person keeps
+
+
+def adapters_of(args: Namespace) -> NamedPlaces:
+    """Places of the adapters that a command is given, by task name.
+
+    Raises:
+        ValueError: If two have one name, or a list cannot be read.
+    """
+    located = [*args.adapters, *(_listed(args.from_file) if args.from_file is not None else ())]
+    named = NamedPlaces({})
+    for given, place in located:
+        name = name_of(place) if given == Path(place).name else given
+        if name in named.places:
+            raise ValueError(f"{named.places[name]} and {place} are both called {name!r}, expected name=place for one")
+        named.places[name] = place
+        if given != name:
+            named.mended[name] = last_part(place)
+    return named
+
+
+def with_reading(outcome: Outcome, reading: Reading) -> Outcome:
+    """What a command did, with what came of reading its adapters."""
+    lines = reading.lines()
+    text = "\n".join([*lines, "", outcome.text]) if lines else outcome.text
+    return Outcome(text, {**outcome.facts, **asdict(reading)})
+
+
+def _listed(path: Path) -> Iterator[tuple[str, str]]:
+    """Names and places in a list: one a line, but for blank lines and comments."""
+    try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise ValueError(f"{path}: expected a list of adapters, one a line, of at most {_MOST_BYTES} bytes")
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected a list of adapters, one a line, as text ({error})") from error
+    places = [place for line in lines if (place := line.partition(" #")[0].strip()) and not place.startswith("#")]
+    if not places:
+        raise ValueError(f"{path}: lists no adapters, expected one a line")
+    yield from map(located_adapter, places)

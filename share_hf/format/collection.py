@@ -1,0 +1,272 @@
+"""Many adapters at once: all of them looked at before any is used, and what is wrong with which."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from huggingface_hub import is_offline_mode
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+from ..state import TaskInfo, initializations_of
+from ..subspace import LowRankUpdate
+from .base_model import base_name, common_base, of_another_base
+from .lora import LoraAdapter, StoredUpdates, read_lora
+from .pipelines import of_other_components
+from .places import NamedPlaces
+
+
+logger = logging.get_logger(__name__)
+
+_SHOWN = 20  # broken adapters in a message
+
+# What is wrong with one adapter alone.
+_BROKEN = (ValueError, FileNotFoundError, PermissionError, RepositoryNotFoundError, LocalEntryNotFoundError)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What came of reading adapters, beside the adapters.
+
+    Args:
+        skipped: By name, why an adapter was left out.
+        duplicates: Names of adapters that are the same.
+        mended: By task name, what its place is called, where no task can be called that.
+    """
+
+    skipped: dict[str, str] = field(default_factory=dict)
+    duplicates: list[list[str]] = field(default_factory=list)
+    mended: dict[str, str] = field(default_factory=dict)
+
+    def lines(self) -> list[str]:
+        """What a person should know of it: which adapters were left out and why, and what stands out in others."""
+        lines = [f"{text!r} is called {name}" for name, text in _some(self.mended.items())]
+        lines += _more(len(self.mended))
+        for names in self.duplicates:
+            lines.append(f"{', '.join(_some(names))} are the same adapter" + "".join(_more(len(names), ", ")))
+        if self.skipped:
+            lines.append(f"{len(self.skipped)} adapters were left out:")
+            lines += [f"  {name}: {reason}" for name, reason in _some(self.skipped.items())]
+            lines += [f"  {line}" for line in _more(len(self.skipped))]
+        return lines
+
+
+@dataclass(frozen=True)
+class Collection:
+    """Adapters that can be used together.
+
+    Args:
+        loras: By task name, at least one.
+        base: Name of their one base model.
+        reading: What else came of reading them.
+    """
+
+    loras: dict[str, LoraAdapter]
+    base: str | None
+    reading: Reading
+
+    @property
+    def updates(self) -> dict[str, Mapping[str, LowRankUpdate]]:
+        """By task name and module."""
+        return {name: lora.updates for name, lora in self.loras.items()}
+
+    def updates_by_module(self) -> dict[str, dict[str, LowRankUpdate]]:
+        """By module and task name."""
+        modules: dict[str, dict[str, LowRankUpdate]] = {}
+        for name, updates in self.updates.items():
+            for module, update in updates.items():
+                modules.setdefault(module, {})[name] = update
+        return modules
+
+    def expect_unchanged(self) -> None:
+        """Refuse files that were written to since they were opened, once what was made of them is about to be used.
+
+        Raises:
+            ValueError: Naming the first.
+        """
+        for updates in self.updates.values():
+            if isinstance(updates, StoredUpdates):
+                updates.expect_unchanged()
+
+    def infos(self) -> dict[str, TaskInfo]:
+        """By task name, what a subspace knows of a task beside its coefficients."""
+        initializations = initializations_of(self.updates)
+        return {
+            name: TaskInfo(target=lora.target, head=lora.head, initialization=initializations[name])
+            for name, lora in self.loras.items()
+        }
+
+
+def read_collection(
+    named: NamedPlaces,
+    *,
+    base: str | None = None,
+    base_model: str | None = None,
+    shapes: Mapping[str, tuple[int, int]] | None = None,
+    component: str | None = None,
+    skip_bad: bool = False,
+    token: str | bool | None = None,
+    progress: bool = True,
+) -> Collection:
+    """Plain LoRAs that fit together, all of them looked at before any is used.
+
+    Args:
+        named: Folders, files or hub ids by task name.
+        base: Name of the base model that they are to have; that of the first if not given.
+        base_model: Name of their base model, whatever they call it; not checked.
+        shapes: By module of that model, outputs and inputs where they are known.
+        component: Which model of a pipeline is meant, as for `read_lora`.
+        skip_bad: Whether those that cannot be used are left out; else one is enough for an error.
+        token: For the hub.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        ValueError: As for `read_lora`, or if an adapter has another base model, another component or other shapes;
+            where several cannot be used, naming each of them and what ails it. Also if none can be used.
+    """
+    if base_model is not None and (not isinstance(base_model, str) or base_name(base_model) is None):
+        raise ValueError(f"base_model is {base_model!r}, expected an id on the hub or a folder")
+    places = named.places
+    loras: dict[str, LoraAdapter] = {}
+    broken: dict[str, Exception] = {}
+    for name, place in tqdm(
+        places.items(), desc="Reading adapters", unit="adapter", leave=False, disable=not progress
+    ):
+        try:
+            loras[name] = read_lora(place, component=component, token=token)
+        except _BROKEN as error:
+            if isinstance(error, LocalEntryNotFoundError) and not is_offline_mode():
+                raise  # of the network: it would be wrong with all of them, after a while each
+            broken[name] = error
+    broken |= _of_other_components(loras, shapes or {})
+    broken |= _of_other_shapes(_without(loras, broken), shapes or {})
+    if base_model is None:
+        broken |= _of_other_bases(_without(loras, broken), base)
+    if broken and (not skip_bad or len(broken) == len(places)):
+        raise _cannot_be_used([name for name in places if name in broken], broken, len(places))
+    loras = _without(loras, broken)
+    bases = {name: lora.base_model_name_or_path for name, lora in loras.items()}
+    base = base_name(base_model) or common_base(bases, base)
+    skipped = {name: _told(broken[name]) for name in places if name in broken}
+    reading = Reading(skipped, _duplicates(loras), named.mended)
+    for line in reading.lines():
+        logger.warning(line)
+    return Collection(loras, base, reading)
+
+
+def read_loras(
+    places: Mapping[str, str | Path], *, token: str | bool | None = None, progress: bool = True
+) -> dict[str, LoraAdapter]:
+    """The LoRAs of `read_collection` by task name."""
+    return read_collection(NamedPlaces(dict(places)), token=token, progress=progress).loras
+
+
+def _cannot_be_used(names: Sequence[str], broken: Mapping[str, Exception], count: int) -> Exception:
+    if len(names) == 1:
+        return broken[names[0]]
+    title = f"{len(names)} of {count} adapters cannot be used"
+    if len(names) < count:
+        title += ", skip_bad=True (share-hf: --skip-bad) leaves them out"
+    lines = [f"{name}: {_told(broken[name])}" for name in _some(names)]
+    return ValueError("\n  ".join([title, *lines, *_more(len(names))]))
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, RepositoryNotFoundError):
+        return "no such folder, and no repository that could be read, a private one needs a token"
+    return str(error).partition("\n")[0]
+
+
+def _without(loras: Mapping[str, LoraAdapter], names: Mapping[str, Exception]) -> dict[str, LoraAdapter]:
+    return {name: lora for name, lora in loras.items() if name not in names}
+
+
+def _of_other_components(loras: Mapping[str, LoraAdapter], modules: Iterable[str]) -> dict[str, Exception]:
+    wrong = of_other_components({name: lora.component for name, lora in loras.items()}, modules)
+    return {name: ValueError(f"adapter {name!r} {found}") for name, found in wrong.items()}
+
+
+def _of_other_bases(loras: Mapping[str, LoraAdapter], base: str | None) -> dict[str, Exception]:
+    """Adapters whose base model is not the one that is given, or that of the first."""
+    wrong: dict[str, Exception] = {}
+    fits: dict[str | None, bool] = {}  # by name: to compare two models may take as long as reading them
+    for name, lora in loras.items():
+        found = base_name(lora.base_model_name_or_path)
+        if found not in fits:
+            try:
+                base, fits[found] = common_base({name: found}, base), True
+            except ValueError:
+                fits[found] = False
+        if not fits[found]:
+            wrong[name] = of_another_base(name, found, base)
+    return wrong
+
+
+def _of_other_shapes(loras: Mapping[str, LoraAdapter], shapes: Mapping[str, tuple[int, int]]) -> dict[str, Exception]:
+    """Adapters with an update of another shape than the layer, or than that of the first adapter."""
+    known, wrong = dict(shapes), {}
+    for name, lora in loras.items():
+        own = lora.shapes
+        other = next((module for module, shape in own.items() if known.get(module, shape) != shape), None)
+        if other is None:
+            known |= own
+        else:
+            wrong[name] = ValueError(
+                f"{other!r}: the update of task {name!r} is {own[other]}, the layer is {known[other]}"
+            )
+    return wrong
+
+
+def _duplicates(loras: Mapping[str, LoraAdapter]) -> list[list[str]]:
+    """Names of adapters that have the same updates and the same head, in groups."""
+    alike: dict[bytes, list[str]] = {}
+    for name, lora in loras.items():
+        alike.setdefault(_fingerprint(lora), []).append(name)
+    groups: list[list[str]] = []
+    for names in alike.values():
+        # All updates are compared only where the first ones are the same.
+        while len(names) > 1:
+            first, *others = names
+            same = [other for other in others if _same(loras[first], loras[other])]
+            groups += [[first, *same]] if same else []
+            names = [other for other in others if other not in same]
+    return groups
+
+
+def _fingerprint(lora: LoraAdapter) -> bytes:
+    """A digest of which modules there are, and of the update of one."""
+    modules = sorted(lora.updates)
+    digest = sha256(repr([modules, sorted(lora.head)]).encode())
+    update = lora.updates[modules[0]]
+    for factor in (update.out_factor, update.in_factor):
+        digest.update(factor.contiguous().numpy().tobytes())
+    return digest.digest()
+
+
+def _same(first: LoraAdapter, second: LoraAdapter) -> bool:
+    if first.updates.keys() != second.updates.keys() or first.head.keys() != second.head.keys():
+        return False
+    heads = (_equal(tensor, second.head[name]) for name, tensor in first.head.items())
+    return all(heads) and all(_same_update(first.updates[module], second.updates[module]) for module in first.updates)
+
+
+def _same_update(first: LowRankUpdate, second: LowRankUpdate) -> bool:
+    return _equal(first.out_factor, second.out_factor) and _equal(first.in_factor, second.in_factor)
+
+
+def _equal(first: Tensor, second: Tensor) -> bool:
+    return first.dtype == second.dtype and torch.equal(first, second)
+
+
+def _some(items: Iterable) -> list:
+    return list(items)[:_SHOWN]
+
+
+def _more(count: int, before: str = "") -> list[str]:
+    return [f"{before}and {count - _SHOWN} more"] if count > _SHOWN else []
