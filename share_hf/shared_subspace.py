@@ -184,7 +184,8 @@ class SharedSubspace:
             name: TaskInfo(target=lora.target, head=lora.head, initialization=initializations[name])
             for name, lora in loras.items()
         }
-        self._held, report = merge_tasks(state, updates, infos, progress=progress)
+        layouts = {name: lora.layouts for name, lora in loras.items()}
+        self._held, report = merge_tasks(state, updates, infos, layouts=layouts, progress=progress)
         shapes = {module: layer.shape for module, layer in self._held.layers.items() if module not in known}
         if (line := smaller_layers(shapes, self.settings.num_components)) is not None:
             logger.warning_once(line)

@@ -18,10 +18,12 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import Tensor
 
+from ..state import Layout
 from ..subspace import LowRankUpdate
 from .download import download
 from .embeddings import changed_embeddings, embedding_of, with_update
 from .files import read_json, read_pickled_tensors, read_tensors, tensor_bytes
+from .lora_tensors import as_matrices, as_tensors, factor_of
 from .module_names import PEFT_PREFIX, check_no_single_experts, named_as_in_base, without_wrappers
 from .names import HUB_ID
 from .patterns import is_name, values_by_module, without_slow_patterns
@@ -66,17 +68,19 @@ class LoraAdapter:
         head: Weights of `modules_to_save` by name in the base model, such as `classifier.weight`.
         target: Values of `TARGET_FIELDS`.
         base_model_name_or_path: As the adapter names it.
+        layouts: By module, how its matrix lies in its weight; without those that are dense layers.
     """
 
     updates: Mapping[str, LowRankUpdate]
     head: dict[str, Tensor] = field(default_factory=dict)
     target: dict[str, Any] = field(default_factory=dict)
     base_model_name_or_path: str | None = None
+    layouts: Mapping[str, Layout] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class ScaledFactors:
-    """A and B of a module as a file has them, and the scale of their product.
+    """A and B of a module as a file has them, as matrices, and the scale of their product.
 
     Args:
         a: (r, d), in memory that is mapped from the file where it is a safetensors one.
@@ -121,8 +125,8 @@ def read_lora(
     """Read a PEFT LoRA from a folder or a hub repository.
 
     Raises:
-        ValueError: If it is no plain LoRA (another method, DoRA, a trained bias, an embedding, an initialization that
-            changes the base weights), a tensor is missing, of a wrong shape, or not finite; naming what was found.
+        ValueError: If it is no plain LoRA (another method, DoRA, a trained bias, an initialization that changes the
+            base weights), a tensor is missing, of a wrong shape, or not finite; naming what was found.
     """
     config_path, weights_path = (
         _resolve(location, names, revision=revision, token=token, cache_dir=cache_dir)
@@ -140,17 +144,21 @@ def read_lora(
     patterns = {without_wrappers(pattern): alpha for pattern, alpha in (config.get("alpha_pattern") or {}).items()}
     alphas = values_by_module(config_path, "alpha_pattern", patterns, factors)
     use_rslora = bool(config.get("use_rslora"))
-    scaled = {}
+    scaled: dict[str, ScaledFactors] = {}
+    layouts: dict[str, Layout] = {}
     for module, pair in factors.items():
-        alpha = alphas.get(module, config["lora_alpha"])
-        scaled[module] = _scaled(weights_path, module, pair, alpha, use_rslora=use_rslora)
+        a, b, layout = as_matrices(weights_path, module, pair)
+        scaled[module] = _scaled(a, b, alphas.get(module, config["lora_alpha"]), use_rslora=use_rslora)
+        if layout is not None:
+            layouts[module] = layout
     target = without_slow_patterns(target, scaled)
     if not scaled:
         raise ValueError(f"{weights_path}: no lora_A and lora_B in it, expected a LoRA")
     base = config.get("base_model_name_or_path")
     for module, tensors in changed_embeddings(embeddings, base).items():
         adapted = scaled.pop(module, None)
-        head |= with_update(module, tensors, None if adapted is None else adapted.update())
+        layout = layouts.pop(module, None)
+        head |= with_update(module, tensors, None if adapted is None else adapted.update(), layout)
         saved.append(module)
     if not scaled:
         raise ValueError(f"{weights_path}: it adapts {sorted(factors)} only and brings them whole, expected a LoRA")
@@ -158,7 +166,9 @@ def read_lora(
         target["modules_to_save"] = saved
     if isinstance(modules := target.get("target_modules"), list):
         target["target_modules"] = targets_beside(modules, saved)
-    return LoraAdapter(updates=StoredUpdates(scaled), head=head, target=target, base_model_name_or_path=base)
+    return LoraAdapter(
+        updates=StoredUpdates(scaled), head=head, target=target, base_model_name_or_path=base, layouts=layouts
+    )
 
 
 def read_target(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -216,9 +226,7 @@ def lora_files(adapter: LoraAdapter) -> dict[str, bytes]:
     rank = max((update.out_factor.shape[1] for update in adapter.updates.values()), default=1)
     tensors = {f"{PEFT_PREFIX}{name}": tensor for name, tensor in adapter.head.items()}
     for module, update in adapter.updates.items():
-        missing = (0, rank - update.out_factor.shape[1])
-        tensors[f"{PEFT_PREFIX}{module}.lora_A.weight"] = torch.nn.functional.pad(update.in_factor, missing).T
-        tensors[f"{PEFT_PREFIX}{module}.lora_B.weight"] = torch.nn.functional.pad(update.out_factor, missing)
+        tensors |= as_tensors(f"{PEFT_PREFIX}{module}", update, adapter.layouts.get(module), rank)
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
@@ -302,8 +310,9 @@ def _sort_tensors(
     head: dict[str, Tensor] = {}
     embeddings: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        if match := re.fullmatch(r"(.+)\.lora_([AB])\.weight", name):
-            factors.setdefault(match[1], {})[match[2]] = tensor
+        if (factor := factor_of(name)) is not None:
+            module, side = factor
+            factors.setdefault(module, {})[side] = tensor
         elif saved_module_of(name, saved) is not None:
             head[name] = tensor
         elif name.endswith("bias") and bias != "none":
@@ -338,14 +347,5 @@ def _check_head_shapes(path: Path, head: Mapping[str, Tensor]) -> None:
             )
 
 
-def _scaled(path: Path, module: str, pair: Mapping[str, Tensor], alpha: float, *, use_rslora: bool) -> ScaledFactors:
-    if set(pair) != {"A", "B"}:
-        missing = "B" if "A" in pair else "A"
-        raise ValueError(f"{path}: {module!r} has no lora_{missing}, expected both lora_A and lora_B")
-    a, b = pair["A"], pair["B"]
-    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or not a.shape[0]:
-        raise ValueError(
-            f"{path}: lora_A and lora_B of {module!r} are {tuple(a.shape)} and {tuple(b.shape)}, expected (r, d) and "
-            "(n, r)"
-        )
+def _scaled(a: Tensor, b: Tensor, alpha: float, *, use_rslora: bool) -> ScaledFactors:
     return ScaledFactors(a, b, alpha / (math.sqrt(a.shape[0]) if use_rslora else a.shape[0]))

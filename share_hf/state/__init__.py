@@ -1,5 +1,6 @@
 """The immutable value that a shared subspace is: its state, its lineage, and the scores of its stream."""
 
+from .layout import Layout
 from .lineage import Lineage, shared_steps, step_tags, tasks_touched
 from .phase import Phase
 from .reconcile import extends, reconcile
@@ -20,6 +21,7 @@ from .state import (
 
 __all__ = [
     "ContinualMetrics",
+    "Layout",
     "Lineage",
     "Phase",
     "SubspaceReport",

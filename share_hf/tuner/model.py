@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features, onload_layer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -21,19 +21,27 @@ from ..format.module_names import without_wrappers
 from ..format.patterns import without_slow_patterns
 from ..format.saved_modules import saved_module_of
 from ..format.task_files import FINGERPRINT
+from ..state.layout import Layout, named
 from ..subspace import smaller_layers
 from .combining import combined_coefficients, combined_config
 from .config import AdapterOrigin, ShareConfig
+from .convolution import Convolution
+from .embedding import Embedding
 from .head import check_apart, check_head
-from .layer import Linear, ShareLayer, offload_hook_of, placeholder_basis
+from .kinds import layout_of, matrix_shape
+from .layer import Linear, ShareLayer, offload_hook_of
 from .loading import StoredAdapter, keep_weights, stored_adapter
 from .lora_only import check_options
+from .placeholder import placeholder_basis
 from .placement import call_layers_of, check_held_once, check_reached
 from .quantization import check_supported, keep_4bit_weights_differentiable
 from .renaming import adapter_named_as_in
 
 
 logger = logging.get_logger(__name__)
+
+# By the kind of a layer's layout, None for dense ones.
+_CLASSES = {None: Linear, "convolution": Convolution, "embedding": Embedding}
 
 _OTHER_BASIS = (
     "the stored basis of {!r} is not the one the model has, expected tasks of one subspace; merge the two subspaces, "
@@ -205,7 +213,7 @@ class ShareModel(BaseTuner):
         check_supported(base_layer, module_name, self.model)
         check_reached(parent, target_name, module_name)
         basis_out, basis_in = self._basis_for(peft_config, base_layer, module_name)
-        new_module = Linear(
+        new_module = _CLASSES[None if (layout := layout_of(base_layer)) is None else layout.kind](
             target, adapter_name, peft_config, basis_out, basis_in, **get_quantization_kwargs(self.model)
         )
         if fingerprint is not None:
@@ -217,13 +225,19 @@ class ShareModel(BaseTuner):
         call_layers_of(parent, new_module)
 
     def _basis_for(self, config: ShareConfig, base_layer: nn.Module, module_name: str) -> tuple[Tensor, Tensor]:
-        in_features, out_features = _get_in_out_features(base_layer)
+        out_features, in_features = matrix_shape(base_layer)
         if self._stored.bases:
             stored = self._stored.bases[module_name]
             if stored.shape != (out_features, in_features):
                 raise ValueError(
                     f"the stored basis of {module_name!r} is for a layer of shape {stored.shape}, the model's is "
                     f"{(out_features, in_features)}"
+                )
+            layout = self._stored.modules[module_name].layout
+            if isinstance(config.origin, AdapterOrigin) and layout != layout_of(base_layer):
+                raise ValueError(
+                    f"the stored basis of {module_name!r} is for a {named(layout)}, the model's is a "
+                    f"{named(layout_of(base_layer))}"
                 )
             return stored.beta, stored.alpha
         return (
@@ -377,6 +391,11 @@ def share_layers(model: nn.Module) -> dict[str, ShareLayer]:
 def basis_files(model: nn.Module) -> dict[str, BasisFile | None]:
     """By layer, the file that its basis was read from."""
     return {name: layer.basis_file for name, layer in share_layers(model).items()}
+
+
+def layouts_of(model: nn.Module) -> dict[str, Layout]:
+    """By layer that is no dense one, how the matrix of an update lies in its weight."""
+    return {name: layer.layout for name, layer in share_layers(model).items() if layer.layout is not None}
 
 
 def stored_bases(model: nn.Module) -> dict[str, StoredBasis]:

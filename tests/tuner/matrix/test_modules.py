@@ -15,6 +15,7 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import MambaConfig, MambaForCausalLM
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 from transformers.pytorch_utils import Conv1D
 
 from share_hf import ShareConfig
@@ -109,6 +110,17 @@ class TwoNames(nn.Module):
         return self.second(F.relu(self.first(x)))
 
 
+class Words(nn.Module):
+    """An embedding of what the input is taken for."""
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        super().__init__()
+        self.words = embedding
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.words((4 * x).long() % SIZE)
+
+
 def encoder_layer() -> nn.Module:
     return nn.Sequential(nn.TransformerEncoderLayer(SIZE, 2, 2 * SIZE, batch_first=True, dropout=0.0))
 
@@ -133,6 +145,18 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], list[str], tuple[int, ...]]] =
     "nested-in-part": (Nested, ["stages.1.in"], (2, 5, SIZE)),
     "tied": (Tied, ["first"], (5, SIZE)),
     "two-names": (TwoNames, ["first"], (5, SIZE)),
+    "convolutions": (
+        lambda: nn.Sequential(nn.Conv2d(3, 12, (3, 2), stride=2, padding=1), nn.ReLU(), nn.Conv2d(12, 5, 1)),
+        ["0", "2"],
+        (2, 3, 7, 6),
+    ),
+    "convolution-of-one-image": (lambda: nn.Sequential(nn.Conv2d(3, 12, 3, padding="same")), ["0"], (3, 7, 6)),
+    "convolution-without-bias": (lambda: nn.Sequential(nn.Conv2d(3, 12, 3, bias=False)), ["0"], (2, 3, 7, 6)),
+    "convolution-of-a-series": (lambda: nn.Sequential(nn.Conv1d(3, 12, 3, padding=1)), ["0"], (2, 3, 7)),
+    "convolution-of-a-volume": (lambda: nn.Sequential(nn.Conv3d(3, 12, (1, 2, 3))), ["0"], (2, 3, 4, 5, 6)),
+    "embedding": (lambda: Words(nn.Embedding(SIZE, 12)), ["words"], (2, 5)),
+    "embedding-with-padding": (lambda: Words(nn.Embedding(SIZE, 12, padding_idx=0)), ["words"], (2, 5)),
+    "embedding-that-scales": (lambda: Words(Gemma3TextScaledWordEmbedding(SIZE, 12, 0, 3.0)), ["words"], (2, 5)),
     "torch-encoder-layer": (encoder_layer, ["linear1", "linear2"], (2, 5, SIZE)),
     "torch-encoder": (encoder, ["linear1", "linear2"], (2, 5, SIZE)),
 }
