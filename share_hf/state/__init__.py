@@ -1,5 +1,6 @@
 """The immutable value that a shared subspace is: its state, its lineage, and the scores of its stream."""
 
+from .component import component_of
 from .layout import Layout
 from .lineage import Lineage, shared_steps, step_tags, tasks_touched
 from .phase import Phase
@@ -30,6 +31,7 @@ __all__ = [
     "TaskReport",
     "TaskScore",
     "combined_metrics",
+    "component_of",
     "extends",
     "initialization_of",
     "initializations_of",
