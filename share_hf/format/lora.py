@@ -22,6 +22,7 @@ from ..state import Layout
 from ..subspace import LowRankUpdate
 from .download import download
 from .embeddings import changed_embeddings, embedding_of, with_update
+from .experts import EXPERT, expert_matrices, expert_tensors, parameter_names, targets_of
 from .files import read_json, read_pickled_tensors, read_tensors, tensor_bytes
 from .lora_tensors import as_matrices, as_tensors, factor_of
 from .module_names import PEFT_PREFIX, check_no_single_experts, named_as_in_base, without_wrappers
@@ -39,6 +40,7 @@ TARGET_FIELDS = (
     "modules_to_save",
     "fan_in_fan_out",
     "task_type",
+    "target_parameters",
 )
 
 # Methods that move part of the base weights into the adapter at its start: their LoRA is no update of the base model.
@@ -146,6 +148,9 @@ def read_lora(
     use_rslora = bool(config.get("use_rslora"))
     scaled: dict[str, ScaledFactors] = {}
     layouts: dict[str, Layout] = {}
+    if target.get("target_parameters"):
+        scaled, factors = _split_experts(config_path, weights_path, config, target, factors)
+        layouts = dict.fromkeys(scaled, EXPERT)
     for module, pair in factors.items():
         a, b, layout = as_matrices(weights_path, module, pair)
         scaled[module] = _scaled(a, b, alphas.get(module, config["lora_alpha"]), use_rslora=use_rslora)
@@ -183,6 +188,7 @@ def read_target(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         whole_numbers = all(type(entry) is int for entry in (value if isinstance(value, list) else [value]))
         usable = {
             "modules_to_save": texts and all(map(is_name, value)),
+            "target_parameters": texts and all(map(is_name, value)),
             "layers_to_transform": whole_numbers,
             "fan_in_fan_out": isinstance(value, bool),
             "task_type": value in list(TaskType),
@@ -225,8 +231,11 @@ def lora_files(adapter: LoraAdapter) -> dict[str, bytes]:
     """
     rank = max((update.out_factor.shape[1] for update in adapter.updates.values()), default=1)
     tensors = {f"{PEFT_PREFIX}{name}": tensor for name, tensor in adapter.head.items()}
-    for module, update in adapter.updates.items():
-        tensors |= as_tensors(f"{PEFT_PREFIX}{module}", update, adapter.layouts.get(module), rank)
+    experts = {module: update for module, update in adapter.updates.items() if adapter.layouts.get(module) == EXPERT}
+    tensors |= {f"{PEFT_PREFIX}{name}": tensor for name, tensor in expert_tensors(experts, rank).items()}
+    layers = [module for module in adapter.updates if module not in experts]
+    for module in layers:
+        tensors |= as_tensors(f"{PEFT_PREFIX}{module}", adapter.updates[module], adapter.layouts.get(module), rank)
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
@@ -234,9 +243,12 @@ def lora_files(adapter: LoraAdapter) -> dict[str, bytes]:
         base_model_name_or_path=adapter.base_model_name_or_path,
         **{name: value for name, value in adapter.target.items() if value is not None},
     )
-    if not config.target_modules or not all(check_target_module_exists(config, name) for name in adapter.updates):
+    config.target_parameters = targets_of(experts, config.target_parameters or []) or None
+    if not layers:
+        config.target_modules = []  # or PEFT takes those that it knows for the model
+    elif not config.target_modules or not all(check_target_module_exists(config, name) for name in layers):
         # Of a model that was wrapped when the adapter was saved: PEFT would pass over what its targets do not match.
-        config.target_modules, config.exclude_modules = set(adapter.updates), None
+        config.target_modules, config.exclude_modules = set(layers), None
         config.layers_to_transform = config.layers_pattern = None
     return adapter_files(config.to_dict(), tensors)
 
@@ -282,8 +294,6 @@ def _check_plain_lora(path: Path, config: Mapping[str, Any]) -> None:
     for name in _VARIANTS:
         if config.get(name):
             raise ValueError(f"{path}: {name} is {config[name]!r}, expected a plain LoRA without it")
-    if config.get("target_parameters"):
-        raise ValueError(f"{path}: target_parameters is {config['target_parameters']!r}, expected linear modules only")
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(_MUTATING_INITS):
         raise ValueError(
@@ -293,9 +303,10 @@ def _check_plain_lora(path: Path, config: Mapping[str, Any]) -> None:
     base = config.get("base_model_name_or_path")
     if not isinstance(base, (str, NoneType)):
         raise ValueError(f"{path}: base_model_name_or_path is {base!r}, expected text or null")
+    for field_name in ("alpha_pattern", "rank_pattern"):
+        if not isinstance(patterns := config.get(field_name) or {}, dict):
+            raise ValueError(f"{path}: {field_name} is {patterns!r}, expected an object")
     patterns = config.get("alpha_pattern") or {}
-    if not isinstance(patterns, dict):
-        raise ValueError(f"{path}: alpha_pattern is {patterns!r}, expected an object")
     for name, alpha in {"lora_alpha": config.get("lora_alpha"), **patterns}.items():
         if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
             raise ValueError(f"{path}: {name} is {alpha!r}, expected a number")
@@ -345,6 +356,32 @@ def _check_head_shapes(path: Path, head: Mapping[str, Tensor]) -> None:
                 f"{path}: weight and bias of {module!r} are {tuple(weight.shape)} and {tuple(tensor.shape)}, expected "
                 "a number of the bias for each row"
             )
+
+
+def _split_experts(
+    config_path: Path,
+    weights_path: Path,
+    config: Mapping[str, Any],
+    target: Mapping[str, Any],
+    factors: Mapping[str, dict[str, Tensor]],
+) -> tuple[dict[str, ScaledFactors], dict[str, dict[str, Tensor]]]:
+    """The experts of an adapter with `target_parameters`, by module, and the factors of its layers."""
+    matched = LoraConfig(**without_slow_patterns(target, factors))
+    layers = {module: pair for module, pair in factors.items() if check_target_module_exists(matched, module)}
+    names = parameter_names(weights_path, factors.keys() - layers.keys(), target["target_parameters"])
+    by_pattern = {}
+    for field_name in ("rank_pattern", "alpha_pattern"):
+        patterns = {without_wrappers(name): value for name, value in (config.get(field_name) or {}).items()}
+        by_pattern[field_name] = values_by_module(config_path, field_name, patterns, set(names.values()))
+    scaled = {}
+    for module, parameter in sorted(names.items()):
+        rank = by_pattern["rank_pattern"].get(parameter, config.get("r"))
+        if type(rank) is not int or rank < 1:
+            raise ValueError(f"{config_path}: r of {parameter!r} is {rank!r}, expected a positive integer")
+        alpha = by_pattern["alpha_pattern"].get(parameter, config["lora_alpha"])
+        for number, (a, b) in enumerate(expert_matrices(weights_path, parameter, factors[module], rank)):
+            scaled[f"{parameter}.{number}"] = _scaled(a, b, alpha, use_rslora=bool(config.get("use_rslora")))
+    return scaled, layers
 
 
 def _scaled(a: Tensor, b: Tensor, alpha: float, *, use_rslora: bool) -> ScaledFactors:

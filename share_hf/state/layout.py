@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 
-Kind = Literal["convolution", "embedding"]
+Kind = Literal["convolution", "embedding", "expert"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class Layout:
     """The kind of a module that is no dense layer, and what its matrix does not tell.
 
     Args:
-        kind: "convolution" (in one to three dimensions) or "embedding".
+        kind: "convolution" (in one to three dimensions), "embedding", or "expert": one of those that a model keeps in
+            one parameter.
         kernel: Sizes of the kernel of a convolution, one to three; of others ().
 
     Raises:

@@ -221,7 +221,7 @@ def state_of(model: PeftModel) -> SubspaceState:
 
 def target_of(config: ShareConfig) -> dict[str, Any]:
     """Which modules an adapter targets, as JSON."""
-    target = {name: value for name in TARGET_FIELDS if (value := getattr(config, name)) is not None}
+    target = {name: value for name in TARGET_FIELDS if (value := getattr(config, name, None)) is not None}
     for name, value in target.items():
         if isinstance(value, (set, list)):
             # PEFT adds the classifier to `modules_to_save` with every adapter that it is given the configuration of.
