@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from .layout import Layout
 from .state import SubspaceState, TaskInfo
 
 
@@ -30,19 +31,20 @@ def component_of(state: SubspaceState, prefix: str, expected: Iterable[str] = ()
     if not layers:
         there = sorted({module.split(".")[0] for module in state.layers})
         raise ValueError(f"prefix is {prefix!r}, expected the component of a module, one of {there[:20]}")
-    tasks = {}
+    tasks, layouts = {}, _below(state.layouts, prefix)
     for task, info in state.tasks.items():
         adapted = sorted(module for module, layer in layers.items() if layer.has(task))
         if adapted:
             head = _below(info.head, prefix)
-            tasks[task] = replace(info, head=head, target=_target(info, adapted, prefix))
+            experts = {module for module in adapted if layouts.get(module) == Layout("expert")}
+            tasks[task] = replace(info, head=head, target=_target(info, adapted, experts, prefix))
     if missing := [task for task in expected if task not in tasks]:
         raise ValueError(f"task {missing[0]!r} adapts nothing in {prefix!r}, expected one of {list(tasks)[:20]}")
     return replace(
         state,
         layers=layers,
         tasks=tasks,
-        layouts=_below(state.layouts, prefix),
+        layouts=layouts,
         default_task=state.default_task if state.default_task in tasks else None,
     )
 
@@ -52,7 +54,10 @@ def _below(named: Mapping[str, Value], prefix: str) -> dict[str, Value]:
     return {name.removeprefix(start): value for name, value in named.items() if name.startswith(start)}
 
 
-def _target(info: TaskInfo, adapted: list[str], prefix: str) -> dict[str, Any]:
+def _target(info: TaskInfo, adapted: list[str], experts: set[str], prefix: str) -> dict[str, Any]:
     kept = {name: info.target[name] for name in ("fan_in_fan_out", "task_type") if name in info.target}
     saved = [name.removeprefix(f"{prefix}.") for name in info.target.get("modules_to_save") or ()]
-    return {**kept, "target_modules": adapted, **({"modules_to_save": saved} if saved else {})}
+    target = {**kept, "target_modules": [module for module in adapted if module not in experts]}
+    if experts:
+        target["target_parameters"] = sorted({module.rpartition(".")[0] for module in experts})
+    return {**target, "modules_to_save": saved} if saved else target

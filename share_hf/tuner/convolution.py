@@ -38,7 +38,7 @@ class Convolution(Linear):
         return self.get_base_layer()._conv_forward(x, self._as_kernels(rows), None)
 
     def _with_update(self, result: Tensor, x: Tensor, adapter: str) -> Tensor:
-        down, up = self._folded_factors(adapter, x.dtype)
+        down, up = self.folded_factors(adapter, x.dtype)
         inputs = F.dropout(x, self.share_dropout[adapter], self.training)
         return result + _at_each_place(self._convolved(inputs, down), up, self._places).to(result.dtype)
 

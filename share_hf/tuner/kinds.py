@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from peft.tuners.tuners_utils import _get_in_out_features
-from torch import nn
+from torch import Tensor, nn
 
 from ..state import Layout
 
@@ -13,19 +14,82 @@ from ..state import Layout
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def matrix_shape(layer: nn.Module) -> tuple[int, int]:
+class ExpertWeight:
+    """The weight (n, d) of one of the experts that a module keeps in one parameter; no module, as it has none.
+
+    Args:
+        holder: The module.
+        parameter: Name of the parameter there, (experts, n, d), or (experts, d, n) where `holder.is_transposed`.
+        number: Which of the experts.
+    """
+
+    def __init__(self, holder: nn.Module, parameter: str, number: int) -> None:
+        self._holder, self._parameter, self._number = holder, parameter, number
+
+    @property
+    def weight(self) -> Tensor:
+        """(n, d), a view of the parameter."""
+        weight = getattr(self._holder, self._parameter)[self._number]
+        return weight.mT if getattr(self._holder, "is_transposed", False) else weight
+
+
+def layer_named(name: str, modules: Mapping[str, nn.Module]) -> nn.Module | ExpertWeight | None:
+    """The layer of this name, or the expert: `…experts.down_proj.3` is in the parameter `down_proj` of `…experts`.
+
+    Args:
+        name: As in a subspace.
+        modules: The modules of a model by name.
+    """
+    if name in modules:
+        return modules[name]
+    parameter_name, _, number = name.rpartition(".")
+    holder_name, _, leaf = parameter_name.rpartition(".")
+    holder = modules.get(holder_name)
+    holder = getattr(holder, "base_layer", holder)
+    parameter = None if holder is None else holder._parameters.get(leaf)
+    if parameter is None or parameter.ndim != 3 or not number.isdecimal() or int(number) >= len(parameter):
+        return None
+    return ExpertWeight(holder, leaf, int(number))
+
+
+def matrix_shape(layer: nn.Module | ExpertWeight) -> tuple[int, int]:
     """(n, d) of an update of a layer: outputs and inputs, of a convolution channels and what a kernel sees."""
+    if isinstance(layer, ExpertWeight):
+        return tuple(layer.weight.shape)
     in_features, out_features = _get_in_out_features(layer)
     if isinstance(layer, CONVOLUTIONS):
         in_features *= math.prod(layer.kernel_size)
     return out_features, in_features
 
 
-def layout_of(layer: nn.Module) -> Layout | None:
+def layout_of(layer: nn.Module | ExpertWeight) -> Layout | None:
     """How the matrix of an update lies in the weight of a layer; None for dense layers."""
     if isinstance(layer, CONVOLUTIONS):
         return Layout("convolution", tuple(layer.kernel_size))
+    if isinstance(layer, ExpertWeight):
+        return Layout("expert")
     return Layout("embedding") if isinstance(layer, nn.Embedding) else None
+
+
+def check_experts(holder: nn.Module, parameter: str, name: str) -> None:
+    """Refuse a parameter that is not the weights of experts as they stand.
+
+    Args:
+        holder: The module that has it.
+        parameter: Its name there.
+        name: Its name in the model, for the message.
+
+    Raises:
+        TypeError: Naming the parameter, and what it is.
+    """
+    found = getattr(holder, parameter)
+    plain = found.is_floating_point() and found.element_size() > 1 and not found.is_meta
+    if found.ndim != 3 or not plain:
+        raise TypeError(
+            f"{name!r} is a {found.dtype} parameter {tuple(found.shape)} on {found.device}, expected the weights "
+            "(experts, n, d) of experts, neither quantized nor offloaded nor partitioned; others are trained whole by "
+            "modules_to_save"
+        )
 
 
 def check_computes_as_known(layer: nn.Module, module_name: str) -> None:

@@ -252,7 +252,7 @@ class ShareLayer(BaseTunerLayer):
         temporary = getattr(self, f"share_temporary_{side}")
         return temporary[task] if task in temporary else getattr(self, f"share_basis_{side}")
 
-    def _folded_factors(self, task: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def folded_factors(self, task: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The task's factors A (p, d) and B (n, p) in the forward's dtype; in eval, kept while nothing changes."""
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             update = self.factors(task)
@@ -414,7 +414,7 @@ class Linear(nn.Module, ShareLayer):
 
     def _with_update(self, result: Tensor, x: Tensor, adapter: str) -> Tensor:
         """The output of the layer with that of the update of a task."""
-        down, up = self._folded_factors(adapter, x.dtype)
+        down, up = self.folded_factors(adapter, x.dtype)
         inputs = F.dropout(x, self.share_dropout[adapter], self.training)
         return with_product(result, F.linear(inputs, down), up)
 

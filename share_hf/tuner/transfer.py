@@ -23,7 +23,7 @@ from ..state.layout import named
 from ..subspace import LayerSubspace, LowRankUpdate
 from .config import GivenBases, ShareConfig
 from .head import check_apart, check_head, saved_tensors, with_labels_of
-from .kinds import layout_of, matrix_shape
+from .kinds import layer_named, layout_of, matrix_shape
 from .layer import ShareLayer
 from .model import ShareModel, layouts_of, share_layers
 from .renaming import named_as_in
@@ -129,12 +129,12 @@ def _check_fits(model: nn.Module, state: SubspaceState, tasks: Sequence[str]) ->
     modules = {without_wrappers(name): module for name, module in model.named_modules()}
     for task in tasks:
         for module, layer in state.layers_of(task).items():
-            if module not in modules:
+            if (found := layer_named(module, modules)) is None:
                 raise ValueError(f"task {task!r} adapts {module!r}, which {type(model).__name__} does not have")
-            if (shape := matrix_shape(modules[module])) != layer.shape:
+            if (shape := matrix_shape(found)) != layer.shape:
                 raise ValueError(f"{module!r} has shape {shape}, the subspace expects {layer.shape}")
-            if (found := layout_of(modules[module])) != (expected := state.layouts.get(module)):
-                raise ValueError(f"{module!r} is a {named(found)}, the subspace expects a {named(expected)}")
+            if (layout := layout_of(found)) != (expected := state.layouts.get(module)):
+                raise ValueError(f"{module!r} is a {named(layout)}, the subspace expects a {named(expected)}")
         if head := state.tasks[task].head:
             shapes = {name: tuple(tensor.shape) for name, tensor in head.items()}
             try:

@@ -66,7 +66,6 @@ OPTIONS: dict[str, str] = {
     "qalora_group_size": LORA,
     "rank_pattern": LORA,
     "runtime_config": LORA,
-    "target_parameters": LORA,
     "trainable_token_indices": LORA,
     "use_bdlora": LORA,
     "use_dora": LORA,
