@@ -199,10 +199,7 @@ class ShareModel(BaseTuner):
         if (parameter := optional_kwargs.get("parameter_name")) is not None:
             self._adapt_experts(peft_config, adapter_name, parent, target_name, module_name, parameter)
             return
-        if self._stored.modules and module_name not in self._stored.modules:
-            raise ValueError(
-                f"the stored subspace has no basis for {module_name!r}, it has {len(self._stored.modules)}"
-            )
+        self._check_stored(module_name)
         fingerprint = self._stored.fingerprints.get(module_name)
         if isinstance(target, ShareLayer):
             if fingerprint is not None:
@@ -224,15 +221,23 @@ class ShareModel(BaseTuner):
         self._replace_module(parent, target_name, new_module, target)
         call_layers_of(parent, new_module)
 
+    def _check_stored(self, module_name: str) -> None:
+        if self._stored.modules and module_name not in self._stored.modules:
+            raise ValueError(
+                f"the stored subspace has no basis for {module_name!r}, it has {len(self._stored.modules)}"
+            )
+
     def _adapt_experts(
         self, config: ShareConfig, adapter_name: str, parent: nn.Module, target_name: str, name: str, parameter: str
     ) -> None:
         """Adapt all experts in a parameter of this name in the model; a stored adapter those that it has."""
+        if self._stored.adapted is not None and f"{name}.0" not in self._stored.adapted:
+            return
         holder = getattr(parent, target_name)
         check_experts(getattr(holder, "base_layer", holder), parameter, name)
 
         def adapt(number: int, expert: Expert | ExpertWeight) -> Expert:
-            module_name = f"{name}.{number}"
+            self._check_stored(module_name := f"{name}.{number}")
             if isinstance(expert, ExpertWeight):
                 bases = self._basis_for(config, expert, module_name)
                 expert = Expert(expert, adapter_name, config, *bases)
