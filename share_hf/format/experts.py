@@ -49,15 +49,18 @@ def parameter_names(path: Path, modules: Iterable[str], targets: Sequence[str]) 
         while inner.endswith(_WRAPPED):
             inner = inner.removesuffix(_WRAPPED)
         wrapped[inner].append(module)
+    leaves_in: dict[str, set[str]] = defaultdict(set)
+    for place, _, leaf in (target.rpartition(".") for target in targets):
+        leaves_in[place].add(leaf)
     names = {}
     for inner, found in wrapped.items():
-        places = (target.rpartition(".") for target in targets)
-        leaves = {leaf for place, _, leaf in places if not place or f".{inner}".endswith(f".{place}")}
+        leaves = {leaf for place in ["", *_ends_of(inner)] for leaf in leaves_in.get(place, ())}
         order = next((order for order in ORDERS if leaves == set(order)), tuple(leaves) if len(leaves) == 1 else ())
         if len(order) != len(found):
             raise ValueError(
                 f"{path}: {inner!r} has LoRAs of {len(found)} parameters, of which target_parameters = "
-                f"{sorted(targets)} names {sorted(leaves)}, expected one, or a pair among {[*map(list, ORDERS)]}"
+                f"{sorted(targets)[:20]} names {sorted(leaves)[:20]}, expected one, or a pair among "
+                f"{[*map(list, ORDERS)]}"
             )
         for module, leaf in zip(sorted(found, key=len, reverse=True), order, strict=True):
             names[module] = f"{inner}.{leaf}"
@@ -133,8 +136,13 @@ def expert_tensors(updates: Mapping[str, LowRankUpdate], rank: int) -> dict[str,
 def targets_of(updates: Collection[str], targets: Sequence[str]) -> list[str]:
     """What to give PEFT as `target_parameters`: these if they name all the parameters of experts, else full names."""
     parameters = sorted({parameter_of(module) for module in updates})
-    named = all(any(f".{name}".endswith(f".{target}") for target in targets) for name in parameters)
-    return list(targets) if named else parameters
+    known = set(targets)
+    return list(targets) if all(not known.isdisjoint(_ends_of(name)) for name in parameters) else parameters
+
+
+def _ends_of(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
 
 
 def _padded(updates: Sequence[LowRankUpdate], rank: int, factor: Callable[[LowRankUpdate], Tensor]) -> Tensor:

@@ -34,6 +34,16 @@ def check_modules(model: nn.Module, stored: StoredAdapter, *, from_file: bool) -
         )
 
 
+def check_has_basis(stored: StoredAdapter, module_name: str) -> None:
+    """Refuse a module that a stored subspace has nothing for.
+
+    Raises:
+        ValueError: Naming it.
+    """
+    if stored.modules and module_name not in stored.modules:
+        raise ValueError(f"the stored subspace has no basis for {module_name!r}, it has {len(stored.modules)}")
+
+
 def check_same_dimensions(config: ShareConfig, name: str, other: ShareConfig, other_name: str) -> None:
     for field in ("num_components", "pseudo_rank"):
         if getattr(other, field) != getattr(config, field):

@@ -46,12 +46,11 @@ class Embedding(Linear):
             return result + self._scaled(z.to(result.dtype) @ up.T.to(result.dtype), result)
 
     def _mixed_batch_update(self, x: Tensor, adapter_names: list[str]) -> Tensor | None:
-        base = self.base_layer.weight
-        stacked = self._coefficients_of_samples(adapter_names, base)
+        stacked = self._coefficients_of_samples(adapter_names, self.share_basis_in)
         if stacked is None:
             return None
-        looked_up = self._looked_up(x, self.share_basis_in).to(base.dtype)
+        looked_up = self._looked_up(x, self.share_basis_in)
         z = looked_up.flatten(1, -2) if x.ndim > 1 else looked_up.unsqueeze(1)
         y = z @ stacked[1] @ stacked[0].mT
-        update = F.linear(y, self.share_basis_out.to(base.dtype)).reshape(*x.shape, self.out_features)
+        update = F.linear(y, self.share_basis_out).reshape(*x.shape, self.out_features)
         return self._scaled(update, update)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..format.experts import parameter_of
 from ..subspace.factors import without_autocast
 from .config import ShareConfig
 from .kinds import ExpertWeight
@@ -141,6 +142,22 @@ def adapt_experts(
         around.train(holder.training)
         setattr(parent, name, around)
     around.add_module(parameter, made)
+
+
+def parameters_adapted(targets: Sequence[str] | None, adapted: Collection[str]) -> Sequence[str] | None:
+    """The `target_parameters` of a stored adapter: PEFT compares each with each parameter of a model.
+
+    Args:
+        targets: As its configuration has them.
+        adapted: The modules that it has coefficients for.
+
+    Returns:
+        The same, or the names of parameters with experts that it has if those are fewer.
+    """
+    if not targets:
+        return targets
+    parameters = sorted({parameter_of(module) for module in adapted if module.rpartition(".")[2].isdecimal()})
+    return parameters if len(parameters) < len(targets) else targets
 
 
 def remove_new_layers(model: nn.Module, adapter_name: str, before: Collection[ShareLayer]) -> None:

@@ -23,12 +23,12 @@ from ..format.saved_modules import saved_module_of
 from ..format.task_files import FINGERPRINT
 from ..state.layout import Layout, named
 from ..subspace import smaller_layers
-from .checks import check_modules, check_same_dimensions
+from .checks import check_has_basis, check_modules, check_same_dimensions
 from .combining import combined_coefficients, combined_config
 from .config import AdapterOrigin, ShareConfig
 from .convolution import Convolution
 from .embedding import Embedding
-from .experts import Expert, Experts, adapt_experts, remove_new_layers
+from .experts import Expert, Experts, adapt_experts, parameters_adapted, remove_new_layers
 from .head import check_apart, check_head
 from .kinds import ExpertWeight, check_experts, layout_of, matrix_shape
 from .layer import Linear, ShareLayer, offload_hook_of
@@ -162,6 +162,7 @@ class ShareModel(BaseTuner):
         if (adapted := self._stored.adapted) is not None:
             # Nothing need be matched now; later something may.
             vars(peft_config).update(without_slow_patterns(vars(peft_config), adapted))
+            peft_config.target_parameters = parameters_adapted(peft_config.target_parameters, adapted)
         if (head := self._stored.head) is not None:
             check_head(model, peft_config.modules_to_save or [], head)
             saved = {name for config in self.peft_config.values() for name in config.modules_to_save or []}
@@ -199,7 +200,7 @@ class ShareModel(BaseTuner):
         if (parameter := optional_kwargs.get("parameter_name")) is not None:
             self._adapt_experts(peft_config, adapter_name, parent, target_name, module_name, parameter)
             return
-        self._check_stored(module_name)
+        check_has_basis(self._stored, module_name)
         fingerprint = self._stored.fingerprints.get(module_name)
         if isinstance(target, ShareLayer):
             if fingerprint is not None:
@@ -221,12 +222,6 @@ class ShareModel(BaseTuner):
         self._replace_module(parent, target_name, new_module, target)
         call_layers_of(parent, new_module)
 
-    def _check_stored(self, module_name: str) -> None:
-        if self._stored.modules and module_name not in self._stored.modules:
-            raise ValueError(
-                f"the stored subspace has no basis for {module_name!r}, it has {len(self._stored.modules)}"
-            )
-
     def _adapt_experts(
         self, config: ShareConfig, adapter_name: str, parent: nn.Module, target_name: str, name: str, parameter: str
     ) -> None:
@@ -237,7 +232,7 @@ class ShareModel(BaseTuner):
         check_experts(getattr(holder, "base_layer", holder), parameter, name)
 
         def adapt(number: int, expert: Expert | ExpertWeight) -> Expert:
-            self._check_stored(module_name := f"{name}.{number}")
+            check_has_basis(self._stored, module_name := f"{name}.{number}")
             if isinstance(expert, ExpertWeight):
                 bases = self._basis_for(config, expert, module_name)
                 expert = Expert(expert, adapter_name, config, *bases)

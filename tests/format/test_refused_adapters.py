@@ -90,7 +90,6 @@ def test_a_lora_that_is_more_than_an_update_of_linear_layers_is_refused(
         ("use_bdlora", {"target_modules_bd_a": ["q_proj"]}),
         ("arrow_config", {"top_k": 2}),
         ("kasa_config", {"beta": 1e-4}),
-        ("target_parameters", ["mlp.experts.gate_up_proj"]),
     ],
 )
 def test_a_configuration_that_says_so_is_refused_too(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from share_hf import ShareConfig, SharedSubspace, ShareTrainer
+from share_hf.engines.checks import check_no_experts
 from share_hf.format.experts import ORDERS, expert_matrices, expert_tensors, parameter_names, targets_of
 from share_hf.subspace import LowRankUpdate
 from share_hf.tuner import share_layers
@@ -271,6 +272,24 @@ def test_gradients_are_those_of_the_update_in_the_weights() -> None:
         assert_close(found[name], parameter.grad)
 
 
+def test_checkpointed_it_has_the_same_gradients(base: Callable[[], nn.Module]) -> None:
+    config = ShareConfig(num_components=6, pseudo_rank=2, target_modules=[], target_parameters=BOTH)
+    model = get_peft_model(base(), config, "one")
+    fill(model, "one")
+    batch = {"input_ids": IDS, "labels": IDS}
+    expected = gradients(model, batch)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable()
+    for name, gradient in gradients(model, batch).items():
+        assert_close(gradient, expected[name])
+
+
+def test_compiled_it_computes_the_same(base: Callable[[], nn.Module], subspace: SharedSubspace) -> None:
+    model = subspace.apply(base(), ["first"])
+    expected = logits(model)
+    assert_close(logits(torch.compile(model, backend="eager")), expected)
+
+
 def test_a_stream_is_learned_in_experts(base: Callable[[], nn.Module], tmp_path: Path) -> None:
     tasks = {name: language_task(seed) for seed, name in enumerate(("first", "other"))}
     config = stream_config(["q_proj"], target_parameters=["gate_up_proj"], task_type="CAUSAL_LM")
@@ -328,6 +347,12 @@ def test_a_mixed_batch_is_refused(base: Callable[[], nn.Module], subspace: Share
     model = subspace.apply(base())
     with pytest.raises(ValueError, match="adapter_names cannot mix tasks of experts in one parameter"):
         logits(model, adapter_names=["first", "other", "__base__"])
+
+
+def test_engines_that_divide_parameters_are_refused(base: Callable[[], nn.Module], subspace: SharedSubspace) -> None:
+    check_no_experts(base(), "ZeRO-3")
+    with pytest.raises(ValueError, match=r"ZeRO-3 divides the parameters of '.*layers.0.mlp.experts', .*ZeRO-2"):
+        check_no_experts(subspace.apply(base()), "ZeRO-3")
 
 
 def test_pefts_conversion_says_that_it_makes_no_such_lora(

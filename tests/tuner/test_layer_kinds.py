@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import ConvNextConfig, ConvNextForImageClassification
+from transformers import ConvNextConfig, ConvNextForImageClassification, LlamaForCausalLM
 
 from share_hf import ShareConfig, SharedSubspace, ShareTrainer
 from share_hf.format.lora_tensors import as_matrices, as_tensors, factor_of
@@ -199,6 +199,30 @@ def test_an_embedding_that_peft_saved_beside_its_update_is_kept_with_both(tiny_m
     assert "model.embed_tokens" not in subspace.state.layers
     batch = LLAMA.batch()
     assert_close(logits(subspace.apply(tiny_model("llama")), batch), logits(model.eval(), batch))
+
+
+def test_a_copy_of_an_embedding_that_is_the_models_own_leaves_the_update(tiny_model: Any, tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+
+    def loaded() -> LlamaForCausalLM:
+        return LlamaForCausalLM.from_pretrained(tmp_path / "base").eval()
+
+    config = LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"], init_lora_weights=False)
+    model = get_peft_model(loaded(), config)
+    model.save_pretrained(tmp_path / "lora", save_embedding_layers=True)
+    subspace = SharedSubspace.from_adapters([tmp_path / "lora"], progress=False)
+    assert subspace.state.layouts == {"model.embed_tokens": Layout("embedding")}
+    batch, applied = LLAMA.batch(), subspace.apply(loaded())
+    assert_close(logits(applied, batch), logits(model.eval(), batch))
+    applied.save_pretrained(tmp_path / "checkpoint", save_embedding_layers=True)
+    again = PeftModel.from_pretrained(loaded(), tmp_path / "checkpoint" / "lora")
+    assert torch.equal(logits(again, batch), logits(applied, batch))
+
+
+def test_compiled_it_computes_the_same(base: Reader, subspace: SharedSubspace) -> None:
+    model = subspace.apply(base)
+    expected = output(model)
+    assert_close(output(torch.compile(model, backend="eager")), expected)
 
 
 # ---- Training -------------------------------------------------------------------------------------------------------
