@@ -14,13 +14,13 @@ import torch.nn.functional as F
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import CLIPVisionConfig, CLIPVisionModel, MambaConfig, MambaForCausalLM
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 from transformers.pytorch_utils import Conv1D
 
 from share_hf import ShareConfig
 from share_hf.tuner import share_layers
-from share_hf.tuner.placement import READ_BY_THEIR_MODULE
+from share_hf.tuner.placement import EMBEDDINGS_READ_BY_THEIR_MODULE, READ_BY_THEIR_MODULE
 
 from ..cases import assert_close, snapshot
 from .models import fill, output, with_task_in_weights
@@ -277,6 +277,14 @@ class TestLayersThatTheirModuleReads:
             get_peft_model(base, config_for(target))
         assert snapshot(base) == before
 
+    def test_are_refused_where_they_are_embeddings(self) -> None:
+        config = CLIPVisionConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+        base = CLIPVisionModel(config)
+        with pytest.raises(ValueError, match=r"position_embedding' is in a CLIPVisionEmbeddings, which reads"):
+            get_peft_model(base, config_for(["position_embedding"]))
+        model = get_peft_model(base, config_for(["patch_embedding"]))
+        assert [type(layer.get_base_layer()) for layer in share_layers(model).values()] == [nn.Conv2d]
+
     def test_are_left_out_if_excluded(self) -> None:
         model = adapted(encoder_layer(), "all-linear", exclude_modules=["out_proj"])
         assert share_layers(model).keys() == {"0.linear1", "0.linear2"}
@@ -299,7 +307,8 @@ class TestLayersThatTheirModuleReads:
         folder = Path(transformers.__file__).parent / "models"
         found = {read for path in folder.glob("*/modeling_*.py") for read in _weights_read_in(path)}
         known = {(module, layer) for module, layers in READ_BY_THEIR_MODULE.items() for layer in layers}
-        assert ("MambaMixer", "dt_proj") in found
+        known |= {(name, layer) for layer, names in EMBEDDINGS_READ_BY_THEIR_MODULE.items() for name in names.split()}
+        assert {("MambaMixer", "dt_proj"), ("SamMaskDecoder", "mask_tokens")} <= found
         assert found - apart <= known
 
 
@@ -308,7 +317,10 @@ _ABOUT_A_WEIGHT = {"dtype", "device", "shape", "size", "data", "data_ptr", "requ
 
 
 def _weights_read_in(path: Path) -> set[tuple[str, str]]:
-    """Classes and linear layers of theirs whose weight they read outside of what makes the layers."""
+    """Classes and layers of theirs whose weight they read outside of what makes the layers.
+
+    Convolutions that are read have groups, for which they are refused.
+    """
     tree = ast.parse(path.read_text(encoding="utf-8"))
     found = set()
     for module in (node for node in tree.body if isinstance(node, ast.ClassDef)):
@@ -318,7 +330,7 @@ def _weights_read_in(path: Path) -> set[tuple[str, str]]:
             if isinstance(node, ast.Assign)
             and isinstance(node.targets[0], ast.Attribute)
             and isinstance(node.value, ast.Call)
-            and ast.unparse(node.value.func) in ("nn.Linear", "Conv1D")
+            and ast.unparse(node.value.func) in ("nn.Linear", "Conv1D", "nn.Embedding")
         }
         for method in (node for node in module.body if isinstance(node, ast.FunctionDef)):
             if "init" in method.name or "tie" in method.name:
