@@ -209,6 +209,8 @@ class ShareConfig(PeftConfig):
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern is given without layers_to_transform, expected both")
+        if isinstance(self.target_parameters, str):
+            raise ValueError(f"target_parameters is {self.target_parameters!r}, expected a list of names")
         for name in ("target_modules", "exclude_modules"):
             if isinstance(value := getattr(self, name), list):
                 setattr(self, name, set(value))

@@ -334,6 +334,11 @@ def test_what_cannot_be_adapted_is_refused_and_the_model_left_as_it_was(
     assert snapshot(model) == before
 
 
+def test_one_name_for_a_list_is_refused() -> None:
+    with pytest.raises(ValueError, match="target_parameters is 'down_proj', expected a list of names"):
+        ShareConfig(target_parameters="down_proj")
+
+
 def test_quantized_experts_are_refused(base: Callable[[], nn.Module]) -> None:
     model = base()
     experts = model.model.layers[1].mlp.experts
