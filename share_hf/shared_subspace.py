@@ -30,6 +30,7 @@ from .state import (
     Lineage,
     SubspaceReport,
     SubspaceState,
+    component_of,
     merge_tasks,
     reconcile,
     report_of,
@@ -198,7 +199,9 @@ class SharedSubspace:
             progress=progress,
         )
         state = replace(self.state, base_model_name_or_path=collection.base)
-        merged, report = merge_tasks(state, collection.updates, collection.infos(), progress=progress)
+        merged, report = merge_tasks(
+            state, collection.updates, collection.infos(), layouts=collection.layouts, progress=progress
+        )
         collection.expect_unchanged()
         self._held, self._reading = merged, collection.reading
         shapes = {module: layer.shape for module, layer in self._held.layers.items() if module not in state.layers}
@@ -242,7 +245,14 @@ class SharedSubspace:
             for name, content in files.items():
                 writer.put(name, content)
 
-    def apply(self, model: nn.Module, tasks: Sequence[str] | None = None, *, trainable: bool = False) -> PeftModel:
+    def apply(
+        self,
+        model: nn.Module,
+        tasks: Sequence[str] | None = None,
+        *,
+        trainable: bool = False,
+        prefix: str | None = None,
+    ) -> PeftModel:
         """
         Inject tasks into their base model.
 
@@ -250,19 +260,27 @@ class SharedSubspace:
             model (`torch.nn.Module`): The base model, without adapters.
             tasks (`Sequence[str]`, *optional*): The tasks to load; all of them if not given. The first is active.
             trainable (`bool`, *optional*, defaults to `False`): Whether the active task's coefficients are trained.
+            prefix (`str`, *optional*):
+                The component of a pipeline that `model` is, such as "unet" where modules are called `unet.…`. Tasks
+                that adapt nothing in it are left out, unless they are asked for.
 
         Returns:
             `PeftModel`: With one adapter a task and one basis a layer.
 
         Raises:
-            ValueError: If a task is unknown, or a layer of the model has another shape; the model is as it was.
+            ValueError: If a task is unknown, or a layer of the model has another shape or is of another kind; the
+                model is as it was.
         """
         names = list(self.tasks if tasks is None else tasks)
         if not names:
             raise ValueError("no tasks to apply, expected at least one")
         for name in names:
             self._check_known(name)
-        peft_model = inject_tasks(model, self._holding(names), names, trainable=trainable)
+        state = self._holding(names)
+        if prefix is not None:
+            state = component_of(state, prefix, tasks or ())
+            names = [name for name in names if name in state.tasks]
+        peft_model = inject_tasks(model, state, names, trainable=trainable)
         return peft_model if trainable else peft_model.eval()
 
     def report(self) -> SubspaceReport:

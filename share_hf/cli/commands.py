@@ -170,7 +170,7 @@ def upgrade(args: Namespace) -> Outcome:
     outdated = [revision for revision, version in before.items() if version < FORMAT_VERSION]
     facts = {"from": min(before.values()), "to": FORMAT_VERSION, "upgraded": outdated}
     if not outdated:
-        return Outcome(f"{args.place}: is of format version {FORMAT_VERSION} already", facts)
+        return Outcome(f"{args.place}: is of format version {facts['from']} already", facts)
     subspace = _load(args.place, args)
     if on_hub:
         # Under any drift, so that every task's branch is written.
@@ -235,7 +235,7 @@ def _format_versions(repo_id: str, token: str | None) -> dict[str, int]:
     with _naming_what_is_missing([repo_id], INDEX_FILE):
         index = RemoteTree.open(repo_id, token=token).index
     versions = {"main": index.format_version}
-    if index.format_version == FORMAT_VERSION:
+    if index.format_version >= FORMAT_VERSION:
         branches = {ref.name for ref in HfApi(token=token).list_repo_refs(repo_id).branches}
         for task in branches.intersection(index.tasks):
             versions[task] = RemoteTree.open(repo_id, task, token=token).index.format_version

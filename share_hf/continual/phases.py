@@ -26,7 +26,7 @@ from ..subspace import MergeReport
 from ..tuner import ShareConfig
 from ..tuner.config import GivenBases
 from ..tuner.head import parts_to_keep
-from ..tuner.model import share_layers
+from ..tuner.model import layouts_of, share_layers
 from ..tuner.transfer import coefficients_of, head_of, load_tasks, share_config_for, target_of, updates_of
 
 
@@ -155,7 +155,8 @@ def take_merged(
     """
     updates = {task: updates_of(model, task)}
     merged, report = on_first_process(
-        lambda: merge_tasks(state, updates, {task: info}, progress=progress), known=state
+        lambda: merge_tasks(state, updates, {task: info}, layouts={task: layouts_of(model)}, progress=progress),
+        known=state,
     )
     model.peft_config[task].phase = Phase.COEFFICIENTS
     load_tasks(model, merged, held=held)

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from ..tuner.experts import Experts
 from .fsdp import check_fsdp
 
 
@@ -34,7 +35,27 @@ def check_engine(trainer: Trainer) -> None:
         check_fsdp(state.fsdp_plugin)
     if trainer.is_deepspeed_enabled:
         check_deepspeed_config(state.deepspeed_plugin.hf_ds_config.config)
+    if trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled():
+        check_no_experts(trainer.model, "FSDP" if trainer.is_fsdp_enabled else "ZeRO-3")
     check_quantized_weights(trainer.model, _cast_of_engine(trainer), sharded=trainer.is_fsdp_enabled)
+
+
+def check_no_experts(model: nn.Module, engine: str) -> None:
+    """Refuse adapted experts in one parameter where an engine divides it: their updates are added to all of it.
+
+    Args:
+        model: With adapters.
+        engine: Name of the engine, for the message.
+
+    Raises:
+        ValueError: Naming the module that holds the parameter.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, Experts):
+            raise ValueError(
+                f"{engine} divides the parameters of {name!r}, whose experts are adapted, expected DDP, ZeRO-1 or "
+                "ZeRO-2, which keep them whole"
+            )
 
 
 def check_placement(model: nn.Module) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from ..state import TaskInfo, initializations_of
+from ..state import Layout, TaskInfo, initializations_of
 from ..subspace import LowRankUpdate
 from .base_model import base_name, common_base, of_another_base
 from .lora import LoraAdapter, StoredUpdates, read_lora
@@ -75,6 +75,11 @@ class Collection:
     def updates(self) -> dict[str, Mapping[str, LowRankUpdate]]:
         """By task name and module."""
         return {name: lora.updates for name, lora in self.loras.items()}
+
+    @property
+    def layouts(self) -> dict[str, Mapping[str, Layout]]:
+        """By task name and module, how the matrix of an update lies in its weight."""
+        return {name: lora.layouts for name, lora in self.loras.items()}
 
     def updates_by_module(self) -> dict[str, dict[str, LowRankUpdate]]:
         """By module and task name."""

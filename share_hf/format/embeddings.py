@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
+from ..state import Layout
 from ..subspace import LowRankUpdate
 from .names import HUB_ID
 from .saved_modules import EMBEDDINGS
@@ -54,12 +55,14 @@ def changed_embeddings(
     return changed
 
 
-def with_update(module: str, tensors: Mapping[str, Tensor], update: LowRankUpdate | None) -> dict[str, Tensor]:
-    """Tensors of an embedding by name in the base model, the update of an adapter added to its weight."""
+def with_update(
+    module: str, tensors: Mapping[str, Tensor], update: LowRankUpdate | None, layout: Layout | None
+) -> dict[str, Tensor]:
+    """Tensors of an embedding or a head by name in the base model, the update of an adapter added to its weight."""
     kept = {f"{module}.{leaf}": tensor for leaf, tensor in tensors.items()}
     if update is not None:
         weight = f"{module}.weight"
-        kept[weight] = kept[weight].float() + update.dense()
+        kept[weight] = kept[weight].float() + (update.dense() if layout is None else update.dense().T)
     return kept
 
 

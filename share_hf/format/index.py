@@ -2,13 +2,15 @@
 
 Fields: `format_version`; `kind` ("tree", or "checkpoint" for the folder of a `PeftModel`, which has the bases but not
 the layout of a tree); `share_hf_version`; `base_model_name_or_path`; `settings` (the fields of
-`SubspaceSettings`); `modules` (module -> `shape` [n, d] and `num_components` [k_out, k_in]); `tasks` (names in the
+`SubspaceSettings`); `modules` (module -> `shape` [n, d], `num_components` [k_out, k_in] and, since
+format version 3, `layout` of a module that is no dense layer: its `kind` and `kernel`); `tasks` (names in the
 order they were learned); `default_task`; `lineage` (one object a step); `branches` (task -> its drift when its branch
 on the hub was written, where it was over 0); `branched` (the tasks that have a branch, or are to have one; null where
 all are); `replaced` (task -> the commit of its branch that the push of this tree replaces: where the branch is still
 there, it was not written again); `sha256` (path in the tree -> checksum, of every file that loading depends on; of a
 task, its `metrics.json`, which has the checksums of the others); `digest` (checksum of all the other fields); since
-format version 2 `fingerprint` (of the bases of all layers, see `fingerprint_of_all`).
+format version 2 `fingerprint` (of the bases of all layers, see `fingerprint_of_all`). A tree of dense layers alone is
+of format version 2.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from ..state import Layout
+from ..state.layout import as_json, from_json
 from ..subspace import SubspaceSettings
 from ..version import __version__
 from .files import json_bytes, read_json, sha256_of
@@ -28,6 +32,8 @@ from .names import check_stored_names
 
 INDEX_FILE = "share_config.json"
 FORMAT_VERSION = 2
+# Of trees with layers that older versions would take for dense ones; the newest there is.
+FORMAT_VERSION_WITH_LAYOUTS = 3
 
 # Names and rank-1 tensors of a safetensors file, over what its matrices take.
 _BYTES_BESIDE_MATRICES = 2**20
@@ -35,10 +41,11 @@ _BYTES_BESIDE_MATRICES = 2**20
 
 @dataclass(frozen=True)
 class ModuleEntry:
-    """A target module: (n, d) of its weight, (k_out, k_in) of its basis."""
+    """A target module: (n, d) of its weight, (k_out, k_in) of its basis, the layout of one that is no dense layer."""
 
     shape: tuple[int, int]
     num_components: tuple[int, int]
+    layout: Layout | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +115,11 @@ class TreeIndex:
 def index_bytes(index: TreeIndex) -> bytes:
     """`share_config.json`, with the digest of its content."""
     content = {**asdict(index), "share_hf_version": __version__}
+    for module, entry in index.modules.items():
+        del content["modules"][module]["layout"]
+        if entry.layout is not None:
+            content["modules"][module]["layout"] = as_json(entry.layout)
+            content["format_version"] = FORMAT_VERSION_WITH_LAYOUTS
     content["digest"] = _digest(content)
     return json_bytes(content)
 
@@ -123,10 +135,10 @@ def read_index(folder: Path) -> TreeIndex:
     version = content.get("format_version")
     if not isinstance(version, int) or version < 1:
         raise ValueError(f"{path}: format_version is {version!r}, expected {FORMAT_VERSION}")
-    if version > FORMAT_VERSION:
+    if version > FORMAT_VERSION_WITH_LAYOUTS:
         raise ValueError(
-            f"{path}: format_version is {version}, expected at most {FORMAT_VERSION}: the tree was written by a newer "
-            "share_hf, upgrade with `pip install -U share-hf`"
+            f"{path}: format_version is {version}, expected at most {FORMAT_VERSION_WITH_LAYOUTS}: the tree was "
+            "written by a newer share_hf, upgrade with `pip install -U share-hf`"
         )
     digest = content.pop("digest", None)
     if digest != _digest(content):
@@ -190,7 +202,14 @@ def _module(name: str, entry: Mapping[str, Any]) -> ModuleEntry:
             raise ValueError(f"{field_name} of {name!r} is {pair!r}, expected two integers of at least {least}")
     if any(k > side for k, side in zip(num_components, shape, strict=True)):
         raise ValueError(f"num_components of {name!r} is {num_components}, expected at most its shape {shape}")
-    return ModuleEntry(tuple(shape), tuple(num_components))
+    layout = entry.get("layout")
+    if layout is not None:
+        try:
+            layout = from_json(layout)
+            layout.check_shape(tuple(shape))
+        except ValueError as error:
+            raise ValueError(f"{name!r}: {error}") from error
+    return ModuleEntry(tuple(shape), tuple(num_components), layout)
 
 
 def _lineage(entries: Any) -> tuple[Mapping[str, Any], ...]:

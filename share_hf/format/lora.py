@@ -17,10 +17,13 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
+from ..state import Layout
 from ..subspace import LowRankUpdate
 from .embeddings import changed_embeddings, embedding_of, with_update
+from .experts import EXPERT, expert_matrices, expert_tensors, parameter_names, targets_of
 from .files import read_json, read_pickled_tensors, read_tensors, tensor_bytes
 from .locating import PICKLED, find_adapter
+from .lora_tensors import as_matrices, as_tensors, factor_of
 from .module_names import PEFT_PREFIX, check_no_single_experts, named_as_in_base, without_wrappers
 from .patterns import is_name, values_by_module, without_slow_patterns
 from .pipelines import is_never_of_peft, read_component
@@ -37,6 +40,7 @@ TARGET_FIELDS = (
     "modules_to_save",
     "fan_in_fan_out",
     "task_type",
+    "target_parameters",
 )
 
 # Methods that move part of the base weights into the adapter at its start: their LoRA is no update of the base model.
@@ -66,6 +70,7 @@ class LoraAdapter:
         head: Weights of `modules_to_save` by name in the base model, such as `classifier.weight`.
         target: Values of `TARGET_FIELDS`.
         base_model_name_or_path: As the adapter names it.
+        layouts: By module, how its matrix lies in its weight; without those that are dense layers.
         component: The part of a pipeline that it is of, where its file names one.
         shapes: Outputs and inputs of the layers by module, as its file has them.
     """
@@ -74,13 +79,14 @@ class LoraAdapter:
     head: dict[str, Tensor] = field(default_factory=dict)
     target: dict[str, Any] = field(default_factory=dict)
     base_model_name_or_path: str | None = None
+    layouts: Mapping[str, Layout] = field(default_factory=dict)
     component: str | None = None
     shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class ScaledFactors:
-    """A and B of a module as a file has them, and the scale of their product.
+    """A and B of a module as a file has them, as matrices, and the scale of their product.
 
     Args:
         a: (r, d), in memory that is mapped from the file where it is a safetensors one.
@@ -152,9 +158,9 @@ def read_lora(
         cache_dir: Where to keep downloads.
 
     Raises:
-        ValueError: If it is no plain LoRA (another method, DoRA, a trained bias, an embedding, an initialization that
-            changes the base weights), a tensor is missing, of a wrong shape, or not finite, or a file changes while
-            it is read; naming what was found.
+        ValueError: If it is no plain LoRA (another method, DoRA, a trained bias, an initialization that changes the
+            base weights), a tensor is missing, of a wrong shape, or not finite, or a file changes while it is read;
+            naming what was found.
     """
     files = find_adapter(location, revision=revision, token=token, cache_dir=cache_dir)
     weights_path = files.weights
@@ -180,17 +186,24 @@ def read_lora(
     patterns = {without_wrappers(pattern): alpha for pattern, alpha in (config.get("alpha_pattern") or {}).items()}
     alphas = given_alphas or values_by_module(config_path, "alpha_pattern", patterns, factors)
     use_rslora = bool(config.get("use_rslora"))
-    scaled = {}
+    scaled: dict[str, ScaledFactors] = {}
+    layouts: dict[str, Layout] = {}
+    if target.get("target_parameters"):
+        scaled, factors = _split_experts(config_path, weights_path, config, target, factors)
+        layouts = dict.fromkeys(scaled, EXPERT)
     for module, pair in factors.items():
-        alpha = alphas.get(module, config["lora_alpha"])
-        scaled[module] = _scaled(weights_path, module, pair, alpha, use_rslora=use_rslora)
+        a, b, layout = as_matrices(weights_path, module, pair)
+        scaled[module] = _scaled(a, b, alphas.get(module, config["lora_alpha"]), use_rslora=use_rslora)
+        if layout is not None:
+            layouts[module] = layout
     target = without_slow_patterns(target, scaled)
     if not scaled:
         raise ValueError(f"{weights_path}: no lora_A and lora_B in it, expected a LoRA")
     base = config.get("base_model_name_or_path")
     for module, tensors in changed_embeddings(embeddings, base).items():
         adapted = scaled.pop(module, None)
-        head |= with_update(module, tensors, None if adapted is None else adapted.update())
+        layout = layouts.pop(module, None)
+        head |= with_update(module, tensors, None if adapted is None else adapted.update(), layout)
         saved.append(module)
     if not scaled:
         raise ValueError(f"{weights_path}: it adapts {sorted(factors)} only and brings them whole, expected a LoRA")
@@ -203,6 +216,7 @@ def read_lora(
         head=head,
         target=target,
         base_model_name_or_path=base,
+        layouts=layouts,
         component=found,
         shapes={module: (len(factors.b), factors.a.shape[1:].numel()) for module, factors in scaled.items()},
     )
@@ -220,6 +234,7 @@ def read_target(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         whole_numbers = all(type(entry) is int for entry in (value if isinstance(value, list) else [value]))
         usable = {
             "modules_to_save": texts and all(map(is_name, value)),
+            "target_parameters": texts and all(map(is_name, value)),
             "layers_to_transform": whole_numbers,
             "fan_in_fan_out": isinstance(value, bool),
             "task_type": value in list(TaskType),
@@ -262,10 +277,11 @@ def lora_files(adapter: LoraAdapter) -> dict[str, bytes]:
     """
     rank = max((update.out_factor.shape[1] for update in adapter.updates.values()), default=1)
     tensors = {f"{PEFT_PREFIX}{name}": tensor for name, tensor in adapter.head.items()}
-    for module, update in adapter.updates.items():
-        missing = (0, rank - update.out_factor.shape[1])
-        tensors[f"{PEFT_PREFIX}{module}.lora_A.weight"] = torch.nn.functional.pad(update.in_factor, missing).T
-        tensors[f"{PEFT_PREFIX}{module}.lora_B.weight"] = torch.nn.functional.pad(update.out_factor, missing)
+    experts = {module: update for module, update in adapter.updates.items() if adapter.layouts.get(module) == EXPERT}
+    tensors |= {f"{PEFT_PREFIX}{name}": tensor for name, tensor in expert_tensors(experts, rank).items()}
+    layers = [module for module in adapter.updates if module not in experts]
+    for module in layers:
+        tensors |= as_tensors(f"{PEFT_PREFIX}{module}", adapter.updates[module], adapter.layouts.get(module), rank)
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
@@ -273,9 +289,12 @@ def lora_files(adapter: LoraAdapter) -> dict[str, bytes]:
         base_model_name_or_path=adapter.base_model_name_or_path,
         **{name: value for name, value in adapter.target.items() if value is not None},
     )
-    if not config.target_modules or not all(check_target_module_exists(config, name) for name in adapter.updates):
+    config.target_parameters = targets_of(experts, config.target_parameters or []) or None
+    if not layers:
+        config.target_modules = []  # or PEFT takes those that it knows for the model
+    elif not config.target_modules or not all(check_target_module_exists(config, name) for name in layers):
         # Of a model that was wrapped when the adapter was saved: PEFT would pass over what its targets do not match.
-        config.target_modules, config.exclude_modules = set(adapter.updates), None
+        config.target_modules, config.exclude_modules = set(layers), None
         config.layers_to_transform = config.layers_pattern = None
     return adapter_files(config.to_dict(), tensors)
 
@@ -299,8 +318,6 @@ def _check_plain_lora(path: Path, config: Mapping[str, Any]) -> None:
     for name in _VARIANTS:
         if config.get(name):
             raise ValueError(f"{path}: {name} is {config[name]!r}, expected a plain LoRA without it")
-    if config.get("target_parameters"):
-        raise ValueError(f"{path}: target_parameters is {config['target_parameters']!r}, expected linear modules only")
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(_MUTATING_INITS):
         raise ValueError(
@@ -310,9 +327,10 @@ def _check_plain_lora(path: Path, config: Mapping[str, Any]) -> None:
     base = config.get("base_model_name_or_path")
     if not isinstance(base, (str, NoneType)):
         raise ValueError(f"{path}: base_model_name_or_path is {base!r}, expected text or null")
+    for field_name in ("alpha_pattern", "rank_pattern"):
+        if not isinstance(patterns := config.get(field_name) or {}, dict):
+            raise ValueError(f"{path}: {field_name} is {patterns!r}, expected an object")
     patterns = config.get("alpha_pattern") or {}
-    if not isinstance(patterns, dict):
-        raise ValueError(f"{path}: alpha_pattern is {patterns!r}, expected an object")
     for name, alpha in {"lora_alpha": config.get("lora_alpha"), **patterns}.items():
         if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
             raise ValueError(f"{path}: {name} is {alpha!r}, expected a number")
@@ -327,8 +345,9 @@ def _sort_tensors(
     head: dict[str, Tensor] = {}
     embeddings: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        if match := re.fullmatch(r"(.+)\.lora_([AB])\.weight", name):
-            factors.setdefault(match[1], {})[match[2]] = tensor
+        if (factor := factor_of(name)) is not None:
+            module, side = factor
+            factors.setdefault(module, {})[side] = tensor
         elif saved_module_of(name, saved) is not None:
             head[name] = tensor
         elif name.endswith("bias") and bias != "none":
@@ -363,14 +382,31 @@ def _check_head_shapes(path: Path, head: Mapping[str, Tensor]) -> None:
             )
 
 
-def _scaled(path: Path, module: str, pair: Mapping[str, Tensor], alpha: float, *, use_rslora: bool) -> ScaledFactors:
-    if set(pair) != {"A", "B"}:
-        missing = "B" if "A" in pair else "A"
-        raise ValueError(f"{path}: {module!r} has no lora_{missing}, expected both lora_A and lora_B")
-    a, b = pair["A"], pair["B"]
-    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or not a.shape[0]:
-        raise ValueError(
-            f"{path}: lora_A and lora_B of {module!r} are {tuple(a.shape)} and {tuple(b.shape)}, expected (r, d) and "
-            "(n, r)"
-        )
+def _split_experts(
+    config_path: Path,
+    weights_path: Path,
+    config: Mapping[str, Any],
+    target: Mapping[str, Any],
+    factors: Mapping[str, dict[str, Tensor]],
+) -> tuple[dict[str, ScaledFactors], dict[str, dict[str, Tensor]]]:
+    """The experts of an adapter with `target_parameters`, by module, and the factors of its layers."""
+    matched = LoraConfig(**without_slow_patterns(target, factors))
+    layers = {module: pair for module, pair in factors.items() if check_target_module_exists(matched, module)}
+    names = parameter_names(weights_path, factors.keys() - layers.keys(), target["target_parameters"])
+    by_pattern = {}
+    for field_name in ("rank_pattern", "alpha_pattern"):
+        patterns = {without_wrappers(name): value for name, value in (config.get(field_name) or {}).items()}
+        by_pattern[field_name] = values_by_module(config_path, field_name, patterns, set(names.values()))
+    scaled = {}
+    for module, parameter in sorted(names.items()):
+        rank = by_pattern["rank_pattern"].get(parameter, config.get("r"))
+        if type(rank) is not int or rank < 1:
+            raise ValueError(f"{config_path}: r of {parameter!r} is {rank!r}, expected a positive integer")
+        alpha = by_pattern["alpha_pattern"].get(parameter, config["lora_alpha"])
+        for number, (a, b) in enumerate(expert_matrices(weights_path, parameter, factors[module], rank)):
+            scaled[f"{parameter}.{number}"] = _scaled(a, b, alpha, use_rslora=bool(config.get("use_rslora")))
+    return scaled, layers
+
+
+def _scaled(a: Tensor, b: Tensor, alpha: float, *, use_rslora: bool) -> ScaledFactors:
     return ScaledFactors(a, b, alpha / (math.sqrt(a.shape[0]) if use_rslora else a.shape[0]))

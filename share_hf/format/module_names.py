@@ -20,6 +20,7 @@ _ABOVE_BASE = re.compile(rf"^(?:(?:module\.)*{re.escape(PEFT_PREFIX)})+")
 
 # Names of adapters, which a state dict of the model has and a file that PEFT wrote has not.
 _OF_LORA = re.compile(r"(?P<before>.*\.lora_[AB]\.)(?P<adapter>[^.]+)\.(?P<after>weight)")
+_OF_LORA_OF_EMBEDDING = re.compile(r"(?P<before>.*\.lora_embedding_[AB])\.(?P<adapter>[^.]+)(?P<after>)")
 _OF_HEAD = re.compile(r"(?P<before>(?:.*\.)?)modules_to_save\.(?P<adapter>[^.]+)\.(?P<after>.+)")
 _BASE_COPY = re.compile(r"((?:.*\.)?)original_module\.(.+)")
 
@@ -47,7 +48,7 @@ def named_as_in_base(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Ten
     copies: set[str] = set()
     for key, tensor in tensors.items():
         name = _ABOVE_BASE.sub("", without_wrappers(key))
-        if match := _OF_LORA.fullmatch(name) or _OF_HEAD.fullmatch(name):
+        if match := _OF_LORA.fullmatch(name) or _OF_LORA_OF_EMBEDDING.fullmatch(name) or _OF_HEAD.fullmatch(name):
             adapters.add(match["adapter"])
             name = match["before"] + match["after"]
         elif match := _BASE_COPY.fullmatch(name):

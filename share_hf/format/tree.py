@@ -135,7 +135,10 @@ def write_root(
     index = TreeIndex(
         base_model_name_or_path=state.base_model_name_or_path,
         settings=state.settings,
-        modules={name: ModuleEntry(layer.shape, layer.num_components) for name, layer in state.layers.items()},
+        modules={
+            name: ModuleEntry(layer.shape, layer.num_components, state.layouts.get(name))
+            for name, layer in state.layers.items()
+        },
         tasks=tuple(state.tasks),
         default_task=state.default_task,
         lineage=state.lineage,
@@ -196,6 +199,7 @@ def _read_whole(folder: Path, wanted: Collection[str] | None) -> SubspaceState:
         default_task=index.default_task if index.default_task in tasks else None,
         metrics=metrics,
         lineage=index.lineage,
+        layouts={name: entry.layout for name, entry in index.modules.items() if entry.layout is not None},
     )
 
 
@@ -219,6 +223,7 @@ def lora_of(state: SubspaceState, task: str) -> LoraAdapter:
         updates=state.updates_of(task),
         head=dict(info.head),
         target=dict(info.target),
+        layouts=state.layouts,
         base_model_name_or_path=state.base_model_name_or_path,
     )
 
@@ -233,9 +238,9 @@ def check_bases(path: Path, bases: Mapping[str, StoredBasis], index: TreeIndex) 
         odd = sorted(set(bases) ^ set(index.modules))
         raise ValueError(f"{path}: modules {odd} are in only one of it and {INDEX_FILE}, expected the same in both")
     for module, basis in bases.items():
-        found = ModuleEntry(basis.shape, basis.num_components)
-        if found != index.modules[module]:
-            raise ValueError(f"{path}: {module!r} is {found}, expected {index.modules[module]} as in {INDEX_FILE}")
+        found = ModuleEntry(basis.shape, basis.num_components, (expected := index.modules[module]).layout)
+        if found != expected:
+            raise ValueError(f"{path}: {module!r} is {found}, expected {expected} as in {INDEX_FILE}")
     check_file(path.parent, index.sha256, SUBSPACE_FILE)
     if index.has_fingerprints and index.fingerprint != (expected := fingerprint_of_all(bases)):
         raise ValueError(

@@ -1,5 +1,7 @@
 """The immutable value that a shared subspace is: its state, its lineage, and the scores of its stream."""
 
+from .component import component_of
+from .layout import Layout
 from .lineage import Lineage, shared_steps, step_tags, tasks_touched
 from .phase import Phase
 from .reconcile import extends, reconcile
@@ -20,6 +22,7 @@ from .state import (
 
 __all__ = [
     "ContinualMetrics",
+    "Layout",
     "Lineage",
     "Phase",
     "SubspaceReport",
@@ -28,6 +31,7 @@ __all__ = [
     "TaskReport",
     "TaskScore",
     "combined_metrics",
+    "component_of",
     "extends",
     "initialization_of",
     "initializations_of",

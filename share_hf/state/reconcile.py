@@ -14,6 +14,7 @@ from dataclasses import asdict, replace
 import torch
 
 from ..subspace import LayerSubspace, LowRankUpdate, TaskRecords
+from .layout import named
 from .lineage import Lineage, shared_steps, steps_of_tasks
 from .scores import combined_metrics
 from .state import SubspaceState, merge_tasks, without_task
@@ -55,7 +56,13 @@ def reconcile(ours: SubspaceState, theirs: SubspaceState) -> SubspaceState:
             task: {module: layer.update_of(task, torch.float64) for module, layer in ours.layers_of(task).items()}
             for task in added
         }
-        merged, _ = merge_tasks(merged, updates, {task: ours.tasks[task] for task in added}, origins=added)
+        merged, _ = merge_tasks(
+            merged,
+            updates,
+            {task: ours.tasks[task] for task in added},
+            layouts=dict.fromkeys(added, ours.layouts),
+            origins=added,
+        )
         merged = replace(
             merged,
             layers={
@@ -118,6 +125,11 @@ def _check_mergeable(ours: SubspaceState, theirs: SubspaceState) -> None:
         if module in theirs.layers and theirs.layers[module].shape != layer.shape:
             raise ValueError(
                 f"the other subspace has {module!r} of shape {theirs.layers[module].shape}, expected {layer.shape}"
+            )
+        if module in theirs.layers and theirs.layouts.get(module) != ours.layouts.get(module):
+            raise ValueError(
+                f"the other subspace has {module!r} as a {named(theirs.layouts.get(module))}, expected a "
+                f"{named(ours.layouts.get(module))}"
             )
 
 

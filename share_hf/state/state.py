@@ -20,6 +20,7 @@ from ..subspace import (
     merge_into_layers,
 )
 from .belonging import check_one_model
+from .layout import Layout, joined_layouts
 from .lineage import Lineage, extended
 from .phase import Phase
 from .scores import TaskScore, scores_in
@@ -60,6 +61,7 @@ class SubspaceState:
         default_task: The task that the root of the tree stands for; the newest if not chosen.
         metrics: What the trainer measured over the stream, as JSON.
         lineage: One entry for each step that changed the subspace.
+        layouts: By module, how its matrix lies in its weight; without those that are dense layers.
     """
 
     settings: SubspaceSettings
@@ -69,6 +71,7 @@ class SubspaceState:
     default_task: str | None = None
     metrics: Mapping[str, Any] = field(default_factory=dict)
     lineage: Lineage = ()
+    layouts: Mapping[str, Layout] = field(default_factory=dict)
 
     @property
     def root_task(self) -> str | None:
@@ -112,6 +115,7 @@ def merge_tasks(
     updates: Mapping[str, Mapping[str, LowRankUpdate]],
     infos: Mapping[str, TaskInfo],
     *,
+    layouts: Mapping[str, Mapping[str, Layout]] | None = None,
     origins: Mapping[str, list[str]] | None = None,
     progress: bool = False,
 ) -> tuple[SubspaceState, MergeReport]:
@@ -121,20 +125,27 @@ def merge_tasks(
         state: Not changed.
         updates: Updates by task and module.
         infos: What is known of each task.
+        layouts: By task and module, how its matrix lies in its weight, where it is no dense layer.
         origins: By task, the ids of the steps that it had in another lineage, if it comes from one.
         progress: Whether to show a progress bar.
 
     Raises:
         ValueError: If a task has NaN or infinite weights, the tasks cannot belong to one model, or a module has
-            another shape; naming it.
+            another shape or is of another kind; naming it.
         DriftToleranceError: If the tolerated drift cannot be met.
     """
     for task, info in infos.items():
         _check_head(task, info)
     check_one_model(state.layers, updates)
+    joined = joined_layouts(state.layouts, state.layers, layouts or {}, updates)
     layers, report = merge_into_layers(state.layers, updates, state.settings, progress=progress)
     # In the order that a tree is read back, so that sums over layers round as they would for a loaded subspace.
-    merged = replace(state, layers=dict(sorted(layers.items())), tasks={**state.tasks, **infos})
+    merged = replace(
+        state,
+        layers=dict(sorted(layers.items())),
+        tasks={**state.tasks, **infos},
+        layouts=dict(sorted(joined.items())),
+    )
     facts = {"merged": list(updates), "max_drift": rounded(report.max_drift)}
     if known := {task: steps for task, steps in (origins or {}).items() if steps}:
         facts["origins"] = known

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..format.experts import EXPERT
 from ..state import Phase
 from ..subspace.factors import truncated_balanced_factors
 from .config import ShareConfig
@@ -55,7 +56,11 @@ def combined_config(
             )
     config = copy.deepcopy(configs[adapters[0]])
     config.origin = None
-    config.target_modules = {name for name, layer in layers.items() if any(map(layer.has_task, adapters))}
+    config.target_modules = {
+        name
+        for name, layer in layers.items()
+        if layer.layout != EXPERT and any(map(layer.has_task, adapters))  # those are told by target_parameters
+    }
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     return config
 

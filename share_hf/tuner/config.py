@@ -95,6 +95,9 @@ class ShareConfig(PeftConfig):
             Indices of the layers to adapt.
         layers_pattern (`Union[list[str], str]`, *optional*):
             Name of the `nn.ModuleList` that `layers_to_transform` counts in.
+        target_parameters (`list[str]`, *optional*):
+            Names of parameters to adapt, or ends of them, in which a model keeps the weights (experts, n, d) of
+            experts; each expert is a layer. As for LoRA, `target_modules=[]` leaves everything else alone.
         modules_to_save (`list[str]`, *optional*):
             Modules, such as a classification head, that are trained as a whole and kept with their task; PEFT compares
             the ends of names. [`ShareTrainer`] and [`ShareCallback`] add those that the base model's checkpoint lacks.
@@ -146,6 +149,9 @@ class ShareConfig(PeftConfig):
     )
     layers_pattern: list[str] | str | None = field(
         default=None, metadata={"help": "Name of the module list that layers_to_transform counts in."}
+    )
+    target_parameters: list[str] | None = field(
+        default=None, metadata={"help": "Names of parameters that hold the weights of experts to adapt."}
     )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules trained as a whole and kept with their task, such as a head."}
@@ -203,6 +209,8 @@ class ShareConfig(PeftConfig):
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern is given without layers_to_transform, expected both")
+        if isinstance(self.target_parameters, str):
+            raise ValueError(f"target_parameters is {self.target_parameters!r}, expected a list of names")
         for name in ("target_modules", "exclude_modules"):
             if isinstance(value := getattr(self, name), list):
                 setattr(self, name, set(value))

@@ -1,8 +1,9 @@
-"""Factors that a forward folded, kept for as long as they are right."""
+"""Factors that a forward folded, kept for as long as they are right, and their product."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -70,3 +71,11 @@ class FoldedFactors:
             and len(sources) == len(self._sources)
             and all(held.is_as(source) for source, held in zip(sources, self._sources, strict=True))
         )
+
+
+def with_product(result: Tensor, z: Tensor, up: Tensor) -> Tensor:
+    """``result + z up^T``, if dtypes allow in one product, without the update as a tensor of its own."""
+    if z.dtype != result.dtype:
+        return result + F.linear(z, up).to(result.dtype)
+    rows = torch.addmm(result.reshape(-1, result.shape[-1]), z.reshape(-1, z.shape[-1]), up.T)
+    return rows.view(result.shape)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.hooks import AlignDevicesHook, SequentialHook
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import quantization_extra_repr
 from peft.utils.other import transpose
 from torch import Tensor, nn
@@ -23,7 +22,8 @@ from ..state import Phase
 from ..subspace import LowRankUpdate, rank_in_layer
 from ..subspace.factors import without_autocast
 from .config import ShareConfig
-from .folding import FOLDED_TASKS, FoldedFactors
+from .folding import FOLDED_TASKS, FoldedFactors, with_product
+from .kinds import layout_of, matrix_shape
 from .quantization import quantization_backend_of
 
 
@@ -53,6 +53,7 @@ class ShareLayer(BaseTunerLayer):
         share_temporary_in: By task, (d, φ) or (d, p).
         share_fingerprint: By task with coefficients in the basis, (8,) uint8, that of the basis.
         share_dropout: By task, the probability with which inputs of its update are dropped in training.
+        layout: How the update's matrix lies in the weight; None for a dense layer.
         basis_file: The `subspace.safetensors` that the basis was read from; None if it is from elsewhere.
 
     In eval mode, the factors that a forward folds are kept for the last `FOLDED_TASKS` tasks that were used.
@@ -71,7 +72,8 @@ class ShareLayer(BaseTunerLayer):
         self.quantization_backend = quantization_backend_of(
             self.get_base_layer(), kwargs.get("get_apply_tensor_subclass")
         )
-        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        self.out_features, self.in_features = matrix_shape(self.get_base_layer())
+        self.layout = layout_of(self.get_base_layer())
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
         self.share_fingerprint = _Fingerprints()
@@ -153,9 +155,7 @@ class ShareLayer(BaseTunerLayer):
         p, std = rank_in_layer(config.pseudo_rank, (self.out_features, self.in_features)), config.init_std
         k_out, k_in = self.share_basis_out.shape[1], self.share_basis_in.shape[1]
         if config.phase == Phase.INIT or (config.phase == Phase.ADAPT and not min(k_out, k_in)):
-            factor_in = torch.empty(self.in_features, p)
-            nn.init.kaiming_uniform_(factor_in.T, a=math.sqrt(5))
-            self._set(adapter_name, "temporary", torch.zeros(self.out_features, p), factor_in)
+            self._set(adapter_name, "temporary", *self._initial_factors(p))
         elif config.phase == Phase.ADAPT:
             phi = min(config.num_temporary, k_out, k_in)
             self._set(
@@ -171,6 +171,12 @@ class ShareLayer(BaseTunerLayer):
             self._mark(adapter_name)
         self.share_dropout[adapter_name] = config.dropout
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _initial_factors(self, rank: int) -> tuple[Tensor, Tensor]:
+        """B (n, r) and A^T (d, r) of a LoRA that is not trained yet."""
+        factor_in = torch.empty(self.in_features, rank)
+        nn.init.kaiming_uniform_(factor_in.T, a=math.sqrt(5))
+        return torch.zeros(self.out_features, rank), factor_in
 
     def set_coefficients(self, task: str, coefficients_out: Tensor, coefficients_in: Tensor) -> None:
         """Give a task its coefficients (k_out, p), (k_in, p) in the current basis; temporary factors are dropped."""
@@ -235,14 +241,18 @@ class ShareLayer(BaseTunerLayer):
         sides = []
         with without_autocast(self.share_basis_out.device):
             for side in ("out", "in"):
-                temporary = getattr(self, f"share_temporary_{side}")
                 coefficients = getattr(self, f"share_coefficients_{side}")
-                basis = temporary[task].float() if task in temporary else getattr(self, f"share_basis_{side}")
                 # Some trainers cast what they train to bfloat16.
+                basis = self._columns(task, side).float()
                 sides.append(basis @ coefficients[task].float() if task in coefficients else basis)
         return LowRankUpdate(*sides)
 
-    def _folded_factors(self, task: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _columns(self, task: str, side: str) -> Tensor:
+        """What the coefficients of a task are of on a side, "out" or "in": its temporary factors, or the basis."""
+        temporary = getattr(self, f"share_temporary_{side}")
+        return temporary[task] if task in temporary else getattr(self, f"share_basis_{side}")
+
+    def folded_factors(self, task: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The task's factors A (p, d) and B (n, p) in the forward's dtype; in eval, kept while nothing changes."""
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             update = self.factors(task)
@@ -272,26 +282,26 @@ class ShareLayer(BaseTunerLayer):
         if self.merged:
             raise ValueError("adapter_names cannot be mixed while adapters are merged, call unmerge_adapter() first")
 
-    def _mixed_batch_update(self, x: Tensor, adapter_names: list[str]) -> Tensor:
-        """The update's output for a batch of any tasks; the basis is applied once, whatever their number.
+    def _coefficients_of_samples(self, adapter_names: list[str], like: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Coefficients (samples, k_out, p), (samples, k_in, p) of the task of each; None if none adapts this layer.
 
-        Only the k x p coefficients differ between samples: ``z = x α``, ``y = (z ε_in) ε_out^T``, ``y β^T``.
+        Args:
+            adapter_names: One for each sample.
+            like: Of the device and dtype that they are to have.
         """
         present = [name for name in dict.fromkeys(adapter_names) if self.has_task(name)]
         for name in present:
             if name in self.share_temporary_out:
                 raise ValueError(f"task {name!r} is still being adapted, merge it before using it in a mixed batch")
         if not present:
-            return x.new_zeros(*x.shape[:-1], self.out_features)
+            return None
         row = {name: i for i, name in enumerate(present)}
-        index = torch.tensor([row.get(name, len(present)) for name in adapter_names], device=x.device)
+        index = torch.tensor([row.get(name, len(present)) for name in adapter_names], device=like.device)
         stacked_out, stacked_in = (
-            F.pad(torch.stack([coefficients[name] for name in present]), (0, 0, 0, 0, 0, 1)).to(x.dtype)[index]
+            F.pad(torch.stack([coefficients[name] for name in present]), (0, 0, 0, 0, 0, 1)).to(like.dtype)[index]
             for coefficients in (self.share_coefficients_out, self.share_coefficients_in)
         )
-        z = x.flatten(1, -2) if x.ndim > 2 else x.unsqueeze(1)
-        y = (z @ self.share_basis_in.to(x.dtype)) @ stacked_in @ stacked_out.mT
-        return F.linear(y, self.share_basis_out.to(x.dtype)).reshape(*x.shape[:-1], self.out_features)
+        return stacked_out, stacked_in
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
@@ -395,13 +405,30 @@ class Linear(nn.Module, ShareLayer):
                 )
             result = self.quantization_backend.maybe_clone_base_result(result)
         if adapter_names is not None:
-            return result + self._mixed_batch_update(x, adapter_names).to(result.dtype)
+            update = self._mixed_batch_update(x, adapter_names)
+            return result if update is None else result + update.to(result.dtype)
         for adapter in self.active_adapters:
             if self.has_task(adapter):
-                down, up = self._folded_factors(adapter, x.dtype)
-                inputs = F.dropout(x, self.share_dropout[adapter], self.training)
-                result = _with_update(result, F.linear(inputs, down), up)
+                result = self._with_update(result, x, adapter)
         return result
+
+    def _with_update(self, result: Tensor, x: Tensor, adapter: str) -> Tensor:
+        """The output of the layer with that of the update of a task."""
+        down, up = self.folded_factors(adapter, x.dtype)
+        inputs = F.dropout(x, self.share_dropout[adapter], self.training)
+        return with_product(result, F.linear(inputs, down), up)
+
+    def _mixed_batch_update(self, x: Tensor, adapter_names: list[str]) -> Tensor | None:
+        """The update's output for a batch of any tasks; the basis is applied once, whatever their number.
+
+        Only the k x p coefficients differ between samples: ``z = x α``, ``y = (z ε_in) ε_out^T``, ``y β^T``.
+        """
+        stacked = self._coefficients_of_samples(adapter_names, x)
+        if stacked is None:
+            return None
+        z = x.flatten(1, -2) if x.ndim > 2 else x.unsqueeze(1)
+        y = (z @ self.share_basis_in.to(x.dtype)) @ stacked[1] @ stacked[0].mT
+        return F.linear(y, self.share_basis_out.to(x.dtype)).reshape(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         return quantization_extra_repr(self)
@@ -415,27 +442,3 @@ def offload_hook_of(layer: nn.Module) -> AlignDevicesHook | None:
     hook = getattr(layer, "_hf_hook", None)
     hooks = hook.hooks if isinstance(hook, SequentialHook) else [hook]
     return next((each for each in hooks if isinstance(each, AlignDevicesHook) and each.offload), None)
-
-
-def placeholder_basis(module_name: str, features: int, num_components: int, side: str) -> Tensor:
-    """A random orthonormal basis (features, k) for a layer that has not seen a task.
-
-    Every feature belongs to one direction, with a random sign. It depends on the module's name alone, to the bit on
-    every machine, unlike an orthogonalized random matrix: a task that was saved with it fits a model that is made
-    elsewhere.
-    """
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{module_name}.{side}".encode()))
-    direction = torch.randperm(features, generator=generator, device="cpu") % num_components
-    signs = 2.0 * torch.randint(2, (features,), generator=generator, device="cpu") - 1
-    basis = torch.zeros(features, num_components, dtype=torch.float64, device="cpu")
-    sizes = direction.bincount()[direction]  # of the direction that a feature belongs to
-    basis[torch.arange(features, device="cpu"), direction] = signs.double() / sizes.double().sqrt()
-    return basis.float()
-
-
-def _with_update(result: Tensor, z: Tensor, up: Tensor) -> Tensor:
-    """``result + z up^T``, if dtypes allow in one product, without the update as a tensor of its own."""
-    if z.dtype != result.dtype:
-        return result + F.linear(z, up).to(result.dtype)
-    rows = torch.addmm(result.reshape(-1, result.shape[-1]), z.reshape(-1, z.shape[-1]), up.T)
-    return rows.view(result.shape)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features, onload_layer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -21,19 +21,29 @@ from ..format.module_names import without_wrappers
 from ..format.patterns import without_slow_patterns
 from ..format.saved_modules import saved_module_of
 from ..format.task_files import FINGERPRINT
+from ..state.layout import Layout, named
 from ..subspace import smaller_layers
+from .checks import check_has_basis, check_modules, check_same_dimensions
 from .combining import combined_coefficients, combined_config
 from .config import AdapterOrigin, ShareConfig
+from .convolution import Convolution
+from .embedding import Embedding
+from .experts import Expert, Experts, adapt_experts, parameters_adapted, remove_new_layers
 from .head import check_apart, check_head
-from .layer import Linear, ShareLayer, offload_hook_of, placeholder_basis
+from .kinds import ExpertWeight, check_experts, layout_of, matrix_shape
+from .layer import Linear, ShareLayer, offload_hook_of
 from .loading import StoredAdapter, keep_weights, stored_adapter
 from .lora_only import check_options
+from .placeholder import placeholder_basis
 from .placement import call_layers_of, check_held_once, check_reached
 from .quantization import check_supported, keep_4bit_weights_differentiable
 from .renaming import adapter_named_as_in
 
 
 logger = logging.get_logger(__name__)
+
+# By the kind of a layer's layout, None for dense ones.
+_CLASSES = {None: Linear, "convolution": Convolution, "embedding": Embedding}
 
 _OTHER_BASIS = (
     "the stored basis of {!r} is not the one the model has, expected tasks of one subspace; merge the two subspaces, "
@@ -85,7 +95,7 @@ class ShareModel(BaseTuner):
                     f"adapter {other_name!r} of the model is {other.peft_type.value}, expected SHARE ones beside "
                     f"{name!r}: unload it first, or make it a task by SharedSubspace.from_adapters"
                 )
-            _check_same_dimensions(config, f"adapter {name!r}", other, f"adapter {other_name!r}")
+            check_same_dimensions(config, f"adapter {name!r}", other, f"adapter {other_name!r}")
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter to the model; one that does not fit raises, and leaves the model as it was."""
@@ -96,12 +106,7 @@ class ShareModel(BaseTuner):
             self._set_fan_in_fan_out(self.peft_config[adapter_name], adapter_name)
         except Exception:
             self.peft_config.pop(adapter_name, None)
-            for module_name, module in list(model.named_modules()):
-                if module in layers_before:
-                    module.delete_adapter(adapter_name)
-                elif isinstance(module, ShareLayer):
-                    parent_name, _, child_name = module_name.rpartition(".")
-                    setattr(model.get_submodule(parent_name), child_name, module.base_layer)
+            remove_new_layers(model, adapter_name, layers_before)
             for parameter, requires_grad in requires_grad_before:
                 parameter.requires_grad = requires_grad
             raise
@@ -149,7 +154,7 @@ class ShareModel(BaseTuner):
         keep_4bit_weights_differentiable(model)
         layers = share_layers(model)
         self._stored = adapter_named_as_in(model, stored_adapter(peft_config, basis_files(model)))
-        _check_modules(model, self._stored, from_file=bool(self._stored.weights))
+        check_modules(model, self._stored, from_file=bool(self._stored.weights))
         if isinstance(peft_config.origin, AdapterOrigin):
             keep_weights(peft_config.origin, self._stored.weights)
         else:
@@ -157,6 +162,7 @@ class ShareModel(BaseTuner):
         if (adapted := self._stored.adapted) is not None:
             # Nothing need be matched now; later something may.
             vars(peft_config).update(without_slow_patterns(vars(peft_config), adapted))
+            peft_config.target_parameters = parameters_adapted(peft_config.target_parameters, adapted)
         if (head := self._stored.head) is not None:
             check_head(model, peft_config.modules_to_save or [], head)
             saved = {name for config in self.peft_config.values() for name in config.modules_to_save or []}
@@ -191,10 +197,10 @@ class ShareModel(BaseTuner):
         **optional_kwargs: Any,
     ) -> None:
         module_name = without_wrappers(current_key)
-        if self._stored.modules and module_name not in self._stored.modules:
-            raise ValueError(
-                f"the stored subspace has no basis for {module_name!r}, it has {len(self._stored.modules)}"
-            )
+        if (parameter := optional_kwargs.get("parameter_name")) is not None:
+            self._adapt_experts(peft_config, adapter_name, parent, target_name, module_name, parameter)
+            return
+        check_has_basis(self._stored, module_name)
         fingerprint = self._stored.fingerprints.get(module_name)
         if isinstance(target, ShareLayer):
             if fingerprint is not None:
@@ -205,7 +211,7 @@ class ShareModel(BaseTuner):
         check_supported(base_layer, module_name, self.model)
         check_reached(parent, target_name, module_name)
         basis_out, basis_in = self._basis_for(peft_config, base_layer, module_name)
-        new_module = Linear(
+        new_module = _CLASSES[None if (layout := layout_of(base_layer)) is None else layout.kind](
             target, adapter_name, peft_config, basis_out, basis_in, **get_quantization_kwargs(self.model)
         )
         if fingerprint is not None:
@@ -216,14 +222,47 @@ class ShareModel(BaseTuner):
         self._replace_module(parent, target_name, new_module, target)
         call_layers_of(parent, new_module)
 
-    def _basis_for(self, config: ShareConfig, base_layer: nn.Module, module_name: str) -> tuple[Tensor, Tensor]:
-        in_features, out_features = _get_in_out_features(base_layer)
+    def _adapt_experts(
+        self, config: ShareConfig, adapter_name: str, parent: nn.Module, target_name: str, name: str, parameter: str
+    ) -> None:
+        """Adapt all experts in a parameter of this name in the model; a stored adapter those that it has."""
+        if self._stored.adapted is not None and f"{name}.0" not in self._stored.adapted:
+            return
+        holder = getattr(parent, target_name)
+        check_experts(getattr(holder, "base_layer", holder), parameter, name)
+
+        def adapt(number: int, expert: Expert | ExpertWeight) -> Expert:
+            check_has_basis(self._stored, module_name := f"{name}.{number}")
+            if isinstance(expert, ExpertWeight):
+                bases = self._basis_for(config, expert, module_name)
+                expert = Expert(expert, adapter_name, config, *bases)
+                expert.basis_file = self._stored.basis_file
+                if adapter_name not in self.active_adapters:
+                    expert.requires_grad_(False)
+            else:
+                expert.update_layer(adapter_name, config, inference_mode=config.inference_mode)
+            if (fingerprint := self._stored.fingerprints.get(module_name)) is not None:
+                expert.check_fingerprint(fingerprint, f"{module_name}.{FINGERPRINT}")
+            return expert
+
+        adapt_experts(parent, target_name, adapter_name, config, parameter, adapt)
+
+    def _basis_for(
+        self, config: ShareConfig, base_layer: nn.Module | ExpertWeight, module_name: str
+    ) -> tuple[Tensor, Tensor]:
+        out_features, in_features = matrix_shape(base_layer)
         if self._stored.bases:
             stored = self._stored.bases[module_name]
             if stored.shape != (out_features, in_features):
                 raise ValueError(
                     f"the stored basis of {module_name!r} is for a layer of shape {stored.shape}, the model's is "
                     f"{(out_features, in_features)}"
+                )
+            layout = self._stored.modules[module_name].layout
+            if isinstance(config.origin, AdapterOrigin) and layout != layout_of(base_layer):
+                raise ValueError(
+                    f"the stored basis of {module_name!r} is for a {named(layout)}, the model's is a "
+                    f"{named(layout_of(base_layer))}"
                 )
             return stored.beta, stored.alpha
         return (
@@ -270,7 +309,7 @@ class ShareModel(BaseTuner):
         stored = adapter_named_as_in(self.model, stored_adapter(config, basis_files(self.model)))
         if stored.head is not None:
             check_head(self.model, self.peft_config[adapter_name].modules_to_save or [], stored.head)
-        _check_same_dimensions(config, f"{origin.folder}", self.peft_config[adapter_name], f"adapter {adapter_name!r}")
+        check_same_dimensions(config, f"{origin.folder}", self.peft_config[adapter_name], f"adapter {adapter_name!r}")
         keep_weights(origin, stored.weights)
         others = [layer for layer in layers.values() if set(layer.tasks) - {adapter_name}]
         changed = {
@@ -342,6 +381,8 @@ class ShareModel(BaseTuner):
             return
         if self.training:
             raise ValueError("adapter_names mixes tasks in inference only, call model.eval() first")
+        if any(isinstance(module, Experts) for module in self.modules()):
+            raise ValueError("adapter_names cannot mix tasks of experts in one parameter, as PEFT's LoRA cannot")
         unknown = sorted(set(adapter_names) - set(self.peft_config) - {"__base__"})
         if unknown:
             raise ValueError(f"adapter_names has {unknown}, expected names among {sorted(self.peft_config)}")
@@ -379,6 +420,11 @@ def basis_files(model: nn.Module) -> dict[str, BasisFile | None]:
     return {name: layer.basis_file for name, layer in share_layers(model).items()}
 
 
+def layouts_of(model: nn.Module) -> dict[str, Layout]:
+    """By layer that is no dense one, how the matrix of an update lies in its weight."""
+    return {name: layer.layout for name, layer in share_layers(model).items() if layer.layout is not None}
+
+
 def stored_bases(model: nn.Module) -> dict[str, StoredBasis]:
     """The bases of a model's layers, as `subspace.safetensors` holds them; spectra are not known to a model."""
     return {
@@ -391,37 +437,6 @@ def stored_bases(model: nn.Module) -> dict[str, StoredBasis]:
         )
         for name, layer in share_layers(model).items()
     }
-
-
-def _check_modules(model: nn.Module, stored: StoredAdapter, *, from_file: bool) -> None:
-    """Refuse an adapter that PEFT would load in part: it passes over what the model has no place for.
-
-    Raises:
-        ValueError: Naming a module that the model does not have, or has inside a compiled one.
-    """
-    names = {without_wrappers(name): name for name, _ in model.named_modules()}
-    adapted = stored.modules if stored.adapted is None else stored.adapted
-    missing = [] if stored.adapted is None else sorted(set(adapted) - names.keys())
-    if missing:
-        raise ValueError(
-            f"the adapter has coefficients for {missing[0]!r}, which {type(model).__name__} does not have; of "
-            f"{len(adapted)} modules {len(missing)} are missing"
-        )
-    compiled = [names[module] for module in adapted if "_orig_mod" in names.get(module, "")]
-    if compiled and from_file:
-        raise ValueError(
-            f"the model has {compiled[0]!r} inside a compiled module, where PEFT finds no weights: load the adapter "
-            "first and compile then, or use SharedSubspace.apply"
-        )
-
-
-def _check_same_dimensions(config: ShareConfig, name: str, other: ShareConfig, other_name: str) -> None:
-    for field in ("num_components", "pseudo_rank"):
-        if getattr(other, field) != getattr(config, field):
-            raise ValueError(
-                f"{field} of {name} is {getattr(config, field)}, expected {getattr(other, field)} as {other_name} "
-                "has: they share one subspace"
-            )
 
 
 def _pass_adapter_names(

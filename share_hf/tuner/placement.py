@@ -39,6 +39,75 @@ READ_BY_THEIR_MODULE: dict[str, frozenset[str]] = {
 }
 
 
+# By name of an embedding, classes of the modules that read its weight: queries of detectors, tokens of prompts, codes,
+# and positions that are interpolated for images of another size.
+EMBEDDINGS_READ_BY_THEIR_MODULE: dict[str, str] = {
+    "cls_embed": "Sam3GeometryEncoder Sam3LiteTextGeometryEncoder",
+    "codebook": "DacVectorQuantize",
+    "embed_positions": "AudioFlamingo3Encoder MossTranscribeDiarizeAudioModel Qwen2AudioEncoder VoxtralEncoder",
+    "embed_tokens": "Qwen4ExpTextModel",
+    "embedding": (
+        "ChameleonVQVAEVectorQuantizer Emu3VQVAEVectorQuantizer GlmImageVQVAEVectorQuantizer JanusVQVAEVectorQuantizer"
+    ),
+    "hq_token": "SamHQMaskDecoder",
+    "iou_token": (
+        "EdgeTamMaskDecoder EdgeTamVideoMaskDecoder Sam2MaskDecoder Sam2VideoMaskDecoder "
+        "Sam3TrackerMaskDecoder Sam3TrackerVideoMaskDecoder SamHQMaskDecoder SamMaskDecoder"
+    ),
+    "level_embed": "Mask2FormerTransformerModule OneFormerTransformerModule",
+    "mask_tokens": (
+        "EdgeTamMaskDecoder EdgeTamVideoMaskDecoder Sam2MaskDecoder Sam2VideoMaskDecoder "
+        "Sam3TrackerMaskDecoder Sam3TrackerVideoMaskDecoder SamHQMaskDecoder SamMaskDecoder"
+    ),
+    "ngram_embeddings": "ProphetNetDecoder",
+    "no_mask_embed": (
+        "EdgeTamPromptEncoder EdgeTamVideoPromptEncoder Sam2PromptEncoder Sam2VideoPromptEncoder "
+        "Sam3TrackerPromptEncoder Sam3TrackerVideoPromptEncoder SamHQPromptEncoder SamPromptEncoder"
+    ),
+    "not_a_point_embed": (
+        "EdgeTamPromptEncoder EdgeTamVideoPromptEncoder Sam2PromptEncoder Sam2VideoPromptEncoder "
+        "Sam3TrackerPromptEncoder Sam3TrackerVideoPromptEncoder SamHQPromptEncoder SamPromptEncoder"
+    ),
+    "obj_score_token": (
+        "EdgeTamMaskDecoder EdgeTamVideoMaskDecoder Sam2MaskDecoder Sam2VideoMaskDecoder "
+        "Sam3TrackerMaskDecoder Sam3TrackerVideoMaskDecoder"
+    ),
+    "patterns": "DabDetrModel",
+    "point_embed": (
+        "EdgeTamPromptEncoder EdgeTamVideoPromptEncoder Sam2PromptEncoder Sam2VideoPromptEncoder "
+        "Sam3TrackerPromptEncoder Sam3TrackerVideoPromptEncoder"
+    ),
+    "position_embedding": (
+        "AltCLIPVisionEmbeddings BridgeTowerVisionEmbeddings CLIPSegVisionEmbeddings "
+        "CLIPVisionEmbeddings ChineseCLIPVisionEmbeddings Cosmos3EdgeVisionEmbeddings "
+        "GitVisionEmbeddings Glm4vMoeVisionEmbeddings Glm4vVisionEmbeddings GlmImageVisionEmbeddings "
+        "GraniteDoclingVisionEmbeddings HunYuanVLVisionPatchEmbed JanusVisionEmbeddings "
+        "Kosmos2VisionEmbeddings MetaClip2VisionEmbeddings OwlViTVisionEmbeddings Owlv2VisionEmbeddings "
+        "Phi4MultimodalVisionEmbeddings Siglip2VisionEmbeddings SiglipVisionEmbeddings "
+        "Step3p7VisionEmbeddings UnlimitedOcrVisionEmbeddings XCLIPVisionEmbeddings"
+    ),
+    "position_embeddings": "DistilBertModel",
+    "presence_token": "Sam3DetrDecoder Sam3LiteTextDetrDecoder",
+    "prompt_ctx": "OneFormerTextMapper",
+    "queries_embedder": "Mask2FormerTransformerModule MaskFormerTransformerModule OneFormerTransformerModule",
+    "queries_features": "Mask2FormerTransformerModule",
+    "query": "EomtDinov3ForUniversalSegmentation EomtForUniversalSegmentation VideomtForUniversalSegmentation",
+    "query_1024_resolution": "DeepseekOcr2VisionModel",
+    "query_768_resolution": "DeepseekOcr2VisionModel",
+    "query_embed": "Sam3DetrDecoder Sam3LiteTextDetrDecoder",
+    "query_feat": "LwDetrModel RfDetrModel",
+    "query_position_embeddings": (
+        "ConditionalDetrModel DeformableDetrModel DetrModel GroundingDinoModel MMGroundingDinoModel "
+        "TableTransformerModel"
+    ),
+    "query_refpoint_embeddings": "DabDetrModel",
+    "reference_point_embed": "LwDetrModel RfDetrModel",
+    "reference_points": "GroundingDinoModel Sam3DetrDecoder Sam3LiteTextDetrDecoder",
+    "rel_embeddings": "DebertaEncoder DebertaV2Encoder SEWDTransformerEncoder",
+    "tgt_embed": "OmDetTurboDecoder",
+}
+
+
 def check_reached(parent: nn.Module, child_name: str, module_name: str) -> None:
     """Refuse a layer whose forward the module around it does not always call.
 
@@ -46,7 +115,8 @@ def check_reached(parent: nn.Module, child_name: str, module_name: str) -> None:
         ValueError: Naming the layer, and the class of the module around it.
     """
     for base in type(parent).__mro__:
-        if child_name in READ_BY_THEIR_MODULE.get(base.__name__, ()):
+        embeddings_in = EMBEDDINGS_READ_BY_THEIR_MODULE.get(child_name, "").split()
+        if child_name in READ_BY_THEIR_MODULE.get(base.__name__, ()) or base.__name__ in embeddings_in:
             raise ValueError(
                 f"{module_name!r} is in a {base.__name__}, which reads its weight itself, so that an update would "
                 "have no effect; expected layers that are called: leave it out by exclude_modules, or train it whole "

@@ -12,6 +12,8 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.pytorch_utils import Conv1D
 
+from .kinds import CONVOLUTIONS, check_computes_as_known
+
 
 def quantization_backend_of(
     layer: nn.Module, get_apply_tensor_subclass: Callable[[], Any] | None = None
@@ -31,12 +33,15 @@ def quantization_backend_of(
 
 
 def check_supported(layer: nn.Module, module_name: str, model: nn.Module) -> None:
-    """Refuse what is not a dense layer, or not one that is known, by its name, its class and the model's quantizer."""
+    """Refuse a layer that is not of a known kind, by its name, its class and the model's quantizer."""
     found = type(layer).__name__
     if isinstance(layer, nn.Linear) and not hasattr(layer, "weight"):
         found += " without a weight (one that is still compressed may have it after a forward)"
     else:
         backend = quantization_backend_of(layer)
+        if backend is None and isinstance(layer, (*CONVOLUTIONS, nn.Embedding)) and _computes_with_its_weight(layer):
+            check_computes_as_known(layer, module_name)
+            return
         is_dense = isinstance(layer, (nn.Linear, Conv1D)) if backend is None else backend.layer_type == "linear"
         if is_dense:
             return
@@ -45,8 +50,9 @@ def check_supported(layer: nn.Module, module_name: str, model: nn.Module) -> Non
     if quantizer is not None:
         found += f" of the quantizer {getattr(quantizer, 'value', quantizer)!r}"
     raise TypeError(
-        f"{module_name!r} is a {found}, expected torch.nn.Linear, transformers.pytorch_utils.Conv1D or a linear layer "
-        "of a quantizer that PEFT knows and whose library is installed; others are trained whole by modules_to_save"
+        f"{module_name!r} is a {found}, expected torch.nn.Linear, transformers.pytorch_utils.Conv1D, a convolution or "
+        "an embedding of torch.nn, or a linear layer of a quantizer that PEFT knows and whose library is installed; "
+        "others are trained whole by modules_to_save"
     )
 
 
@@ -66,7 +72,7 @@ def keep_4bit_weights_differentiable(model: nn.Module) -> None:
                     quant_state.absmax = quant_state.absmax.T.reshape(-1).float()
 
 
-def _computes_with_its_weight(layer: nn.Linear) -> bool:
+def _computes_with_its_weight(layer: nn.Module) -> bool:
     """Whether `weight` as it stands is what the forward multiplies with: not packed, scaled, rounded or computed."""
     weight = layer.weight
     return (

@@ -32,7 +32,7 @@ from .loading import (
     with_fingerprints,
 )
 from .lora_only import advise_on_functions_of_lora, refuse
-from .model import ShareModel, basis_files, stored_bases
+from .model import ShareModel, basis_files, layouts_of, stored_bases
 from .saving import check_no_remote_tree, check_no_tree, check_same_bases, write_bases
 
 
@@ -83,7 +83,7 @@ def _save_basis_with(model_class: type[PeftModel] | type[PreTrainedModel]) -> No
             check_same_bases(folder, bases, call.arguments.get("selected_adapters") or adapters)
         result = original(self, save_directory, *args, **kwargs)
         if bases and adapters and call.arguments.get("is_main_process", True):
-            write_bases(folder, bases, next(iter(adapters.values())))
+            write_bases(folder, bases, layouts_of(self), next(iter(adapters.values())))
         return result
 
     model_class.save_pretrained = save_pretrained

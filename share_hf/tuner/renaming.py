@@ -42,7 +42,8 @@ def named_as_in(model: nn.Module, state: SubspaceState) -> SubspaceState:
         task: replace(info, head={_renamed_weight(name, renamed): weight for name, weight in info.head.items()})
         for task, info in state.tasks.items()
     }
-    return replace(state, layers=dict(sorted(layers.items())), tasks=tasks)
+    layouts = {renamed.get(module, module): layout for module, layout in state.layouts.items()}
+    return replace(state, layers=dict(sorted(layers.items())), tasks=tasks, layouts=layouts)
 
 
 def adapter_named_as_in(model: nn.Module, stored: StoredAdapter) -> StoredAdapter:

@@ -21,6 +21,7 @@ from ..format.index import INDEX_FILE, ModuleEntry, TreeIndex, index_bytes, read
 from ..format.names import listing
 from ..format.replacing import standing_at
 from ..format.task_files import TASKS_FOLDER
+from ..state import Layout
 from .config import SHARE, ShareConfig
 
 
@@ -82,7 +83,9 @@ def check_same_bases(folder: Path, bases: Mapping[str, StoredBasis], saved: Coll
         )
 
 
-def write_bases(folder: Path, bases: Mapping[str, StoredBasis], config: ShareConfig) -> None:
+def write_bases(
+    folder: Path, bases: Mapping[str, StoredBasis], layouts: Mapping[str, Layout], config: ShareConfig
+) -> None:
     """Write the bases of a model and the index that has their checksums."""
     writer = FolderWriter(folder)
     writer.put(SUBSPACE_FILE, tensor_bytes(basis_tensors(bases)))
@@ -90,7 +93,9 @@ def write_bases(folder: Path, bases: Mapping[str, StoredBasis], config: ShareCon
         kind="checkpoint",
         base_model_name_or_path=config.base_model_name_or_path,
         settings=config.subspace_settings(),
-        modules={name: ModuleEntry(basis.shape, basis.num_components) for name, basis in bases.items()},
+        modules={
+            name: ModuleEntry(basis.shape, basis.num_components, layouts.get(name)) for name, basis in bases.items()
+        },
         tasks=(),
         sha256=dict(writer.sha256),
         fingerprint=fingerprint_of_all(bases),

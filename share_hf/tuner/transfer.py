@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
-from peft.tuners.tuners_utils import _get_in_out_features
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
@@ -20,11 +19,13 @@ from ..format.module_names import without_wrappers
 from ..format.saved_modules import saved_names, targets_beside
 from ..format.task_files import share_adapter_config
 from ..state import SubspaceState, TaskInfo
+from ..state.layout import named
 from ..subspace import LayerSubspace, LowRankUpdate
 from .config import GivenBases, ShareConfig
 from .head import check_apart, check_head, saved_tensors, with_labels_of
+from .kinds import layer_named, layout_of, matrix_shape
 from .layer import ShareLayer
-from .model import ShareModel, share_layers
+from .model import ShareModel, layouts_of, share_layers
 from .renaming import named_as_in
 
 
@@ -128,13 +129,12 @@ def _check_fits(model: nn.Module, state: SubspaceState, tasks: Sequence[str]) ->
     modules = {without_wrappers(name): module for name, module in model.named_modules()}
     for task in tasks:
         for module, layer in state.layers_of(task).items():
-            if module not in modules:
+            if (found := layer_named(module, modules)) is None:
                 raise ValueError(f"task {task!r} adapts {module!r}, which {type(model).__name__} does not have")
-            in_features, out_features = _get_in_out_features(modules[module])
-            if (out_features, in_features) != layer.shape:
-                raise ValueError(
-                    f"{module!r} has shape {(out_features, in_features)}, the subspace expects {layer.shape}"
-                )
+            if (shape := matrix_shape(found)) != layer.shape:
+                raise ValueError(f"{module!r} has shape {shape}, the subspace expects {layer.shape}")
+            if (layout := layout_of(found)) != (expected := state.layouts.get(module)):
+                raise ValueError(f"{module!r} is a {named(layout)}, the subspace expects a {named(expected)}")
         if head := state.tasks[task].head:
             shapes = {name: tuple(tensor.shape) for name, tensor in head.items()}
             try:
@@ -216,12 +216,12 @@ def state_of(model: PeftModel) -> SubspaceState:
                 learned = learned.with_task(task, *(side.detach().cpu() for side in coefficients))
         stored[module] = learned
     infos = {task: TaskInfo(target=target_of(model.peft_config[task]), head=head_of(model, task)) for task in tasks}
-    return replace(state, layers=stored, tasks=infos)
+    return replace(state, layers=stored, tasks=infos, layouts=layouts_of(model))
 
 
 def target_of(config: ShareConfig) -> dict[str, Any]:
     """Which modules an adapter targets, as JSON."""
-    target = {name: value for name in TARGET_FIELDS if (value := getattr(config, name)) is not None}
+    target = {name: value for name in TARGET_FIELDS if (value := getattr(config, name, None)) is not None}
     for name, value in target.items():
         if isinstance(value, (set, list)):
             # PEFT adds the classifier to `modules_to_save` with every adapter that it is given the configuration of.

@@ -138,7 +138,8 @@ def with_updates_in_weights(base: PreTrainedModel, updates: Mapping[str, Tensor]
     changed = copy.deepcopy(base)
     for name, update in updates.items():
         module = changed.get_submodule(name)
-        update = update.T if isinstance(module, Conv1D) else update
+        transposed = isinstance(module, (Conv1D, nn.Embedding))
+        update = update.T if transposed else update.reshape(module.weight.shape)
         module.weight.data = (module.weight.data.double() + update).to(module.weight.dtype)
     return changed
 

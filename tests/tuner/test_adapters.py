@@ -183,9 +183,9 @@ def test_tasks_of_one_model_have_the_same_dimensions(
     ("values", "error", "message"),
     [
         (
-            {"target_modules": ["q_proj", "embed_tokens"]},
+            {"target_modules": ["q_proj", "rotary_emb"]},
             TypeError,
-            "'model.embed_tokens' is a Embedding, expected torch.nn.Linear",
+            "'model.rotary_emb' is a LlamaRotaryEmbedding, expected torch.nn.Linear",
         ),
         (
             {"target_modules": ["q_proj", "input_layernorm"]},
@@ -194,7 +194,7 @@ def test_tasks_of_one_model_have_the_same_dimensions(
         ),
         ({"target_modules": ["nowhere"]}, ValueError, r"Target modules \{'nowhere'\} not found in the base model"),
     ],
-    ids=["embedding", "norm", "no-match"],
+    ids=["positions", "norm", "no-match"],
 )
 def test_a_task_that_does_not_fit_is_refused_and_the_model_left_as_it_was(
     first: bool,

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
 from share_hf.tuner import share_layers
-from share_hf.tuner.layer import placeholder_basis
+from share_hf.tuner.placeholder import placeholder_basis
 
 from .cases import (
     BERT,

@@ -14,12 +14,13 @@ import torch.nn.functional as F
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import CLIPVisionConfig, CLIPVisionModel, MambaConfig, MambaForCausalLM
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 from transformers.pytorch_utils import Conv1D
 
 from share_hf import ShareConfig
 from share_hf.tuner import share_layers
-from share_hf.tuner.placement import READ_BY_THEIR_MODULE
+from share_hf.tuner.placement import EMBEDDINGS_READ_BY_THEIR_MODULE, READ_BY_THEIR_MODULE
 
 from ..cases import assert_close, snapshot
 from .models import fill, output, with_task_in_weights
@@ -109,6 +110,17 @@ class TwoNames(nn.Module):
         return self.second(F.relu(self.first(x)))
 
 
+class Words(nn.Module):
+    """An embedding of what the input is taken for."""
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        super().__init__()
+        self.words = embedding
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.words((4 * x).long() % SIZE)
+
+
 def encoder_layer() -> nn.Module:
     return nn.Sequential(nn.TransformerEncoderLayer(SIZE, 2, 2 * SIZE, batch_first=True, dropout=0.0))
 
@@ -133,6 +145,18 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], list[str], tuple[int, ...]]] =
     "nested-in-part": (Nested, ["stages.1.in"], (2, 5, SIZE)),
     "tied": (Tied, ["first"], (5, SIZE)),
     "two-names": (TwoNames, ["first"], (5, SIZE)),
+    "convolutions": (
+        lambda: nn.Sequential(nn.Conv2d(3, 12, (3, 2), stride=2, padding=1), nn.ReLU(), nn.Conv2d(12, 5, 1)),
+        ["0", "2"],
+        (2, 3, 7, 6),
+    ),
+    "convolution-of-one-image": (lambda: nn.Sequential(nn.Conv2d(3, 12, 3, padding="same")), ["0"], (3, 7, 6)),
+    "convolution-without-bias": (lambda: nn.Sequential(nn.Conv2d(3, 12, 3, bias=False)), ["0"], (2, 3, 7, 6)),
+    "convolution-of-a-series": (lambda: nn.Sequential(nn.Conv1d(3, 12, 3, padding=1)), ["0"], (2, 3, 7)),
+    "convolution-of-a-volume": (lambda: nn.Sequential(nn.Conv3d(3, 12, (1, 2, 3))), ["0"], (2, 3, 4, 5, 6)),
+    "embedding": (lambda: Words(nn.Embedding(SIZE, 12)), ["words"], (2, 5)),
+    "embedding-with-padding": (lambda: Words(nn.Embedding(SIZE, 12, padding_idx=0)), ["words"], (2, 5)),
+    "embedding-that-scales": (lambda: Words(Gemma3TextScaledWordEmbedding(SIZE, 12, 0, 3.0)), ["words"], (2, 5)),
     "torch-encoder-layer": (encoder_layer, ["linear1", "linear2"], (2, 5, SIZE)),
     "torch-encoder": (encoder, ["linear1", "linear2"], (2, 5, SIZE)),
 }
@@ -253,6 +277,14 @@ class TestLayersThatTheirModuleReads:
             get_peft_model(base, config_for(target))
         assert snapshot(base) == before
 
+    def test_are_refused_where_they_are_embeddings(self) -> None:
+        config = CLIPVisionConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+        base = CLIPVisionModel(config)
+        with pytest.raises(ValueError, match=r"position_embedding' is in a CLIPVisionEmbeddings, which reads"):
+            get_peft_model(base, config_for(["position_embedding"]))
+        model = get_peft_model(base, config_for(["patch_embedding"]))
+        assert [type(layer.get_base_layer()) for layer in share_layers(model).values()] == [nn.Conv2d]
+
     def test_are_left_out_if_excluded(self) -> None:
         model = adapted(encoder_layer(), "all-linear", exclude_modules=["out_proj"])
         assert share_layers(model).keys() == {"0.linear1", "0.linear2"}
@@ -275,7 +307,8 @@ class TestLayersThatTheirModuleReads:
         folder = Path(transformers.__file__).parent / "models"
         found = {read for path in folder.glob("*/modeling_*.py") for read in _weights_read_in(path)}
         known = {(module, layer) for module, layers in READ_BY_THEIR_MODULE.items() for layer in layers}
-        assert ("MambaMixer", "dt_proj") in found
+        known |= {(name, layer) for layer, names in EMBEDDINGS_READ_BY_THEIR_MODULE.items() for name in names.split()}
+        assert {("MambaMixer", "dt_proj"), ("SamMaskDecoder", "mask_tokens")} <= found
         assert found - apart <= known
 
 
@@ -284,7 +317,10 @@ _ABOUT_A_WEIGHT = {"dtype", "device", "shape", "size", "data", "data_ptr", "requ
 
 
 def _weights_read_in(path: Path) -> set[tuple[str, str]]:
-    """Classes and linear layers of theirs whose weight they read outside of what makes the layers."""
+    """Classes and layers of theirs whose weight they read outside of what makes the layers.
+
+    Convolutions that are read have groups, for which they are refused.
+    """
     tree = ast.parse(path.read_text(encoding="utf-8"))
     found = set()
     for module in (node for node in tree.body if isinstance(node, ast.ClassDef)):
@@ -294,7 +330,7 @@ def _weights_read_in(path: Path) -> set[tuple[str, str]]:
             if isinstance(node, ast.Assign)
             and isinstance(node.targets[0], ast.Attribute)
             and isinstance(node.value, ast.Call)
-            and ast.unparse(node.value.func) in ("nn.Linear", "Conv1D")
+            and ast.unparse(node.value.func) in ("nn.Linear", "Conv1D", "nn.Embedding")
         }
         for method in (node for node in module.body if isinstance(node, ast.FunctionDef)):
             if "init" in method.name or "tie" in method.name:

@@ -66,7 +66,6 @@ OPTIONS: dict[str, str] = {
     "qalora_group_size": LORA,
     "rank_pattern": LORA,
     "runtime_config": LORA,
-    "target_parameters": LORA,
     "trainable_token_indices": LORA,
     "use_bdlora": LORA,
     "use_dora": LORA,
@@ -135,9 +134,9 @@ CALLS: dict[str, tuple[Callable[[PeftModel, Path], Any], str]] = {
         lambda model, folder: model.add_weighted_adapter(["one"], [1.0], "two", combination_type="ties"),
         "export the tasks as LoRAs by SharedSubspace.export_lora",
     ),
-    "an embedding as target": (
-        lambda model, folder: model.add_adapter("two", _with(target_modules=["embed_tokens"])),
-        r"'model\.embed_tokens' is a Embedding, .*others are trained whole by modules_to_save",
+    "a norm as target": (
+        lambda model, folder: model.add_adapter("two", _with(target_modules=["model.norm"])),
+        r"'model\.norm' is a LlamaRMSNorm, .*others are trained whole by modules_to_save",
     ),
     "trainable_token_indices that are set afterwards": (
         lambda model, folder: model.add_adapter("two", _set(_with(), trainable_token_indices=[1, 2])),
@@ -217,7 +216,7 @@ def test_hotswapping_by_transformers_is_refused(
     assert snapshot(native) == before
 
 
-@pytest.mark.parametrize("layer", [nn.Conv2d(3, 4, 2), nn.Embedding(4, 4), nn.Bilinear(3, 3, 3)])
+@pytest.mark.parametrize("layer", [nn.ConvTranspose2d(3, 4, 2), nn.EmbeddingBag(4, 4), nn.Bilinear(3, 3, 3)])
 def test_a_layer_of_another_kind_is_refused(layer: nn.Module) -> None:
     with pytest.raises(TypeError, match=f"'0' is a {type(layer).__name__}, .*trained whole by modules_to_save"):
         get_peft_model(nn.Sequential(layer), _with(target_modules=["0"]))

@@ -1,0 +1,63 @@
+"""One component of a pipeline, such as the `unet` of a diffusion model, as a model of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from .layout import Layout
+from .state import SubspaceState, TaskInfo
+
+
+Value = TypeVar("Value")
+
+
+def component_of(state: SubspaceState, prefix: str, expected: Iterable[str] = ()) -> SubspaceState:
+    """What a subspace has for one component, by the names that modules have in it.
+
+    Args:
+        state: Its modules are named from the pipeline down, as `unet.down_blocks.0.…`; not changed.
+        prefix: Name of the component, such as "unet".
+        expected: Tasks that must have something there.
+
+    Returns:
+        A state with the tasks that have something there. Which modules they target is told by their names.
+
+    Raises:
+        ValueError: If no module is in such a component, or one of the tasks adapts nothing there; naming what is.
+    """
+    layers = _below(state.layers, prefix)
+    if not layers:
+        there = sorted({module.split(".")[0] for module in state.layers})
+        raise ValueError(f"prefix is {prefix!r}, expected the component of a module, one of {there[:20]}")
+    tasks, layouts = {}, _below(state.layouts, prefix)
+    for task, info in state.tasks.items():
+        adapted = sorted(module for module, layer in layers.items() if layer.has(task))
+        if adapted:
+            head = _below(info.head, prefix)
+            experts = {module for module in adapted if layouts.get(module) == Layout("expert")}
+            tasks[task] = replace(info, head=head, target=_target(info, adapted, experts, prefix))
+    if missing := [task for task in expected if task not in tasks]:
+        raise ValueError(f"task {missing[0]!r} adapts nothing in {prefix!r}, expected one of {list(tasks)[:20]}")
+    return replace(
+        state,
+        layers=layers,
+        tasks=tasks,
+        layouts=layouts,
+        default_task=state.default_task if state.default_task in tasks else None,
+    )
+
+
+def _below(named: Mapping[str, Value], prefix: str) -> dict[str, Value]:
+    start = f"{prefix}."
+    return {name.removeprefix(start): value for name, value in named.items() if name.startswith(start)}
+
+
+def _target(info: TaskInfo, adapted: list[str], experts: set[str], prefix: str) -> dict[str, Any]:
+    kept = {name: info.target[name] for name in ("fan_in_fan_out", "task_type") if name in info.target}
+    saved = [name.removeprefix(f"{prefix}.") for name in info.target.get("modules_to_save") or ()]
+    target = {**kept, "target_modules": [module for module in adapted if module not in experts]}
+    if experts:
+        target["target_parameters"] = sorted({module.rpartition(".")[0] for module in experts})
+    return {**target, "modules_to_save": saved} if saved else target

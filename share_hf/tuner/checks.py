@@ -1,0 +1,53 @@
+"""Whether an adapter fits the model that is to take it."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..format.module_names import without_wrappers
+from .config import ShareConfig
+from .kinds import layer_named
+from .loading import StoredAdapter
+
+
+def check_modules(model: nn.Module, stored: StoredAdapter, *, from_file: bool) -> None:
+    """Refuse an adapter that PEFT would load in part: it passes over what the model has no place for.
+
+    Raises:
+        ValueError: Naming a module that the model does not have, or has inside a compiled one.
+    """
+    modules = {without_wrappers(name): module for name, module in model.named_modules()}
+    names = {without_wrappers(name): name for name, _ in model.named_modules()}
+    adapted = stored.modules if stored.adapted is None else stored.adapted
+    unknown = [] if stored.adapted is None else sorted(set(adapted) - names.keys())
+    missing = [name for name in unknown if layer_named(name, modules) is None]
+    if missing:
+        raise ValueError(
+            f"the adapter has coefficients for {missing[0]!r}, which {type(model).__name__} does not have; of "
+            f"{len(adapted)} modules {len(missing)} are missing"
+        )
+    compiled = [names[module] for module in adapted if "_orig_mod" in names.get(module, "")]
+    if compiled and from_file:
+        raise ValueError(
+            f"the model has {compiled[0]!r} inside a compiled module, where PEFT finds no weights: load the adapter "
+            "first and compile then, or use SharedSubspace.apply"
+        )
+
+
+def check_has_basis(stored: StoredAdapter, module_name: str) -> None:
+    """Refuse a module that a stored subspace has nothing for.
+
+    Raises:
+        ValueError: Naming it.
+    """
+    if stored.modules and module_name not in stored.modules:
+        raise ValueError(f"the stored subspace has no basis for {module_name!r}, it has {len(stored.modules)}")
+
+
+def check_same_dimensions(config: ShareConfig, name: str, other: ShareConfig, other_name: str) -> None:
+    for field in ("num_components", "pseudo_rank"):
+        if getattr(other, field) != getattr(config, field):
+            raise ValueError(
+                f"{field} of {name} is {getattr(config, field)}, expected {getattr(other, field)} as {other_name} "
+                "has: they share one subspace"
+            )

@@ -1,0 +1,56 @@
+"""A convolution whose update lies in a shared subspace."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .layer import Linear
+
+
+class Convolution(Linear):
+    """
+    Share on `nn.Conv1d`, `nn.Conv2d` and `nn.Conv3d`, whose update is a matrix (n, d) of low rank.
+
+    It has a row for each output channel and a column for each number under the kernel, ``d = channels · kernel``. As
+    PEFT's LoRA does, it first convolves with A, or with the basis α of a mixed batch, to p channels, or k, by the
+    layer's own stride and padding, and makes n channels of them at each place.
+    """
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False  # PEFT makes a matrix of any layer's update, which has no kernel
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The task's update in the layout and device of the base weight (n, channels, *kernel), float32."""
+        return self._as_kernels(self.factors(adapter).dense())
+
+    @property
+    def _places(self) -> int:
+        """In how many dimensions the kernel moves."""
+        return len(self.get_base_layer().kernel_size)
+
+    def _as_kernels(self, rows: Tensor) -> Tensor:
+        layer = self.get_base_layer()
+        return rows.reshape(len(rows), layer.in_channels, *layer.kernel_size)
+
+    def _convolved(self, x: Tensor, rows: Tensor) -> Tensor:
+        """What the layer computes with kernels (j, d) and without a bias, (…, j, *places)."""
+        return self.get_base_layer()._conv_forward(x, self._as_kernels(rows), None)
+
+    def _with_update(self, result: Tensor, x: Tensor, adapter: str) -> Tensor:
+        down, up = self.folded_factors(adapter, x.dtype)
+        inputs = F.dropout(x, self.share_dropout[adapter], self.training)
+        return result + _at_each_place(self._convolved(inputs, down), up, self._places).to(result.dtype)
+
+    def _mixed_batch_update(self, x: Tensor, adapter_names: list[str]) -> Tensor | None:
+        stacked = self._coefficients_of_samples(adapter_names, x)
+        if stacked is None:
+            return None
+        z = self._convolved(x, self.share_basis_in.T.to(x.dtype))
+        y = stacked[0] @ (stacked[1].mT @ z.flatten(2))
+        return _at_each_place(y.view(*y.shape[:2], *z.shape[2:]), self.share_basis_out.to(x.dtype), self._places)
+
+
+def _at_each_place(z: Tensor, up: Tensor, places: int) -> Tensor:
+    """``up z`` of the channels (…, j, *places) at each place."""
+    return F.linear(z.movedim(-1 - places, -1), up).movedim(-1, -1 - places)
