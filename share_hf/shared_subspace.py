@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,11 +14,11 @@ from torch import nn
 from transformers.utils import logging
 
 from .card import CardOptions, write_tree
-from .format.base_model import base_name, common_base, named_alike
+from .format.base_model import base_name, check_base_name, common_base, named_alike
 from .format.files import FolderWriter
 from .format.index import INDEX_FILE, read_index
 from .format.lock import holding
-from .format.lora import lora_files
+from .format.lora import LoraAdapter, lora_files
 from .format.names import listing
 from .format.places import Adapters, named_places, read_loras
 from .format.replacing import holds, reading_whole, replacing_folder
@@ -37,6 +37,7 @@ from .state import (
     without_task,
 )
 from .subspace import BasisKind, MergeReport, SubspaceSettings, smaller_layers
+from .subspace.dimensions import Auto, ChosenDimensions, WantedDimensions, settled
 from .tuner.transfer import inject_tasks
 
 
@@ -62,6 +63,7 @@ class SharedSubspace:
     """
 
     def __init__(self, state: SubspaceState, *, rest: RemoteTree | None = None) -> None:
+        self.chosen: ChosenDimensions | None = None  # what "auto" chose, where this was made with it
         self._held = state
         self._rest = rest
         self._card = CardOptions()
@@ -96,8 +98,10 @@ class SharedSubspace:
         cls,
         adapters: Adapters,
         *,
-        num_components: int = 32,
-        pseudo_rank: int = 8,
+        num_components: int | Auto = 32,
+        pseudo_rank: int | Auto = 8,
+        target_error: float | None = None,
+        target_bytes: int | None = None,
         basis: BasisKind = "joint",
         center: bool = False,
         explained_variance: float | None = None,
@@ -114,15 +118,19 @@ class SharedSubspace:
             adapters (`Mapping[str, str]` or `Sequence[str]`):
                 Folders or hub ids of plain LoRAs, of any ranks and scales; by task name, or in a list, where the last
                 part of each is its task's name.
-            num_components (`int`, *optional*, defaults to `32`):
+            num_components (`int` or `"auto"`, *optional*, defaults to `32`):
                 Cap k on the directions of a layer, on each side; a layer has no more than outputs, or inputs.
-            pseudo_rank (`int`, *optional*, defaults to `8`): Cap p on the rank of a task in a layer.
+            pseudo_rank (`int` or `"auto"`, *optional*, defaults to `8`): Cap p on the rank of a task in a layer.
+            target_error (`float`, *optional*):
+                Mean relative error of ΔW that `"auto"` reaches with the fewest bytes.
+            target_bytes (`int`, *optional*):
+                Size of bases and coefficients under which `"auto"` reaches the smallest error.
             basis (`Literal["joint", "factor"]`, *optional*, defaults to `"joint"`):
                 Weigh all updates equally, or take the paper's stack of LoRA factors.
             center (`bool`, *optional*, defaults to `False`): Subtract the mean column first; `"factor"` only.
             explained_variance (`float`, *optional*): Take the fewest directions that explain this fraction.
             drift_tolerance (`float`, *optional*): Largest relative drift that merges may add up to.
-            max_components (`int`, *optional*): How far layers may grow for it.
+            max_components (`int`, *optional*): How far layers may grow for it, or `"auto"` looks (to 128 otherwise).
             base_model (`str`, *optional*):
                 Name of the base model, where the adapters call one model by several names. Not checked.
             token (`str` or `bool`, *optional*): For the hub.
@@ -131,17 +139,25 @@ class SharedSubspace:
         Raises:
             ValueError: If a name, an adapter or a setting is unusable; naming what was found and expected.
         """
+        wanted = WantedDimensions(num_components, pseudo_rank, target_error, target_bytes, max_components)
         settings = SubspaceSettings(
-            num_components=num_components,
-            pseudo_rank=pseudo_rank,
+            *wanted.limits,
             basis=basis,
             center=center,
             explained_variance=explained_variance,
             drift_tolerance=drift_tolerance,
             max_components=max_components,
         )
+        wanted.check_beside(settings)
+        check_base_name(base_model)
+        loras = read_loras(named_places(adapters), token=token, progress=progress)
+        updates = {name: lora.updates for name, lora in loras.items()}
+        settings, chosen = settled(settings, wanted, updates, progress=progress)
+        if chosen is not None:
+            logger.warning(chosen.sentence())
         subspace = cls(SubspaceState(settings=settings))
-        subspace.add_adapters(adapters, base_model=base_model, token=token, progress=progress)
+        subspace.chosen = chosen
+        subspace._merge(loras, base_model, progress)
         return subspace
 
     def add_adapters(
@@ -169,10 +185,11 @@ class SharedSubspace:
             ValueError: As for [`~SharedSubspace.from_adapters`]; also if an adapter belongs to another base model.
             DriftToleranceError: If the tolerated drift cannot be met; the subspace is as before.
         """
-        if base_model is not None and (not isinstance(base_model, str) or base_name(base_model) is None):
-            raise ValueError(f"base_model is {base_model!r}, expected an id on the hub or a folder")
-        located = named_places(adapters, self.tasks)
-        loras = read_loras(located, token=token, progress=progress)
+        check_base_name(base_model)
+        loras = read_loras(named_places(adapters, self.tasks), token=token, progress=progress)
+        return self._merge(loras, base_model, progress)
+
+    def _merge(self, loras: Mapping[str, LoraAdapter], base_model: str | None, progress: bool) -> MergeReport:
         base = base_name(base_model) or common_base(
             {name: lora.base_model_name_or_path for name, lora in loras.items()}, self.base_model_name_or_path
         )

@@ -58,7 +58,8 @@ def run(args: Namespace, *, debug: bool = False) -> Outcome:
 
 
 def init(args: Namespace) -> Outcome:
-    settings = {field.name: getattr(args, field.name) for field in fields(SubspaceSettings)}
+    names_of_settings = ["target_error", "target_bytes", *(field.name for field in fields(SubspaceSettings))]
+    settings = {name: getattr(args, name) for name in names_of_settings}
     adapters = _by_name(args.adapters)
     with holding(args.folder):
         _expect_no_adapter(args.folder, "add to it with `share-hf add`")
@@ -67,7 +68,12 @@ def init(args: Namespace) -> Outcome:
                 adapters, **settings, base_model=args.base_model, token=args.token, progress=args.progress
             )
         subspace.save_pretrained(args.folder)
-    return _described(subspace, str(args.folder))
+    outcome = _described(subspace, str(args.folder))
+    if subspace.chosen is None:
+        return outcome
+    return Outcome(
+        f"{subspace.chosen.sentence()}\n\n{outcome.text}", {**outcome.facts, "chosen": asdict(subspace.chosen)}
+    )
 
 
 def add(args: Namespace) -> Outcome:

@@ -1,6 +1,7 @@
 """Tensors in, tensors out: the mathematics of a shared LoRA subspace. Depends on torch alone."""
 
 from .audit import AuditReport, audit_layers, audit_updates
+from .dimensions import Auto, ChosenDimensions, WantedDimensions, choose_dimensions
 from .factors import LARGEST_NORM, CompactUpdate, LowRankUpdate, thin_svd_of_update
 from .layer import LayerSubspace, TaskRecords
 from .merge import DriftToleranceError, LayerMergeReport, merge_into_layer, residual_outside
@@ -13,7 +14,9 @@ __all__ = [
     "LARGEST_NORM",
     "SKETCH_BUCKETS",
     "AuditReport",
+    "Auto",
     "BasisKind",
+    "ChosenDimensions",
     "CompactUpdate",
     "DriftToleranceError",
     "LayerMergeReport",
@@ -22,9 +25,11 @@ __all__ = [
     "MergeReport",
     "SubspaceSettings",
     "TaskRecords",
+    "WantedDimensions",
     "audit_layers",
     "audit_updates",
     "check_dimensions",
+    "choose_dimensions",
     "initialization_sketch",
     "initialization_sketches",
     "merge_into_layer",
