@@ -16,12 +16,13 @@ from transformers.utils import logging
 from .card import CardOptions, write_tree
 from .format.base_model import base_name, check_base_name, common_base, named_alike
 from .format.files import FolderWriter
-from .format.index import INDEX_FILE, read_index
+from .format.index import INDEX_FILE
 from .format.lock import holding
 from .format.lora import LoraAdapter, lora_files
 from .format.names import listing
 from .format.places import Adapters, named_places, read_loras
-from .format.replacing import holds, reading_whole, replacing_folder
+from .format.replacing import holds, replacing_folder
+from .format.saved_since import with_saved
 from .format.tree import ADAPTER_FILES, lora_of, read_tree
 from .hub.fetch import RemoteTree, is_local
 from .hub.push import MAX_ATTEMPTS, BranchChoice, PushOptions, push_state
@@ -36,7 +37,7 @@ from .state import (
     report_of,
     without_task,
 )
-from .subspace import BasisKind, MergeReport, SubspaceSettings, smaller_layers
+from .subspace import BasisKind, CoefficientDtype, MergeReport, SubspaceSettings, smaller_layers
 from .subspace.dimensions import Auto, ChosenDimensions, WantedDimensions, settled
 from .tuner.transfer import inject_tasks
 
@@ -107,6 +108,7 @@ class SharedSubspace:
         explained_variance: float | None = None,
         drift_tolerance: float | None = None,
         max_components: int | None = None,
+        coefficient_dtype: CoefficientDtype = "float32",
         base_model: str | None = None,
         token: str | bool | None = None,
         progress: bool = True,
@@ -131,6 +133,8 @@ class SharedSubspace:
             explained_variance (`float`, *optional*): Take the fewest directions that explain this fraction.
             drift_tolerance (`float`, *optional*): Largest relative drift that merges may add up to.
             max_components (`int`, *optional*): How far layers may grow for it, or `"auto"` looks (to 128 otherwise).
+            coefficient_dtype (`Literal["float32", "bfloat16", "4bit"]`, *optional*, defaults to `"float32"`):
+                What coefficients are stored in; every merge rounds them, and certifies what that changes.
             base_model (`str`, *optional*):
                 Name of the base model, where the adapters call one model by several names. Not checked.
             token (`str` or `bool`, *optional*): For the hub.
@@ -147,6 +151,7 @@ class SharedSubspace:
             explained_variance=explained_variance,
             drift_tolerance=drift_tolerance,
             max_components=max_components,
+            coefficient_dtype=coefficient_dtype,
         )
         wanted.check_beside(settings)
         check_base_name(base_model)
@@ -288,27 +293,11 @@ class SharedSubspace:
         with holding(place):
             if holds(place, CONFIG_NAME) and not holds(place, INDEX_FILE):
                 raise ValueError(f"{folder}: holds an adapter that is no shared subspace, expected another folder")
-            state = self._with_saved(place)
+            state = with_saved(self.state, place, self._seen.get(place.resolve()))
             template = None if card_template is None else Path(card_template)
             write_tree(state, place, card=replace(self._card, template=template))
             self._held = state
             self._seen[place.resolve()] = state.lineage
-
-    def _with_saved(self, folder: Path) -> SubspaceState:
-        """The state with what others have saved in a folder since this subspace last read or wrote it."""
-        state, seen = self.state, self._seen.get(folder.resolve())
-        if seen is None or not holds(folder, INDEX_FILE):
-            return state
-        found = reading_whole(folder, INDEX_FILE, read_index)
-        if found.lineage == seen:
-            return state
-        try:
-            return reconcile(*named_alike(state, read_tree(folder)))
-        except ValueError as error:
-            raise ValueError(
-                f"{folder}: somebody else saved there since, and the two cannot be merged: {error}; save to another "
-                "folder, or load that one again"
-            ) from error
 
     def push_to_hub(
         self,

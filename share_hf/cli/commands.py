@@ -324,7 +324,7 @@ def _described(subspace: SharedSubspace, place: str) -> Outcome:
         lines.append("\n" + ", ".join(f"{name.replace('_', ' ')} {score(value)}" for name, value in means.items()))
     facts = {
         "base_model": subspace.base_model_name_or_path,
-        "settings": asdict(settings),
+        "settings": settings.to_dict(),
         **report.to_dict(),
         "scores": {task: known._asdict() for task, known in scores.items()},
         "metrics": means,

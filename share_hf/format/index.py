@@ -8,7 +8,8 @@ on the hub was written, where it was over 0); `branched` (the tasks that have a 
 all are); `replaced` (task -> the commit of its branch that the push of this tree replaces: where the branch is still
 there, it was not written again); `sha256` (path in the tree -> checksum, of every file that loading depends on; of a
 task, its `metrics.json`, which has the checksums of the others); `digest` (checksum of all the other fields); since
-format version 2 `fingerprint` (of the bases of all layers, see `fingerprint_of_all`).
+format version 2 `fingerprint` (of the bases of all layers, see `fingerprint_of_all`). Format version 3 is written only
+where settings ask for what version 2 does not have: `coefficient_dtype` in `settings`, see `coefficients`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from .names import check_stored_names
 
 
 INDEX_FILE = "share_config.json"
+# Of a tree that the first library of this version reads. What only a later one reads is written as that.
 FORMAT_VERSION = 2
+NEWEST_FORMAT_VERSION = 3
 
 # Names and rank-1 tensors of a safetensors file, over what its matrices take.
 _BYTES_BESIDE_MATRICES = 2**20
@@ -105,9 +108,14 @@ class TreeIndex:
         return 4 * matrices + _BYTES_BESIDE_MATRICES
 
 
+def format_version_for(settings: SubspaceSettings) -> int:
+    """The oldest format version that has all that these settings ask for."""
+    return FORMAT_VERSION if settings.is_plain else NEWEST_FORMAT_VERSION
+
+
 def index_bytes(index: TreeIndex) -> bytes:
     """`share_config.json`, with the digest of its content."""
-    content = {**asdict(index), "share_hf_version": __version__}
+    content = {**asdict(index), "settings": index.settings.to_dict(), "share_hf_version": __version__}
     content["digest"] = _digest(content)
     return json_bytes(content)
 
@@ -123,10 +131,10 @@ def read_index(folder: Path) -> TreeIndex:
     version = content.get("format_version")
     if not isinstance(version, int) or version < 1:
         raise ValueError(f"{path}: format_version is {version!r}, expected {FORMAT_VERSION}")
-    if version > FORMAT_VERSION:
+    if version > NEWEST_FORMAT_VERSION:
         raise ValueError(
-            f"{path}: format_version is {version}, expected at most {FORMAT_VERSION}: the tree was written by a newer "
-            "share_hf, upgrade with `pip install -U share-hf`"
+            f"{path}: format_version is {version}, expected at most {NEWEST_FORMAT_VERSION}: the tree was written "
+            "by a newer share_hf, upgrade with `pip install -U share-hf`"
         )
     digest = content.pop("digest", None)
     if digest != _digest(content):

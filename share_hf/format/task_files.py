@@ -1,8 +1,8 @@
 """The folder of one task in a tree: its coefficients and head as a SHARE adapter, and what is known of it.
 
 adapter_config.json         peft_type SHARE
-adapter_model.safetensors   coefficients (k_out, min(p, n, d)) and (k_in, min(p, n, d)) of each layer, fingerprints of
-                            the bases that they belong to, and the head
+adapter_model.safetensors   coefficients (k_out, min(p, n, d)) and (k_in, min(p, n, d)) of each layer, as
+                            `coefficients` has them, fingerprints of the bases that they belong to, and the head
 metrics.json                scores, the norm and drift of each layer, which merges need, checksums of the others
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -23,6 +22,7 @@ from torch import Tensor
 from ..state import Phase, SubspaceState, TaskInfo, sketch_of
 from ..subspace import LARGEST_NORM, rank_in_layer
 from .basis_file import SUBSPACE_FILE, StoredBasis
+from .coefficients import SIDES, coefficient_tensors, with_plain_coefficients
 from .files import check_tensors, expect_tensor, json_bytes, read_json, read_tensors
 from .index import INDEX_FILE, TreeIndex, check_file
 from .lora import PEFT_PREFIX, adapter_files, check_head_names, read_target
@@ -50,17 +50,17 @@ def task_folder(task: str) -> str:
 def share_adapter_tensors(state: SubspaceState, task: str, bases: Mapping[str, StoredBasis]) -> dict[str, Tensor]:
     """A task's coefficients, the fingerprints of their bases and its head, as PEFT saves and loads them."""
     tensors = {f"{PEFT_PREFIX}{name}": tensor for name, tensor in state.tasks[task].head.items()}
+    dtype = state.settings.coefficient_dtype
     for module, layer in state.layers_of(task).items():
-        coefficients_out, coefficients_in = layer.coefficients_of(task)
-        tensors[f"{PEFT_PREFIX}{module}.share_coefficients_out"] = coefficients_out
-        tensors[f"{PEFT_PREFIX}{module}.share_coefficients_in"] = coefficients_in
+        for side, coefficients in zip(SIDES, layer.coefficients_of(task), strict=True):
+            tensors |= coefficient_tensors(f"{PEFT_PREFIX}{module}.{side}", coefficients, dtype)
         tensors[f"{PEFT_PREFIX}{module}.{FINGERPRINT}"] = bases[module].fingerprint
     return tensors
 
 
 def share_adapter_config(state: SubspaceState, task: str) -> dict[str, Any]:
     """The values of a task's `ShareConfig`."""
-    settings = asdict(state.settings)
+    settings = state.settings.to_dict()
     del settings["center"]  # a property of merges, which a single task has no say in
     return {
         "peft_type": "SHARE",
@@ -122,7 +122,7 @@ def read_task(
         place / name for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, METRICS_FILE)
     )
     config, metrics = read_json(config_path), read_json(metrics_path)
-    tensors = read_tensors(weights_path)
+    tensors = with_plain_coefficients(weights_path, read_tensors(weights_path), index.settings.coefficient_dtype)
     stored: dict[str, StoredTask] = {}
     coefficients: set[str] = set()
     try:

@@ -160,7 +160,7 @@ def with_learned_coefficients(
     for module, layer in state.layers.items():
         if module in coefficients:
             try:
-                layers[module] = layer.with_task(task, *coefficients[module])
+                layers[module] = layer.with_task(task, *coefficients[module], dtype=state.settings.coefficient_dtype)
             except ValueError as error:
                 raise ValueError(f"{module!r}: {error}") from error
     return replace(state, layers=layers, tasks={**state.tasks, task: info}).with_step(changed=[task], learned=task)

@@ -6,6 +6,7 @@ from .factors import LARGEST_NORM, CompactUpdate, LowRankUpdate, thin_svd_of_upd
 from .layer import LayerSubspace, TaskRecords
 from .merge import DriftToleranceError, LayerMergeReport, merge_into_layer, residual_outside
 from .model import MergeReport, merge_into_layers
+from .rounding import CoefficientDtype, packed, stored_bytes, unpacked
 from .settings import BasisKind, SubspaceSettings, check_dimensions, rank_in_layer, smaller_layers
 from .sketch import SKETCH_BUCKETS, initialization_sketch, initialization_sketches
 
@@ -17,6 +18,7 @@ __all__ = [
     "Auto",
     "BasisKind",
     "ChosenDimensions",
+    "CoefficientDtype",
     "CompactUpdate",
     "DriftToleranceError",
     "LayerMergeReport",
@@ -34,8 +36,11 @@ __all__ = [
     "initialization_sketches",
     "merge_into_layer",
     "merge_into_layers",
+    "packed",
     "rank_in_layer",
     "residual_outside",
     "smaller_layers",
+    "stored_bytes",
     "thin_svd_of_update",
+    "unpacked",
 ]

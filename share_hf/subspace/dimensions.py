@@ -20,6 +20,7 @@ from .coordinates import EXACT_COLUMNS, OVERSAMPLING, exact_coordinates, found_c
 from .factors import LowRankUpdate, inverse_norms
 from .layer import LayerSubspace
 from .model import each_layer, tasks_by_module
+from .rounding import stored_bytes
 from .settings import SubspaceSettings, check_dimensions, rank_in_layer
 from .stack import UpdateStack
 
@@ -271,8 +272,9 @@ def _curves_of(updates: Mapping[str, LowRankUpdate], settings: SubspaceSettings,
     ks, ps = torch.arange(1, limit + 1)[:, None], torch.arange(1, limit + 1)[None, :]
     k_out, k_in = (ks.clamp_max(most) for most in kept)
     ranks = ps.clamp_max(rank_in_layer(limit, shape))
-    coefficients = len(updates) * ranks * (k_out + k_in)
-    size = _BYTES_OF_BASIS * (shape[0] * k_out + shape[1] * k_in + coefficients)
+    dtype = settings.coefficient_dtype
+    coefficients = len(updates) * (stored_bytes(k_out, ranks, dtype) + stored_bytes(k_in, ranks, dtype))
+    size = _BYTES_OF_BASIS * (shape[0] * k_out + shape[1] * k_in) + coefficients
     return _Curves(errors, size.double(), int(counts.sum()))
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .factors import LowRankUpdate, check_norm, inverse_norms, truncated_balanced_factors, without_autocast
+from .rounding import MOST_ROUNDING, CoefficientDtype, store
 from .settings import rank_in_layer
 from .stack import TASKS_PER_CHUNK
 
@@ -17,6 +18,9 @@ from .stack import TASKS_PER_CHUNK
 # Relative size under which a singular value of float32 coefficients may be what rounding made of zero.
 _ROUNDING_OF_COEFFICIENTS = 1e-6
 _SIZE_OF_EMPTY_COLUMNS = 0.2
+
+# What products with two bases in float32 may be larger than those with the orthonormal ones that they stand for.
+_ROUNDED_BASIS = 1 + 1e-5
 
 
 @dataclass(frozen=True)
@@ -190,25 +194,44 @@ class LayerSubspace:
         energy = update_norms(self.coefficients_out, self.coefficients_in).square() * weights.square()
         return float(energy.sum() / (weights > 0).sum())
 
-    def with_task(self, task: str, coefficients_out: Tensor, coefficients_in: Tensor) -> LayerSubspace:
+    def with_task(
+        self, task: str, coefficients_out: Tensor, coefficients_in: Tensor, *, dtype: CoefficientDtype = "float32"
+    ) -> LayerSubspace:
         """The layer with a task learned inside its basis, which stays as it is; an existing one is replaced.
 
-        The coefficients are stored as they are and count as learned: norm from now, no drift.
+        The coefficients count as learned: norm from now, and no drift but for what storing them in fewer bits changes.
+
+        Args:
+            task: Its name.
+            coefficients_out: (k_out, p).
+            coefficients_in: (k_in, p).
+            dtype: What they are stored in.
 
         Raises:
             ValueError: If they are not finite, or the norm of their update is out of range; naming the task.
         """
         norm = self._norm_of(task, coefficients_out, coefficients_in)
         kept = self.without_task(task) if self.has(task) else self
-        new_out = coefficients_out.to(self.coefficients_out).unsqueeze(0)
-        new_in = coefficients_in.to(self.coefficients_in).unsqueeze(0)
+        exact = [
+            given.to(side).unsqueeze(0)
+            for given, side in (
+                (coefficients_out, self.coefficients_out),
+                (coefficients_in, self.coefficients_in),
+            )
+        ]
+        new_out, new_in = (torch.empty_like(side) for side in exact)
+        rounding = store((exact[0].double(), exact[1].double()), (new_out, new_in), dtype, dim=-2)
+        change = _ROUNDED_BASIS * rounding.changes.to(kept.records.norms) * inverse_norms(norm.unsqueeze(0))
+        if change > MOST_ROUNDING[dtype]:
+            raise ValueError(f"task {task!r}: its update of norm {float(norm):.3g} cannot be stored in {dtype}")
+        record = TaskRecords(norm.unsqueeze(0).to(kept.records.norms), torch.zeros_like(change), change, change)
         position = self.index(task) if self.has(task) else len(self.tasks)
         added = replace(
             kept,
             tasks=(*kept.tasks, task),
             coefficients_out=torch.cat([kept.coefficients_out, new_out]),
             coefficients_in=torch.cat([kept.coefficients_in, new_in]),
-            records=kept.records.append(TaskRecords.undrifted(norm.unsqueeze(0).to(kept.records.norms))),
+            records=kept.records.append(record),
         )
         order = list(range(len(kept.tasks)))
         order.insert(position, len(kept.tasks))

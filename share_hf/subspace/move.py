@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .basis import Directions
 from .factors import truncated_balanced_factors
+from .rounding import CoefficientDtype, Rounding, store
 from .stack import UpdateStack
 
 
@@ -59,18 +60,16 @@ class MovedTasks:
         coefficients_out: (tasks + new tasks, k_out', p), with room at the end for the new tasks. Likewise
             `coefficients_in`.
         lost: (tasks,), ``‖ΔW_i' - ΔW_i‖`` before rounding.
-        sizes: (tasks, 2), norms of the exact coefficients; the product bounds ``‖ΔW_i'‖``.
-        roundings: (tasks, 2), norms of their rounding errors.
+        rounding: What storing them changed.
     """
 
     coefficients_out: Tensor
     coefficients_in: Tensor
     lost: Tensor
-    sizes: Tensor
-    roundings: Tensor
+    rounding: Rounding
 
 
-def move_old_tasks(stack: UpdateStack, candidate: Candidate) -> MovedTasks:
+def move_old_tasks(stack: UpdateStack, candidate: Candidate, dtype: CoefficientDtype = "float32") -> MovedTasks:
     """``ε' = P^T R ε`` for all old tasks (Sec. 3.2.3), and how much of each update the new basis loses.
 
     The loss is ``‖D_out^T ΔW‖² + ‖ΔW D_in‖² - ‖D_out^T ΔW D_in‖²`` with D the discarded directions. The last term is
@@ -85,6 +84,7 @@ def move_old_tasks(stack: UpdateStack, candidate: Candidate) -> MovedTasks:
     moved_in = stack.old_in.new_empty(with_room, pseudo_rank, kept_in)
     squared = stack.old_weights.new_empty(tasks)
     sizes, roundings = stack.old_weights.new_empty(tasks, 2), stack.old_weights.new_empty(tasks, 2)
+    changes = stack.old_weights.new_empty(tasks)
     for span, stored_out, stored_in in stack.old_chunks():
         old_out, old_in = stored_out.double(), stored_in.double()
         turned_out, turned_in = old_out @ turn_out, old_in @ turn_in
@@ -95,12 +95,11 @@ def move_old_tasks(stack: UpdateStack, candidate: Candidate) -> MovedTasks:
             - (lost_out.mT @ lost_in).square().sum((-2, -1))
         )
         exact_out, exact_in = turned_out[..., :kept_out], turned_in[..., :kept_in]
-        rounded_out, rounded_in = moved_out[:tasks][span], moved_in[:tasks][span]
-        rounded_out.copy_(exact_out)
-        rounded_in.copy_(exact_in)
-        sizes[span] = coefficient_norms(exact_out, exact_in)
-        roundings[span] = coefficient_norms(rounded_out - exact_out, rounded_in - exact_in)
-    return MovedTasks(moved_out.mT, moved_in.mT, squared.clamp_min(0).sqrt(), sizes, roundings)
+        stored = moved_out[:tasks][span], moved_in[:tasks][span]
+        rounding = store((exact_out, exact_in), stored, dtype, dim=-1)
+        sizes[span], roundings[span], changes[span] = rounding.sizes, rounding.roundings, rounding.changes
+    rounding = Rounding(sizes, roundings, changes)
+    return MovedTasks(moved_out.mT, moved_in.mT, squared.clamp_min(0).sqrt(), rounding)
 
 
 def _product_norm_squared(factor: Tensor, gram: Tensor) -> Tensor:
@@ -138,12 +137,6 @@ def new_coefficients(
     return all_out, all_in, rank_errors
 
 
-def coefficient_norms(coefficients_out: Tensor, coefficients_in: Tensor) -> Tensor:
-    """Frobenius norms of both sides' coefficients, (tasks, 2)."""
-    norm = torch.linalg.vector_norm
-    return torch.stack([norm(coefficients_out, dim=(-2, -1)), norm(coefficients_in, dim=(-2, -1))], dim=-1)
-
-
 def rounded_basis(exact: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
     """The basis as stored, and the spectral norm of what rounding changed."""
     rounded = exact.to(dtype)
@@ -153,13 +146,14 @@ def rounded_basis(exact: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
     return rounded, float(torch.linalg.eigvalsh(change.T @ change).max().clamp_min(0).sqrt())
 
 
-def rounding_bound(sizes: Tensor, roundings: Tensor, slack: Tensor) -> Tensor:
-    """Upper bound (tasks,) on the change of each update by rounding its coefficients and the bases.
+def rounding_bound(rounding: Rounding, slack: Tensor) -> Tensor:
+    """Upper bound (tasks,) on the change of each update by rounding the bases, and its coefficients where that is
+    little; not the `changes` of coefficients in fewer bits.
 
     Args:
-        sizes: (tasks, 2), norms of the exact coefficients, output and input side.
-        roundings: (tasks, 2), norms of their rounding errors.
+        rounding: Of the coefficients.
         slack: (2,), spectral norms of the rounding errors of the bases.
     """
+    sizes, roundings = rounding.sizes, rounding.roundings
     changes = slack * (sizes + roundings) + roundings
     return changes[:, 0] * sizes[:, 1] + (sizes[:, 0] + changes[:, 0]) * changes[:, 1]

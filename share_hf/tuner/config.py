@@ -11,7 +11,7 @@ from peft.config import PeftConfig
 
 from ..format.basis_file import StoredBasis
 from ..state import Phase
-from ..subspace import BasisKind, SubspaceSettings, check_dimensions
+from ..subspace import BasisKind, CoefficientDtype, SubspaceSettings, check_dimensions
 from .lora_only import without_options_of_lora
 
 
@@ -107,6 +107,8 @@ class ShareConfig(PeftConfig):
             Largest relative drift of any task that merges may add up to; layers grow to meet it.
         max_components (`int`, *optional*):
             How far layers may grow for `drift_tolerance`.
+        coefficient_dtype (`Literal["float32", "bfloat16", "4bit"]`, *optional*, defaults to `"float32"`):
+            What a subspace stores coefficients in. In a model they are float32 in any case.
         dropout (`float`, *optional*, defaults to `0.0`):
             Probability with which inputs of a task's update are dropped in training, as LoRA's `lora_dropout`.
         init_std (`float`, *optional*, defaults to `0.05`):
@@ -161,6 +163,10 @@ class ShareConfig(PeftConfig):
     )
     max_components: int | None = field(
         default=None, metadata={"help": "How far layers may grow to meet drift_tolerance."}
+    )
+    coefficient_dtype: CoefficientDtype = field(
+        default="float32",
+        metadata={"help": "What a subspace stores coefficients in: 'float32', 'bfloat16' or '4bit'."},
     )
     dropout: float = field(
         default=0.0, metadata={"help": "Probability with which inputs of a task's update are dropped in training."}

@@ -213,7 +213,8 @@ def state_of(model: PeftModel) -> SubspaceState:
         for task in tasks:
             if task in layer.share_coefficients_out:
                 coefficients = layer.share_coefficients_out[task], layer.share_coefficients_in[task]
-                learned = learned.with_task(task, *(side.detach().cpu() for side in coefficients))
+                out, in_ = (side.detach().cpu() for side in coefficients)
+                learned = learned.with_task(task, out, in_, dtype=state.settings.coefficient_dtype)
         stored[module] = learned
     infos = {task: TaskInfo(target=target_of(model.peft_config[task]), head=head_of(model, task)) for task in tasks}
     return replace(state, layers=stored, tasks=infos)

@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..format.basis_file import SUBSPACE_FILE
+from ..format.coefficients import with_plain_coefficients
 from ..format.embeddings import embedding_of
 from ..format.files import expect_tensor, read_pickled_tensors, read_tensors
 from ..format.index import ModuleEntry, TreeIndex
@@ -78,6 +79,8 @@ def check_weights(
     if of_tree and config.phase != Phase.COEFFICIENTS:
         raise ValueError(f"{path.parent}: phase is {config.phase!r}, expected 'coefficients' for a task of a tree")
     tensors = read_tensors(path) if path.suffix == ".safetensors" else read_pickled_tensors(path)
+    if of_tree:
+        tensors = with_plain_coefficients(path, tensors, index.settings.coefficient_dtype)
     weights, saved = CheckedWeights(tensors), saved_names(config.modules_to_save, config.task_type)
     if not of_tree:  # of a model that its user may have cast before saving it
         tensors = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}

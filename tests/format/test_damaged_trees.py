@@ -169,8 +169,8 @@ def test_edited_json_is_refused(name: str, change: Edit, tree: Path, refused: Ca
     ("change", "message"),
     [
         (
-            lambda index: index.update(format_version=3),
-            "format_version is 3, expected at most 2: .*newer share_hf, upgrade with",
+            lambda index: index.update(format_version=4),
+            "format_version is 4, expected at most 3: .*newer share_hf, upgrade with",
         ),
         (lambda index: index.update(format_version=0), "format_version is 0, expected 2"),
         (lambda index: index.update(format_version="1"), "format_version is '1', expected 2"),

@@ -604,9 +604,9 @@ def test_a_tree_of_a_newer_format_is_refused_with_what_to_do(
 ) -> None:
     if other_tensors:
         in_tensors(BASIS, lambda tensors: tensors.update({f"{Q_PROJ}.gamma": torch.ones(1)}))(tree)
-    edit_index(tree, lambda index: index.update(format_version=3))
+    edit_index(tree, lambda index: index.update(format_version=4))
     victim.finds(tree)
-    victim.is_refused(loader, f"{INDEX}: format_version is 3, expected at most 2: .*newer share_hf, upgrade with")
+    victim.is_refused(loader, f"{INDEX}: format_version is 4, expected at most 3: .*newer share_hf, upgrade with")
 
 
 @every_loader

@@ -1,0 +1,91 @@
+"""Coefficients of a task in one layer as tensors of a file, in whatever type the subspace stores them.
+
+float32, bfloat16   `share_coefficients_out` (k_out, p) and `share_coefficients_in` (k_in, p)
+4bit                of each side, with `_codes` after its name: (p, ⌈k / 2⌉) uint8, column by column, two codes of 1 to
+                    15 a byte, the first in the lower four bits, a last 0 where k is odd; with `_scales`: (p, ⌈k / 32⌉)
+                    bfloat16. A number is (code - 8) times the scale of its 32 directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..subspace import CoefficientDtype, packed, unpacked
+
+
+SIDES = ("share_coefficients_out", "share_coefficients_in")
+_CODES, _SCALES = "_codes", "_scales"
+
+
+def coefficient_tensors(name: str, coefficients: Tensor, dtype: CoefficientDtype) -> dict[str, Tensor]:
+    """The tensors of one side's coefficients (k, p) by their names in a file.
+
+    Raises:
+        ValueError: If they are not numbers of this type, as those of a merge are; naming them.
+    """
+    if dtype == "float32":
+        return {name: coefficients}
+    try:
+        if dtype == "bfloat16":
+            rounded = coefficients.to(torch.bfloat16)
+            if not torch.equal(rounded.float(), coefficients.float()):
+                raise ValueError("coefficients are not bfloat16 numbers, expected those of a merge")
+            return {name: rounded}
+        codes, scales = packed(coefficients.mT)
+    except ValueError as error:
+        raise ValueError(f"{name!r}: {error}") from error
+    return {f"{name}{_CODES}": codes, f"{name}{_SCALES}": scales}
+
+
+def with_plain_coefficients(path: Path, tensors: Mapping[str, Tensor], dtype: CoefficientDtype) -> dict[str, Tensor]:
+    """The tensors of a task's file with its coefficients as float32 (k, p).
+
+    Args:
+        path: The file.
+        tensors: What is in it.
+        dtype: What it should have coefficients in; tensors of another type are left as they are.
+
+    Raises:
+        ValueError: If coefficients are of another type or damaged; naming file and tensor.
+    """
+    if dtype == "float32":
+        return dict(tensors)
+    return with_unpacked(path, tensors) if dtype == "4bit" else _from_bfloat16(path, tensors)
+
+
+def with_unpacked(path: Path | str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file with 4-bit coefficients as float32 (k, p).
+
+    Raises:
+        ValueError: If codes or scales are missing or damaged; naming file and tensor.
+    """
+    plain = {}
+    for name, tensor in tensors.items():
+        side, is_part, part = name.partition(_CODES if name.endswith(_CODES) else _SCALES)
+        if not is_part or part or not side.endswith(SIDES):
+            plain[name] = tensor
+            continue
+        codes, scales = tensors.get(f"{side}{_CODES}"), tensors.get(f"{side}{_SCALES}")
+        if codes is None or scales is None:
+            missing = _CODES if codes is None else _SCALES
+            raise ValueError(f"{path}: {side + missing!r} is missing, expected codes and scales")
+        if side not in plain:
+            try:
+                plain[side] = unpacked(codes, scales).mT.contiguous()
+            except ValueError as error:
+                raise ValueError(f"{path}: {side!r}: {error}") from error
+    return plain
+
+
+def _from_bfloat16(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    plain = dict(tensors)
+    for name, tensor in tensors.items():
+        if name.endswith(SIDES):
+            if tensor.dtype != torch.bfloat16:
+                raise ValueError(f"{path}: {name!r} is {tensor.dtype}, expected torch.bfloat16")
+            plain[name] = tensor.float()
+    return plain
