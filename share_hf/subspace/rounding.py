@@ -98,7 +98,8 @@ def rounded(rows: Tensor, dtype: CoefficientDtype) -> Tensor:
     if dtype == "bfloat16":
         return rows.to(torch.bfloat16).float()
     codes, scales = _codes_and_scales(rows)
-    return (codes * scales.unsqueeze(-1)).flatten(-2)[..., : rows.shape[-1]].float()
+    numbers = codes * scales.unsqueeze(-1) + 0.0  # no -0.0, which has no code
+    return numbers.flatten(-2)[..., : rows.shape[-1]].float()
 
 
 def packed(rows: Tensor) -> tuple[Tensor, Tensor]:
