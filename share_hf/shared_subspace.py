@@ -109,6 +109,7 @@ class SharedSubspace:
         drift_tolerance: float | None = None,
         max_components: int | None = None,
         coefficient_dtype: CoefficientDtype = "float32",
+        tolerance: float | None = None,
         base_model: str | None = None,
         token: str | bool | None = None,
         progress: bool = True,
@@ -135,6 +136,8 @@ class SharedSubspace:
             max_components (`int`, *optional*): How far layers may grow for it, or `"auto"` looks (to 128 otherwise).
             coefficient_dtype (`Literal["float32", "bfloat16", "4bit"]`, *optional*, defaults to `"float32"`):
                 What coefficients are stored in; every merge rounds them, and certifies what that changes.
+            tolerance (`float`, *optional*):
+                Relative error up to which a task takes a smaller rank than p in a layer; files hold that rank alone.
             base_model (`str`, *optional*):
                 Name of the base model, where the adapters call one model by several names. Not checked.
             token (`str` or `bool`, *optional*): For the hub.
@@ -152,6 +155,7 @@ class SharedSubspace:
             drift_tolerance=drift_tolerance,
             max_components=max_components,
             coefficient_dtype=coefficient_dtype,
+            tolerance=tolerance,
         )
         wanted.check_beside(settings)
         check_base_name(base_model)

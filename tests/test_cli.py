@@ -171,7 +171,7 @@ class TestInit:
         args = vars(parse(["init", "sub", "mrpc"]))
         parameters = inspect.signature(SharedSubspace.from_adapters).parameters
         settings = {name: parameters[name].default for name in parameters if name in args and name != "adapters"}
-        assert len(settings) == 12  # the base model and the token are two
+        assert len(settings) == 13  # the base model and the token are two
         assert settings == {name: args[name] for name in settings}
 
     def test_says_what_it_chose_and_what_it_costs(

@@ -188,6 +188,7 @@ def _init(command: argparse.ArgumentParser) -> None:
     add("--explained-variance", type=float, metavar="X", help="Take the fewest directions that explain this fraction")
     add("--drift-tolerance", type=float, metavar="X", help="Largest relative drift that merges may add up to")
     add("--max-components", type=int, metavar="K", help="How far layers may grow for it, or auto looks")
+    add("--tolerance", type=float, metavar="X", help="Error up to which a task takes a smaller rank in a layer")
     add(
         "--coefficient-dtype",
         choices=("float32", "bfloat16", "4bit"),

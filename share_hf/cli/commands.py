@@ -263,7 +263,7 @@ def _format_versions(repo_id: str, token: str | None) -> dict[str, int]:
     with _naming_what_is_missing([repo_id], INDEX_FILE):
         index = RemoteTree.open(repo_id, token=token).index
     versions = {"main": index.format_version}
-    if index.format_version == FORMAT_VERSION:
+    if index.format_version >= FORMAT_VERSION:
         branches = {ref.name for ref in HfApi(token=token).list_repo_refs(repo_id).branches}
         for task in branches.intersection(index.tasks):
             versions[task] = RemoteTree.open(repo_id, task, token=token).index.format_version

@@ -89,3 +89,22 @@ def _from_bfloat16(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
                 raise ValueError(f"{path}: {name!r} is {tensor.dtype}, expected torch.bfloat16")
             plain[name] = tensor.float()
     return plain
+
+
+def rank_of_coefficients(path: Path, tensors: Mapping[str, Tensor], prefix: str, most: int) -> int:
+    """The rank that a task has in one layer, where it may be smaller than p.
+
+    Args:
+        path: The file.
+        tensors: What is in it, as float32 (k, p_i).
+        prefix: Name of the coefficients there, up to `_out`.
+        most: p.
+
+    Raises:
+        ValueError: If it is no rank up to p; naming file and tensor.
+    """
+    name = f"{prefix}_out"
+    shape = tuple(tensors[name].shape) if name in tensors else None
+    if shape is None or len(shape) != 2 or not 1 <= shape[1] <= most:
+        raise ValueError(f"{path}: {name!r} is {shape or 'missing'}, expected a matrix of 1 to {most} columns")
+    return shape[1]

@@ -9,7 +9,8 @@ all are); `replaced` (task -> the commit of its branch that the push of this tre
 there, it was not written again); `sha256` (path in the tree -> checksum, of every file that loading depends on; of a
 task, its `metrics.json`, which has the checksums of the others); `digest` (checksum of all the other fields); since
 format version 2 `fingerprint` (of the bases of all layers, see `fingerprint_of_all`). Format version 3 is written only
-where settings ask for what version 2 does not have: `coefficient_dtype` in `settings`, see `coefficients`.
+where settings ask for what version 2 does not have: `coefficient_dtype` in `settings`, see `coefficients`, and
+`tolerance`, with which a task has a rank of its own in each layer.
 """
 
 from __future__ import annotations

@@ -64,11 +64,10 @@ def report_of(state: SubspaceState) -> SubspaceReport:
     parameters, bounds = dict.fromkeys(state.tasks, 0), dict.fromkeys(state.tasks, 0.0)
     sizes = dict.fromkeys(state.tasks, 0)
     for layer in layers:
-        for task, bound in zip(layer.tasks, layer.records.drift_bounds.tolist(), strict=True):
-            parameters[task] += layer.pseudo_rank * sum(layer.num_components)
-            sizes[task] += sum(
-                stored_bytes(k, layer.pseudo_rank, state.settings.coefficient_dtype) for k in layer.num_components
-            )
+        ranks = layer.ranks.tolist() if state.settings.has_ranks else [layer.pseudo_rank] * len(layer.tasks)
+        for task, rank, bound in zip(layer.tasks, ranks, layer.records.drift_bounds.tolist(), strict=True):
+            parameters[task] += rank * sum(layer.num_components)
+            sizes[task] += sum(stored_bytes(k, rank, state.settings.coefficient_dtype) for k in layer.num_components)
             bounds[task] = max(bounds[task], bound)
     drifts = state.drifts()
     tasks = tuple(

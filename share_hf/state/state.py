@@ -87,8 +87,9 @@ class SubspaceState:
         return {module: layer for module, layer in self.layers.items() if layer.has(task)}
 
     def updates_of(self, task: str) -> dict[str, LowRankUpdate]:
-        """The task's updates by module, each as factors of rank p."""
-        return {module: layer.update_of(task) for module, layer in self.layers_of(task).items()}
+        """The task's updates by module, each as factors of rank p, or of the task's own rank where it has one."""
+        trimmed = self.settings.has_ranks
+        return {module: layer.update_of(task, trimmed=trimmed) for module, layer in self.layers_of(task).items()}
 
     def drifts(self) -> dict[str, float]:
         """By task, its estimated drift since it was learned, over all layers: ``‖ΔW' - ΔW‖ / ‖ΔW‖``."""

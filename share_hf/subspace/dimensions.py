@@ -98,16 +98,18 @@ class WantedDimensions:
         return self.limit, 1 if self.pseudo_rank == "auto" else self.pseudo_rank
 
     def check_beside(self, settings: SubspaceSettings) -> None:
-        """Refuse a choice of k beside settings that choose it too, layer by layer.
+        """Refuse a choice of k and p beside settings that choose them too, layer by layer.
 
         Raises:
             ValueError: Naming the setting.
         """
-        for name in ("explained_variance", "drift_tolerance"):
-            if self.num_components == "auto" and getattr(settings, name) is not None:
+        given = {name: getattr(settings, name) for name in ("explained_variance", "drift_tolerance", "tolerance")}
+        for name, value in given.items():
+            chosen = "pseudo_rank" if self.num_components != "auto" else "num_components"
+            if value is not None and (self.num_components == "auto" or (self.is_open and name == "tolerance")):
                 raise ValueError(
-                    f"num_components is 'auto' and {name} is {getattr(settings, name)}, expected one of the two: both "
-                    "choose the number of directions"
+                    f"{chosen} is 'auto' and {name} is {value}, expected one of the two: both choose how much of a "
+                    "task is kept"
                 )
 
     @property

@@ -169,20 +169,29 @@ class LayerSubspace:
             raise ValueError(f"no task {task!r} in this layer, it has {list(self.tasks)}")
         return self._positions[task]
 
-    def coefficients_of(self, task: str) -> tuple[Tensor, Tensor]:
-        """The task's coefficients (k_out, p), (k_in, p)."""
+    def coefficients_of(self, task: str, *, trimmed: bool = False) -> tuple[Tensor, Tensor]:
+        """The task's coefficients (k_out, p), (k_in, p); `trimmed`, without zeros that fill up a smaller rank."""
         i = self.index(task)
-        return self.coefficients_out[i], self.coefficients_in[i]
+        rank = int(self.ranks[i]) if trimmed else self.pseudo_rank
+        return self.coefficients_out[i, :, :rank], self.coefficients_in[i, :, :rank]
 
-    def update_of(self, task: str, dtype: torch.dtype | None = None) -> LowRankUpdate:
+    @cached_property
+    def ranks(self) -> Tensor:
+        """How many columns of each task's coefficients (tasks,) int64 are not there to fill up; at least 1."""
+        given = self.coefficients_out.any(1) | self.coefficients_in.any(1)
+        places = torch.arange(1, self.pseudo_rank + 1, device=given.device)
+        return (given * places).amax(1).clamp_min(1)
+
+    def update_of(self, task: str, dtype: torch.dtype | None = None, *, trimmed: bool = False) -> LowRankUpdate:
         """The task's update as rank-p factors ``(β ε_out, α ε_in)``: a LoRA of ``B = out_factor, A = in_factor^T``.
 
         Args:
             task: A task of the layer.
             dtype: Type of the products; that of the basis if not given, which may round them.
+            trimmed: As for `coefficients_of`.
         """
         dtype = dtype or self.basis_out.dtype
-        out, in_ = (side.to(dtype) for side in self.coefficients_of(task))
+        out, in_ = (side.to(dtype) for side in self.coefficients_of(task, trimmed=trimmed))
         with without_autocast(out.device):
             return LowRankUpdate(self.basis_out.to(dtype) @ out, self.basis_in.to(dtype) @ in_)
 
@@ -203,8 +212,8 @@ class LayerSubspace:
 
         Args:
             task: Its name.
-            coefficients_out: (k_out, p).
-            coefficients_in: (k_in, p).
+            coefficients_out: (k_out, p), or of a smaller rank.
+            coefficients_in: (k_in, p), likewise.
             dtype: What they are stored in.
 
         Raises:
@@ -213,7 +222,7 @@ class LayerSubspace:
         norm = self._norm_of(task, coefficients_out, coefficients_in)
         kept = self.without_task(task) if self.has(task) else self
         exact = [
-            given.to(side).unsqueeze(0)
+            torch.nn.functional.pad(given.to(side), (0, self.pseudo_rank - given.shape[1])).unsqueeze(0)
             for given, side in (
                 (coefficients_out, self.coefficients_out),
                 (coefficients_in, self.coefficients_in),

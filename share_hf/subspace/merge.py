@@ -73,6 +73,7 @@ class _Merge:
         stack: All updates in these coordinates.
         unbalanced: Whether the factors of the new updates are still to get equal shares of them.
         coefficient_dtype: What coefficients are stored in.
+        tolerance: Relative error up to which a new task takes a smaller rank.
     """
 
     layer: LayerSubspace
@@ -83,6 +84,7 @@ class _Merge:
     stack: UpdateStack
     unbalanced: bool
     coefficient_dtype: CoefficientDtype
+    tolerance: float | None
 
     @property
     def weights(self) -> Tensor:
@@ -202,6 +204,7 @@ def _prepared(
         stack,
         unbalanced=joint and bool(room),
         coefficient_dtype=settings.coefficient_dtype,
+        tolerance=settings.tolerance,
     )
 
 
@@ -263,7 +266,9 @@ def _with_new_basis(merge: _Merge, candidate: Candidate) -> _Merged:
     basis_out, slack_out = rounded_basis(coordinates[0] @ candidate.out.basis, dtype)
     basis_in, slack_in = rounded_basis(coordinates[1] @ candidate.in_.basis, dtype)
     moved = move_old_tasks(stack, candidate, merge.coefficient_dtype)
-    new_out, new_in, rank_errors = new_coefficients(stack, candidate, layer.pseudo_rank, balance=merge.unbalanced)
+    new_out, new_in, rank_errors = new_coefficients(
+        stack, candidate, layer.pseudo_rank, balance=merge.unbalanced, tolerance=merge.tolerance
+    )
     coefficients_out, coefficients_in = moved.coefficients_out, moved.coefficients_in
     stored = coefficients_out[old_count:], coefficients_in[old_count:]
     rounding = moved.rounding.append(store((new_out, new_in), stored, merge.coefficient_dtype, dim=-2))
@@ -288,7 +293,9 @@ def _with_new_basis(merge: _Merge, candidate: Candidate) -> _Merged:
 def _with_old_basis(merge: _Merge, candidate: Candidate) -> _Merged:
     """The layer with the new tasks projected on the basis it has; the old tasks keep their coefficients to the bit."""
     layer, stack, dtype = merge.layer, merge.stack, merge.layer.basis_out.dtype
-    new_out, new_in, rank_errors = new_coefficients(stack, candidate, layer.pseudo_rank, balance=merge.unbalanced)
+    new_out, new_in, rank_errors = new_coefficients(
+        stack, candidate, layer.pseudo_rank, balance=merge.unbalanced, tolerance=merge.tolerance
+    )
     new_out, new_in = _in_old_basis(new_out, stack.rotation_out), _in_old_basis(new_in, stack.rotation_in)
     stored_out, stored_in = torch.empty_like(new_out, dtype=dtype), torch.empty_like(new_in, dtype=dtype)
     rounding = store((new_out, new_in), (stored_out, stored_in), merge.coefficient_dtype, dim=-2)

@@ -108,7 +108,7 @@ def _product_norm_squared(factor: Tensor, gram: Tensor) -> Tensor:
 
 
 def new_coefficients(
-    stack: UpdateStack, candidate: Candidate, pseudo_rank: int, *, balance: bool
+    stack: UpdateStack, candidate: Candidate, pseudo_rank: int, *, balance: bool, tolerance: float | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Coefficients of the new tasks: their factors projected, or the best rank p of the product if they are wider.
 
@@ -117,6 +117,7 @@ def new_coefficients(
         candidate: The directions.
         pseudo_rank: p.
         balance: Whether both factors of each task get the same share of its update, instead of what they came with.
+        tolerance: Relative error up to which a task takes a smaller rank, filled up with zeros. Balances them too.
 
     Returns:
         (new tasks, k_out', p), (new tasks, k_in', p), and the norm (new tasks,) of what a rank over p lost.
@@ -129,12 +130,39 @@ def new_coefficients(
         new_out, new_in = (factors_out @ candidate.out.basis).mT, (factors_in @ candidate.in_.basis).mT
         rank = min(pseudo_rank, new_out.shape[2])
         all_out[span, :, :rank], all_in[span, :, :rank] = new_out[..., :rank], new_in[..., :rank]
-        remade = stack.new_ranks[span] > (0 if balance else pseudo_rank)
+        remade = stack.new_ranks[span] > (0 if balance or tolerance is not None else pseudo_rank)
         if remade.any():
             all_out[span][remade], all_in[span][remade], rank_errors[span][remade] = truncated_balanced_factors(
                 new_out[remade], new_in[remade], pseudo_rank
             )
+    if tolerance is not None:
+        _cut_to_tolerance(all_out, all_in, rank_errors, _tolerated(stack, candidate, tolerance))
     return all_out, all_in, rank_errors
+
+
+def _tolerated(stack: UpdateStack, candidate: Candidate, tolerance: float) -> Tensor:
+    """Squared norms (new tasks,) of what a rank may lose of each, beside what the directions do."""
+    relative = (tolerance**2 - candidate.span_error.square()).clamp_min(0)
+    weights = stack.new_weights
+    return torch.where(weights > 0, relative / torch.where(weights > 0, weights, 1.0).square(), 0.0)
+
+
+def _cut_to_tolerance(out: Tensor, in_: Tensor, rank_errors: Tensor, tolerated: Tensor) -> None:
+    """Zero the last columns of balanced coefficients, as many as are tolerated, and count them as lost; in place.
+
+    Args:
+        out: (tasks, k_out, p), ``U √S``.
+        in_: (tasks, k_in, p), ``V √S``.
+        rank_errors: (tasks,), what a rank over p lost.
+        tolerated: (tasks,), squared norms.
+    """
+    energies = out.square().sum(1) * in_.square().sum(1)  # S², whose roots are the norms of both sides' columns
+    # Behind each column, what is lost without it and those after it.
+    lost = energies.flip(1).cumsum(1).flip(1) + rank_errors.square().unsqueeze(1)
+    cut = lost <= tolerated.unsqueeze(1)
+    out.masked_fill_(cut.unsqueeze(1), 0.0)
+    in_.masked_fill_(cut.unsqueeze(1), 0.0)
+    rank_errors.copy_(torch.where(cut, lost, 0.0).amax(1).sqrt().maximum(rank_errors))
 
 
 def rounded_basis(exact: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:

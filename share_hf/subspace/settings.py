@@ -14,7 +14,7 @@ BasisKind = Literal["joint", "factor"]
 _SHOWN = 4  # layers in a line
 
 # Settings of format version 3, and what they are where nothing is said.
-LATER_SETTINGS: dict[str, Any] = {"coefficient_dtype": "float32"}
+LATER_SETTINGS: dict[str, Any] = {"coefficient_dtype": "float32", "tolerance": None}
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class SubspaceSettings:
         max_components: How far a layer may grow for `drift_tolerance`; `None` for as far as its numerical rank.
         coefficient_dtype: What coefficients are stored in: `"float32"`, `"bfloat16"` or `"4bit"`. Every merge rounds
             them, and what that changes is part of the drift that it certifies.
+        tolerance: If given, a task that is merged takes in each layer the smallest rank, up to `pseudo_rank`, that
+            keeps its relative error ``‖ΔW' - ΔW‖ / ‖ΔW‖`` there at or under this, before rounding. It keeps this rank.
 
     Raises:
         ValueError: If a value is out of range, or two contradict each other.
@@ -50,6 +52,7 @@ class SubspaceSettings:
     drift_tolerance: float | None = None
     max_components: int | None = None
     coefficient_dtype: CoefficientDtype = "float32"
+    tolerance: float | None = None
 
     def __post_init__(self) -> None:
         check_dimensions(self.num_components, self.pseudo_rank)
@@ -65,6 +68,8 @@ class SubspaceSettings:
             raise ValueError(
                 f"coefficient_dtype is {self.coefficient_dtype!r}, expected one of {', '.join(COEFFICIENT_DTYPES)}"
             )
+        if self.tolerance is not None and not 0 <= self.tolerance < 1:
+            raise ValueError(f"tolerance is {self.tolerance}, expected a relative error of at least 0 and under 1")
         if self.max_components is not None and self.max_components < self.num_components:
             raise ValueError(
                 f"max_components is {self.max_components}, expected at least num_components = {self.num_components}"
@@ -78,6 +83,11 @@ class SubspaceSettings:
             for name, value in values.items()
             if name not in LATER_SETTINGS or value != LATER_SETTINGS[name]
         }
+
+    @property
+    def has_ranks(self) -> bool:
+        """Whether each task has a rank of its own in each layer."""
+        return self.tolerance is not None
 
     @property
     def is_plain(self) -> bool:

@@ -109,6 +109,8 @@ class ShareConfig(PeftConfig):
             How far layers may grow for `drift_tolerance`.
         coefficient_dtype (`Literal["float32", "bfloat16", "4bit"]`, *optional*, defaults to `"float32"`):
             What a subspace stores coefficients in. In a model they are float32 in any case.
+        tolerance (`float`, *optional*):
+            Relative error up to which a task that is merged takes a smaller rank than `pseudo_rank` in a layer.
         dropout (`float`, *optional*, defaults to `0.0`):
             Probability with which inputs of a task's update are dropped in training, as LoRA's `lora_dropout`.
         init_std (`float`, *optional*, defaults to `0.05`):
@@ -167,6 +169,9 @@ class ShareConfig(PeftConfig):
     coefficient_dtype: CoefficientDtype = field(
         default="float32",
         metadata={"help": "What a subspace stores coefficients in: 'float32', 'bfloat16' or '4bit'."},
+    )
+    tolerance: float | None = field(
+        default=None, metadata={"help": "Relative error up to which a task takes a smaller rank in a layer."}
     )
     dropout: float = field(
         default=0.0, metadata={"help": "Probability with which inputs of a task's update are dropped in training."}

@@ -96,7 +96,8 @@ def load_tasks(
         unmoved = before is not None and _same_basis(before, stored)
         for task in stored.tasks:
             if task in wanted and not (unmoved and task in known):
-                layer.set_coefficients(task, *stored.coefficients_of(task))
+                coefficients = stored.coefficients_of(task, trimmed=state.settings.has_ranks)
+                layer.set_coefficients(task, *coefficients)
     for task in wanted:
         head = state.tasks[task].head
         if head and not (task in known and held.tasks[task].head is head):

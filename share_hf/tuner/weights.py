@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..format.basis_file import SUBSPACE_FILE
-from ..format.coefficients import with_plain_coefficients
+from ..format.coefficients import rank_of_coefficients, with_plain_coefficients
 from ..format.embeddings import embedding_of
 from ..format.files import expect_tensor, read_pickled_tensors, read_tensors
 from ..format.index import ModuleEntry, TreeIndex
@@ -127,4 +127,7 @@ def _check_part(
             raise ValueError(f"{path}: {name!r} has shape {shape}, expected ({module.shape[side]}, any rank)")
     elif config.phase == Phase.COEFFICIENTS:
         p = rank_in_layer(config.pseudo_rank, module.shape)
+        if config.tolerance is not None:
+            prefix = name.removesuffix("_out").removesuffix("_in")
+            p = rank_of_coefficients(path, tensors, prefix, p)
         expect_tensor(path, tensors, name, (module.num_components[side], p))
