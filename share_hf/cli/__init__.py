@@ -106,6 +106,8 @@ def located_adapter(text: str) -> tuple[str, str]:
 
 def number_or_auto(text: str) -> int | str:
     """A whole number, or `"auto"`."""
+    if text != "auto" and not re.fullmatch(r"-?\d+", text):
+        raise argparse.ArgumentTypeError(f"invalid int value: {text!r}, expected a whole number or auto")
     return text if text == "auto" else int(text)
 
 

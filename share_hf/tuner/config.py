@@ -128,6 +128,7 @@ class ShareConfig(PeftConfig):
         fingerprints (`Mapping[str, torch.Tensor]`, *optional*):
             By module, the fingerprint of the basis that the coefficients to come belong to, if they are in memory. No
             field either; the model that takes the adapter compares them with its bases.
+        ranks (`Mapping[str, int]`, *optional*): By module, the rank of these coefficients. No field either.
 
     Raises:
         ValueError: If a value is out of range, or two contradict each other.
@@ -187,6 +188,7 @@ class ShareConfig(PeftConfig):
 
     origin = None
     fingerprints = None
+    ranks = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

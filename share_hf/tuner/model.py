@@ -30,6 +30,7 @@ from .loading import StoredAdapter, keep_weights, stored_adapter
 from .lora_only import check_options
 from .placement import call_layers_of, check_held_once, check_reached
 from .quantization import check_supported, keep_4bit_weights_differentiable
+from .ranks import resize
 from .renaming import adapter_named_as_in
 
 
@@ -200,6 +201,7 @@ class ShareModel(BaseTuner):
             if fingerprint is not None:
                 target.check_fingerprint(fingerprint, f"{module_name}.{FINGERPRINT}")
             target.update_layer(adapter_name, peft_config, inference_mode=peft_config.inference_mode)
+            self._set_rank(target, adapter_name, module_name)
             return
         base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         check_supported(base_layer, module_name, self.model)
@@ -210,11 +212,19 @@ class ShareModel(BaseTuner):
         )
         if fingerprint is not None:
             new_module.check_fingerprint(fingerprint, f"{module_name}.{FINGERPRINT}")
+        self._set_rank(new_module, adapter_name, module_name)
         new_module.basis_file = self._stored.basis_file
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
         call_layers_of(parent, new_module)
+
+    def _set_rank(self, layer: ShareLayer, adapter_name: str, module_name: str) -> None:
+        """Make room for the coefficients that are stored, which some loaders compare with it."""
+        rank = self._stored.ranks.get(module_name)
+        if rank is not None and adapter_name in layer.share_fingerprint:
+            for parameters in (layer.share_coefficients_out, layer.share_coefficients_in):
+                resize(parameters, adapter_name, rank, layer.share_ranks[adapter_name])
 
     def _basis_for(self, config: ShareConfig, base_layer: nn.Module, module_name: str) -> tuple[Tensor, Tensor]:
         in_features, out_features = _get_in_out_features(base_layer)

@@ -8,11 +8,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..format.lora import PEFT_PREFIX
+
 
 def stacked(coefficients: Sequence[Tensor]) -> Tensor:
     """Coefficients (tasks, k, p) of tasks of any rank up to p; zeros fill up smaller ones."""
     most = max(each.shape[1] for each in coefficients)
     return torch.stack([F.pad(each, (0, most - each.shape[1])) for each in coefficients])
+
+
+def ranks_of(weights: Mapping[str, Tensor]) -> dict[str, int]:
+    """The rank of coefficients in a state dict, by module."""
+    found = {}
+    for name, tensor in weights.items():
+        module, is_coefficients, _ = name.partition(".share_coefficients_out")
+        if is_coefficients and tensor.ndim == 2:
+            found[module.removeprefix(PEFT_PREFIX)] = tensor.shape[1]
+    return found
 
 
 def make_room(
@@ -29,10 +41,15 @@ def make_room(
         state_dict: What is about to be loaded; a rank that a task may not have is left for torch to refuse.
         prefix: What precedes a task's name there.
     """
-    for task, (least, most) in ranks.items():
-        kept, given = parameters.get(task), state_dict.get(f"{prefix}{task}")
-        if kept is None or given is None or given.ndim != 2 or given.shape[1] == kept.shape[1]:
-            continue
-        if least <= given.shape[1] <= most:
-            room = kept.data.new_empty(kept.shape[0], given.shape[1])
-            parameters[task] = nn.Parameter(room, requires_grad=kept.requires_grad)
+    for task, limits in ranks.items():
+        given = state_dict.get(f"{prefix}{task}")
+        if task in parameters and given is not None and given.ndim == 2:
+            resize(parameters, task, given.shape[1], limits)
+
+
+def resize(parameters: nn.ParameterDict, task: str, rank: int, limits: tuple[int, int]) -> None:
+    """Give a task room for coefficients of another rank, within limits, that are about to be loaded."""
+    kept, (least, most) = parameters[task], limits
+    if rank != kept.shape[1] and least <= rank <= most:
+        room = kept.data.new_zeros(kept.shape[0], rank)
+        parameters[task] = nn.Parameter(room, requires_grad=kept.requires_grad)

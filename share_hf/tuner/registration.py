@@ -34,6 +34,7 @@ from .loading import (
 )
 from .lora_only import advise_on_functions_of_lora, refuse
 from .model import ShareModel, basis_files, stored_bases
+from .ranks import ranks_of
 from .saving import check_no_remote_tree, check_no_tree, check_same_bases, write_bases
 
 
@@ -195,7 +196,7 @@ def _check_coefficients_of_transformers() -> None:
         config = call.arguments.get("peft_config")
         if weights is not None and isinstance(config, ShareConfig):
             config = call.arguments["peft_config"] = copy.copy(config)
-            config.fingerprints = fingerprints_of(weights)
+            config.fingerprints, config.ranks = fingerprints_of(weights), ranks_of(weights)
         if weights is not None or location is None:
             return original(*call.args, **call.kwargs)
         options = {**call.arguments.get("kwargs", {}), **(call.arguments.get("adapter_kwargs") or {})}
