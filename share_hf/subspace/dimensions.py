@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .basis import choose_directions
+from .basis import Directions, choose_directions
 from .batch import batch_of_few, batch_of_many
 from .coordinates import EXACT_COLUMNS, OVERSAMPLING, exact_coordinates, found_coordinates
-from .factors import LowRankUpdate, inverse_norms
+from .factors import LowRankUpdate, inverse_norms, truncated_balanced_factors
 from .layer import LayerSubspace
 from .model import each_layer, tasks_by_module
-from .rounding import stored_bytes
+from .rounding import BLOCK, CoefficientDtype, store, stored_bytes
 from .settings import SubspaceSettings, check_dimensions, rank_in_layer
 from .stack import UpdateStack
 
@@ -40,6 +40,7 @@ _OTHER_START = 1.002
 _LESS_ROOM = 1.01
 
 _TASKS_PER_CHUNK = 64
+_K_OF_ROUNDING = BLOCK
 _BYTES_OF_BASIS = 4  # a float32 number
 
 
@@ -263,9 +264,13 @@ def _curves_of(updates: Mapping[str, LowRankUpdate], settings: SubspaceSettings,
             raise ValueError(f"the update of task {task!r} is {update.shape}, the layer is {shape}")
     stack, norms, margin = _stack_of(updates, replace(settings, num_components=limit, pseudo_rank=1))
     sizes = _sizes_to(limit) if wanted.num_components == "auto" else [limit]
-    kept, held = _held_energies(stack, settings, sizes)
+    directions = choose_directions(stack, settings, limit)
+    kept, held = _held_energies(stack, settings, directions, sizes)
     counts = norms > 0
     lost = (1 - held[:, counts] / norms[counts, None].square()).clamp_min(0)
+    if settings.coefficient_dtype != "float32":
+        noise = _relative_rounding(stack, directions, settings.coefficient_dtype)[counts, None].square()
+        lost = lost + noise * (1 - lost)
     errors = torch.zeros(limit, limit, dtype=torch.float64)
     for chunk in lost.split(_TASKS_PER_CHUNK, dim=1) if counts.any() else ():
         summed = _interpolated(chunk, sizes, limit).sqrt().sum(1).cpu() * margin
@@ -304,19 +309,22 @@ def _sizes_to(limit: int) -> list[int]:
     return [*sizes, limit]
 
 
-def _held_energies(stack: UpdateStack, settings: SubspaceSettings, sizes: list[int]) -> tuple[tuple[int, int], Tensor]:
+def _held_energies(
+    stack: UpdateStack, settings: SubspaceSettings, directions: tuple[Directions, Directions], sizes: list[int]
+) -> tuple[tuple[int, int], Tensor]:
     """What the best p directions of each update inside k directions of a layer hold of it.
 
     Args:
         stack: The updates, as new ones.
         settings: The kind of basis.
+        directions: Those of the largest k, of both sides.
         sizes: The k, ascending.
 
     Returns:
         The most directions that there are on each side, and (sizes, updates, r) float64, for p = 1 ... r the sum of
         the p largest squared singular values of ``P_out^T ΔW_i P_in``.
     """
-    out_directions, in_directions = choose_directions(stack, settings, sizes[-1])
+    out_directions, in_directions = directions
     kept = out_directions.kept, in_directions.kept
     # Best first on both sides, so that the first k of them are directions already, and the first 2k hold better ones.
     out, in_ = stack.new_out @ out_directions.vectors, stack.new_in @ in_directions.vectors
@@ -330,6 +338,24 @@ def _held_energies(stack: UpdateStack, settings: SubspaceSettings, sizes: list[i
             in_ = _turned(in_[..., :room], out[..., :k_out], weights)
         held.append(_energies(out[..., :k_out], in_[..., :k_in]))
     return kept, torch.stack(held[::-1])
+
+
+def _relative_rounding(
+    stack: UpdateStack, directions: tuple[Directions, Directions], dtype: CoefficientDtype
+) -> Tensor:
+    """What storing coefficients in fewer bits changes of each update (updates,), relative to what is stored.
+
+    Of one k: blocks have the same size in all, so that this hardly depends on it.
+    """
+    out, in_ = (
+        (factors @ side.keep(min(side.kept, _K_OF_ROUNDING)).basis).mT
+        for factors, side in zip((stack.new_out, stack.new_in), directions, strict=True)
+    )
+    exact_out, exact_in, _ = truncated_balanced_factors(out, in_, min(out.shape[-2], in_.shape[-2], out.shape[-1]))
+    stored = torch.empty_like(exact_out, dtype=torch.float32), torch.empty_like(exact_in, dtype=torch.float32)
+    changes = store((exact_out, exact_in), stored, dtype, dim=-2).changes
+    sizes = torch.linalg.matrix_norm(exact_out @ exact_in.mT)
+    return torch.where(sizes > 0, changes / torch.where(sizes > 0, sizes, 1.0), 0.0)
 
 
 def _turned(factors: Tensor, others: Tensor, weights: Tensor) -> Tensor:

@@ -192,6 +192,27 @@ def test_auto_knows_what_they_take(dtype: str, part: float) -> None:
     assert chosen.bytes - bases == 30 * 2 * stored_bytes(32, 8, dtype)
 
 
+@pytest.mark.parametrize(("dtype", "accuracy"), [("bfloat16", 0.01), ("4bit", 0.06)])
+@pytest.mark.parametrize("target", [0.3, 0.5])
+def test_auto_knows_what_rounding_costs(dtype: str, accuracy: float, target: float) -> None:
+    updates = related_updates(60)
+    settings = SubspaceSettings(coefficient_dtype=dtype)
+    chosen = choose_dimensions(
+        {task: {"m": update} for task, update in updates.items()},
+        WantedDimensions("auto", "auto", target_error=target, max_components=64),
+        settings,
+    )
+    k, p = chosen.num_components, chosen.pseudo_rank
+    layer, _ = merge_into_layer(
+        LayerSubspace.empty(120, 150, p), updates, replace(settings, num_components=k, pseudo_rank=p)
+    )
+    errors = [
+        float((dense_of(layer, task) - dense_learned(update)).norm() / dense_learned(update).norm())
+        for task, update in updates.items()
+    ]
+    assert sum(errors) / len(errors) == pytest.approx(chosen.error, rel=accuracy)
+
+
 def test_a_type_that_does_not_exist_is_refused() -> None:
     with pytest.raises(ValueError, match="coefficient_dtype is 'int8', expected one of float32, bfloat16, 4bit"):
         SubspaceSettings(coefficient_dtype="int8")
