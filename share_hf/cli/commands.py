@@ -308,7 +308,8 @@ def _described(subspace: SharedSubspace, place: str) -> Outcome:
     facts_of_layers = [
         f"{report.modules} modules",
         f"{high if low == high else f'{low} to {high}'} directions (k = {settings.num_components})",
-        f"rank p = {report.pseudo_rank}",
+        f"rank {'up to ' if settings.has_ranks else ''}p = {report.pseudo_rank}",
+        *([f"coefficients in {dtype}"] if (dtype := settings.coefficient_dtype) != "float32" else []),
         f"{settings.basis} basis",
         f"explained variance {percent(report.explained_variance)}",
     ]

@@ -3,7 +3,8 @@
 float32, bfloat16   `share_coefficients_out` (k_out, p) and `share_coefficients_in` (k_in, p)
 4bit                of each side, with `_codes` after its name: (p, ⌈k / 2⌉) uint8, column by column, two codes of 1 to
                     15 a byte, the first in the lower four bits, a last 0 where k is odd; with `_scales`: (p, ⌈k / 32⌉)
-                    bfloat16. A number is (code - 8) times the scale of its 32 directions.
+                    bfloat16. A number is the scale of its 32 directions times what code - 8 stands for: 0, 1, 2, 3, 5,
+                    7, 10 or 15 for a size of 0 to 7, with its sign.
 """
 
 from __future__ import annotations

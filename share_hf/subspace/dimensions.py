@@ -194,7 +194,7 @@ def choose_dimensions(
     """The k and p that reach a target, for the updates that a subspace is about to be built from.
 
     Updates are taken from their mappings one module at a time and let go of after it. Errors are those of the bases
-    that a build would choose, to within a percent.
+    that a build would choose, to within a percent; of coefficients in 4 bit, to within some percent.
 
     Args:
         updates: Task -> module -> update, as for `merge_into_layers`.

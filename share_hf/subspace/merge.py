@@ -47,7 +47,8 @@ class LayerMergeReport:
     Args:
         new_tasks: Tasks that were added.
         drift: Relative change ``‖ΔW_i' - ΔW_i‖ / ‖ΔW_i‖`` of every task by this merge, (task -> value); for a new
-            task, its own compression error. Exact up to the rounding of what is stored, which only the bound includes.
+            task, its own compression error. Exact up to the rounding of what is stored in float32, which only the
+            bound includes.
         drift_bound: Sum of the drifts since each task was learned.
         num_components: (k_out, k_in) of the result.
         basis_changed: False if the basis already explained the new updates.

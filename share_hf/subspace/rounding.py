@@ -3,8 +3,9 @@
 In memory, coefficients are numbers of the basis' dtype that the type they are stored in holds exactly, so that a merge
 works on what the file has, and knows in float64 what storing it changed.
 
-4-bit coefficients are whole numbers from -7 to 7 times a scale of their block, 32 directions of one column. The scale
-is a bfloat16 number: products with the codes are exact, and the codes follow from the products again, to the bit.
+A 4-bit code stands for a small whole number, positive or negative, times a scale of its block, 32 directions of one
+column. The numbers lie closer together near zero, as coefficients of later directions are small. The scale is a
+bfloat16 number: products with the numbers are exact, and the codes follow from the products again, to the bit.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ CoefficientDtype = Literal["float32", "bfloat16", "4bit"]
 COEFFICIENT_DTYPES: tuple[str, ...] = get_args(CoefficientDtype)
 
 BLOCK = 32  # directions that share a scale
-_LARGEST_CODE = 7
+_LEVELS = (0.0, 1.0, 2.0, 3.0, 5.0, 7.0, 10.0, 15.0)  # by size of a code
 _OFFSET = 8  # of a code in its four bits; a nibble of 0 is no code, and fills up the last byte of an odd column
 _NO_CODE = 0
 
@@ -75,16 +76,31 @@ def store(
             into.copy_(side)
         roundings = coefficient_norms(stored[0] - exact[0], stored[1] - exact[1])
         return Rounding(coefficient_norms(*exact), roundings, torch.zeros_like(roundings[:, 0]))
-    for side, into in zip(exact, stored, strict=True):
-        into.copy_(rounded(side.transpose(dim, -1), dtype).transpose(dim, -1))
-    columns = [
-        (side.transpose(dim, -2), into.transpose(dim, -2).double()) for side, into in zip(exact, stored, strict=True)
-    ]
-    (exact_out, out), (exact_in, in_) = columns
-    left, right = torch.cat([out, exact_out], -1), torch.cat([in_, -exact_in], -1)
-    changes = torch.linalg.matrix_norm(left @ right.mT)
-    sizes = coefficient_norms(*stored).double()
-    return Rounding(sizes, torch.zeros_like(sizes), changes)
+    out, in_ = (side.transpose(dim, -2) for side in exact)
+    found_out, found_in = _rounded_pair(out, in_, dtype)
+    for side, into in zip((found_out, found_in), stored, strict=True):
+        into.copy_(side.transpose(dim, -2))
+    left, right = torch.cat([found_out, out], -1), torch.cat([found_in, -in_], -1)
+    sizes = coefficient_norms(found_out, found_in)
+    return Rounding(sizes, torch.zeros_like(sizes), torch.linalg.matrix_norm(left @ right.mT))
+
+
+def _rounded_pair(out: Tensor, in_: Tensor, dtype: CoefficientDtype) -> tuple[Tensor, Tensor]:
+    """Both sides' coefficients (tasks, k, p) in fewer bits, float64.
+
+    Of 4 bits, each side is fitted to what rounding made of the other, which takes off a part of the error.
+    """
+    found_out = rounded(out.mT, dtype).mT.double()
+    if dtype == "bfloat16":
+        return found_out, rounded(in_.mT, dtype).mT.double()
+    found_in = rounded(_fitted(in_, out, found_out).mT, dtype).mT.double()
+    return rounded(_fitted(out, in_, found_in).mT, dtype).mT.double(), found_in
+
+
+def _fitted(side: Tensor, other: Tensor, found: Tensor) -> Tensor:
+    """The X (tasks, k, p) for which ``X found^T`` is nearest to ``side other^T``; columns of zeros stay zeros."""
+    fitted = side @ (other.mT @ found) @ torch.linalg.pinv(found.mT @ found, hermitian=True)
+    return fitted * side.any(-2, keepdim=True)
 
 
 def coefficient_norms(coefficients_out: Tensor, coefficients_in: Tensor) -> Tensor:
@@ -98,7 +114,7 @@ def rounded(rows: Tensor, dtype: CoefficientDtype) -> Tensor:
     if dtype == "bfloat16":
         return rows.to(torch.bfloat16).float()
     codes, scales = _codes_and_scales(rows)
-    numbers = codes * scales.unsqueeze(-1) + 0.0  # no -0.0, which has no code
+    numbers = _numbers(codes) * scales.unsqueeze(-1) + 0.0  # no -0.0, which has no code
     return numbers.flatten(-2)[..., : rows.shape[-1]].float()
 
 
@@ -140,7 +156,7 @@ def unpacked(pairs: Tensor, scales: Tensor) -> Tensor:
     if scales.shape != (len(pairs), -(-k // BLOCK)):
         raise ValueError(f"scales are {tuple(scales.shape)}, expected {(len(pairs), -(-k // BLOCK))} for k = {k}")
     each = scales.float().repeat_interleave(BLOCK, dim=1)[:, :k]
-    return (nibbles.float() - _OFFSET) * each
+    return _numbers(nibbles.float() - _OFFSET) * each + 0.0
 
 
 def stored_bytes(k: Tensor | int, p: Tensor | int, dtype: CoefficientDtype) -> Tensor | int:
@@ -151,20 +167,27 @@ def stored_bytes(k: Tensor | int, p: Tensor | int, dtype: CoefficientDtype) -> T
 
 
 def _codes_and_scales(rows: Tensor, factors: tuple[float, ...] = _SCALES_TRIED) -> tuple[Tensor, Tensor]:
-    """Codes (..., blocks, 32) and scales (..., blocks), both float64, of coefficients (..., k)."""
+    """Codes (..., blocks, 32) from -7 to 7 and scales (..., blocks), both float64, of coefficients (..., k)."""
     count = -(-rows.shape[-1] // BLOCK)
     blocks = torch.nn.functional.pad(rows.double(), (0, count * BLOCK - rows.shape[-1])).unflatten(-1, (count, BLOCK))
+    levels = blocks.new_tensor(_LEVELS)
+    borders = (levels[1:] + levels[:-1]) / 2
     largest = blocks.abs().amax(-1)
     best_codes, best_scales = torch.zeros_like(blocks), torch.zeros_like(largest)
     least = torch.full_like(largest, torch.inf)
     for factor in factors:
-        scales = (largest * (factor / _LARGEST_CODE)).to(torch.bfloat16).double()
+        scales = (largest * (factor / _LEVELS[-1])).to(torch.bfloat16).double()
         scales = torch.where(scales < _SMALLEST_SCALE, 0.0, scales)
-        steps = torch.where(scales > 0, scales, 1.0).unsqueeze(-1)
-        codes = (blocks / steps).round().clamp(-_LARGEST_CODE, _LARGEST_CODE) * (scales > 0).unsqueeze(-1)
-        errors = (codes * steps - blocks).square().sum(-1)
+        steps = torch.where(scales > 0, scales, torch.inf).unsqueeze(-1)
+        codes = torch.bucketize((blocks / steps).abs().contiguous(), borders) * blocks.sign()
+        errors = (_numbers(codes) * scales.unsqueeze(-1) - blocks).square().sum(-1)
         better = errors < least
         least = torch.where(better, errors, least)
         best_codes = torch.where(better.unsqueeze(-1), codes, best_codes)
         best_scales = torch.where(better, scales, best_scales)
     return best_codes, best_scales
+
+
+def _numbers(codes: Tensor) -> Tensor:
+    """What codes from -7 to 7 stand for."""
+    return codes.new_tensor(_LEVELS)[codes.abs().long()] * codes.sign()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -62,7 +63,8 @@ def test_4_bit_numbers_are_packed_and_unpacked_to_the_bit(rows: Tensor) -> None:
         for j, number in enumerate(row):
             code = codes[i, j // 2].item() >> (4 if j % 2 else 0) & 15
             assert 1 <= code <= 15
-            assert number == (code - 8) * scales[i, j // BLOCK].item()
+            size = (0, 1, 2, 3, 5, 7, 10, 15)[abs(code - 8)]
+            assert number == math.copysign(size, code - 8) * scales[i, j // BLOCK].item()
     if rows.shape[1] % 2:
         assert (codes[:, -1] >> 4 == 0).all()
 
@@ -71,10 +73,12 @@ def test_4_bit_numbers_are_packed_and_unpacked_to_the_bit(rows: Tensor) -> None:
 @given(random_rows.filter(lambda rows: rows.abs().max() > 1e-30 if rows.numel() else True))
 def test_a_4_bit_block_is_no_worse_than_with_the_scale_of_its_largest_number(rows: Tensor) -> None:
     found = (rounded(rows, "4bit").double() - rows).square()
+    levels = torch.tensor([0, 1, 2, 3, 5, 7, 10, 15], dtype=torch.float64)
+    levels = torch.cat([-levels, levels])
     for start in range(0, rows.shape[1], BLOCK):
         block = rows[:, start : start + BLOCK]
-        step = block.abs().amax(1, keepdim=True) / 7
-        naive = (torch.where(step > 0, (block / step).round() * step, 0.0) - block).square().sum()
+        step = block.abs().amax(1, keepdim=True) / 15
+        naive = (step.unsqueeze(-1) * levels - block.unsqueeze(-1)).abs().amin(-1).square().sum()
         # The scale itself has 8 bits.
         assert found[:, start : start + BLOCK].sum() <= naive * 1.02 + (0.004 * block).square().sum()
 
