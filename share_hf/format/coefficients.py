@@ -15,31 +15,49 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..subspace import CoefficientDtype, packed, unpacked
+from ..subspace import CoefficientDtype, LayerSubspace, SubspaceSettings, unpacked
 
 
 SIDES = ("share_coefficients_out", "share_coefficients_in")
 _CODES, _SCALES = "_codes", "_scales"
 
 
-def coefficient_tensors(name: str, coefficients: Tensor, dtype: CoefficientDtype) -> dict[str, Tensor]:
-    """The tensors of one side's coefficients (k, p) by their names in a file.
+def coefficient_tensors(prefix: str, layer: LayerSubspace, task: str, settings: SubspaceSettings) -> dict[str, Tensor]:
+    """The tensors of a task's coefficients in one layer by their names in a file.
+
+    Args:
+        prefix: What precedes the names of the layer's tensors.
+        layer: Has the task.
+        task: Its name.
+        settings: Say how coefficients are stored.
 
     Raises:
-        ValueError: If they are not numbers of this type, as those of a merge are; naming them.
+        ValueError: If they are not numbers of the type that they are stored in, as those of a merge are; naming them.
     """
-    if dtype == "float32":
-        return {name: coefficients}
+    sides = layer.coefficients_of(task, trimmed=settings.has_ranks)
     try:
-        if dtype == "bfloat16":
-            rounded = coefficients.to(torch.bfloat16)
-            if not torch.equal(rounded.float(), coefficients.float()):
-                raise ValueError("coefficients are not bfloat16 numbers, expected those of a merge")
-            return {name: rounded}
-        codes, scales = packed(coefficients.mT)
+        if settings.coefficient_dtype == "4bit":
+            return _packed(prefix, layer, task, sides[0].shape[1])
+        if settings.coefficient_dtype == "bfloat16":
+            sides = _to_bfloat16(sides[0]), _to_bfloat16(sides[1])
     except ValueError as error:
-        raise ValueError(f"{name!r}: {error}") from error
-    return {f"{name}{_CODES}": codes, f"{name}{_SCALES}": scales}
+        raise ValueError(f"{prefix!r}: task {task!r}: {error}") from error
+    return {f"{prefix}.{name}": side for name, side in zip(SIDES, sides, strict=True)}
+
+
+def _packed(prefix: str, layer: LayerSubspace, task: str, rank: int) -> dict[str, Tensor]:
+    i, tensors = layer.index(task), {}
+    for name, (codes, scales) in zip(SIDES, layer.packed, strict=True):
+        tensors[f"{prefix}.{name}{_CODES}"] = codes[i, :rank]
+        tensors[f"{prefix}.{name}{_SCALES}"] = scales[i, :rank]
+    return tensors
+
+
+def _to_bfloat16(coefficients: Tensor) -> Tensor:
+    rounded = coefficients.to(torch.bfloat16)
+    if not torch.equal(rounded.float(), coefficients.float()):
+        raise ValueError("coefficients are not bfloat16 numbers, expected those of a merge")
+    return rounded
 
 
 def with_plain_coefficients(path: Path, tensors: Mapping[str, Tensor], dtype: CoefficientDtype) -> dict[str, Tensor]:

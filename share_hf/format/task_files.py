@@ -23,7 +23,7 @@ from torch import Tensor
 from ..state import Phase, SubspaceState, TaskInfo, sketch_of
 from ..subspace import LARGEST_NORM, rank_in_layer
 from .basis_file import SUBSPACE_FILE, StoredBasis
-from .coefficients import SIDES, coefficient_tensors, rank_of_coefficients, with_plain_coefficients
+from .coefficients import coefficient_tensors, rank_of_coefficients, with_plain_coefficients
 from .files import check_tensors, expect_tensor, json_bytes, read_json, read_tensors
 from .index import INDEX_FILE, TreeIndex, check_file
 from .lora import PEFT_PREFIX, adapter_files, check_head_names, read_target
@@ -51,10 +51,8 @@ def task_folder(task: str) -> str:
 def share_adapter_tensors(state: SubspaceState, task: str, bases: Mapping[str, StoredBasis]) -> dict[str, Tensor]:
     """A task's coefficients, the fingerprints of their bases and its head, as PEFT saves and loads them."""
     tensors = {f"{PEFT_PREFIX}{name}": tensor for name, tensor in state.tasks[task].head.items()}
-    dtype, trimmed = state.settings.coefficient_dtype, state.settings.has_ranks
     for module, layer in state.layers_of(task).items():
-        for side, coefficients in zip(SIDES, layer.coefficients_of(task, trimmed=trimmed), strict=True):
-            tensors |= coefficient_tensors(f"{PEFT_PREFIX}{module}.{side}", coefficients, dtype)
+        tensors |= coefficient_tensors(f"{PEFT_PREFIX}{module}", layer, task, state.settings)
         tensors[f"{PEFT_PREFIX}{module}.{FINGERPRINT}"] = bases[module].fingerprint
     return tensors
 

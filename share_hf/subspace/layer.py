@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .factors import LowRankUpdate, check_norm, inverse_norms, truncated_balanced_factors, without_autocast
-from .rounding import MOST_ROUNDING, CoefficientDtype, store
+from .rounding import MOST_ROUNDING, CoefficientDtype, packed, store
 from .settings import rank_in_layer
 from .stack import TASKS_PER_CHUNK
 
@@ -181,6 +181,15 @@ class LayerSubspace:
         given = self.coefficients_out.any(1) | self.coefficients_in.any(1)
         places = torch.arange(1, self.pseudo_rank + 1, device=given.device)
         return (given * places).amax(1).clamp_min(1)
+
+    @cached_property
+    def packed(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """4-bit codes (tasks, p, ⌈k / 2⌉) and scales (tasks, p, ⌈k / 32⌉) of both sides, all tasks at once.
+
+        Raises:
+            ValueError: If 4 bits do not hold the coefficients exactly.
+        """
+        return packed(self.coefficients_out.mT), packed(self.coefficients_in.mT)
 
     def update_of(self, task: str, dtype: torch.dtype | None = None, *, trimmed: bool = False) -> LowRankUpdate:
         """The task's update as rank-p factors ``(β ε_out, α ε_in)``: a LoRA of ``B = out_factor, A = in_factor^T``.

@@ -119,21 +119,20 @@ def rounded(rows: Tensor, dtype: CoefficientDtype) -> Tensor:
 
 
 def packed(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rounded coefficients (p, k) as 4-bit codes (p, ⌈k / 2⌉) uint8 and scales (p, ⌈k / 32⌉) bfloat16.
+    """Rounded coefficients (..., p, k) as 4-bit codes (..., p, ⌈k / 2⌉) uint8, scales (..., p, ⌈k / 32⌉) bfloat16.
 
     Of two codes in a byte, the first has the lower four bits.
 
     Raises:
         ValueError: If 4 bits do not hold them exactly.
     """
+    k = rows.shape[-1]
     codes, scales = _codes_and_scales(rows, factors=(1.0,))
-    nibbles = (codes.flatten(-2)[:, : rows.shape[1]] + _OFFSET).to(torch.uint8)
-    nibbles = torch.nn.functional.pad(nibbles, (0, rows.shape[1] % 2), value=_NO_CODE)
-    pairs = nibbles[:, 0::2] | nibbles[:, 1::2] << 4
-    found = unpacked(pairs, scales.to(torch.bfloat16))
-    if not torch.equal(found, rows.float()):
+    if not torch.equal((_numbers(codes) * scales.unsqueeze(-1)).flatten(-2)[..., :k], rows.double()):
         raise ValueError("coefficients are not numbers of 4 bits, expected those of a merge")
-    return pairs, scales.to(torch.bfloat16)
+    nibbles = (codes.flatten(-2)[..., :k] + _OFFSET).to(torch.uint8)
+    nibbles = torch.nn.functional.pad(nibbles, (0, k % 2), value=_NO_CODE)
+    return nibbles[..., 0::2] | nibbles[..., 1::2] << 4, scales.to(torch.bfloat16)
 
 
 def unpacked(pairs: Tensor, scales: Tensor) -> Tensor:
