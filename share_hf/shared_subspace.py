@@ -15,14 +15,16 @@ from transformers.utils import logging
 
 from .card import CardOptions, write_tree
 from .format.base_model import named_alike
+from .format.collection import Collection as AdapterCollection
 from .format.collection import Reading, read_collection
 from .format.files import FolderWriter
-from .format.index import INDEX_FILE, read_index
+from .format.index import INDEX_FILE
 from .format.lock import holding
 from .format.lora import lora_files
 from .format.names import listing
 from .format.places import Adapters, named_places
-from .format.replacing import holds, reading_whole, replacing_folder
+from .format.replacing import holds, replacing_folder
+from .format.saved_since import with_saved
 from .format.tree import ADAPTER_FILES, lora_of, read_tree
 from .hub.fetch import RemoteTree, is_local
 from .hub.push import MAX_ATTEMPTS, BranchChoice, PushOptions, push_state
@@ -36,7 +38,8 @@ from .state import (
     report_of,
     without_task,
 )
-from .subspace import BasisKind, MergeReport, SubspaceSettings, smaller_layers
+from .subspace import BasisKind, CoefficientDtype, MergeReport, SubspaceSettings, smaller_layers
+from .subspace.dimensions import Auto, ChosenDimensions, WantedDimensions, settled
 from .tuner.transfer import inject_tasks
 
 
@@ -62,6 +65,7 @@ class SharedSubspace:
     """
 
     def __init__(self, state: SubspaceState, *, rest: RemoteTree | None = None) -> None:
+        self.chosen: ChosenDimensions | None = None  # what "auto" chose, where this was made with it
         self._held = state
         self._rest = rest
         self._card = CardOptions()
@@ -102,13 +106,17 @@ class SharedSubspace:
         cls,
         adapters: Adapters,
         *,
-        num_components: int = 32,
-        pseudo_rank: int = 8,
+        num_components: int | Auto = 32,
+        pseudo_rank: int | Auto = 8,
+        target_error: float | None = None,
+        target_bytes: int | None = None,
         basis: BasisKind = "joint",
         center: bool = False,
         explained_variance: float | None = None,
         drift_tolerance: float | None = None,
         max_components: int | None = None,
+        coefficient_dtype: CoefficientDtype = "float32",
+        tolerance: float | None = None,
         base_model: str | None = None,
         component: str | None = None,
         skip_bad: bool = False,
@@ -123,15 +131,23 @@ class SharedSubspace:
                 Plain LoRAs, of any ranks and scales: folders, files of weights, or hub ids, which may name more
                 (`org/repo@revision:subfolder`); by task name, or in a list, where the last part of each is its task's
                 name, mended where no task can be called that.
-            num_components (`int`, *optional*, defaults to `32`):
+            num_components (`int` or `"auto"`, *optional*, defaults to `32`):
                 Cap k on the directions of a layer, on each side; a layer has no more than outputs, or inputs.
-            pseudo_rank (`int`, *optional*, defaults to `8`): Cap p on the rank of a task in a layer.
+            pseudo_rank (`int` or `"auto"`, *optional*, defaults to `8`): Cap p on the rank of a task in a layer.
+            target_error (`float`, *optional*):
+                Mean relative error of ΔW that `"auto"` reaches with the fewest bytes.
+            target_bytes (`int`, *optional*):
+                Size of bases and coefficients under which `"auto"` reaches the smallest error.
             basis (`Literal["joint", "factor"]`, *optional*, defaults to `"joint"`):
                 Weigh all updates equally, or take the paper's stack of LoRA factors.
             center (`bool`, *optional*, defaults to `False`): Subtract the mean column first; `"factor"` only.
             explained_variance (`float`, *optional*): Take the fewest directions that explain this fraction.
             drift_tolerance (`float`, *optional*): Largest relative drift that merges may add up to.
-            max_components (`int`, *optional*): How far layers may grow for it.
+            max_components (`int`, *optional*): How far layers may grow for it, or `"auto"` looks (to 128 otherwise).
+            coefficient_dtype (`Literal["float32", "bfloat16", "4bit"]`, *optional*, defaults to `"float32"`):
+                What coefficients are stored in; every merge rounds them, and certifies what that changes.
+            tolerance (`float`, *optional*):
+                Relative error up to which a task takes a smaller rank than p in a layer; files hold that rank alone.
             base_model (`str`, *optional*):
                 Name of the base model, where the adapters call one model by several names. Not checked.
             component (`str`, *optional*):
@@ -144,19 +160,32 @@ class SharedSubspace:
         Raises:
             ValueError: If a name, an adapter or a setting is unusable; naming what was found and expected.
         """
+        wanted = WantedDimensions(num_components, pseudo_rank, target_error, target_bytes, max_components)
         settings = SubspaceSettings(
-            num_components=num_components,
-            pseudo_rank=pseudo_rank,
+            *wanted.limits,
             basis=basis,
             center=center,
             explained_variance=explained_variance,
             drift_tolerance=drift_tolerance,
             max_components=max_components,
+            coefficient_dtype=coefficient_dtype,
+            tolerance=tolerance,
         )
+        wanted.check_beside(settings)
+        collection = read_collection(
+            named_places(adapters),
+            base_model=base_model,
+            component=component,
+            skip_bad=skip_bad,
+            token=token,
+            progress=progress,
+        )
+        settings, chosen = settled(settings, wanted, collection.updates, progress=progress)
+        if chosen is not None:
+            logger.warning(chosen.sentence())
         subspace = cls(SubspaceState(settings=settings))
-        subspace.add_adapters(
-            adapters, base_model=base_model, component=component, skip_bad=skip_bad, token=token, progress=progress
-        )
+        subspace.chosen = chosen
+        subspace._merge(collection, progress)
         return subspace
 
     def add_adapters(
@@ -198,6 +227,9 @@ class SharedSubspace:
             token=token,
             progress=progress,
         )
+        return self._merge(collection, progress)
+
+    def _merge(self, collection: AdapterCollection, progress: bool) -> MergeReport:
         state = replace(self.state, base_model_name_or_path=collection.base)
         merged, report = merge_tasks(
             state, collection.updates, collection.infos(), layouts=collection.layouts, progress=progress
@@ -305,27 +337,11 @@ class SharedSubspace:
         with holding(place):
             if holds(place, CONFIG_NAME) and not holds(place, INDEX_FILE):
                 raise ValueError(f"{folder}: holds an adapter that is no shared subspace, expected another folder")
-            state = self._with_saved(place)
+            state = with_saved(self.state, place, self._seen.get(place.resolve()))
             template = None if card_template is None else Path(card_template)
             write_tree(state, place, card=replace(self._card, template=template))
             self._held = state
             self._seen[place.resolve()] = state.lineage
-
-    def _with_saved(self, folder: Path) -> SubspaceState:
-        """The state with what others have saved in a folder since this subspace last read or wrote it."""
-        state, seen = self.state, self._seen.get(folder.resolve())
-        if seen is None or not holds(folder, INDEX_FILE):
-            return state
-        found = reading_whole(folder, INDEX_FILE, read_index)
-        if found.lineage == seen:
-            return state
-        try:
-            return reconcile(*named_alike(state, read_tree(folder)))
-        except ValueError as error:
-            raise ValueError(
-                f"{folder}: somebody else saved there since, and the two cannot be merged: {error}; save to another "
-                "folder, or load that one again"
-            ) from error
 
     def push_to_hub(
         self,

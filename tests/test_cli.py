@@ -171,8 +171,39 @@ class TestInit:
         args = vars(parse(["init", "sub", "mrpc"]))
         parameters = inspect.signature(SharedSubspace.from_adapters).parameters
         settings = {name: parameters[name].default for name in parameters if name in args and name != "adapters"}
-        assert len(settings) == 11  # four are about reading the adapters
+        assert len(settings) == 15  # four are about reading the adapters
         assert settings == {name: args[name] for name in settings}
+
+    def test_says_what_it_chose_and_what_it_costs(
+        self,
+        share: Callable[..., Output],
+        share_json: Callable[..., Any],
+        adapters: dict[str, str],
+        tmp_path: Path,
+    ) -> None:
+        places = [adapters["mrpc"], adapters["sst2"]]
+        auto = ["--num-components", "auto", "--pseudo-rank", "auto"]
+        code, out, err = share("init", str(tmp_path / "a"), *places, *auto, "--target-error", "0.4")
+        assert (code, err) == (0, "")
+        settings = SharedSubspace.from_pretrained(tmp_path / "a").settings
+        k, p = settings.num_components, settings.pseudo_rank
+        assert re.match(
+            rf"chose num_components = {k} and pseudo_rank = {p}: a mean relative error of 0\.\d+ and ", out
+        )
+        facts = share_json("init", str(tmp_path / "b"), *places, *auto, "--target-bytes", "12KB")
+        report = SharedSubspace.from_pretrained(tmp_path / "b").report()
+        stored = report.basis_bytes + sum(task.bytes for task in report.tasks)
+        assert facts["chosen"]["bytes"] == stored <= 12_000
+        assert facts["settings"]["num_components"] == facts["chosen"]["num_components"]
+
+    @pytest.mark.parametrize(("text", "size"), [("12KB", 12_000), ("1.5mb", 1_500_000), ("2G", 2 * 10**9), ("77", 77)])
+    def test_takes_sizes_with_units(self, text: str, size: int) -> None:
+        assert parse(["init", "sub", "mrpc", "--target-bytes", text]).target_bytes == size
+
+    def test_refuses_a_size_that_is_none(self, share: Callable[..., Output]) -> None:
+        code, _, err = share("init", "sub", "mrpc", "--target-bytes", "much")
+        assert code == 2
+        assert "'much' is no size, expected such as 1500000 or 1.5MB" in err
 
     def test_refuses_a_folder_that_is_a_subspace(
         self, share: Callable[..., Output], here: Path, adapters: dict[str, str]

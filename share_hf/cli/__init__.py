@@ -110,6 +110,20 @@ def located_adapter(text: str) -> tuple[str, str]:
     return name, os.path.expanduser(place)
 
 
+def number_or_auto(text: str) -> int | str:
+    """A whole number, or `"auto"`."""
+    if text != "auto" and not re.fullmatch(r"-?\d+", text):
+        raise argparse.ArgumentTypeError(f"invalid int value: {text!r}, expected a whole number or auto")
+    return text if text == "auto" else int(text)
+
+
+def size_in_bytes(text: str) -> int:
+    """Bytes from a number with or without a unit, such as `1500000` or `1.5MB`."""
+    if (match := re.fullmatch(r"([\d.]+) ?([KMG]?)B?", text, flags=re.IGNORECASE)) is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size, expected such as 1500000 or 1.5MB")
+    return int(float(match[1]) * 1000 ** ("KMG".index(match[2].upper()) + 1 if match[2] else 0))
+
+
 class _Parser(argparse.ArgumentParser):
     """Says what a mistyped command or option may have been."""
 
@@ -167,15 +181,30 @@ def _init(command: argparse.ArgumentParser) -> None:
     _add_adapters(command)
     _add_base_model(command)
     add = command.add_argument_group("settings of the subspace, for good").add_argument
-    add("--num-components", type=int, default=32, metavar="K", help="Cap on the directions of a layer (%(default)s)")
-    add("--pseudo-rank", type=int, default=8, metavar="P", help="Rank of a task (%(default)s)")
+    add(
+        "--num-components",
+        type=number_or_auto,
+        default=32,
+        metavar="K",
+        help="Cap on the directions of a layer, or auto (%(default)s)",
+    )
+    add("--pseudo-rank", type=number_or_auto, default=8, metavar="P", help="Rank of a task, or auto (%(default)s)")
+    add("--target-error", type=float, metavar="X", help="Mean relative error that auto reaches with the fewest bytes")
+    add("--target-bytes", type=size_in_bytes, metavar="N", help="Size auto makes the best of: bytes, or 20MB, 64KB")
     add(
         "--basis", choices=("joint", "factor"), default="joint", help="All updates alike, or the paper's (%(default)s)"
     )
     add("--center", action="store_true", help="Subtract the mean column first; factor only")
     add("--explained-variance", type=float, metavar="X", help="Take the fewest directions that explain this fraction")
     add("--drift-tolerance", type=float, metavar="X", help="Largest relative drift that merges may add up to")
-    add("--max-components", type=int, metavar="K", help="How far layers may grow to stay under it")
+    add("--max-components", type=int, metavar="K", help="How far layers may grow for it, or auto looks")
+    add("--tolerance", type=float, metavar="X", help="Error up to which a task takes a smaller rank in a layer")
+    add(
+        "--coefficient-dtype",
+        choices=("float32", "bfloat16", "4bit"),
+        default="float32",
+        help="What coefficients are stored in, rounding certified (%(default)s)",
+    )
 
 
 def _add(command: argparse.ArgumentParser) -> None:

@@ -51,15 +51,18 @@ def run(args: Namespace, *, debug: bool = False) -> Outcome:
 
 
 def init(args: Namespace) -> Outcome:
-    settings = {field.name: getattr(args, field.name) for field in fields(SubspaceSettings)}
+    names_of_settings = ["target_error", "target_bytes", *(field.name for field in fields(SubspaceSettings))]
+    settings = {name: getattr(args, name) for name in names_of_settings}
     adapters = adapters_of(args)
     with holding(args.folder):
         _expect_no_adapter(args.folder, "add to it with `share-hf add`")
         with _naming_what_is_missing(adapters.places.values(), CONFIG_NAME):
             subspace = SharedSubspace.from_adapters(adapters.places, **settings, **_of_reading(args))
         subspace.save_pretrained(args.folder)
-    reading = replace(subspace.reading, mended=adapters.mended)
-    return with_reading(_described(subspace, str(args.folder)), reading)
+    outcome = _described(subspace, str(args.folder))
+    if (chosen := subspace.chosen) is not None:
+        outcome = Outcome(f"{chosen.sentence()}\n\n{outcome.text}", {**outcome.facts, "chosen": asdict(chosen)})
+    return with_reading(outcome, replace(subspace.reading, mended=adapters.mended))
 
 
 def add(args: Namespace) -> Outcome:
@@ -280,7 +283,8 @@ def _described(subspace: SharedSubspace, place: str) -> Outcome:
     facts_of_layers = [
         f"{report.modules} modules",
         f"{high if low == high else f'{low} to {high}'} directions (k = {settings.num_components})",
-        f"rank p = {report.pseudo_rank}",
+        f"rank {'up to ' if settings.has_ranks else ''}p = {report.pseudo_rank}",
+        *([f"coefficients in {dtype}"] if (dtype := settings.coefficient_dtype) != "float32" else []),
         f"{settings.basis} basis",
         f"explained variance {percent(report.explained_variance)}",
     ]
@@ -296,7 +300,7 @@ def _described(subspace: SharedSubspace, place: str) -> Outcome:
         lines.append("\n" + ", ".join(f"{name.replace('_', ' ')} {score(value)}" for name, value in means.items()))
     facts = {
         "base_model": subspace.base_model_name_or_path,
-        "settings": asdict(settings),
+        "settings": settings.to_dict(),
         **report.to_dict(),
         "scores": {task: known._asdict() for task, known in scores.items()},
         "metrics": means,

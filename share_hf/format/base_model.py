@@ -50,6 +50,16 @@ def published_name(name: str | None) -> str | None:
     return name
 
 
+def check_base_name(name: object) -> None:
+    """Refuse a base model's name, of a user who gives one, that is none.
+
+    Raises:
+        ValueError: Saying what was found.
+    """
+    if name is not None and (not isinstance(name, str) or base_name(name) is None):
+        raise ValueError(f"base_model is {name!r}, expected an id on the hub or a folder")
+
+
 def common_base(names: Mapping[str, str | None], base: str | None = None) -> str | None:
     """The one base model of adapters; one that does not name its own fits any.
 

@@ -9,8 +9,10 @@ on the hub was written, where it was over 0); `branched` (the tasks that have a 
 all are); `replaced` (task -> the commit of its branch that the push of this tree replaces: where the branch is still
 there, it was not written again); `sha256` (path in the tree -> checksum, of every file that loading depends on; of a
 task, its `metrics.json`, which has the checksums of the others); `digest` (checksum of all the other fields); since
-format version 2 `fingerprint` (of the bases of all layers, see `fingerprint_of_all`). A tree of dense layers alone is
-of format version 2.
+format version 2 `fingerprint` (of the bases of all layers, see `fingerprint_of_all`). Format version 3 is written only
+where there is something that version 2 does not have: a `layout` of one of the `modules`, which older versions would
+take for a dense layer; in `settings` `coefficient_dtype`, see `coefficients`, or `tolerance`, with which a task has a
+rank of its own in each layer.
 """
 
 from __future__ import annotations
@@ -31,9 +33,9 @@ from .names import check_stored_names
 
 
 INDEX_FILE = "share_config.json"
+# Of a tree that the first library of this version reads. What only a later one reads is written as that.
 FORMAT_VERSION = 2
-# Of trees with layers that older versions would take for dense ones; the newest there is.
-FORMAT_VERSION_WITH_LAYOUTS = 3
+NEWEST_FORMAT_VERSION = 3
 
 # Names and rank-1 tensors of a safetensors file, over what its matrices take.
 _BYTES_BESIDE_MATRICES = 2**20
@@ -112,14 +114,19 @@ class TreeIndex:
         return 4 * matrices + _BYTES_BESIDE_MATRICES
 
 
+def format_version_for(settings: SubspaceSettings) -> int:
+    """The oldest format version that has all that these settings ask for."""
+    return FORMAT_VERSION if settings.is_plain else NEWEST_FORMAT_VERSION
+
+
 def index_bytes(index: TreeIndex) -> bytes:
     """`share_config.json`, with the digest of its content."""
-    content = {**asdict(index), "share_hf_version": __version__}
+    content = {**asdict(index), "settings": index.settings.to_dict(), "share_hf_version": __version__}
     for module, entry in index.modules.items():
         del content["modules"][module]["layout"]
         if entry.layout is not None:
             content["modules"][module]["layout"] = as_json(entry.layout)
-            content["format_version"] = FORMAT_VERSION_WITH_LAYOUTS
+            content["format_version"] = NEWEST_FORMAT_VERSION
     content["digest"] = _digest(content)
     return json_bytes(content)
 
@@ -135,10 +142,10 @@ def read_index(folder: Path) -> TreeIndex:
     version = content.get("format_version")
     if not isinstance(version, int) or version < 1:
         raise ValueError(f"{path}: format_version is {version!r}, expected {FORMAT_VERSION}")
-    if version > FORMAT_VERSION_WITH_LAYOUTS:
+    if version > NEWEST_FORMAT_VERSION:
         raise ValueError(
-            f"{path}: format_version is {version}, expected at most {FORMAT_VERSION_WITH_LAYOUTS}: the tree was "
-            "written by a newer share_hf, upgrade with `pip install -U share-hf`"
+            f"{path}: format_version is {version}, expected at most {NEWEST_FORMAT_VERSION}: the tree was written "
+            "by a newer share_hf, upgrade with `pip install -U share-hf`"
         )
     digest = content.pop("digest", None)
     if digest != _digest(content):

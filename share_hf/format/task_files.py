@@ -1,8 +1,9 @@
 """The folder of one task in a tree: its coefficients and head as a SHARE adapter, and what is known of it.
 
 adapter_config.json         peft_type SHARE
-adapter_model.safetensors   coefficients (k_out, min(p, n, d)) and (k_in, min(p, n, d)) of each layer, fingerprints of
-                            the bases that they belong to, and the head
+adapter_model.safetensors   coefficients (k_out, min(p, n, d)) and (k_in, min(p, n, d)) of each layer, or of the
+                            task's own rank there, as `coefficients` has them; fingerprints of the bases that they
+                            belong to, and the head
 metrics.json                scores, the norm and drift of each layer, which merges need, checksums of the others
 """
 
@@ -11,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -23,6 +23,7 @@ from torch import Tensor
 from ..state import Phase, SubspaceState, TaskInfo, sketch_of
 from ..subspace import LARGEST_NORM, rank_in_layer
 from .basis_file import SUBSPACE_FILE, StoredBasis
+from .coefficients import coefficient_tensors, rank_of_coefficients, with_plain_coefficients
 from .files import check_tensors, expect_tensor, json_bytes, read_json, read_tensors
 from .index import INDEX_FILE, TreeIndex, check_file
 from .lora import PEFT_PREFIX, adapter_files, check_head_names, read_target
@@ -51,16 +52,14 @@ def share_adapter_tensors(state: SubspaceState, task: str, bases: Mapping[str, S
     """A task's coefficients, the fingerprints of their bases and its head, as PEFT saves and loads them."""
     tensors = {f"{PEFT_PREFIX}{name}": tensor for name, tensor in state.tasks[task].head.items()}
     for module, layer in state.layers_of(task).items():
-        coefficients_out, coefficients_in = layer.coefficients_of(task)
-        tensors[f"{PEFT_PREFIX}{module}.share_coefficients_out"] = coefficients_out
-        tensors[f"{PEFT_PREFIX}{module}.share_coefficients_in"] = coefficients_in
+        tensors |= coefficient_tensors(f"{PEFT_PREFIX}{module}", layer, task, state.settings)
         tensors[f"{PEFT_PREFIX}{module}.{FINGERPRINT}"] = bases[module].fingerprint
     return tensors
 
 
 def share_adapter_config(state: SubspaceState, task: str) -> dict[str, Any]:
     """The values of a task's `ShareConfig`."""
-    settings = asdict(state.settings)
+    settings = state.settings.to_dict()
     del settings["center"]  # a property of merges, which a single task has no say in
     return {
         "peft_type": "SHARE",
@@ -122,7 +121,7 @@ def read_task(
         place / name for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, METRICS_FILE)
     )
     config, metrics = read_json(config_path), read_json(metrics_path)
-    tensors = read_tensors(weights_path)
+    tensors = with_plain_coefficients(weights_path, read_tensors(weights_path), index.settings.coefficient_dtype)
     stored: dict[str, StoredTask] = {}
     coefficients: set[str] = set()
     try:
@@ -142,11 +141,13 @@ def read_task(
                 check_fingerprint(weights_path, tensors.get(fingerprint), fingerprint, bases[module])
             k_out, k_in = index.modules[module].num_components
             p = rank_in_layer(index.settings.pseudo_rank, index.modules[module].shape)
-            stored[module] = (
-                expect_tensor(weights_path, tensors, f"{prefix}_out", (k_out, p)),
-                expect_tensor(weights_path, tensors, f"{prefix}_in", (k_in, p)),
-                _certificate(metrics_path, module, values),
-            )
+            rank = p
+            if index.settings.has_ranks:
+                rank = rank_of_coefficients(weights_path, tensors, prefix, p)
+            out = expect_tensor(weights_path, tensors, f"{prefix}_out", (k_out, rank))
+            in_ = expect_tensor(weights_path, tensors, f"{prefix}_in", (k_in, rank))
+            filled = (torch.nn.functional.pad(side, (0, p - rank)) for side in (out, in_))
+            stored[module] = (*filled, _certificate(metrics_path, module, values))
         head = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items() if name not in coefficients}
         try:
             info = _task_info(config_path, config, metrics_path, metrics, head)

@@ -27,7 +27,17 @@ from ..subspace import LayerSubspace, SubspaceSettings, TaskRecords, rank_in_lay
 from .base_model import base_name
 from .basis_file import SUBSPACE_FILE, StoredBasis, bases_of, basis_tensors, fingerprint_of_all, read_bases
 from .files import FolderWriter, json_bytes, read_json, tensor_bytes
-from .index import INDEX_FILE, NO_BRANCHES, BranchRecords, ModuleEntry, TreeIndex, check_file, index_bytes, read_index
+from .index import (
+    INDEX_FILE,
+    NO_BRANCHES,
+    BranchRecords,
+    ModuleEntry,
+    TreeIndex,
+    check_file,
+    format_version_for,
+    index_bytes,
+    read_index,
+)
 from .lora import LoraAdapter, lora_files
 from .replacing import reading_whole, replacing_folder
 from .task_files import METRICS_FILE, TASKS_FOLDER, StoredTask, read_task, task_files, task_folder
@@ -147,6 +157,7 @@ def write_root(
         replaced=dict(branches.replaced),
         sha256={**{name: writer.sha256[name] for name in rest}, **adapter},
         fingerprint=fingerprint,
+        format_version=format_version_for(state.settings),
     )
     writer.put(INDEX_FILE, index_bytes(index))
 

@@ -56,6 +56,9 @@ def reconcile(ours: SubspaceState, theirs: SubspaceState) -> SubspaceState:
             task: {module: layer.update_of(task, torch.float64) for module, layer in ours.layers_of(task).items()}
             for task in added
         }
+        # Each keeps the rank that it has: a second tolerated error would add to the first.
+        settings = merged.settings
+        merged = replace(merged, settings=replace(settings, tolerance=None))
         merged, _ = merge_tasks(
             merged,
             updates,
@@ -63,6 +66,7 @@ def reconcile(ours: SubspaceState, theirs: SubspaceState) -> SubspaceState:
             layouts=dict.fromkeys(added, ours.layouts),
             origins=added,
         )
+        merged = replace(merged, settings=settings)
         merged = replace(
             merged,
             layers={

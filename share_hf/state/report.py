@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..subspace import stored_bytes
 from .phase import Phase
 from .state import SubspaceState
 
@@ -17,7 +18,7 @@ class TaskReport:
         name: Its name.
         learned_by: The phase that trained it, or `"adapter"`.
         parameters: Numbers in its coefficients.
-        bytes: Size of its coefficients and head in float32.
+        bytes: Size of its coefficients, as they are stored, and of its head.
         drift: Estimated drift since it was learned, over all layers.
         drift_bound: Certified bound on its drift in any one layer.
     """
@@ -61,9 +62,12 @@ def report_of(state: SubspaceState) -> SubspaceReport:
     """Sizes, k, explained variance and drift of a subspace."""
     layers = state.layers.values()
     parameters, bounds = dict.fromkeys(state.tasks, 0), dict.fromkeys(state.tasks, 0.0)
+    sizes = dict.fromkeys(state.tasks, 0)
     for layer in layers:
-        for task, bound in zip(layer.tasks, layer.records.drift_bounds.tolist(), strict=True):
-            parameters[task] += layer.pseudo_rank * sum(layer.num_components)
+        ranks = layer.ranks.tolist() if state.settings.has_ranks else [layer.pseudo_rank] * len(layer.tasks)
+        for task, rank, bound in zip(layer.tasks, ranks, layer.records.drift_bounds.tolist(), strict=True):
+            parameters[task] += rank * sum(layer.num_components)
+            sizes[task] += sum(stored_bytes(k, rank, state.settings.coefficient_dtype) for k in layer.num_components)
             bounds[task] = max(bounds[task], bound)
     drifts = state.drifts()
     tasks = tuple(
@@ -71,7 +75,7 @@ def report_of(state: SubspaceState) -> SubspaceReport:
             name=task,
             learned_by=info.learned_by,
             parameters=parameters[task],
-            bytes=4 * parameters[task] + sum(tensor.nbytes for tensor in info.head.values()),
+            bytes=sizes[task] + sum(tensor.nbytes for tensor in info.head.values()),
             drift=drifts[task],
             drift_bound=bounds[task],
         )

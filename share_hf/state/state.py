@@ -90,8 +90,9 @@ class SubspaceState:
         return {module: layer for module, layer in self.layers.items() if layer.has(task)}
 
     def updates_of(self, task: str) -> dict[str, LowRankUpdate]:
-        """The task's updates by module, each as factors of rank p."""
-        return {module: layer.update_of(task) for module, layer in self.layers_of(task).items()}
+        """The task's updates by module, each as factors of rank p, or of the task's own rank where it has one."""
+        trimmed = self.settings.has_ranks
+        return {module: layer.update_of(task, trimmed=trimmed) for module, layer in self.layers_of(task).items()}
 
     def drifts(self) -> dict[str, float]:
         """By task, its estimated drift since it was learned, over all layers: ``‖ΔW' - ΔW‖ / ‖ΔW‖``."""
@@ -171,7 +172,7 @@ def with_learned_coefficients(
     for module, layer in state.layers.items():
         if module in coefficients:
             try:
-                layers[module] = layer.with_task(task, *coefficients[module])
+                layers[module] = layer.with_task(task, *coefficients[module], dtype=state.settings.coefficient_dtype)
             except ValueError as error:
                 raise ValueError(f"{module!r}: {error}") from error
     return replace(state, layers=layers, tasks={**state.tasks, task: info}).with_step(changed=[task], learned=task)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .factors import LowRankUpdate, check_norm, inverse_norms, truncated_balanced_factors, without_autocast
+from .rounding import MOST_ROUNDING, CoefficientDtype, packed, store
 from .settings import rank_in_layer
 from .stack import TASKS_PER_CHUNK
 
@@ -17,6 +18,9 @@ from .stack import TASKS_PER_CHUNK
 # Relative size under which a singular value of float32 coefficients may be what rounding made of zero.
 _ROUNDING_OF_COEFFICIENTS = 1e-6
 _SIZE_OF_EMPTY_COLUMNS = 0.2
+
+# What products with two bases in float32 may be larger than those with the orthonormal ones that they stand for.
+_ROUNDED_BASIS = 1 + 1e-5
 
 
 @dataclass(frozen=True)
@@ -165,20 +169,38 @@ class LayerSubspace:
             raise ValueError(f"no task {task!r} in this layer, it has {list(self.tasks)}")
         return self._positions[task]
 
-    def coefficients_of(self, task: str) -> tuple[Tensor, Tensor]:
-        """The task's coefficients (k_out, p), (k_in, p)."""
+    def coefficients_of(self, task: str, *, trimmed: bool = False) -> tuple[Tensor, Tensor]:
+        """The task's coefficients (k_out, p), (k_in, p); `trimmed`, without zeros that fill up a smaller rank."""
         i = self.index(task)
-        return self.coefficients_out[i], self.coefficients_in[i]
+        rank = int(self.ranks[i]) if trimmed else self.pseudo_rank
+        return self.coefficients_out[i, :, :rank], self.coefficients_in[i, :, :rank]
 
-    def update_of(self, task: str, dtype: torch.dtype | None = None) -> LowRankUpdate:
+    @cached_property
+    def ranks(self) -> Tensor:
+        """How many columns of each task's coefficients (tasks,) int64 are not there to fill up; at least 1."""
+        given = self.coefficients_out.any(1) | self.coefficients_in.any(1)
+        places = torch.arange(1, self.pseudo_rank + 1, device=given.device)
+        return (given * places).amax(1).clamp_min(1)
+
+    @cached_property
+    def packed(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """4-bit codes (tasks, p, ⌈k / 2⌉) and scales (tasks, p, ⌈k / 32⌉) of both sides, all tasks at once.
+
+        Raises:
+            ValueError: If 4 bits do not hold the coefficients exactly.
+        """
+        return packed(self.coefficients_out.mT), packed(self.coefficients_in.mT)
+
+    def update_of(self, task: str, dtype: torch.dtype | None = None, *, trimmed: bool = False) -> LowRankUpdate:
         """The task's update as rank-p factors ``(β ε_out, α ε_in)``: a LoRA of ``B = out_factor, A = in_factor^T``.
 
         Args:
             task: A task of the layer.
             dtype: Type of the products; that of the basis if not given, which may round them.
+            trimmed: As for `coefficients_of`.
         """
         dtype = dtype or self.basis_out.dtype
-        out, in_ = (side.to(dtype) for side in self.coefficients_of(task))
+        out, in_ = (side.to(dtype) for side in self.coefficients_of(task, trimmed=trimmed))
         with without_autocast(out.device):
             return LowRankUpdate(self.basis_out.to(dtype) @ out, self.basis_in.to(dtype) @ in_)
 
@@ -190,25 +212,44 @@ class LayerSubspace:
         energy = update_norms(self.coefficients_out, self.coefficients_in).square() * weights.square()
         return float(energy.sum() / (weights > 0).sum())
 
-    def with_task(self, task: str, coefficients_out: Tensor, coefficients_in: Tensor) -> LayerSubspace:
+    def with_task(
+        self, task: str, coefficients_out: Tensor, coefficients_in: Tensor, *, dtype: CoefficientDtype = "float32"
+    ) -> LayerSubspace:
         """The layer with a task learned inside its basis, which stays as it is; an existing one is replaced.
 
-        The coefficients are stored as they are and count as learned: norm from now, no drift.
+        The coefficients count as learned: norm from now, and no drift but for what storing them in fewer bits changes.
+
+        Args:
+            task: Its name.
+            coefficients_out: (k_out, p), or of a smaller rank.
+            coefficients_in: (k_in, p), likewise.
+            dtype: What they are stored in.
 
         Raises:
             ValueError: If they are not finite, or the norm of their update is out of range; naming the task.
         """
         norm = self._norm_of(task, coefficients_out, coefficients_in)
         kept = self.without_task(task) if self.has(task) else self
-        new_out = coefficients_out.to(self.coefficients_out).unsqueeze(0)
-        new_in = coefficients_in.to(self.coefficients_in).unsqueeze(0)
+        exact = [
+            torch.nn.functional.pad(given.to(side), (0, self.pseudo_rank - given.shape[1])).unsqueeze(0)
+            for given, side in (
+                (coefficients_out, self.coefficients_out),
+                (coefficients_in, self.coefficients_in),
+            )
+        ]
+        new_out, new_in = (torch.empty_like(side) for side in exact)
+        rounding = store((exact[0].double(), exact[1].double()), (new_out, new_in), dtype, dim=-2)
+        change = _ROUNDED_BASIS * rounding.changes.to(kept.records.norms) * inverse_norms(norm.unsqueeze(0))
+        if change > MOST_ROUNDING[dtype]:
+            raise ValueError(f"task {task!r}: its update of norm {float(norm):.3g} cannot be stored in {dtype}")
+        record = TaskRecords(norm.unsqueeze(0).to(kept.records.norms), torch.zeros_like(change), change, change)
         position = self.index(task) if self.has(task) else len(self.tasks)
         added = replace(
             kept,
             tasks=(*kept.tasks, task),
             coefficients_out=torch.cat([kept.coefficients_out, new_out]),
             coefficients_in=torch.cat([kept.coefficients_in, new_in]),
-            records=kept.records.append(TaskRecords.undrifted(norm.unsqueeze(0).to(kept.records.norms))),
+            records=kept.records.append(record),
         )
         order = list(range(len(kept.tasks)))
         order.insert(position, len(kept.tasks))

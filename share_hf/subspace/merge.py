@@ -21,23 +21,19 @@ from .layer import LayerSubspace, TaskRecords
 from .move import (
     Candidate,
     candidate_of,
-    coefficient_norms,
     move_old_tasks,
     new_coefficients,
     old_basis_of,
     rounded_basis,
     rounding_bound,
 )
+from .rounding import MOST_ROUNDING, CoefficientDtype, store
 from .settings import SubspaceSettings, rank_in_layer
 from .stack import UpdateStack
 
 
 # A new update with less than this relative part outside the basis needs no merge: it is float32 rounding error.
 NEGLIGIBLE_RESIDUAL = 1e-6
-
-# A task that storing changes by more than this is not kept: its numbers are too large or too small for the dtype, or
-# its factors cancel each other.
-_MOST_ROUNDING = 1e-2
 
 
 class DriftToleranceError(ValueError):
@@ -51,7 +47,8 @@ class LayerMergeReport:
     Args:
         new_tasks: Tasks that were added.
         drift: Relative change ``‖ΔW_i' - ΔW_i‖ / ‖ΔW_i‖`` of every task by this merge, (task -> value); for a new
-            task, its own compression error. Exact up to the rounding of what is stored, which only the bound includes.
+            task, its own compression error. Exact up to the rounding of what is stored in float32, which only the
+            bound includes.
         drift_bound: Sum of the drifts since each task was learned.
         num_components: (k_out, k_in) of the result.
         basis_changed: False if the basis already explained the new updates.
@@ -76,6 +73,8 @@ class _Merge:
         coordinates: (n, q_out) and (d, q_in), orthonormal.
         stack: All updates in these coordinates.
         unbalanced: Whether the factors of the new updates are still to get equal shares of them.
+        coefficient_dtype: What coefficients are stored in.
+        tolerance: Relative error up to which a new task takes a smaller rank.
     """
 
     layer: LayerSubspace
@@ -85,6 +84,8 @@ class _Merge:
     coordinates: tuple[Tensor, Tensor]
     stack: UpdateStack
     unbalanced: bool
+    coefficient_dtype: CoefficientDtype
+    tolerance: float | None
 
     @property
     def weights(self) -> Tensor:
@@ -195,7 +196,17 @@ def _prepared(
     else:
         coordinates, stack = exact_coordinates(layer, batch, weights)
     noise = batch.noise * stack.new_weights
-    return _Merge(layer, tuple(updates), norms, noise, coordinates, stack, unbalanced=joint and bool(room))
+    return _Merge(
+        layer,
+        tuple(updates),
+        norms,
+        noise,
+        coordinates,
+        stack,
+        unbalanced=joint and bool(room),
+        coefficient_dtype=settings.coefficient_dtype,
+        tolerance=settings.tolerance,
+    )
 
 
 def _search(merge: _Merge, settings: SubspaceSettings) -> _Merged:
@@ -255,21 +266,18 @@ def _with_new_basis(merge: _Merge, candidate: Candidate) -> _Merged:
     candidate = Candidate(*sides, candidate.span_error)
     basis_out, slack_out = rounded_basis(coordinates[0] @ candidate.out.basis, dtype)
     basis_in, slack_in = rounded_basis(coordinates[1] @ candidate.in_.basis, dtype)
-    moved = move_old_tasks(stack, candidate)
-    new_out, new_in, rank_errors = new_coefficients(stack, candidate, layer.pseudo_rank, balance=merge.unbalanced)
+    moved = move_old_tasks(stack, candidate, merge.coefficient_dtype)
+    new_out, new_in, rank_errors = new_coefficients(
+        stack, candidate, layer.pseudo_rank, balance=merge.unbalanced, tolerance=merge.tolerance
+    )
     coefficients_out, coefficients_in = moved.coefficients_out, moved.coefficients_in
-    stored_out, stored_in = coefficients_out[old_count:], coefficients_in[old_count:]
-    stored_out.copy_(new_out)
-    stored_in.copy_(new_in)
-
-    slack = torch.tensor([slack_out, slack_in]).to(merge.norms)
-    sizes = torch.cat([moved.sizes, coefficient_norms(new_out, new_in)])
-    roundings = torch.cat([moved.roundings, coefficient_norms(stored_out - new_out, stored_in - new_in)])
-    rounding = rounding_bound(sizes, roundings, slack)
+    stored = coefficients_out[old_count:], coefficients_in[old_count:]
+    rounding = moved.rounding.append(store((new_out, new_in), stored, merge.coefficient_dtype, dim=-2))
+    bound = rounding_bound(rounding, torch.tensor([slack_out, slack_in]).to(merge.norms))
     spectrum_out = candidate.out.spectrum[: candidate.out.kept]
     spectrum_in = candidate.in_.spectrum[: candidate.in_.kept]
-    _check_storable(merge, rounding, dtype, (spectrum_out, spectrum_in))
-    records, drift = _records(merge, moved.lost, candidate.span_error, rank_errors, rounding)
+    _check_storable(merge, bound + rounding.changes, dtype, (spectrum_out, spectrum_in))
+    records, drift = _records(merge, moved.lost, candidate.span_error, rank_errors, bound, rounding.changes)
     merged = LayerSubspace(
         tasks=(*layer.tasks, *merge.new_tasks),
         basis_out=basis_out,
@@ -286,17 +294,16 @@ def _with_new_basis(merge: _Merge, candidate: Candidate) -> _Merged:
 def _with_old_basis(merge: _Merge, candidate: Candidate) -> _Merged:
     """The layer with the new tasks projected on the basis it has; the old tasks keep their coefficients to the bit."""
     layer, stack, dtype = merge.layer, merge.stack, merge.layer.basis_out.dtype
-    new_out, new_in, rank_errors = new_coefficients(stack, candidate, layer.pseudo_rank, balance=merge.unbalanced)
-    new_out, new_in = _in_old_basis(new_out, stack.rotation_out), _in_old_basis(new_in, stack.rotation_in)
-    stored_out, stored_in = new_out.to(dtype), new_in.to(dtype)
-    new_rounding = rounding_bound(
-        coefficient_norms(new_out, new_in),
-        coefficient_norms(stored_out - new_out, stored_in - new_in),
-        torch.zeros(2).to(merge.norms),
+    new_out, new_in, rank_errors = new_coefficients(
+        stack, candidate, layer.pseudo_rank, balance=merge.unbalanced, tolerance=merge.tolerance
     )
-    rounding = torch.cat([merge.nothing_lost, new_rounding])
-    _check_storable(merge, rounding, dtype)
-    records, drift = _records(merge, merge.nothing_lost, candidate.span_error, rank_errors, rounding)
+    new_out, new_in = _in_old_basis(new_out, stack.rotation_out), _in_old_basis(new_in, stack.rotation_in)
+    stored_out, stored_in = torch.empty_like(new_out, dtype=dtype), torch.empty_like(new_in, dtype=dtype)
+    rounding = store((new_out, new_in), (stored_out, stored_in), merge.coefficient_dtype, dim=-2)
+    new_bound = rounding_bound(rounding, torch.zeros(2).to(merge.norms))
+    bound, changes = torch.cat([merge.nothing_lost, new_bound]), torch.cat([merge.nothing_lost, rounding.changes])
+    _check_storable(merge, bound + changes, dtype)
+    records, drift = _records(merge, merge.nothing_lost, candidate.span_error, rank_errors, bound, changes)
     merged = replace(
         layer,
         tasks=(*layer.tasks, *merge.new_tasks),
@@ -315,19 +322,20 @@ def _check_storable(merge: _Merge, rounding: Tensor, dtype: torch.dtype, spectra
     """
     relative = rounding * merge.weights
     overflows = any(not torch.isfinite(spectrum.float()).all() for spectrum in spectra)
-    if not overflows and (relative <= _MOST_ROUNDING).all():
+    if not overflows and (relative <= MOST_ROUNDING[merge.coefficient_dtype]).all():
         return
+    kept_in = str(dtype).removeprefix("torch.") if merge.coefficient_dtype == "float32" else merge.coefficient_dtype
     worst = int(relative.nan_to_num(torch.inf).argmax())
     task = (*merge.layer.tasks, *merge.new_tasks)[worst]
     raise ValueError(
         f"task {task!r}: its update of norm {float(merge.norms[worst]):.3g} cannot be stored in "
-        f"{str(dtype).removeprefix('torch.')} beside the others with any precision; expected updates whose factors "
+        f"{kept_in} beside the others with any precision; expected updates whose factors "
         "are of more usual sizes (basis='joint' balances them)"
     )
 
 
 def _records(
-    merge: _Merge, lost: Tensor, span_error: Tensor, rank_errors: Tensor, rounding: Tensor
+    merge: _Merge, lost: Tensor, span_error: Tensor, rank_errors: Tensor, rounding: Tensor, changes: Tensor
 ) -> tuple[TaskRecords, Tensor]:
     """Records of all tasks after a merge, and its drift (tasks,).
 
@@ -337,11 +345,15 @@ def _records(
         span_error: (new tasks,), relative.
         rank_errors: (new tasks,), absolute.
         rounding: (tasks + new tasks,), absolute.
+        changes: (tasks + new tasks,), absolute, by storing coefficients in fewer bits.
     """
     old, stack = merge.layer.records, merge.stack
-    old_drift, rank_errors = lost * stack.old_weights, rank_errors * stack.new_weights
-    new_drift = (span_error.square() + rank_errors.square()).sqrt()
-    bounds = torch.cat([old.drift_bounds + old_drift, span_error + rank_errors + merge.noise])
+    old_changes, new_changes = (changes * merge.weights).split([len(lost), len(span_error)])
+    # What storing changes lies inside the basis, and what is lost outside of it.
+    old_drift = torch.hypot(lost * stack.old_weights, old_changes)
+    rank_errors = rank_errors * stack.new_weights
+    new_drift = (span_error.square() + rank_errors.square() + new_changes.square()).sqrt()
+    bounds = torch.cat([old.drift_bounds + old_drift, span_error + rank_errors + new_changes + merge.noise])
     estimates = torch.cat([(old.drift_estimates.square() + old_drift.square()).sqrt(), new_drift])
     records = TaskRecords(
         norms=merge.norms,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -77,10 +77,7 @@ def merge_into_layers(
         ValueError: As `merge_into_layer`, naming the module.
         DriftToleranceError: Likewise.
     """
-    by_module: dict[str, list[str]] = {}
-    for task, modules in updates.items():
-        for module in modules:
-            by_module.setdefault(module, []).append(task)
+    by_module = tasks_by_module(updates)
 
     def merge(module: str) -> tuple[LayerSubspace, LayerMergeReport]:
         new = {task: updates[task][module] for task in by_module[module]}
@@ -88,7 +85,7 @@ def merge_into_layers(
 
     merged, reports = dict(layers), {}
     with tqdm(total=len(by_module), desc="Merging", unit="layer", leave=False, disable=not progress) as bar:
-        for module, (layer, report) in zip(by_module, _each(merge, by_module), strict=True):
+        for module, (layer, report) in zip(by_module, each_layer(merge, by_module), strict=True):
             merged[module], reports[module] = layer, report
             bar.update()
     return merged, MergeReport(tuple(updates), reports, _drift_over_layers(merged, reports))
@@ -108,18 +105,27 @@ def _merged(
         raise ValueError(f"{module!r}: {error}") from error
 
 
-def _each(merge: Callable[[str], _Result], by_module: Mapping[str, Sequence[str]]) -> Iterator[_Result]:
-    """The result for each module, in their order."""
+def tasks_by_module(updates: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:
+    """Module -> tasks, in their order, from task -> modules."""
+    by_module: dict[str, list[str]] = {}
+    for task, modules in updates.items():
+        for module in modules:
+            by_module.setdefault(module, []).append(task)
+    return by_module
+
+
+def each_layer(result_of: Callable[[str], _Result], by_module: Mapping[str, Sequence[str]]) -> Iterator[_Result]:
+    """The result for each module, in their order; of many tasks, as many side by side as there are threads."""
     threads = torch.get_num_threads()
     if max(map(len, by_module.values()), default=0) < TASKS_AT_ONCE:
-        yield from map(merge, by_module)
+        yield from map(result_of, by_module)
         return
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             # No more than are worked on: results that nobody has taken yet would pile up, and errors would wait.
             waiting: deque[Future[_Result]] = deque()
             for module in by_module:
-                waiting.append(pool.submit(merge, module))
+                waiting.append(pool.submit(result_of, module))
                 if len(waiting) > threads:
                     yield waiting.popleft().result()
             while waiting:

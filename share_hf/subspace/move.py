@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .basis import Directions
 from .factors import truncated_balanced_factors
+from .rounding import CoefficientDtype, Rounding, store
 from .stack import UpdateStack
 
 
@@ -59,18 +60,16 @@ class MovedTasks:
         coefficients_out: (tasks + new tasks, k_out', p), with room at the end for the new tasks. Likewise
             `coefficients_in`.
         lost: (tasks,), ``‖ΔW_i' - ΔW_i‖`` before rounding.
-        sizes: (tasks, 2), norms of the exact coefficients; the product bounds ``‖ΔW_i'‖``.
-        roundings: (tasks, 2), norms of their rounding errors.
+        rounding: What storing them changed.
     """
 
     coefficients_out: Tensor
     coefficients_in: Tensor
     lost: Tensor
-    sizes: Tensor
-    roundings: Tensor
+    rounding: Rounding
 
 
-def move_old_tasks(stack: UpdateStack, candidate: Candidate) -> MovedTasks:
+def move_old_tasks(stack: UpdateStack, candidate: Candidate, dtype: CoefficientDtype = "float32") -> MovedTasks:
     """``ε' = P^T R ε`` for all old tasks (Sec. 3.2.3), and how much of each update the new basis loses.
 
     The loss is ``‖D_out^T ΔW‖² + ‖ΔW D_in‖² - ‖D_out^T ΔW D_in‖²`` with D the discarded directions. The last term is
@@ -85,6 +84,7 @@ def move_old_tasks(stack: UpdateStack, candidate: Candidate) -> MovedTasks:
     moved_in = stack.old_in.new_empty(with_room, pseudo_rank, kept_in)
     squared = stack.old_weights.new_empty(tasks)
     sizes, roundings = stack.old_weights.new_empty(tasks, 2), stack.old_weights.new_empty(tasks, 2)
+    changes = stack.old_weights.new_empty(tasks)
     for span, stored_out, stored_in in stack.old_chunks():
         old_out, old_in = stored_out.double(), stored_in.double()
         turned_out, turned_in = old_out @ turn_out, old_in @ turn_in
@@ -95,12 +95,11 @@ def move_old_tasks(stack: UpdateStack, candidate: Candidate) -> MovedTasks:
             - (lost_out.mT @ lost_in).square().sum((-2, -1))
         )
         exact_out, exact_in = turned_out[..., :kept_out], turned_in[..., :kept_in]
-        rounded_out, rounded_in = moved_out[:tasks][span], moved_in[:tasks][span]
-        rounded_out.copy_(exact_out)
-        rounded_in.copy_(exact_in)
-        sizes[span] = coefficient_norms(exact_out, exact_in)
-        roundings[span] = coefficient_norms(rounded_out - exact_out, rounded_in - exact_in)
-    return MovedTasks(moved_out.mT, moved_in.mT, squared.clamp_min(0).sqrt(), sizes, roundings)
+        stored = moved_out[:tasks][span], moved_in[:tasks][span]
+        rounding = store((exact_out, exact_in), stored, dtype, dim=-1)
+        sizes[span], roundings[span], changes[span] = rounding.sizes, rounding.roundings, rounding.changes
+    rounding = Rounding(sizes, roundings, changes)
+    return MovedTasks(moved_out.mT, moved_in.mT, squared.clamp_min(0).sqrt(), rounding)
 
 
 def _product_norm_squared(factor: Tensor, gram: Tensor) -> Tensor:
@@ -109,7 +108,7 @@ def _product_norm_squared(factor: Tensor, gram: Tensor) -> Tensor:
 
 
 def new_coefficients(
-    stack: UpdateStack, candidate: Candidate, pseudo_rank: int, *, balance: bool
+    stack: UpdateStack, candidate: Candidate, pseudo_rank: int, *, balance: bool, tolerance: float | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Coefficients of the new tasks: their factors projected, or the best rank p of the product if they are wider.
 
@@ -118,6 +117,7 @@ def new_coefficients(
         candidate: The directions.
         pseudo_rank: p.
         balance: Whether both factors of each task get the same share of its update, instead of what they came with.
+        tolerance: Relative error up to which a task takes a smaller rank, filled up with zeros. Balances them too.
 
     Returns:
         (new tasks, k_out', p), (new tasks, k_in', p), and the norm (new tasks,) of what a rank over p lost.
@@ -130,18 +130,39 @@ def new_coefficients(
         new_out, new_in = (factors_out @ candidate.out.basis).mT, (factors_in @ candidate.in_.basis).mT
         rank = min(pseudo_rank, new_out.shape[2])
         all_out[span, :, :rank], all_in[span, :, :rank] = new_out[..., :rank], new_in[..., :rank]
-        remade = stack.new_ranks[span] > (0 if balance else pseudo_rank)
+        remade = stack.new_ranks[span] > (0 if balance or tolerance is not None else pseudo_rank)
         if remade.any():
             all_out[span][remade], all_in[span][remade], rank_errors[span][remade] = truncated_balanced_factors(
                 new_out[remade], new_in[remade], pseudo_rank
             )
+    if tolerance is not None:
+        _cut_to_tolerance(all_out, all_in, rank_errors, _tolerated(stack, candidate, tolerance))
     return all_out, all_in, rank_errors
 
 
-def coefficient_norms(coefficients_out: Tensor, coefficients_in: Tensor) -> Tensor:
-    """Frobenius norms of both sides' coefficients, (tasks, 2)."""
-    norm = torch.linalg.vector_norm
-    return torch.stack([norm(coefficients_out, dim=(-2, -1)), norm(coefficients_in, dim=(-2, -1))], dim=-1)
+def _tolerated(stack: UpdateStack, candidate: Candidate, tolerance: float) -> Tensor:
+    """Squared norms (new tasks,) of what a rank may lose of each, beside what the directions do."""
+    relative = (tolerance**2 - candidate.span_error.square()).clamp_min(0)
+    weights = stack.new_weights
+    return torch.where(weights > 0, relative / torch.where(weights > 0, weights, 1.0).square(), 0.0)
+
+
+def _cut_to_tolerance(out: Tensor, in_: Tensor, rank_errors: Tensor, tolerated: Tensor) -> None:
+    """Zero the last columns of balanced coefficients, as many as are tolerated, and count them as lost; in place.
+
+    Args:
+        out: (tasks, k_out, p), ``U √S``.
+        in_: (tasks, k_in, p), ``V √S``.
+        rank_errors: (tasks,), what a rank over p lost.
+        tolerated: (tasks,), squared norms.
+    """
+    energies = out.square().sum(1) * in_.square().sum(1)  # S², whose roots are the norms of both sides' columns
+    # Behind each column, what is lost without it and those after it.
+    lost = energies.flip(1).cumsum(1).flip(1) + rank_errors.square().unsqueeze(1)
+    cut = lost <= tolerated.unsqueeze(1)
+    out.masked_fill_(cut.unsqueeze(1), 0.0)
+    in_.masked_fill_(cut.unsqueeze(1), 0.0)
+    rank_errors.copy_(torch.where(cut, lost, 0.0).amax(1).sqrt().maximum(rank_errors))
 
 
 def rounded_basis(exact: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
@@ -153,13 +174,14 @@ def rounded_basis(exact: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
     return rounded, float(torch.linalg.eigvalsh(change.T @ change).max().clamp_min(0).sqrt())
 
 
-def rounding_bound(sizes: Tensor, roundings: Tensor, slack: Tensor) -> Tensor:
-    """Upper bound (tasks,) on the change of each update by rounding its coefficients and the bases.
+def rounding_bound(rounding: Rounding, slack: Tensor) -> Tensor:
+    """Upper bound (tasks,) on the change of each update by rounding the bases, and its coefficients where that is
+    little; not the `changes` of coefficients in fewer bits.
 
     Args:
-        sizes: (tasks, 2), norms of the exact coefficients, output and input side.
-        roundings: (tasks, 2), norms of their rounding errors.
+        rounding: Of the coefficients.
         slack: (2,), spectral norms of the rounding errors of the bases.
     """
+    sizes, roundings = rounding.sizes, rounding.roundings
     changes = slack * (sizes + roundings) + roundings
     return changes[:, 0] * sizes[:, 1] + (sizes[:, 0] + changes[:, 0]) * changes[:, 1]

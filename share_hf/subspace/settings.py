@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
+
+from .rounding import COEFFICIENT_DTYPES, CoefficientDtype
 
 
 BasisKind = Literal["joint", "factor"]
 
 _SHOWN = 4  # layers in a line
+
+# Settings of format version 3, and what they are where nothing is said.
+LATER_SETTINGS: dict[str, Any] = {"coefficient_dtype": "float32", "tolerance": None}
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,10 @@ class SubspaceSettings:
         drift_tolerance: If given, the largest relative drift ``‖ΔW' - ΔW‖ / ‖ΔW‖`` that merges may add up to in any
             task and layer, as certified by the drift bound. A layer grows past `num_components` to stay under it.
         max_components: How far a layer may grow for `drift_tolerance`; `None` for as far as its numerical rank.
+        coefficient_dtype: What coefficients are stored in: `"float32"`, `"bfloat16"` or `"4bit"`. Every merge rounds
+            them, and what that changes is part of the drift that it certifies.
+        tolerance: If given, a task that is merged takes in each layer the smallest rank, up to `pseudo_rank`, that
+            keeps its relative error ``‖ΔW' - ΔW‖ / ‖ΔW‖`` there at or under this, before rounding. It keeps this rank.
 
     Raises:
         ValueError: If a value is out of range, or two contradict each other.
@@ -42,6 +51,8 @@ class SubspaceSettings:
     explained_variance: float | None = None
     drift_tolerance: float | None = None
     max_components: int | None = None
+    coefficient_dtype: CoefficientDtype = "float32"
+    tolerance: float | None = None
 
     def __post_init__(self) -> None:
         check_dimensions(self.num_components, self.pseudo_rank)
@@ -53,10 +64,35 @@ class SubspaceSettings:
             raise ValueError(f"explained_variance is {self.explained_variance}, expected a fraction in (0, 1]")
         if self.drift_tolerance is not None and not self.drift_tolerance > 0:
             raise ValueError(f"drift_tolerance is {self.drift_tolerance}, expected a positive number")
+        if self.coefficient_dtype not in COEFFICIENT_DTYPES:
+            raise ValueError(
+                f"coefficient_dtype is {self.coefficient_dtype!r}, expected one of {', '.join(COEFFICIENT_DTYPES)}"
+            )
+        if self.tolerance is not None and not 0 <= self.tolerance < 1:
+            raise ValueError(f"tolerance is {self.tolerance}, expected a relative error of at least 0 and under 1")
         if self.max_components is not None and self.max_components < self.num_components:
             raise ValueError(
                 f"max_components is {self.max_components}, expected at least num_components = {self.num_components}"
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a file has them: those that came with a later format only where they are used."""
+        values = asdict(self)
+        return {
+            name: value
+            for name, value in values.items()
+            if name not in LATER_SETTINGS or value != LATER_SETTINGS[name]
+        }
+
+    @property
+    def has_ranks(self) -> bool:
+        """Whether each task has a rank of its own in each layer."""
+        return self.tolerance is not None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a file of format version 2 says it all."""
+        return all(getattr(self, name) == value for name, value in LATER_SETTINGS.items())
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SubspaceSettings:

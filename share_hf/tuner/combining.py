@@ -70,6 +70,6 @@ def combined_coefficients(layer: ShareLayer, weights: Mapping[str, float]) -> tu
     present = [task for task in weights if layer.has_task(task)]
     out = torch.cat([weights[task] * layer.share_coefficients_out[task].detach().double() for task in present], dim=1)
     in_ = torch.cat([layer.share_coefficients_in[task].detach().double() for task in present], dim=1)
-    rank = layer.share_coefficients_out[present[0]].shape[1]
+    _, rank = layer.share_ranks[present[0]]
     combined_out, combined_in, _ = truncated_balanced_factors(out, in_, rank)
     return combined_out.float(), combined_in.float()

@@ -11,7 +11,7 @@ from peft.config import PeftConfig
 
 from ..format.basis_file import StoredBasis
 from ..state import Phase
-from ..subspace import BasisKind, SubspaceSettings, check_dimensions
+from ..subspace import BasisKind, CoefficientDtype, SubspaceSettings, check_dimensions
 from .lora_only import without_options_of_lora
 
 
@@ -110,6 +110,10 @@ class ShareConfig(PeftConfig):
             Largest relative drift of any task that merges may add up to; layers grow to meet it.
         max_components (`int`, *optional*):
             How far layers may grow for `drift_tolerance`.
+        coefficient_dtype (`Literal["float32", "bfloat16", "4bit"]`, *optional*, defaults to `"float32"`):
+            What a subspace stores coefficients in. In a model they are float32 in any case.
+        tolerance (`float`, *optional*):
+            Relative error up to which a task that is merged takes a smaller rank than `pseudo_rank` in a layer.
         dropout (`float`, *optional*, defaults to `0.0`):
             Probability with which inputs of a task's update are dropped in training, as LoRA's `lora_dropout`.
         init_std (`float`, *optional*, defaults to `0.05`):
@@ -127,6 +131,7 @@ class ShareConfig(PeftConfig):
         fingerprints (`Mapping[str, torch.Tensor]`, *optional*):
             By module, the fingerprint of the basis that the coefficients to come belong to, if they are in memory. No
             field either; the model that takes the adapter compares them with its bases.
+        ranks (`Mapping[str, int]`, *optional*): By module, the rank of these coefficients. No field either.
 
     Raises:
         ValueError: If a value is out of range, or two contradict each other.
@@ -168,6 +173,13 @@ class ShareConfig(PeftConfig):
     max_components: int | None = field(
         default=None, metadata={"help": "How far layers may grow to meet drift_tolerance."}
     )
+    coefficient_dtype: CoefficientDtype = field(
+        default="float32",
+        metadata={"help": "What a subspace stores coefficients in: 'float32', 'bfloat16' or '4bit'."},
+    )
+    tolerance: float | None = field(
+        default=None, metadata={"help": "Relative error up to which a task takes a smaller rank in a layer."}
+    )
     dropout: float = field(
         default=0.0, metadata={"help": "Probability with which inputs of a task's update are dropped in training."}
     )
@@ -182,6 +194,7 @@ class ShareConfig(PeftConfig):
 
     origin = None
     fingerprints = None
+    ranks = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -25,6 +25,7 @@ from .config import ShareConfig
 from .folding import FOLDED_TASKS, FoldedFactors, with_product
 from .kinds import layout_of, matrix_shape
 from .quantization import quantization_backend_of
+from .ranks import make_room, stacked
 
 
 class _Fingerprints(BufferDict):
@@ -47,12 +48,13 @@ class ShareLayer(BaseTunerLayer):
     Attributes:
         share_basis_out: (n, k_out) buffer, float32, β. Once a layer, and saved once for all tasks, so not persistent.
         share_basis_in: (d, k_in) buffer, float32, α.
-        share_coefficients_out: By task, (k_out, p), or (φ, p) while it is adapted. None in the init phase.
-        share_coefficients_in: By task, (k_in, p) or (φ, p).
+        share_coefficients_out: By task, (k_out, p_i), or (φ, p) while it is adapted. None in the init phase.
+        share_coefficients_in: By task, (k_in, p_i) or (φ, p).
         share_temporary_out: By task in the adapt phase (n, φ), in the init phase (n, p).
         share_temporary_in: By task, (d, φ) or (d, p).
         share_fingerprint: By task with coefficients in the basis, (8,) uint8, that of the basis.
         share_dropout: By task, the probability with which inputs of its update are dropped in training.
+        share_ranks: By task, the smallest and the largest rank that coefficients of a file may have.
         layout: How the update's matrix lies in the weight; None for a dense layer.
         basis_file: The `subspace.safetensors` that the basis was read from; None if it is from elsewhere.
 
@@ -65,7 +67,7 @@ class ShareLayer(BaseTunerLayer):
         "share_temporary_out",
         "share_temporary_in",
     )
-    other_param_names = ("share_fingerprint", "share_dropout")
+    other_param_names = ("share_fingerprint", "share_dropout", "share_ranks")
 
     def __init__(self, base_layer: nn.Module, basis_out: Tensor, basis_in: Tensor, **kwargs: Any) -> None:
         self.base_layer = base_layer
@@ -78,6 +80,7 @@ class ShareLayer(BaseTunerLayer):
             setattr(self, name, nn.ParameterDict())
         self.share_fingerprint = _Fingerprints()
         self.share_dropout: dict[str, float] = {}
+        self.share_ranks: dict[str, tuple[int, int]] = {}
         self.register_buffer("share_basis_out", None, persistent=False)
         self.register_buffer("share_basis_in", None, persistent=False)
         self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
@@ -170,6 +173,7 @@ class ShareLayer(BaseTunerLayer):
             self._set(adapter_name, "coefficients", torch.zeros(k_out, p), torch.randn(k_in, p) * std)
             self._mark(adapter_name)
         self.share_dropout[adapter_name] = config.dropout
+        self.share_ranks[adapter_name] = (p if config.tolerance is None else 1, p)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def _initial_factors(self, rank: int) -> tuple[Tensor, Tensor]:
@@ -298,7 +302,7 @@ class ShareLayer(BaseTunerLayer):
         row = {name: i for i, name in enumerate(present)}
         index = torch.tensor([row.get(name, len(present)) for name in adapter_names], device=like.device)
         stacked_out, stacked_in = (
-            F.pad(torch.stack([coefficients[name] for name in present]), (0, 0, 0, 0, 0, 1)).to(like.dtype)[index]
+            F.pad(stacked([coefficients[name] for name in present]), (0, 0, 0, 0, 0, 1)).to(like.dtype)[index]
             for coefficients in (self.share_coefficients_out, self.share_coefficients_in)
         )
         return stacked_out, stacked_in
@@ -343,6 +347,8 @@ class Linear(nn.Module, ShareLayer):
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
         self.check_fingerprints(state_dict, prefix)
+        for name in ("share_coefficients_out", "share_coefficients_in"):
+            make_room(getattr(self, name), self.share_ranks, state_dict, f"{prefix}{name}.")
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def get_delta_weight(self, adapter: str) -> Tensor:

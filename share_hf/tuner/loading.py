@@ -30,6 +30,7 @@ from ..format.replacing import holds, reading_whole, retrying_when_replaced
 from ..format.task_files import FINGERPRINT, METRICS_FILE, check_fingerprint, check_task_files, task_folder
 from ..format.tree import check_bases
 from .config import SHARE, AdapterOrigin, ShareConfig
+from .ranks import ranks_of
 from .weights import check_weights
 
 
@@ -55,6 +56,7 @@ class StoredAdapter:
         basis_file: The file that the bases are in; None if they are not from a file with a checksum.
         fingerprints: By module, the fingerprint of the basis that its coefficients belong to, where they have one.
         weights: What was read of its file, by the names there; empty if it is not from a file.
+        ranks: By module, the rank of its coefficients, where they are at hand.
     """
 
     modules: Mapping[str, ModuleEntry] = field(default_factory=dict)
@@ -65,6 +67,7 @@ class StoredAdapter:
     basis_file: BasisFile | None = None
     fingerprints: Mapping[str, Tensor] = field(default_factory=dict)
     weights: Mapping[str, Tensor] = field(default_factory=dict)
+    ranks: Mapping[str, int] = field(default_factory=dict)
 
 
 def stored_adapter(config: ShareConfig, loaded: Mapping[str, BasisFile | None]) -> StoredAdapter:
@@ -86,7 +89,7 @@ def stored_adapter(config: ShareConfig, loaded: Mapping[str, BasisFile | None]) 
     stored = StoredAdapter()
     if config.origin is not None:
         stored = replace(_with_bases(config.origin.bases), adapted=config.origin.adapted)
-    return replace(stored, fingerprints=config.fingerprints or {})
+    return replace(stored, fingerprints=config.fingerprints or {}, ranks=config.ranks or {})
 
 
 def remember_origins() -> None:
@@ -306,6 +309,7 @@ def _read_version(origin: AdapterOrigin, config: ShareConfig, loaded: Mapping[st
         embeddings=weights.embeddings,
         fingerprints=weights.fingerprints,
         weights=with_fingerprints(weights.tensors, origin),
+        ranks=ranks_of(weights.tensors),
     )
     if index is not None:
         _check_against_tree(origin, config, place, path.parent, index)

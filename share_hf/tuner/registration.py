@@ -19,6 +19,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, hotswap, infer_device, save_and
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..format.coefficients import with_unpacked
 from .config import SHARE, ShareConfig
 from .loading import (
     are_kept,
@@ -33,6 +34,7 @@ from .loading import (
 )
 from .lora_only import advise_on_functions_of_lora, refuse
 from .model import ShareModel, basis_files, layouts_of, stored_bases
+from .ranks import ranks_of
 from .saving import check_no_remote_tree, check_no_tree, check_same_bases, write_bases
 
 
@@ -194,7 +196,7 @@ def _check_coefficients_of_transformers() -> None:
         config = call.arguments.get("peft_config")
         if weights is not None and isinstance(config, ShareConfig):
             config = call.arguments["peft_config"] = copy.copy(config)
-            config.fingerprints = fingerprints_of(weights)
+            config.fingerprints, config.ranks = fingerprints_of(weights), ranks_of(weights)
         if weights is not None or location is None:
             return original(*call.args, **call.kwargs)
         options = {**call.arguments.get("kwargs", {}), **(call.arguments.get("adapter_kwargs") or {})}
@@ -235,7 +237,7 @@ def _prepare_weights() -> None:
         origin = origin_of(model_id, kwargs)
         if (kept := kept_weights(origin)) is not None:
             if kwargs.get("key_mapping"):
-                _check_not_renamed(original(model_id, *args, **kwargs), kept)
+                _check_not_renamed(with_unpacked(model_id, original(model_id, *args, **kwargs)), kept)
             device = args[0] if args else kwargs.get("device")
             return {name: weight.to(device or infer_device()) for name, weight in kept.items()}
         subfolder = kwargs.get("subfolder")
@@ -245,7 +247,7 @@ def _prepare_weights() -> None:
             kwargs.pop("subfolder")
             weights = hf_hub_download(model_id, f"{subfolder}/{SAFETENSORS_WEIGHTS_NAME}", **options)
             model_id = str(Path(weights).parent)
-        weights = original(model_id, *args, **kwargs)
+        weights = with_unpacked(model_id, original(model_id, *args, **kwargs))
         if kwargs.get("key_mapping") and any(".share_" in name for name in weights):
             _check_not_renamed(weights, original(model_id, *args, **{**kwargs, "key_mapping": None}))
         return with_fingerprints(weights, origin)

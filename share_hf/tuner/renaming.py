@@ -67,6 +67,7 @@ def adapter_named_as_in(model: nn.Module, stored: StoredAdapter) -> StoredAdapte
         bases=of_modules(stored.bases),
         adapted=None if stored.adapted is None else {renamed.get(module, module) for module in stored.adapted},
         fingerprints=of_modules(stored.fingerprints),
+        ranks=of_modules(stored.ranks),
         head={_renamed_weight(name, renamed): shape for name, shape in (stored.head or {}).items()},
         weights={f"{PEFT_PREFIX}{_renamed_weight(name, renamed)}": weight for name, weight in weights.items()},
     )

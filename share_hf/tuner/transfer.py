@@ -97,7 +97,8 @@ def load_tasks(
         unmoved = before is not None and _same_basis(before, stored)
         for task in stored.tasks:
             if task in wanted and not (unmoved and task in known):
-                layer.set_coefficients(task, *stored.coefficients_of(task))
+                coefficients = stored.coefficients_of(task, trimmed=state.settings.has_ranks)
+                layer.set_coefficients(task, *coefficients)
     for task in wanted:
         head = state.tasks[task].head
         if head and not (task in known and held.tasks[task].head is head):
@@ -213,7 +214,8 @@ def state_of(model: PeftModel) -> SubspaceState:
         for task in tasks:
             if task in layer.share_coefficients_out:
                 coefficients = layer.share_coefficients_out[task], layer.share_coefficients_in[task]
-                learned = learned.with_task(task, *(side.detach().cpu() for side in coefficients))
+                out, in_ = (side.detach().cpu() for side in coefficients)
+                learned = learned.with_task(task, out, in_, dtype=state.settings.coefficient_dtype)
         stored[module] = learned
     infos = {task: TaskInfo(target=target_of(model.peft_config[task]), head=head_of(model, task)) for task in tasks}
     return replace(state, layers=stored, tasks=infos, layouts=layouts_of(model))

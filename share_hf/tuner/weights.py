@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..format.basis_file import SUBSPACE_FILE
+from ..format.coefficients import rank_of_coefficients, with_plain_coefficients
 from ..format.embeddings import embedding_of
 from ..format.files import expect_tensor, read_pickled_tensors, read_tensors
 from ..format.index import ModuleEntry, TreeIndex
@@ -78,6 +79,8 @@ def check_weights(
     if of_tree and config.phase != Phase.COEFFICIENTS:
         raise ValueError(f"{path.parent}: phase is {config.phase!r}, expected 'coefficients' for a task of a tree")
     tensors = read_tensors(path) if path.suffix == ".safetensors" else read_pickled_tensors(path)
+    if of_tree:
+        tensors = with_plain_coefficients(path, tensors, index.settings.coefficient_dtype)
     weights, saved = CheckedWeights(tensors), saved_names(config.modules_to_save, config.task_type)
     if not of_tree:  # of a model that its user may have cast before saving it
         tensors = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
@@ -124,4 +127,7 @@ def _check_part(
             raise ValueError(f"{path}: {name!r} has shape {shape}, expected ({module.shape[side]}, any rank)")
     elif config.phase == Phase.COEFFICIENTS:
         p = rank_in_layer(config.pseudo_rank, module.shape)
+        if config.tolerance is not None:
+            prefix = name.removesuffix("_out").removesuffix("_in")
+            p = rank_of_coefficients(path, tensors, prefix, p)
         expect_tensor(path, tensors, name, (module.num_components[side], p))

@@ -321,3 +321,30 @@ def test_adapters_of_two_base_models_make_no_subspace(order: tuple[str, ...], sa
     adapters = {name: save_lora(name, base=bases[name]) for name in order}
     with pytest.raises(ValueError, match="adapter 'other' belongs to base model 'org/other', expected 'org/tiny'"):
         SharedSubspace.from_adapters(adapters, pseudo_rank=4, progress=False)
+
+
+def test_k_and_p_are_chosen_for_a_target(
+    variants: dict[str, Path], tiny_model: Callable[[str], PreTrainedModel]
+) -> None:
+    subspace = SharedSubspace.from_adapters(
+        variants, num_components="auto", pseudo_rank="auto", target_error=0.2, progress=False
+    )
+    chosen, settings = subspace.chosen, subspace.settings
+    assert (chosen.num_components, chosen.pseudo_rank) == (settings.num_components, settings.pseudo_rank)
+    expected = {task: delta_weights(tiny_model("llama"), folder) for task, folder in variants.items()}
+    errors = [
+        float((layer.update_of(task).dense() - expected[task][module]).norm() / expected[task][module].norm())
+        for module, layer in subspace.state.layers.items()
+        for task in layer.tasks
+        if expected[task][module].any()
+    ]
+    assert sum(errors) / len(errors) <= 0.2
+    report = subspace.report()
+    assert report.basis_bytes + sum(task.bytes for task in report.tasks) == chosen.bytes
+
+
+def test_nothing_is_read_for_a_target_that_says_nothing() -> None:
+    with pytest.raises(ValueError, match="pseudo_rank 'auto' with no target, expected one of target_error and"):
+        SharedSubspace.from_adapters(["nowhere"], pseudo_rank="auto")
+    with pytest.raises(ValueError, match=r"num_components is 'auto' and explained_variance is 0\.9"):
+        SharedSubspace.from_adapters(["nowhere"], num_components="auto", target_error=0.1, explained_variance=0.9)
