@@ -14,19 +14,16 @@ from torch import nn
 from transformers.utils import logging
 
 from .card import CardOptions, write_tree
+from .facade import Editing, Exporting
 from .format.base_model import base_name, common_base, named_alike
-from .format.files import FolderWriter
 from .format.index import INDEX_FILE, read_index
 from .format.lock import holding
-from .format.lora import lora_files
-from .format.names import listing
 from .format.places import Adapters, named_places, read_loras
-from .format.replacing import holds, reading_whole, replacing_folder
-from .format.tree import ADAPTER_FILES, lora_of, read_tree
+from .format.replacing import holds, reading_whole
+from .format.tree import read_tree
 from .hub.fetch import RemoteTree, is_local
 from .hub.push import MAX_ATTEMPTS, BranchChoice, PushOptions, push_state
 from .state import (
-    Lineage,
     SubspaceReport,
     SubspaceState,
     TaskInfo,
@@ -34,7 +31,6 @@ from .state import (
     merge_tasks,
     reconcile,
     report_of,
-    without_task,
 )
 from .subspace import BasisKind, MergeReport, SubspaceSettings, smaller_layers
 from .tuner.transfer import inject_tasks
@@ -43,7 +39,7 @@ from .tuner.transfer import inject_tasks
 logger = logging.get_logger(__name__)
 
 
-class SharedSubspace:
+class SharedSubspace(Editing, Exporting):
     """
     One low-rank subspace a layer, and the coefficients of any number of tasks in it.
 
@@ -60,36 +56,6 @@ class SharedSubspace:
         >>> subspace.save_pretrained("share-subspace")
         ```
     """
-
-    def __init__(self, state: SubspaceState, *, rest: RemoteTree | None = None) -> None:
-        self._held = state
-        self._rest = rest
-        self._card = CardOptions()
-        self._seen: dict[Path, Lineage] = {}  # by folder, what this subspace knows to be there
-
-    @property
-    def state(self) -> SubspaceState:
-        """Everything the subspace holds, as an immutable value; what was left in its repository is downloaded."""
-        if self._rest is not None:
-            self._rest.fetch()
-            self._card = replace(self._card, existing=self._rest.card)
-            self._held, self._rest = self._rest.read(), None
-        return self._held
-
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        """Names of the tasks, in the order they were learned."""
-        return tuple(self._held.tasks) if self._rest is None else self._rest.index.tasks
-
-    @property
-    def settings(self) -> SubspaceSettings:
-        """k, p and how merges work."""
-        return self._held.settings
-
-    @property
-    def base_model_name_or_path(self) -> str | None:
-        """The model the subspace belongs to."""
-        return self._held.base_model_name_or_path
 
     @classmethod
     def from_adapters(
@@ -203,28 +169,6 @@ class SharedSubspace:
                 the subspace is as before.
         """
         self._held = reconcile(*named_alike(self.state, other.state, base_model))
-
-    def remove_task(self, name: str) -> None:
-        """Forget a task: its coefficients and head. The basis and the other tasks stay as they are."""
-        self._check_known(name)
-        self._held = without_task(self.state, name)
-
-    def export_lora(self, task: str, folder: str | os.PathLike) -> None:
-        """
-        Write a task as a plain PEFT LoRA of rank p, for use without share_hf.
-
-        Args:
-            task (`str`): A task of the subspace.
-            folder (`str`): Where to write `adapter_config.json` and `adapter_model.safetensors`.
-        """
-        self._check_known(task)
-        if holds(Path(folder), INDEX_FILE):
-            raise ValueError(f"{folder}: holds a subspace or a model's checkpoint, expected another folder")
-        files = lora_files(lora_of(self._holding([task]), task))
-        with replacing_folder(Path(folder), lambda _: ADAPTER_FILES) as scratch:
-            writer = FolderWriter(scratch)
-            for name, content in files.items():
-                writer.put(name, content)
 
     def apply(self, model: nn.Module, tasks: Sequence[str] | None = None, *, trainable: bool = False) -> PeftModel:
         """
@@ -420,14 +364,3 @@ class SharedSubspace:
     def __repr__(self) -> str:
         k, p = self.settings.num_components, self.settings.pseudo_rank
         return f"SharedSubspace({len(self.tasks)} tasks, {len(self._held.layers)} modules, k={k}, p={p})"
-
-    def _holding(self, tasks: Sequence[str]) -> SubspaceState:
-        """A state with at least these tasks, all that is needed to work with them."""
-        if self._rest is not None and (more := [task for task in tasks if task not in self._held.tasks]):
-            self._rest.fetch(more)
-            self._held = self._rest.read([*self._held.tasks, *more])
-        return self._held
-
-    def _check_known(self, task: str) -> None:
-        if task not in self.tasks:
-            raise ValueError(f"no task {task!r} in the subspace, it has {listing(self.tasks)}")

@@ -21,6 +21,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
+from .editing_arguments import add_export, check_export
+
 
 FAILED, INTERRUPTED = 1, 130
 
@@ -66,8 +68,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if not argv or argv[0] not in commands:
         return parser.parse_args(argv or ["--help"])
     args = commands[argv[0]].parse_intermixed_args(argv[1:])
-    if args.command == "export" and (args.task is None) != args.all:
-        commands["export"].error("expected one TASK, or --all")
+    if args.command == "export":
+        check_export(args, commands["export"])
     return args
 
 
@@ -194,14 +196,6 @@ def _audit(command: argparse.ArgumentParser) -> None:
     command.add_argument("--per-module", action="store_true", help="A line a module, not one for all layers of a kind")
 
 
-def _export(command: argparse.ArgumentParser) -> None:
-    command.usage = f"{command.prog} [options] FOLDER_OR_REPO (TASK | --all) OUT"
-    _add_place(command)
-    command.add_argument("task", metavar="TASK", nargs="?", help="The task to export")
-    command.add_argument("out", metavar="OUT", type=Path, help="Where to write the LoRA")
-    command.add_argument("--all", action="store_true", help="Export every task, each into OUT/<task>")
-
-
 def _push(command: argparse.ArgumentParser) -> None:
     command.add_argument("folder", metavar="FOLDER", type=Path, help="Of the subspace")
     command.add_argument("repo_id", metavar="REPO_ID", help="The repository, created if need be")
@@ -242,7 +236,7 @@ _COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]]
     "add": ("Merge more adapters into a subspace", "share-hf add share-subspace rte=adapters/rte", _add),
     "info": ("Show tasks, sizes, drift and scores", "share-hf info org/share-subspace --revision mrpc", _info),
     "audit": ("Test whether adapters share a subspace", "share-hf audit adapters/mrpc adapters/sst2", _audit),
-    "export": ("Write tasks as plain LoRA adapters", "share-hf export share-subspace mrpc mrpc-lora", _export),
+    "export": ("Write tasks as plain LoRA adapters", "share-hf export share-subspace mrpc mrpc-lora", add_export),
     "push": ("Publish a subspace on the hub", "share-hf push share-subspace org/share-subspace --private", _push),
     "pull": ("Get a subspace, or what is new in it", "share-hf pull org/share-subspace share-subspace", _pull),
     "upgrade": ("Rewrite a subspace in the newest format", "share-hf upgrade org/share-subspace", _add_place),

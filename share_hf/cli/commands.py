@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import sys
 from argparse import Namespace
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import disable_progress_bars
 from huggingface_hub.utils import logging as hub_logging
 from peft.utils import CONFIG_NAME
@@ -35,15 +32,9 @@ from share_hf.state import SubspaceState
 from share_hf.subspace import AuditReport, LowRankUpdate, SubspaceSettings, audit_updates
 from share_hf.subspace.audit import ModuleAudit
 
+from .editing import export
+from .opening import Outcome, expect_no_adapter, load, naming_what_is_missing
 from .tables import drift, names, percent, score, size, table
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a command found or did, for a person and as JSON."""
-
-    text: str
-    facts: dict[str, Any]
 
 
 def run(args: Namespace, *, debug: bool = False) -> Outcome:
@@ -61,8 +52,8 @@ def init(args: Namespace) -> Outcome:
     settings = {field.name: getattr(args, field.name) for field in fields(SubspaceSettings)}
     adapters = _by_name(args.adapters)
     with holding(args.folder):
-        _expect_no_adapter(args.folder, "add to it with `share-hf add`")
-        with _naming_what_is_missing(adapters.values(), CONFIG_NAME):
+        expect_no_adapter(args.folder, "add to it with `share-hf add`")
+        with naming_what_is_missing(adapters.values(), CONFIG_NAME):
             subspace = SharedSubspace.from_adapters(
                 adapters, **settings, base_model=args.base_model, token=args.token, progress=args.progress
             )
@@ -74,7 +65,7 @@ def add(args: Namespace) -> Outcome:
     adapters = _by_name(args.adapters)
     with holding(args.folder):  # so that a second one begins from what this one saves
         subspace = SharedSubspace.from_pretrained(args.folder)
-        with _naming_what_is_missing(adapters.values(), CONFIG_NAME):
+        with naming_what_is_missing(adapters.values(), CONFIG_NAME):
             merge = subspace.add_adapters(
                 adapters, base_model=args.base_model, token=args.token, progress=args.progress
             )
@@ -96,26 +87,15 @@ def add(args: Namespace) -> Outcome:
 
 
 def info(args: Namespace) -> Outcome:
-    return _described(_load(args.place, args, revision=args.revision), args.place)
+    return _described(load(args.place, args, revision=args.revision), args.place)
 
 
 def audit(args: Namespace) -> Outcome:
     progress = partial(tqdm, desc="Auditing", unit="layer", leave=False, disable=not args.progress)
     if len(args.places) == 1:
-        return _audited(audit_of(_load(args.places[0][1], args).state, progress=progress), args.per_module)
+        return _audited(audit_of(load(args.places[0][1], args).state, progress=progress), args.per_module)
     layers = _updates_by_layer(_by_name(args.places), args)
     return _audited(audit_updates(layers, args.num_components, progress=progress), args.per_module)
-
-
-def export(args: Namespace) -> Outcome:
-    subspace = _load(args.place, args)
-    folders = {task: args.out / task for task in subspace.tasks} if args.all else {args.task: args.out}
-    for folder in folders.values():
-        _expect_no_adapter(folder)
-    for task in tqdm(folders, desc="Exporting", unit="task", leave=False, disable=not args.progress):
-        subspace.export_lora(task, folders[task])
-    written = {task: str(folder) for task, folder in folders.items()}
-    return Outcome(table(("task", "LoRA"), written.items()), {"exported": written})
 
 
 def push(args: Namespace) -> Outcome:
@@ -152,9 +132,9 @@ def pull(args: Namespace) -> Outcome:
     if exists:
         subspace = SharedSubspace.from_pretrained(args.folder)
     else:
-        _expect_no_adapter(args.folder)
+        expect_no_adapter(args.folder)
         subspace = SharedSubspace(SubspaceState(SubspaceSettings()))
-    ours, remote = subspace.state, _load(args.repo_id, args, revision=args.revision)
+    ours, remote = subspace.state, load(args.repo_id, args, revision=args.revision)
     subspace.update_from(remote, base_model=args.base_model)
     up_to_date = exists and subspace.state.lineage == ours.lineage
     if not up_to_date:
@@ -176,7 +156,7 @@ def upgrade(args: Namespace) -> Outcome:
     facts = {"from": min(before.values()), "to": FORMAT_VERSION, "upgraded": outdated}
     if not outdated:
         return Outcome(f"{args.place}: is of format version {FORMAT_VERSION} already", facts)
-    subspace = _load(args.place, args)
+    subspace = load(args.place, args)
     if on_hub:
         # Under any drift, so that every task's branch is written.
         subspace.push_to_hub(
@@ -212,16 +192,11 @@ def _by_name(located: Sequence[tuple[str, str]]) -> dict[str, str]:
     return named
 
 
-def _load(place: str, args: Namespace, *, revision: str | None = None) -> SharedSubspace:
-    with _naming_what_is_missing([place], INDEX_FILE):
-        return SharedSubspace.from_pretrained(place, revision=revision, token=args.token)
-
-
 def _updates_by_layer(adapters: dict[str, str], args: Namespace) -> dict[str, dict[str, LowRankUpdate]]:
     layers: dict[str, dict[str, LowRankUpdate]] = {}
     bases: dict[str, str | None] = {}
     for task in tqdm(adapters, desc="Reading adapters", unit="adapter", leave=False, disable=not args.progress):
-        with _naming_what_is_missing([adapters[task]], CONFIG_NAME):
+        with naming_what_is_missing([adapters[task]], CONFIG_NAME):
             lora = read_lora(adapters[task], token=args.token)
         bases[task] = lora.base_model_name_or_path
         for module, update in lora.updates.items():
@@ -229,19 +204,6 @@ def _updates_by_layer(adapters: dict[str, str], args: Namespace) -> dict[str, di
     if args.base_model is None:
         common_base(bases)
     return layers
-
-
-@contextmanager
-def _naming_what_is_missing(places: Iterable[str], file: str) -> Iterator[None]:
-    """Say which places are neither folders nor repositories, and which folder with such a file may have been meant."""
-    try:
-        yield
-    except (RepositoryNotFoundError, LocalEntryNotFoundError, HFValidationError) as error:
-        missing = [place for place in places if not Path(place).is_dir()]
-        folders = {str(path.parent) for place in missing for path in Path(place).parent.glob(f"*/{file}")}
-        near = [match for place in missing for match in difflib.get_close_matches(place, folders, n=1)]
-        advice = f", did you mean {names(near)}?" if near else "; a private one needs --token or `hf auth login`"
-        raise ValueError(f"{names(missing)}: no such folder, and no repository that could be read{advice}") from error
 
 
 def _format_version(folder: Path) -> int:
@@ -254,7 +216,7 @@ def _format_version(folder: Path) -> int:
 
 def _format_versions(repo_id: str, token: str | None) -> dict[str, int]:
     """The format version of `main` and, where that is the newest, of the branches, which an upgrade writes last."""
-    with _naming_what_is_missing([repo_id], INDEX_FILE):
+    with naming_what_is_missing([repo_id], INDEX_FILE):
         index = RemoteTree.open(repo_id, token=token).index
     versions = {"main": index.format_version}
     if index.format_version == FORMAT_VERSION:
@@ -270,14 +232,6 @@ def _tasks_of(repo_id: str, token: str | None) -> tuple[str, ...]:
         return RemoteTree.open(repo_id, token=token).index.tasks
     except (RepositoryNotFoundError, ValueError):
         return ()
-
-
-def _expect_no_adapter(folder: Path, advice: str = "expected another folder") -> None:
-    """Refuse to write over a subspace, or into the folder of an adapter."""
-    if holds(folder, INDEX_FILE):
-        raise ValueError(f"{folder} is a shared subspace already, {advice}")
-    if holds(folder, CONFIG_NAME):
-        raise ValueError(f"{folder} holds an adapter, expected another folder")
 
 
 def _without(tasks: Collection[str], others: Collection[str]) -> list[str]:
