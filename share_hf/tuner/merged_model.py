@@ -44,23 +44,25 @@ def base_model_for(base: str | Path, info: TaskInfo, *, token: str | bool | None
         ValueError: If it is not known which class the model has.
     """
     options: dict[str, Any] = {"token": token}
-    if (labels := num_labels_of(info.head)) is not None and info.target.get("task_type") in (
-        TaskType.SEQ_CLS,
-        TaskType.TOKEN_CLS,
-    ):
-        options["num_labels"] = labels
-        if info.labels is not None and len(info.labels) == labels:
-            options["id2label"] = dict(enumerate(info.labels))
-            options["label2id"] = {label: i for i, label in enumerate(info.labels)}
+    of_labels = info.target.get("task_type") in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS)
+    labels = num_labels_of(info.head) if of_labels else None
+    if labels is not None:
+        known = info.labels is not None and len(info.labels) == labels
+        names = list(info.labels) if known else [f"LABEL_{i}" for i in range(labels)]
+        options["id2label"] = dict(enumerate(names))
+        options["label2id"] = {name: i for i, name in enumerate(names)}
     config = AutoConfig.from_pretrained(base, **options)
-    names = [_AUTO_CLASSES.get(info.target.get("task_type")), *(config.architectures or ())]
-    model_class = next((found for name in names if name and (found := getattr(transformers, name, None))), None)
+    classes = [_AUTO_CLASSES.get(info.target.get("task_type")), *(config.architectures or ())]
+    model_class = next((found for name in classes if name and (found := getattr(transformers, name, None))), None)
     if model_class is None:
         raise ValueError(
             f"{base}: its configuration names no class of transformers ({config.architectures}), expected a model "
             "that transformers loads"
         )
-    return model_class.from_pretrained(base, config=config, dtype="auto", token=token)
+    # A head of the base model that has other labels gives way to the task's.
+    return model_class.from_pretrained(
+        base, config=config, dtype="auto", token=token, ignore_mismatched_sizes=labels is not None
+    )
 
 
 def merge_tasks_into(model: PreTrainedModel, state: SubspaceState, weights: Mapping[str, float]) -> PreTrainedModel:
