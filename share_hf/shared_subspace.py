@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from .card import CardOptions, write_tree
 from .facade import Editing, Exporting
+from .facade.editing import check_tolerance
 from .format.base_model import base_name, common_base, named_alike
 from .format.index import INDEX_FILE, read_index
 from .format.lock import holding
@@ -114,6 +115,7 @@ class SharedSubspace(Editing, Exporting):
         self,
         adapters: Adapters,
         *,
+        tolerance: float | None = None,
         base_model: str | None = None,
         token: str | bool | None = None,
         progress: bool = True,
@@ -123,13 +125,18 @@ class SharedSubspace(Editing, Exporting):
 
         Args:
             adapters: As for [`~SharedSubspace.from_adapters`].
+            tolerance (`float`, *optional*):
+                Relative part ``‖ΔW - ββ^T ΔW αα^T‖ / ‖ΔW‖`` of the new tasks that a layer's basis may leave out. Where
+                it leaves out no more, the new tasks are projected and basis and old tasks stay as they are, to the
+                bit; a layer that leaves out more of any of them is merged. If not given, all are merged.
             base_model (`str`, *optional*):
                 Name of the base model of these adapters and of the subspace, whatever they call it. Not checked.
             token (`str` or `bool`, *optional*): For the hub.
             progress (`bool`, *optional*, defaults to `True`): Whether to show progress bars.
 
         Returns:
-            [`~share_hf.subspace.MergeReport`]: The drift of every task, layer by layer.
+            [`~share_hf.subspace.MergeReport`]: The drift of every task, layer by layer, and in `projected_tasks` those
+                that no basis changed for.
 
         Raises:
             ValueError: As for [`~SharedSubspace.from_adapters`]; also if an adapter belongs to another base model.
@@ -137,6 +144,7 @@ class SharedSubspace(Editing, Exporting):
         """
         if base_model is not None and (not isinstance(base_model, str) or base_name(base_model) is None):
             raise ValueError(f"base_model is {base_model!r}, expected an id on the hub or a folder")
+        check_tolerance(tolerance)
         located = named_places(adapters, self.tasks)
         loras = read_loras(located, token=token, progress=progress)
         base = base_name(base_model) or common_base(
@@ -150,7 +158,7 @@ class SharedSubspace(Editing, Exporting):
             name: TaskInfo(target=lora.target, head=lora.head, initialization=initializations[name])
             for name, lora in loras.items()
         }
-        self._held, report = merge_tasks(state, updates, infos, progress=progress)
+        self._held, report = merge_tasks(state, updates, infos, tolerance=tolerance, progress=progress)
         shapes = {module: layer.shape for module, layer in self._held.layers.items() if module not in known}
         if (line := smaller_layers(shapes, self.settings.num_components)) is not None:
             logger.warning_once(line)

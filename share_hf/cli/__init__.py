@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .editing_arguments import add_export, check_export
+from .editing_arguments import add_export, add_remove, add_rename, add_replace, add_tolerance, check_export
 
 
 FAILED, INTERRUPTED = 1, 130
@@ -175,7 +175,13 @@ def _init(command: argparse.ArgumentParser) -> None:
 def _add(command: argparse.ArgumentParser) -> None:
     command.add_argument("folder", metavar="FOLDER", type=Path, help="Of the subspace")
     _add_adapters(command)
+    add_tolerance(command)
     _add_base_model(command)
+
+
+def _replace(command: argparse.ArgumentParser) -> None:
+    add_replace(command, located_adapter)
+    _add_base_model(command, "Of the adapter and the subspace")
 
 
 def _info(command: argparse.ArgumentParser) -> None:
@@ -237,6 +243,13 @@ _COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]]
     "info": ("Show tasks, sizes, drift and scores", "share-hf info org/share-subspace --revision mrpc", _info),
     "audit": ("Test whether adapters share a subspace", "share-hf audit adapters/mrpc adapters/sst2", _audit),
     "export": ("Write tasks as plain LoRA adapters", "share-hf export share-subspace mrpc mrpc-lora", add_export),
+    "remove": ("Forget tasks of a subspace", "share-hf remove share-subspace mrpc sst2", add_remove),
+    "rename": ("Give a task another name", "share-hf rename share-subspace mrpc paraphrases", add_rename),
+    "replace": (
+        "Put another adapter in the place of a task",
+        "share-hf replace share-subspace mrpc=adapters/mrpc-2",
+        _replace,
+    ),
     "push": ("Publish a subspace on the hub", "share-hf push share-subspace org/share-subspace --private", _push),
     "pull": ("Get a subspace, or what is new in it", "share-hf pull org/share-subspace share-subspace", _pull),
     "upgrade": ("Rewrite a subspace in the newest format", "share-hf upgrade org/share-subspace", _add_place),

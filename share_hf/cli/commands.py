@@ -32,7 +32,7 @@ from share_hf.state import SubspaceState
 from share_hf.subspace import AuditReport, LowRankUpdate, SubspaceSettings, audit_updates
 from share_hf.subspace.audit import ModuleAudit
 
-from .editing import export
+from .editing import added, export, remove, rename, replace_task
 from .opening import Outcome, expect_no_adapter, load, naming_what_is_missing
 from .tables import drift, names, percent, score, size, table
 
@@ -67,23 +67,14 @@ def add(args: Namespace) -> Outcome:
         subspace = SharedSubspace.from_pretrained(args.folder)
         with naming_what_is_missing(adapters.values(), CONFIG_NAME):
             merge = subspace.add_adapters(
-                adapters, base_model=args.base_model, token=args.token, progress=args.progress
+                adapters,
+                tolerance=args.tolerance,
+                base_model=args.base_model,
+                token=args.token,
+                progress=args.progress,
             )
         subspace.save_pretrained(args.folder)
-    tasks = subspace.report().tasks
-    rows = [
-        (task.name, drift(merge.drift[task.name]), drift(task.drift), drift(task.drift_bound))
-        for task in sorted(tasks, key=lambda task: task.name in merge.new_tasks)
-    ]
-    changed = f"{merge.changed_layers} of {len(merge.layers)} layers changed"
-    text = f"{args.folder}: added {names(merge.new_tasks)}, {changed}\n\n"
-    facts = {
-        "new_tasks": list(merge.new_tasks),
-        "changed_layers": merge.changed_layers,
-        "max_drift": merge.max_drift,
-        "tasks": [{**asdict(task), "drift_by_merge": merge.drift[task.name]} for task in tasks],
-    }
-    return Outcome(text + table(("task", "drift by this merge", "since learned", "bound"), rows), facts)
+    return added(subspace, merge, args.folder)
 
 
 def info(args: Namespace) -> Outcome:
@@ -176,6 +167,9 @@ _COMMANDS = {
     "info": info,
     "audit": audit,
     "export": export,
+    "remove": remove,
+    "rename": rename,
+    "replace": replace_task,
     "push": push,
     "pull": pull,
     "upgrade": upgrade,

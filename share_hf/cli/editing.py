@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from dataclasses import asdict
+from pathlib import Path
 
+from peft.utils import CONFIG_NAME
 from tqdm.auto import tqdm
 
-from .opening import Outcome, expect_no_adapter, load
-from .tables import drift, table
+from share_hf import SharedSubspace
+from share_hf.format.lock import holding
+from share_hf.subspace import MergeReport
+
+from .opening import Outcome, expect_no_adapter, load, naming_what_is_missing
+from .tables import drift, names, table
 
 
 def export(args: Namespace) -> Outcome:
@@ -30,6 +37,70 @@ def export(args: Namespace) -> Outcome:
         subspace.export_lora(task, folders[task], **style)
     written = {task: str(folder) for task, folder in folders.items()}
     return Outcome(table(("task", "LoRA"), written.items()), {"exported": written})
+
+
+def remove(args: Namespace) -> Outcome:
+    """`share-hf remove`: a subspace without some of its tasks."""
+    with holding(args.folder):
+        subspace = SharedSubspace.from_pretrained(args.folder)
+        for task in args.tasks:
+            subspace.remove_task(task)
+        subspace.save_pretrained(args.folder)
+    left = f"{len(subspace.tasks)} tasks are left"
+    return Outcome(
+        f"{args.folder}: removed {names(args.tasks)}, {left}", {"removed": args.tasks, "tasks": list(subspace.tasks)}
+    )
+
+
+def rename(args: Namespace) -> Outcome:
+    """`share-hf rename`: a task under another name."""
+    with holding(args.folder):
+        subspace = SharedSubspace.from_pretrained(args.folder)
+        subspace.rename_task(args.task, args.new_name)
+        subspace.save_pretrained(args.folder)
+    facts = {"renamed": args.task, "to": args.new_name, "tasks": list(subspace.tasks)}
+    return Outcome(f"{args.folder}: {args.task} is called {args.new_name} now", facts)
+
+
+def replace_task(args: Namespace) -> Outcome:
+    """`share-hf replace`: another adapter in the place of a task."""
+    task, place = args.adapter
+    with holding(args.folder):
+        subspace = SharedSubspace.from_pretrained(args.folder)
+        with naming_what_is_missing([place], CONFIG_NAME):
+            merge = subspace.replace_task(
+                task,
+                place,
+                tolerance=args.tolerance,
+                base_model=args.base_model,
+                token=args.token,
+                progress=args.progress,
+            )
+        subspace.save_pretrained(args.folder)
+    return added(subspace, merge, args.folder, verb="replaced")
+
+
+def added(subspace: SharedSubspace, merge: MergeReport, folder: Path, verb: str = "added") -> Outcome:
+    """What came of new tasks: which were projected, which were merged, and what that changed of the others."""
+    tasks = subspace.report().tasks
+    rows = [
+        (task.name, drift(merge.drift[task.name]), drift(task.drift), drift(task.drift_bound))
+        for task in sorted(tasks, key=lambda task: task.name in merge.new_tasks)
+    ]
+    projected = merge.projected_tasks
+    merged = [task for task in merge.new_tasks if task not in projected]
+    ways = [f"{way}: {names(of)}" for way, of in (("merged", merged), ("projected on the basis", projected)) if of]
+    changed = f"{merge.changed_layers} of {len(merge.layers)} layers changed"
+    text = f"{folder}: {verb} {names(merge.new_tasks)}, {changed}\n{'; '.join(ways)}\n\n"
+    facts = {
+        "new_tasks": list(merge.new_tasks),
+        "merged": merged,
+        "projected": list(projected),
+        "changed_layers": merge.changed_layers,
+        "max_drift": merge.max_drift,
+        "tasks": [{**asdict(task), "drift_by_merge": merge.drift[task.name]} for task in tasks],
+    }
+    return Outcome(text + table(("task", "drift by this merge", "since learned", "bound"), rows), facts)
 
 
 def _sum(weights: dict[str, float]) -> str:

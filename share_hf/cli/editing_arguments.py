@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -25,6 +26,38 @@ def add_export(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--component", metavar="NAME", help="Model of a pipeline of diffusers, such as unet")
     command.add_argument("--merge-into", metavar="BASE", help="Write this base model with the task in its weights")
+
+
+def add_tolerance(command: argparse.ArgumentParser) -> None:
+    """Add `--tolerance`, of commands that add tasks."""
+    command.add_argument(
+        "--tolerance",
+        type=float,
+        metavar="X",
+        help="Project on the bases that explain a new task but for this relative part; merge the others (merge all)",
+    )
+
+
+def add_remove(command: argparse.ArgumentParser) -> None:
+    """Add the arguments of `share-hf remove`."""
+    command.add_argument("folder", metavar="FOLDER", type=Path, help="Of the subspace")
+    command.add_argument("tasks", metavar="TASK", nargs="+", help="The tasks to forget")
+
+
+def add_rename(command: argparse.ArgumentParser) -> None:
+    """Add the arguments of `share-hf rename`."""
+    command.add_argument("folder", metavar="FOLDER", type=Path, help="Of the subspace")
+    command.add_argument("task", metavar="TASK", help="The task")
+    command.add_argument("new_name", metavar="NEW_NAME", help="Its new name")
+
+
+def add_replace(command: argparse.ArgumentParser, located_adapter: Callable[[str], tuple[str, str]]) -> None:
+    """Add the arguments of `share-hf replace`."""
+    command.add_argument("folder", metavar="FOLDER", type=Path, help="Of the subspace")
+    command.add_argument(
+        "adapter", metavar="TASK=ADAPTER", type=located_adapter, help="The task, and the folder or hub id of a LoRA"
+    )
+    add_tolerance(command)
 
 
 def check_export(args: argparse.Namespace, command: argparse.ArgumentParser) -> None:

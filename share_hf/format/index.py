@@ -199,6 +199,10 @@ def _lineage(entries: Any) -> tuple[Mapping[str, Any], ...]:
     for entry in entries:
         merged = entry.get("merged", [])
         names = [entry["id"], entry.get("learned", ""), entry.get("removed", "")]
+        renamed = entry.get("renamed", ["", ""])
+        if not isinstance(renamed, list) or len(renamed) != 2:
+            raise ValueError(f"lineage has a step {entry!r}, expected renamed to be two names")
+        names += renamed
         origins = entry.get("origins", {})
         if not isinstance(origins, dict) or not all(isinstance(ids, list) and ids for ids in origins.values()):
             raise ValueError(f"lineage has a step {entry!r}, expected origins to have lists of ids by task")

@@ -1,6 +1,7 @@
 """The immutable value that a shared subspace is: its state, its lineage, and the scores of its stream."""
 
-from .lineage import Lineage, shared_steps, step_tags, tasks_touched
+from .edits import renamed_task, without_scores
+from .lineage import Lineage, renamings, shared_steps, step_tags, tasks_touched
 from .phase import Phase
 from .reconcile import extends, reconcile
 from .report import SubspaceReport, TaskReport, report_of
@@ -34,6 +35,8 @@ __all__ = [
     "measured",
     "merge_tasks",
     "reconcile",
+    "renamed_task",
+    "renamings",
     "report_of",
     "rounded",
     "shared_steps",
@@ -41,5 +44,6 @@ __all__ = [
     "step_tags",
     "tasks_touched",
     "with_learned_coefficients",
+    "without_scores",
     "without_task",
 ]

@@ -1,7 +1,8 @@
 """The lineage of a subspace: one entry for each step that changed it, by which two writers know what they share.
 
 An entry is JSON: what the step did (`merged`, `learned` or `removed`), and an `id` that stands for the step and all
-before it. Where tasks came from another lineage, `origins` has, by task, the ids of the steps that they had there.
+before it. Where a task got another name, the entry has `removed` and `learned`, and both names in `renamed`. Where
+tasks came from another lineage, `origins` has, by task, the ids of the steps that they had there.
 """
 
 from __future__ import annotations
@@ -66,13 +67,31 @@ def steps_of_tasks(lineage: Lineage) -> dict[str, list[str]]:
     return steps
 
 
+def renamings(lineage: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """By name, the name that a task had before these steps, of those that were renamed and nothing else since."""
+    before: dict[str, str] = {}
+    for entry in lineage:
+        if "renamed" in entry:
+            old, new = entry["renamed"]
+            before[new] = before.pop(old, old)
+            continue
+        for task in added_by(entry):
+            before.pop(task, None)
+        before.pop(entry.get("removed", ""), None)
+    return before
+
+
 def step_tags(lineage: Iterable[Mapping[str, Any]], tasks: Sequence[str]) -> dict[str, str]:
     """By task, the tag that stands for the state right after it was learned.
 
-    Its number is how many tasks had been learned with it, those counted that were removed since.
+    Its number is how many tasks had been learned with it, those counted that were removed since. A task that got
+    another name keeps its number.
     """
     count, numbers = 0, {}
     for entry in (*lineage, {"merged": tasks}):
+        if "renamed" in entry and entry["renamed"][0] in numbers:
+            numbers[entry["renamed"][1]] = numbers.pop(entry["renamed"][0])
+            continue
         for name in added_by(entry):
             if name not in numbers:
                 count += 1

@@ -2,7 +2,8 @@
 
 Each starts from a state that both share and changes it. What one knows of the other's tasks is told by their lineages.
 The result is the other's state with those of our steps that it lacks: our new tasks are merged into it as if they had
-arrived as adapters (the asynchronous setting of Sec. 3.2.3), and what we removed is removed. A task keeps the ids of
+arrived as adapters (the asynchronous setting of Sec. 3.2.3), what we removed is removed, and what we renamed has its
+new name; where the other trained it further meanwhile, both are kept. A task keeps the ids of
 the steps that it had with its writer, who knows it again by them after a push that was cut off.
 """
 
@@ -14,7 +15,8 @@ from dataclasses import asdict, replace
 import torch
 
 from ..subspace import LayerSubspace, LowRankUpdate, TaskRecords
-from .lineage import Lineage, shared_steps, steps_of_tasks
+from .edits import renamed_task
+from .lineage import Lineage, renamings, shared_steps, steps_of_tasks
 from .scores import combined_metrics
 from .state import SubspaceState, merge_tasks, without_task
 
@@ -47,6 +49,11 @@ def reconcile(ours: SubspaceState, theirs: SubspaceState) -> SubspaceState:
     _check_mergeable(ours, theirs)
     added, superseded = _differences(ours, theirs)
     merged = theirs
+    for new, old in renamings(ours.lineage[shared_steps(ours.lineage, theirs.lineage) :]).items():
+        # What the other still has under the old name is the same task: it need not be merged once more.
+        if old in superseded and new in added and new not in merged.tasks:
+            merged = renamed_task(merged, old, new, origins=added.pop(new))
+            superseded.remove(old)
     for task in superseded:
         merged = without_task(merged, task)
     if added:
@@ -62,7 +69,7 @@ def reconcile(ours: SubspaceState, theirs: SubspaceState) -> SubspaceState:
                 module: _with_history(layer, ours.layers.get(module), added) for module, layer in merged.layers.items()
             },
         )
-    return replace(_named(merged, ours), metrics=combined_metrics(theirs.metrics, ours.metrics, merged.tasks))
+    return replace(_named(merged, ours), metrics=combined_metrics(merged.metrics, ours.metrics, merged.tasks))
 
 
 def _named(state: SubspaceState, ours: SubspaceState) -> SubspaceState:

@@ -113,6 +113,7 @@ def merge_tasks(
     infos: Mapping[str, TaskInfo],
     *,
     origins: Mapping[str, list[str]] | None = None,
+    tolerance: float | None = None,
     progress: bool = False,
 ) -> tuple[SubspaceState, MergeReport]:
     """A state with new tasks merged into it; the given one is not changed.
@@ -122,6 +123,7 @@ def merge_tasks(
         updates: Updates by task and module.
         infos: What is known of each task.
         origins: By task, the ids of the steps that it had in another lineage, if it comes from one.
+        tolerance: As for `merge_into_layer`.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -132,7 +134,7 @@ def merge_tasks(
     for task, info in infos.items():
         _check_head(task, info)
     check_one_model(state.layers, updates)
-    layers, report = merge_into_layers(state.layers, updates, state.settings, progress=progress)
+    layers, report = merge_into_layers(state.layers, updates, state.settings, tolerance=tolerance, progress=progress)
     # In the order that a tree is read back, so that sums over layers round as they would for a loaded subspace.
     merged = replace(state, layers=dict(sorted(layers.items())), tasks={**state.tasks, **infos})
     facts = {"merged": list(updates), "max_drift": rounded(report.max_drift)}
