@@ -114,7 +114,8 @@ def column(text: str, title: str) -> list[str]:
     """The cells under a title of the table in a text."""
     lines = [re.split(r" {2,}", line) for line in text.splitlines()]
     start = next(i for i, cells in enumerate(lines) if title in cells)
-    return [cells[lines[start].index(title)] for cells in lines[start + 1 :] if len(cells) == len(lines[start])]
+    end = lines.index([""], start) if [""] in lines[start:] else len(lines)
+    return [cells[lines[start].index(title)] for cells in lines[start + 1 : end] if len(cells) == len(lines[start])]
 
 
 class TestInit:

@@ -199,6 +199,14 @@ def _audit(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--num-components", type=int, default=32, metavar="K", help="For LoRAs (%(default)s)")
     _add_base_model(command)
+    command.add_argument(
+        "--target-error",
+        type=float,
+        action="append",
+        metavar="X",
+        help="Advise k and p for this mean error of ΔW; may be given again (0.1 and 0.25)",
+    )
+    command.add_argument("--figure", type=Path, metavar="FILE", help="Draw the curve, and the error of each adapter")
     command.add_argument("--per-module", action="store_true", help="A line a module, not one for all layers of a kind")
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from argparse import Namespace
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, fields, replace
-from functools import partial
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -15,23 +13,19 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import disable_progress_bars
 from huggingface_hub.utils import logging as hub_logging
 from peft.utils import CONFIG_NAME
-from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from share_hf import SharedSubspace
-from share_hf.card import audit_of
-from share_hf.format.base_model import common_base
 from share_hf.format.index import FORMAT_VERSION, INDEX_FILE, read_index
 from share_hf.format.lock import holding
-from share_hf.format.lora import read_lora
 from share_hf.format.replacing import holds, reading_whole, standing_at
 from share_hf.format.tree import expect_tree
 from share_hf.hub.branches import branch_choice
 from share_hf.hub.fetch import RemoteTree, is_local
 from share_hf.state import SubspaceState
-from share_hf.subspace import AuditReport, LowRankUpdate, SubspaceSettings, audit_updates
-from share_hf.subspace.audit import ModuleAudit
+from share_hf.subspace import SubspaceSettings
 
+from .auditing import audit
 from .editing import added, export, remove, rename, replace_task
 from .opening import Outcome, expect_no_adapter, load, naming_what_is_missing
 from .tables import drift, names, percent, score, size, table
@@ -79,14 +73,6 @@ def add(args: Namespace) -> Outcome:
 
 def info(args: Namespace) -> Outcome:
     return _described(load(args.place, args, revision=args.revision), args.place)
-
-
-def audit(args: Namespace) -> Outcome:
-    progress = partial(tqdm, desc="Auditing", unit="layer", leave=False, disable=not args.progress)
-    if len(args.places) == 1:
-        return _audited(audit_of(load(args.places[0][1], args).state, progress=progress), args.per_module)
-    layers = _updates_by_layer(_by_name(args.places), args)
-    return _audited(audit_updates(layers, args.num_components, progress=progress), args.per_module)
 
 
 def push(args: Namespace) -> Outcome:
@@ -186,20 +172,6 @@ def _by_name(located: Sequence[tuple[str, str]]) -> dict[str, str]:
     return named
 
 
-def _updates_by_layer(adapters: dict[str, str], args: Namespace) -> dict[str, dict[str, LowRankUpdate]]:
-    layers: dict[str, dict[str, LowRankUpdate]] = {}
-    bases: dict[str, str | None] = {}
-    for task in tqdm(adapters, desc="Reading adapters", unit="adapter", leave=False, disable=not args.progress):
-        with naming_what_is_missing([adapters[task]], CONFIG_NAME):
-            lora = read_lora(adapters[task], token=args.token)
-        bases[task] = lora.base_model_name_or_path
-        for module, update in lora.updates.items():
-            layers.setdefault(module, {})[task] = update
-    if args.base_model is None:
-        common_base(bases)
-    return layers
-
-
 def _format_version(folder: Path) -> int:
     if not standing_at(folder).is_dir():
         raise ValueError(f"{folder}: no such folder")
@@ -272,21 +244,3 @@ def _described(subspace: SharedSubspace, place: str) -> Outcome:
         "metrics": means,
     }
     return Outcome("\n".join(lines), facts)
-
-
-def _audited(report: AuditReport, per_module: bool) -> Outcome:
-    kinds: dict[str, list[ModuleAudit]] = {}
-    for row in report.rows:
-        kinds.setdefault(row.module if per_module else re.sub(r"\d+", "*", row.module), []).append(row)
-    sides = [side for side, value in vars(report.observed).items() if value is not None]
-    rows = []
-    for kind, members in kinds.items():
-        part = replace(report, rows=tuple(members))
-        fractions = [percent(getattr(means, side)) for side in sides for means in (part.observed, part.null)]
-        k = max(k for member in members for k in member.num_components)
-        rows.append([kind, str(len(members)), str(k), *fractions])
-    header = ["module", "layers", "k", *(title for side in sides for title in (side, "chance"))]
-    groups = [*map(names, report.groups), *([f"not known: {names(report.ungrouped)}"] if report.ungrouped else [])]
-    by_seed = f"\nBy the random A they started from: {'; '.join(groups) or 'none'}"
-    text = "\n".join([table(header, rows), by_seed, *report.sentences()])
-    return Outcome(text, {**report.to_dict(), "sentences": list(report.sentences())})

@@ -24,7 +24,7 @@ from .settings import SubspaceSettings
 
 
 # Where there are `SAMPLE_FROM` adapters.
-SAMPLED_ADAPTERS = 128
+SAMPLED_ADAPTERS = 80
 SAMPLED_MODULES = 2
 
 # An adapter of which the basis keeps less than this part of what it keeps of the median one is served badly.

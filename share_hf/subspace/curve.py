@@ -17,7 +17,7 @@ from .basis import JOINT_ITERATIONS
 
 
 # Half-steps on each side at the largest k, and at each smaller one, which begins within the one before.
-_FIRST_STEPS, _STEPS = 8, 4
+_FIRST_STEPS, _STEPS = 8, 3
 
 # From so many updates on, what a survey tells of all k is told of a sample, in the leading coordinates alone.
 SAMPLE_FROM = 200
