@@ -328,6 +328,25 @@ class TestAudit:
         assert column(by_kind, "layers") == ["2", "2"]
         assert column(by_module, "layers") == ["1"] * 4
 
+    def test_a_figure_is_drawn_and_advice_is_given(
+        self,
+        share: Callable[..., Output],
+        share_json: Callable[..., Any],
+        adapters: dict[str, str],
+        here: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.undo()
+        monkeypatch.chdir(here)
+        copied = [f"{name}={adapters['mrpc']}" for name in ("first", "second")]
+        facts = share_json("audit", *copied, adapters["rte"], "--target-error", "0.3", "--figure", "audit.png")
+        assert Path("audit.png").read_bytes().startswith(b"\x89PNG")
+        assert facts["collection"]["duplicates"] == [["first", "second"]]
+        assert [advice["target_error"] for advice in facts["collection"]["advice"]] == [0.3]
+        assert facts["collection"]["curve"][-1]["explained"] == pytest.approx(1)
+        _, out, _ = share("audit", "sub")
+        assert "error of ΔW" in out
+
     def test_of_adapters_of_two_models_is_refused(
         self, share: Callable[..., Output], adapters: dict[str, str], tmp_path: Path
     ) -> None:

@@ -142,6 +142,7 @@ def survey_updates(
         for module in modules:
             by_module.setdefault(module, []).append(task)
     sampled = _sample(list(by_module), len(updates))
+    most = _most_adapters(len(updates))
     sketches, survey = UpdateSketches(updates), _Survey(num_components, seed)
     waiting = iter(progress(list(by_module)))
     while chunk := list(islice(waiting, _MODULES_AT_ONCE)):
@@ -152,7 +153,7 @@ def survey_updates(
             survey.add_errors(layer)
             survey.add_size(layer.shape)
             if module in sampled:
-                kept = _evenly([*taken[module].values()], SAMPLED_ADAPTERS)
+                kept = _evenly([*taken[module].values()], most)
                 survey.add_curve(module, *_balanced_rows(kept), layer.shape)
     pairs = alike(sketches.candidates(), lambda task: updates[task])
     return survey.report(list(updates), pairs, target_errors)
@@ -191,7 +192,7 @@ def survey_layers(
         survey.add_errors(layer)
         survey.add_size(layer.shape)
         if module in sampled:
-            few = layer.select(_evenly(list(range(len(layer.tasks))), SAMPLED_ADAPTERS))
+            few = layer.select(_evenly(list(range(len(layer.tasks))), _most_adapters(len(tasks))))
             weights = inverse_norms(few.records.norms).cpu()
             out, in_ = (side.double().mT.cpu() for side in (few.coefficients_out, few.coefficients_in))
             values = flattest_singular_values(few) * weights.unsqueeze(1)
@@ -300,6 +301,10 @@ def _balanced_rows(updates: Sequence[LowRankUpdate]) -> tuple[Tensor, Tensor, Te
 
 def _sample(modules: Sequence[str], tasks: int) -> frozenset[str]:
     return frozenset(_evenly(modules, SAMPLED_MODULES) if tasks >= SAMPLE_FROM else modules)
+
+
+def _most_adapters(tasks: int) -> int:
+    return SAMPLED_ADAPTERS if tasks >= SAMPLE_FROM else tasks
 
 
 def _evenly(items: Sequence, most: int) -> list:
