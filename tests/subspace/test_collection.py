@@ -59,7 +59,9 @@ def rows_of(updates: list[LowRankUpdate]) -> tuple[Tensor, Tensor]:
     """Factors of updates of norm 1 that share it evenly, (tasks, r, n) and (tasks, r, d)."""
     out, in_ = [], []
     for update in updates:
-        left, values, right = torch.linalg.svd(update.dense().double(), full_matrices=False)
+        left, values, right = torch.linalg.svd(
+            update.out_factor.double() @ update.in_factor.double().T, full_matrices=False
+        )
         rank = update.out_factor.shape[1]
         root = (values[:rank] / values.norm()).sqrt().unsqueeze(1)
         out.append(left[:, :rank].T * root)
