@@ -17,8 +17,10 @@ from .card import CardOptions, write_tree
 from .facade import Editing, Exporting
 from .facade.editing import check_tolerance
 from .format.base_model import base_name, common_base, named_alike
+from .format.history import begin_history, keep_predecessor
 from .format.index import INDEX_FILE, read_index
 from .format.lock import holding
+from .format.originals import originals_file, read_originals, split_places, write_originals
 from .format.places import Adapters, named_places, read_loras
 from .format.replacing import holds, reading_whole
 from .format.tree import read_tree
@@ -151,6 +153,7 @@ class SharedSubspace(Editing, Exporting):
             {name: lora.base_model_name_or_path for name, lora in loras.items()}, self.base_model_name_or_path
         )
         state = replace(self.state, base_model_name_or_path=base)
+        on_hub, folders = split_places(located, token=token)
         known = set(state.layers)
         updates = {name: lora.updates for name, lora in loras.items()}
         initializations = initializations_of(updates)
@@ -158,7 +161,10 @@ class SharedSubspace(Editing, Exporting):
             name: TaskInfo(target=lora.target, head=lora.head, initialization=initializations[name])
             for name, lora in loras.items()
         }
-        self._held, report = merge_tasks(state, updates, infos, tolerance=tolerance, progress=progress)
+        self._held, report = merge_tasks(
+            state, updates, infos, originals=on_hub, tolerance=tolerance, progress=progress
+        )
+        self._originals |= folders
         shapes = {module: layer.shape for module, layer in self._held.layers.items() if module not in known}
         if (line := smaller_layers(shapes, self.settings.num_components)) is not None:
             logger.warning_once(line)
@@ -205,7 +211,14 @@ class SharedSubspace(Editing, Exporting):
         """Sizes, k, explained variance and drift."""
         return report_of(self.state)
 
-    def save_pretrained(self, folder: str | os.PathLike, *, card_template: str | os.PathLike | None = None) -> None:
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike,
+        *,
+        card_template: str | os.PathLike | None = None,
+        history: int | None = None,
+        keep_originals: bool = False,
+    ) -> None:
         """
         Write the subspace as a tree that loads on disk and on the hub. A crash leaves the old tree or the new one.
 
@@ -215,6 +228,12 @@ class SharedSubspace(Editing, Exporting):
         Args:
             folder (`str`): Where to write; files that are not of a subspace stay.
             card_template (`str`, *optional*): A Jinja template of your own for the model card.
+            history (`int`, *optional*):
+                How many predecessors of the tree to keep beside it from now on, for [`~SharedSubspace.undo`]; 0 for
+                none. As before if not given.
+            keep_originals (`bool`, *optional*, defaults to `False`):
+                Whether to name the folders that tasks came from in a file beside the tree, for
+                [`~SharedSubspace.refit`]. Neither is ever pushed.
 
         Raises:
             ValueError: If what the folder holds cannot be replaced or merged with; nothing has changed then.
@@ -225,7 +244,13 @@ class SharedSubspace(Editing, Exporting):
                 raise ValueError(f"{folder}: holds an adapter that is no shared subspace, expected another folder")
             state = self._with_saved(place)
             template = None if card_template is None else Path(card_template)
+            if history is not None:
+                begin_history(place, history)
+            if self._seen.get(place.resolve()) != state.lineage:
+                keep_predecessor(place)
             write_tree(state, place, card=replace(self._card, template=template))
+            if keep_originals or originals_file(place).is_file():
+                write_originals(place, {task: of for task, of in self._originals.items() if task in state.tasks})
             self._held = state
             self._seen[place.resolve()] = state.lineage
 
@@ -359,6 +384,7 @@ class SharedSubspace(Editing, Exporting):
                 )
             subspace = cls(read_tree(folder))
             subspace._seen[folder.resolve()] = subspace.state.lineage
+            subspace._originals = read_originals(folder)
             return subspace
         tree = RemoteTree.open(
             os.fspath(folder_or_repo), revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only

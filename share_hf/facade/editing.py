@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..format.names import check_task_name
-from ..state import renamed_task, without_scores, without_task
+from ..format.history import step_back
+from ..format.lock import holding
+from ..format.names import check_task_name, listing
+from ..format.originals import read_original
+from ..format.places import read_loras
+from ..state import check_original, hub_originals, refitted, renamed_task, without_scores, without_task
 from ..subspace import MergeReport
 from .held import HeldSubspace
+
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Editing(HeldSubspace):
@@ -19,6 +30,7 @@ class Editing(HeldSubspace):
         """Forget a task: its coefficients and head. The basis and the other tasks stay as they are."""
         self._check_known(name)
         self._held = without_task(self.state, name)
+        self._originals.pop(name, None)
 
     def rename_task(self, name: str, new_name: str) -> None:
         """
@@ -39,6 +51,7 @@ class Editing(HeldSubspace):
         if new_name == name:
             raise ValueError(f"task {name!r} has this name already, expected another one")
         self._held = renamed_task(self.state, name, new_name)
+        self._originals = {new_name if task == name else task: of for task, of in self._originals.items()}
 
     def replace_task(
         self,
@@ -74,7 +87,77 @@ class Editing(HeldSubspace):
             {name: adapter}, tolerance=tolerance, base_model=base_model, token=token, progress=progress
         )
         self._held = replace(others.state, default_task=before.default_task)
+        self._originals = {task: of for task, of in self._originals.items() if task != name} | others._originals
         return report
+
+    def refit(
+        self,
+        originals: Mapping[str, str | os.PathLike] | None = None,
+        *,
+        token: str | bool | None = None,
+        progress: bool = True,
+    ) -> MergeReport:
+        """
+        Build the bases anew from the adapters that the tasks came from, which merges have truncated since.
+
+        What truncation added up over many merges is undone, and directions of removed tasks leave the bases. Adapters
+        on the hub are known by the lineage and must be what they were; folders by the file beside the tree, or by
+        `originals`. A task without an original, such as one that was trained here, goes in as it is stored.
+
+        Args:
+            originals (`Mapping[str, str]`, *optional*): Folder or hub id of the adapter by task, of those that are not
+                known or elsewhere by now.
+            token (`str` or `bool`, *optional*): For the hub.
+            progress (`bool`, *optional*, defaults to `True`): Whether to show progress bars.
+
+        Returns:
+            [`~share_hf.subspace.MergeReport`]: The error of every task in the new bases.
+
+        Raises:
+            ValueError: If a task is unknown, none has an original, or an adapter is missing or not what the task was
+                learned from; the subspace is as before.
+        """
+        given = dict(originals or {})
+        for task in given:
+            self._check_known(task)
+        state = self.state
+        on_hub = {task: of for task, of in hub_originals(state.lineage).items() if task in state.tasks}
+        folders = {task: of for task, of in self._originals.items() if task in state.tasks}
+        if not {*given, *on_hub, *folders}:
+            raise ValueError(
+                f"no original of any task is known, expected the adapters of some to be named: {listing(state.tasks)}"
+            )
+        named = {**folders, **given}
+        places = {task: place if isinstance(place, str) else Path(place) for task, place in named.items()}
+        loras = read_loras(places, token=token, progress=progress)
+        for task, of in on_hub.items():
+            if task not in loras:
+                loras[task] = read_original(of, token=token)
+        for task, lora in loras.items():
+            check_original(state, task, lora.updates)
+        self._held, report = refitted(state, {task: lora.updates for task, lora in loras.items()}, progress=progress)
+        return report
+
+    @classmethod
+    def undo(cls, folder: str | os.PathLike) -> Self:
+        """
+        Take back the last step of a tree whose history is kept: its predecessor stands there again, byte for byte.
+
+        A step that was pushed comes back with the next push or pull: remove or rename its task instead.
+
+        Args:
+            folder (`str`): Folder of a tree that was saved with `history=`.
+
+        Returns:
+            [`SharedSubspace`]: What is there now.
+
+        Raises:
+            ValueError: If no predecessor is kept; nothing has changed then.
+        """
+        place = Path(folder)
+        with holding(place):
+            step_back(place)
+            return cls.from_pretrained(place)
 
 
 def check_tolerance(tolerance: float | None) -> None:

@@ -21,6 +21,7 @@ class HeldSubspace:
         self._rest = rest
         self._card = CardOptions()
         self._seen: dict[Path, Lineage] = {}  # by folder, what this subspace knows to be there
+        self._originals: dict[str, str] = {}  # by task, the folder on this machine that it came from
 
     @property
     def state(self) -> SubspaceState:

@@ -203,6 +203,12 @@ def _lineage(entries: Any) -> tuple[Mapping[str, Any], ...]:
         if not isinstance(renamed, list) or len(renamed) != 2:
             raise ValueError(f"lineage has a step {entry!r}, expected renamed to be two names")
         names += renamed
+        refit, originals = entry.get("refit", []), entry.get("originals", {})
+        if not isinstance(refit, list) or not isinstance(originals, dict):
+            raise ValueError(f"lineage has a step {entry!r}, expected refit to be names, and originals by task")
+        if not all(isinstance(of, dict) and isinstance(of.get("repo_id"), str) for of in originals.values()):
+            raise ValueError(f"lineage has a step {entry!r}, expected originals to have a repo_id")
+        names += refit
         origins = entry.get("origins", {})
         if not isinstance(origins, dict) or not all(isinstance(ids, list) and ids for ids in origins.values()):
             raise ValueError(f"lineage has a step {entry!r}, expected origins to have lists of ids by task")

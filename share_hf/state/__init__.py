@@ -1,9 +1,10 @@
 """The immutable value that a shared subspace is: its state, its lineage, and the scores of its stream."""
 
 from .edits import renamed_task, without_scores
-from .lineage import Lineage, renamings, shared_steps, step_tags, tasks_touched
+from .lineage import Lineage, hub_originals, renamings, shared_steps, step_tags, tasks_touched
 from .phase import Phase
 from .reconcile import extends, reconcile
+from .refit import check_original, refitted
 from .report import SubspaceReport, TaskReport, report_of
 from .scores import ContinualMetrics, TaskScore, combined_metrics, measured
 from .state import (
@@ -28,13 +29,16 @@ __all__ = [
     "TaskInfo",
     "TaskReport",
     "TaskScore",
+    "check_original",
     "combined_metrics",
     "extends",
+    "hub_originals",
     "initialization_of",
     "initializations_of",
     "measured",
     "merge_tasks",
     "reconcile",
+    "refitted",
     "renamed_task",
     "renamings",
     "report_of",

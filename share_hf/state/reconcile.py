@@ -16,7 +16,7 @@ import torch
 
 from ..subspace import LayerSubspace, LowRankUpdate, TaskRecords
 from .edits import renamed_task
-from .lineage import Lineage, renamings, shared_steps, steps_of_tasks
+from .lineage import Lineage, hub_originals, renamings, shared_steps, steps_of_tasks
 from .scores import combined_metrics
 from .state import SubspaceState, merge_tasks, without_task
 
@@ -62,11 +62,18 @@ def reconcile(ours: SubspaceState, theirs: SubspaceState) -> SubspaceState:
             task: {module: layer.update_of(task, torch.float64) for module, layer in ours.layers_of(task).items()}
             for task in added
         }
-        merged, _ = merge_tasks(merged, updates, {task: ours.tasks[task] for task in added}, origins=added)
+        known = hub_originals(ours.lineage)
+        merged, _ = merge_tasks(
+            merged,
+            updates,
+            {task: ours.tasks[task] for task in added},
+            origins=added,
+            originals={task: known[task] for task in added if task in known},
+        )
         merged = replace(
             merged,
             layers={
-                module: _with_history(layer, ours.layers.get(module), added) for module, layer in merged.layers.items()
+                module: with_history(layer, ours.layers.get(module), added) for module, layer in merged.layers.items()
             },
         )
     return replace(_named(merged, ours), metrics=combined_metrics(merged.metrics, ours.metrics, merged.tasks))
@@ -144,7 +151,7 @@ def _distance(first: LowRankUpdate, second: LowRankUpdate) -> float:
     return float(difference.norm() / norm.norm()) if norm.any() else float(difference.norm())
 
 
-def _with_history(layer: LayerSubspace, origin: LayerSubspace | None, tasks: Iterable[str]) -> LayerSubspace:
+def with_history(layer: LayerSubspace, origin: LayerSubspace | None, tasks: Iterable[str]) -> LayerSubspace:
     """A layer that still knows what its newly merged tasks had lost in the subspace that they come from."""
     columns = [column.clone() for column in vars(layer.records).values()]
     norms, rank_errors, bounds, estimates = columns

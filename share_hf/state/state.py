@@ -113,6 +113,7 @@ def merge_tasks(
     infos: Mapping[str, TaskInfo],
     *,
     origins: Mapping[str, list[str]] | None = None,
+    originals: Mapping[str, Mapping[str, Any]] | None = None,
     tolerance: float | None = None,
     progress: bool = False,
 ) -> tuple[SubspaceState, MergeReport]:
@@ -123,6 +124,7 @@ def merge_tasks(
         updates: Updates by task and module.
         infos: What is known of each task.
         origins: By task, the ids of the steps that it had in another lineage, if it comes from one.
+        originals: By task, where on the hub its adapter is, as the lineage notes it.
         tolerance: As for `merge_into_layer`.
         progress: Whether to show a progress bar.
 
@@ -140,6 +142,8 @@ def merge_tasks(
     facts = {"merged": list(updates), "max_drift": rounded(report.max_drift)}
     if known := {task: steps for task, steps in (origins or {}).items() if steps}:
         facts["origins"] = known
+    if originals:
+        facts["originals"] = {task: dict(original) for task, original in originals.items()}
     return merged.with_step(changed=updates, **facts), report
 
 

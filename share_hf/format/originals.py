@@ -1,0 +1,84 @@
+"""Where the adapters are that tasks came from: hub ids with commit and checksum, and folders on this machine.
+
+Those on the hub are noted in the lineage. Folders are nobody else's business: they are in `.<tree>.originals.json`
+beside the tree, if that was asked for, which no push reads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import EntryNotFoundError
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+
+from .download import download
+from .files import json_bytes, read_json, sha256_of, write_atomically
+from .lora import LoraAdapter, read_lora
+
+
+def hub_original(place: str, *, revision: str | None = None, token: str | bool | None = None) -> dict[str, Any]:
+    """The commit and the checksum of an adapter on the hub whose files are in the cache."""
+    for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
+        try:
+            path = download(place, name, revision=revision, token=token)
+        except EntryNotFoundError:
+            continue
+        parts = path.parts
+        commit = parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
+        return {"repo_id": place, "commit": commit, "sha256": sha256_of(path)}
+    raise ValueError(f"{place}: no {SAFETENSORS_WEIGHTS_NAME} in this repository, expected a PEFT adapter")
+
+
+def read_original(original: Mapping[str, Any], *, token: str | bool | None = None) -> LoraAdapter:
+    """The adapter on the hub that a lineage notes.
+
+    Raises:
+        ValueError: If it is no longer what it was.
+    """
+    repo_id, commit = original["repo_id"], original.get("commit")
+    found = hub_original(repo_id, revision=commit, token=token)
+    if found["sha256"] != original.get("sha256"):
+        raise ValueError(
+            f"{repo_id}: sha256 is {found['sha256']}, expected {original.get('sha256')} as when it was added: name "
+            "the adapter that the task came from"
+        )
+    return read_lora(repo_id, revision=commit, token=token)
+
+
+def split_places(
+    places: Mapping[str, str | Path], *, token: str | bool | None = None
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """What is to be noted of places by task: of those on the hub, and of folders."""
+    folders = {task: os.path.abspath(place) for task, place in places.items() if Path(place).is_dir()}
+    on_hub = {task: hub_original(str(place), token=token) for task, place in places.items() if task not in folders}
+    return on_hub, folders
+
+
+def originals_file(tree: Path) -> Path:
+    """The file beside a tree that names the folders its tasks came from."""
+    real = Path(os.path.realpath(tree))
+    return real.parent / f".{real.name}.originals.json"
+
+
+def read_originals(tree: Path) -> dict[str, str]:
+    """The folders by task; none where there is no such file.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
+    path = originals_file(tree)
+    if not path.is_file():
+        return {}
+    folders = read_json(path)
+    if not all(isinstance(folder, str) for folder in folders.values()):
+        raise ValueError(f"{path}: {json.dumps(folders)[:200]}, expected a folder by task")
+    return folders
+
+
+def write_originals(tree: Path, folders: Mapping[str, str]) -> None:
+    """Name the folders by task beside a tree."""
+    write_atomically(originals_file(tree), json_bytes(dict(folders)).decode())
