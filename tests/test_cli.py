@@ -42,7 +42,10 @@ from tests.trees import (
 )
 
 
-COMMANDS = ("init", "add", "info", "audit", "export", "remove", "rename", "replace", "push", "pull", "upgrade")
+COMMANDS = (
+    *("init", "add", "info", "audit", "export", "remove", "rename", "replace", "refit", "undo"),
+    *("push", "pull", "upgrade"),
+)
 REPO = "org/share-subspace"
 SMALL = ["--num-components", "6", "--pseudo-rank", "4"]
 

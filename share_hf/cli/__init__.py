@@ -21,7 +21,17 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .editing_arguments import add_export, add_remove, add_rename, add_replace, add_tolerance, check_export
+from .editing_arguments import (
+    add_export,
+    add_keeping,
+    add_refit,
+    add_remove,
+    add_rename,
+    add_replace,
+    add_tolerance,
+    add_undo,
+    check_export,
+)
 
 
 FAILED, INTERRUPTED = 1, 130
@@ -170,6 +180,7 @@ def _init(command: argparse.ArgumentParser) -> None:
     add("--explained-variance", type=float, metavar="X", help="Take the fewest directions that explain this fraction")
     add("--drift-tolerance", type=float, metavar="X", help="Largest relative drift that merges may add up to")
     add("--max-components", type=int, metavar="K", help="How far layers may grow to stay under it")
+    add_keeping(command)
 
 
 def _add(command: argparse.ArgumentParser) -> None:
@@ -177,11 +188,17 @@ def _add(command: argparse.ArgumentParser) -> None:
     _add_adapters(command)
     add_tolerance(command)
     _add_base_model(command)
+    add_keeping(command)
 
 
 def _replace(command: argparse.ArgumentParser) -> None:
     add_replace(command, located_adapter)
     _add_base_model(command, "Of the adapter and the subspace")
+
+
+def _refit(command: argparse.ArgumentParser) -> None:
+    add_refit(command, located_adapter)
+    add_keeping(command)
 
 
 def _info(command: argparse.ArgumentParser) -> None:
@@ -258,6 +275,12 @@ _COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]]
         "share-hf replace share-subspace mrpc=adapters/mrpc-2",
         _replace,
     ),
+    "refit": (
+        "Build the bases anew from the adapters that tasks came from",
+        "share-hf refit share-subspace mrpc=adapters/mrpc",
+        _refit,
+    ),
+    "undo": ("Take back the last step, where its history is kept", "share-hf undo share-subspace", add_undo),
     "push": ("Publish a subspace on the hub", "share-hf push share-subspace org/share-subspace --private", _push),
     "pull": ("Get a subspace, or what is new in it", "share-hf pull org/share-subspace share-subspace", _pull),
     "upgrade": ("Rewrite a subspace in the newest format", "share-hf upgrade org/share-subspace", _add_place),

@@ -26,7 +26,7 @@ from share_hf.state import SubspaceState
 from share_hf.subspace import SubspaceSettings
 
 from .auditing import audit
-from .editing import added, export, remove, rename, replace_task
+from .editing import added, export, refit, remove, rename, replace_task, undo
 from .opening import Outcome, expect_no_adapter, load, naming_what_is_missing
 from .tables import drift, names, percent, score, size, table
 
@@ -51,7 +51,7 @@ def init(args: Namespace) -> Outcome:
             subspace = SharedSubspace.from_adapters(
                 adapters, **settings, base_model=args.base_model, token=args.token, progress=args.progress
             )
-        subspace.save_pretrained(args.folder)
+        subspace.save_pretrained(args.folder, history=args.history, keep_originals=args.keep_originals)
     return _described(subspace, str(args.folder))
 
 
@@ -67,7 +67,7 @@ def add(args: Namespace) -> Outcome:
                 token=args.token,
                 progress=args.progress,
             )
-        subspace.save_pretrained(args.folder)
+        subspace.save_pretrained(args.folder, history=args.history, keep_originals=args.keep_originals)
     return added(subspace, merge, args.folder)
 
 
@@ -156,6 +156,8 @@ _COMMANDS = {
     "remove": remove,
     "rename": rename,
     "replace": replace_task,
+    "refit": refit,
+    "undo": undo,
     "push": push,
     "pull": pull,
     "upgrade": upgrade,

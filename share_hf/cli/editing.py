@@ -80,6 +80,36 @@ def replace_task(args: Namespace) -> Outcome:
     return added(subspace, merge, args.folder, verb="replaced")
 
 
+def refit(args: Namespace) -> Outcome:
+    """`share-hf refit`: bases built anew from the adapters that tasks came from."""
+    originals = dict(args.originals)
+    with holding(args.folder):
+        subspace = SharedSubspace.from_pretrained(args.folder)
+        before = {task.name: task.drift for task in subspace.report().tasks}
+        with naming_what_is_missing(originals.values(), CONFIG_NAME):
+            subspace.refit(originals, token=args.token, progress=args.progress)
+        subspace.save_pretrained(args.folder, history=args.history, keep_originals=args.keep_originals)
+    tasks = subspace.report().tasks
+    step = subspace.state.lineage[-1]
+    rows = [(task.name, drift(before[task.name]), drift(task.drift), drift(task.drift_bound)) for task in tasks]
+    text = f"{args.folder}: built anew, {step['from_originals']} of {len(tasks)} tasks from their adapters\n\n"
+    facts = {
+        "from_originals": step["from_originals"],
+        "tasks": [{**asdict(task), "drift_before": before[task.name]} for task in tasks],
+    }
+    return Outcome(text + table(("task", "drift before", "now", "bound"), rows), facts)
+
+
+def undo(args: Namespace) -> Outcome:
+    """`share-hf undo`: the predecessor of a subspace in its place."""
+    before = SharedSubspace.from_pretrained(args.folder)
+    step = before.state.lineage[-1] if before.state.lineage else {}
+    now = SharedSubspace.undo(args.folder)
+    what = ", ".join(f"{name} {step[name]}" for name in ("merged", "learned", "removed", "refit") if name in step)
+    facts = {"undone": {name: value for name, value in step.items() if name != "id"}, "tasks": list(now.tasks)}
+    return Outcome(f"{args.folder}: took back {what or 'the last step'}; {len(now.tasks)} tasks", facts)
+
+
 def added(subspace: SharedSubspace, merge: MergeReport, folder: Path, verb: str = "added") -> Outcome:
     """What came of new tasks: which were projected, which were merged, and what that changed of the others."""
     tasks = subspace.report().tasks

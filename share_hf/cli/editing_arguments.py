@@ -38,6 +38,30 @@ def add_tolerance(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_keeping(command: argparse.ArgumentParser) -> None:
+    """Add `--history` and `--keep-originals`, of commands that save a subspace."""
+    keep = command.add_argument_group("kept beside the folder, and never pushed").add_argument
+    keep("--history", type=int, metavar="N", help="Predecessors from now on, for `share-hf undo` (none, or as before)")
+    keep("--keep-originals", action="store_true", help="Names of the adapters' folders, for `share-hf refit`")
+
+
+def add_refit(command: argparse.ArgumentParser, located_adapter: Callable[[str], tuple[str, str]]) -> None:
+    """Add the arguments of `share-hf refit`."""
+    command.add_argument("folder", metavar="FOLDER", type=Path, help="Of the subspace")
+    command.add_argument(
+        "originals",
+        metavar="TASK=ADAPTER",
+        nargs="*",
+        type=located_adapter,
+        help="Folder or hub id of the adapter that a task came from, where it is not known or elsewhere by now",
+    )
+
+
+def add_undo(command: argparse.ArgumentParser) -> None:
+    """Add the arguments of `share-hf undo`."""
+    command.add_argument("folder", metavar="FOLDER", type=Path, help="Of a subspace that was saved with --history")
+
+
 def add_remove(command: argparse.ArgumentParser) -> None:
     """Add the arguments of `share-hf remove`."""
     command.add_argument("folder", metavar="FOLDER", type=Path, help="Of the subspace")

@@ -18,12 +18,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal
 
 from ..subspace import SubspaceSettings
 from ..version import __version__
 from .files import json_bytes, read_json, sha256_of
-from .names import check_stored_names
+from .names import HUB_ID, check_stored_names
 
 
 INDEX_FILE = "share_config.json"
@@ -206,8 +207,12 @@ def _lineage(entries: Any) -> tuple[Mapping[str, Any], ...]:
         refit, originals = entry.get("refit", []), entry.get("originals", {})
         if not isinstance(refit, list) or not isinstance(originals, dict):
             raise ValueError(f"lineage has a step {entry!r}, expected refit to be names, and originals by task")
-        if not all(isinstance(of, dict) and isinstance(of.get("repo_id"), str) for of in originals.values()):
-            raise ValueError(f"lineage has a step {entry!r}, expected originals to have a repo_id")
+        for of in originals.values():
+            known = isinstance(of, dict) and all(isinstance(of.get(name), str) for name in ("repo_id", "sha256"))
+            if not known or not HUB_ID.fullmatch(of["repo_id"]) or not isinstance(of.get("commit"), (str, NoneType)):
+                raise ValueError(
+                    f"lineage has a step {entry!r}, expected originals to have repo_id, commit and sha256"
+                )
         names += refit
         origins = entry.get("origins", {})
         if not isinstance(origins, dict) or not all(isinstance(ids, list) and ids for ids in origins.values()):

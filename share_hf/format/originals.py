@@ -18,6 +18,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from .download import download
 from .files import json_bytes, read_json, sha256_of, write_atomically
 from .lora import LoraAdapter, read_lora
+from .names import HUB_ID
 
 
 def hub_original(place: str, *, revision: str | None = None, token: str | bool | None = None) -> dict[str, Any]:
@@ -52,10 +53,10 @@ def read_original(original: Mapping[str, Any], *, token: str | bool | None = Non
 def split_places(
     places: Mapping[str, str | Path], *, token: str | bool | None = None
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """What is to be noted of places by task: of those on the hub, and of folders."""
-    folders = {task: os.path.abspath(place) for task, place in places.items() if Path(place).is_dir()}
-    on_hub = {task: hub_original(str(place), token=token) for task, place in places.items() if task not in folders}
-    return on_hub, folders
+    """What is to be noted of places by task: of repositories on the hub, and of what is on this machine."""
+    here = {task: os.path.abspath(place) for task, place in places.items() if Path(place).exists()}
+    there = {task: place for task, place in places.items() if task not in here and HUB_ID.fullmatch(str(place))}
+    return {task: hub_original(str(place), token=token) for task, place in there.items()}, here
 
 
 def originals_file(tree: Path) -> Path:

@@ -3,7 +3,8 @@
 An entry is JSON: what the step did (`merged`, `learned` or `removed`), and an `id` that stands for the step and all
 before it. Where a task got another name, the entry has `removed` and `learned`, and both names in `renamed`. Where
 all bases were fitted anew, it has the tasks in `refit`. Of tasks that came from adapters on the hub, `originals` has
-repository, commit and checksum. Where tasks came from another lineage, `origins` has, by task, the ids of the steps that they had there.
+repository, commit and checksum. Where tasks came from another lineage, `origins` has, by task, the ids of the steps
+that they had there.
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,11 @@ from tests.trees import assert_same_state, files_of, small_lora
 
 REPO = "org/share-subspace"
 QUIET = dict(progress=False)
+
+
+@pytest.fixture(autouse=True)
+def without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("share_hf.hub.push._SECONDS_BETWEEN_ATTEMPTS", 0.0)
 
 
 @pytest.fixture
@@ -107,7 +111,7 @@ class TestRefit:
         self, merged: SharedSubspace, adapters: dict[str, Path], tmp_path: Path
     ) -> None:
         before = merged.state
-        with pytest.raises(ValueError, match="task 't1': the update of .* has norm"):
+        with pytest.raises(ValueError, match=r"task 't1': the update of .* has norm"):
             merged.refit({"t1": adapters["t2"]}, **QUIET)
         with pytest.raises(ValueError, match="no task 'rte'"):
             merged.refit({"rte": adapters["t2"]}, **QUIET)
@@ -189,6 +193,30 @@ class TestUndo:
         assert not (tmp_path / "tree").exists()
 
 
+class TestTwoWriters:
+    @pytest.mark.parametrize("refitter_pushes_first", [True, False])
+    def test_nothing_of_another_writer_is_lost(
+        self, hub: Hub, merged: SharedSubspace, adapters: dict[str, Path], tmp_path: Path, refitter_pushes_first: bool
+    ) -> None:
+        merged.push_to_hub(REPO)
+        other = SharedSubspace.from_pretrained(REPO)
+        other.rename_task("t1", "second")
+        other.add_adapters({"new": small_lora(tmp_path / "new", 9, 1.0)[0]}, **QUIET)
+        merged.refit(**QUIET)
+        order = (merged, other) if refitter_pushes_first else (other, merged)
+        for writer in (*order, *order):
+            writer.push_to_hub(REPO)
+        assert set(merged.tasks) == {"t0", "second", "t2", "t3", "t4", "t5", "new"}
+        assert_same_state(merged.state, other.state)
+        known = adapters | {"second": adapters["t1"], "new": tmp_path / "new"}
+        for module, layer in merged.state.layers.items():
+            for i, task in enumerate(layer.tasks):
+                exact = SharedSubspace.from_adapters({"it": known[task]}, pseudo_rank=4, **QUIET).state.layers[module]
+                true = exact.update_of("it", torch.float64).dense()
+                found = layer.update_of(task, torch.float64).dense()
+                assert (found - true).norm() <= (layer.records.drift_bounds[i] + 1e-6) * true.norm()
+
+
 def test_the_commands(adapters: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tree = str(tmp_path / "tree")
 
@@ -208,8 +236,3 @@ def test_the_commands(adapters: dict[str, Path], tmp_path: Path, capsys: pytest.
     assert share("refit", tree)["from_originals"] == 2
     assert share("undo", tree)["undone"]["refit"] == ["lora1", "lora2"]
     assert share("refit", tree, f"lora1={adapters['t1']}")["from_originals"] == 2
-
-
-@pytest.fixture(autouse=True)
-def without_waiting(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None] | None:
-    monkeypatch.setattr("share_hf.hub.push._SECONDS_BETWEEN_ATTEMPTS", 0.0)
