@@ -29,7 +29,6 @@ SAMPLED_MODULES = 2
 
 # An adapter of which the basis keeps less than this part of what it keeps of the median one is served badly.
 _BADLY = 0.5
-_MODULES_AT_ONCE = 8
 
 Progress = Callable[[Iterable[str]], Iterable[str]]
 
@@ -145,7 +144,8 @@ def survey_updates(
     most = _most_adapters(len(updates))
     sketches, survey = UpdateSketches(updates), _Survey(num_components, seed)
     waiting = iter(progress(list(by_module)))
-    while chunk := list(islice(waiting, _MODULES_AT_ONCE)):
+    # As many stacks in memory as there are threads to merge them.
+    while chunk := list(islice(waiting, torch.get_num_threads())):
         taken = {module: {task: updates[task][module] for task in by_module[module]} for module in chunk}
         for module, of_module in taken.items():
             sketches.add(module, of_module)
