@@ -14,39 +14,38 @@ from torch import nn
 from transformers.utils import logging
 
 from .card import CardOptions, write_tree
+from .facade import Editing, Exporting
+from .facade.editing import check_tolerance
 from .format.base_model import named_alike
 from .format.collection import Collection as AdapterCollection
-from .format.collection import Reading, read_collection
-from .format.files import FolderWriter
+from .format.collection import read_collection
+from .format.history import begin_history, keep_predecessor
 from .format.index import INDEX_FILE
 from .format.lock import holding
-from .format.lora import lora_files
-from .format.names import listing
-from .format.places import Adapters, named_places
-from .format.replacing import holds, replacing_folder
+from .format.originals import originals_file, read_originals, split_places, write_originals
+from .format.places import Adapters, NamedPlaces, named_places
+from .format.replacing import holds
 from .format.saved_since import with_saved
-from .format.tree import ADAPTER_FILES, lora_of, read_tree
+from .format.tree import read_tree
 from .hub.fetch import RemoteTree, is_local
 from .hub.push import MAX_ATTEMPTS, BranchChoice, PushOptions, push_state
 from .state import (
-    Lineage,
     SubspaceReport,
     SubspaceState,
     component_of,
     merge_tasks,
     reconcile,
     report_of,
-    without_task,
 )
 from .subspace import BasisKind, CoefficientDtype, MergeReport, SubspaceSettings, smaller_layers
-from .subspace.dimensions import Auto, ChosenDimensions, WantedDimensions, settled
+from .subspace.dimensions import Auto, WantedDimensions, settled
 from .tuner.transfer import inject_tasks
 
 
 logger = logging.get_logger(__name__)
 
 
-class SharedSubspace:
+class SharedSubspace(Editing, Exporting):
     """
     One low-rank subspace a layer, and the coefficients of any number of tasks in it.
 
@@ -63,43 +62,6 @@ class SharedSubspace:
         >>> subspace.save_pretrained("share-subspace")
         ```
     """
-
-    def __init__(self, state: SubspaceState, *, rest: RemoteTree | None = None) -> None:
-        self.chosen: ChosenDimensions | None = None  # what "auto" chose, where this was made with it
-        self._held = state
-        self._rest = rest
-        self._card = CardOptions()
-        self._reading = Reading()
-        self._seen: dict[Path, Lineage] = {}  # by folder, what this subspace knows to be there
-
-    @property
-    def state(self) -> SubspaceState:
-        """Everything the subspace holds, as an immutable value; what was left in its repository is downloaded."""
-        if self._rest is not None:
-            self._rest.fetch()
-            self._card = replace(self._card, existing=self._rest.card)
-            self._held, self._rest = self._rest.read(), None
-        return self._held
-
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        """Names of the tasks, in the order they were learned."""
-        return tuple(self._held.tasks) if self._rest is None else self._rest.index.tasks
-
-    @property
-    def settings(self) -> SubspaceSettings:
-        """k, p and how merges work."""
-        return self._held.settings
-
-    @property
-    def base_model_name_or_path(self) -> str | None:
-        """The model the subspace belongs to."""
-        return self._held.base_model_name_or_path
-
-    @property
-    def reading(self) -> Reading:
-        """What came of reading the adapters added last: which were left out, are the same, or have another name."""
-        return self._reading
 
     @classmethod
     def from_adapters(
@@ -172,8 +134,9 @@ class SharedSubspace:
             tolerance=tolerance,
         )
         wanted.check_beside(settings)
+        named = named_places(adapters)
         collection = read_collection(
-            named_places(adapters),
+            named,
             base_model=base_model,
             component=component,
             skip_bad=skip_bad,
@@ -185,13 +148,14 @@ class SharedSubspace:
             logger.warning(chosen.sentence())
         subspace = cls(SubspaceState(settings=settings))
         subspace.chosen = chosen
-        subspace._merge(collection, progress)
+        subspace._merge(collection, named, token=token, progress=progress)
         return subspace
 
     def add_adapters(
         self,
         adapters: Adapters,
         *,
+        tolerance: float | None = None,
         base_model: str | None = None,
         component: str | None = None,
         skip_bad: bool = False,
@@ -203,6 +167,10 @@ class SharedSubspace:
 
         Args:
             adapters: As for [`~SharedSubspace.from_adapters`].
+            tolerance (`float`, *optional*):
+                Relative part ``‖ΔW - ββ^T ΔW αα^T‖ / ‖ΔW‖`` of the new tasks that a layer's basis may leave out. Where
+                it leaves out no more, the new tasks are projected and basis and old tasks stay as they are, to the
+                bit; a layer that leaves out more of any of them is merged. If not given, all are merged.
             base_model (`str`, *optional*):
                 Name of the base model of these adapters and of the subspace, whatever they call it. Not checked.
             component (`str`, *optional*): As for [`~SharedSubspace.from_adapters`].
@@ -211,14 +179,17 @@ class SharedSubspace:
             progress (`bool`, *optional*, defaults to `True`): Whether to show progress bars.
 
         Returns:
-            [`~share_hf.subspace.MergeReport`]: The drift of every task, layer by layer.
+            [`~share_hf.subspace.MergeReport`]: The drift of every task, layer by layer, and in `projected_tasks` those
+                that no basis changed for.
 
         Raises:
             ValueError: As for [`~SharedSubspace.from_adapters`]; also if an adapter belongs to another base model.
             DriftToleranceError: If the tolerated drift cannot be met; the subspace is as before.
         """
+        check_tolerance(tolerance)
+        named = named_places(adapters, self.tasks)
         collection = read_collection(
-            named_places(adapters, self.tasks),
+            named,
             base=self.base_model_name_or_path,
             base_model=base_model,
             shapes={module: layer.shape for module, layer in self.state.layers.items()},
@@ -227,15 +198,33 @@ class SharedSubspace:
             token=token,
             progress=progress,
         )
-        return self._merge(collection, progress)
+        return self._merge(collection, named, token=token, tolerance=tolerance, progress=progress)
 
-    def _merge(self, collection: AdapterCollection, progress: bool) -> MergeReport:
+    def _merge(
+        self,
+        collection: AdapterCollection,
+        named: NamedPlaces,
+        *,
+        token: str | bool | None,
+        tolerance: float | None = None,
+        progress: bool,
+    ) -> MergeReport:
+        places = {task: named.places[task] for task in collection.loras}
+        components = {task: lora.component for task, lora in collection.loras.items()}
+        on_hub, folders = split_places(places, components, token=token)
         state = replace(self.state, base_model_name_or_path=collection.base)
         merged, report = merge_tasks(
-            state, collection.updates, collection.infos(), layouts=collection.layouts, progress=progress
+            state,
+            collection.updates,
+            collection.infos(),
+            layouts=collection.layouts,
+            originals=on_hub,
+            tolerance=tolerance,
+            progress=progress,
         )
         collection.expect_unchanged()
         self._held, self._reading = merged, collection.reading
+        self._originals |= folders
         shapes = {module: layer.shape for module, layer in self._held.layers.items() if module not in state.layers}
         if (line := smaller_layers(shapes, self.settings.num_components)) is not None:
             logger.warning_once(line)
@@ -254,28 +243,6 @@ class SharedSubspace:
                 the subspace is as before.
         """
         self._held = reconcile(*named_alike(self.state, other.state, base_model))
-
-    def remove_task(self, name: str) -> None:
-        """Forget a task: its coefficients and head. The basis and the other tasks stay as they are."""
-        self._check_known(name)
-        self._held = without_task(self.state, name)
-
-    def export_lora(self, task: str, folder: str | os.PathLike) -> None:
-        """
-        Write a task as a plain PEFT LoRA of rank p, for use without share_hf.
-
-        Args:
-            task (`str`): A task of the subspace.
-            folder (`str`): Where to write `adapter_config.json` and `adapter_model.safetensors`.
-        """
-        self._check_known(task)
-        if holds(Path(folder), INDEX_FILE):
-            raise ValueError(f"{folder}: holds a subspace or a model's checkpoint, expected another folder")
-        files = lora_files(lora_of(self._holding([task]), task))
-        with replacing_folder(Path(folder), lambda _: ADAPTER_FILES) as scratch:
-            writer = FolderWriter(scratch)
-            for name, content in files.items():
-                writer.put(name, content)
 
     def apply(
         self,
@@ -319,7 +286,14 @@ class SharedSubspace:
         """Sizes, k, explained variance and drift."""
         return report_of(self.state)
 
-    def save_pretrained(self, folder: str | os.PathLike, *, card_template: str | os.PathLike | None = None) -> None:
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike,
+        *,
+        card_template: str | os.PathLike | None = None,
+        history: int | None = None,
+        keep_originals: bool = False,
+    ) -> None:
         """
         Write the subspace as a tree that loads on disk and on the hub. A crash leaves the old tree or the new one.
 
@@ -329,6 +303,12 @@ class SharedSubspace:
         Args:
             folder (`str`): Where to write; files that are not of a subspace stay.
             card_template (`str`, *optional*): A Jinja template of your own for the model card.
+            history (`int`, *optional*):
+                How many predecessors of the tree to keep beside it from now on, for [`~SharedSubspace.undo`]; 0 for
+                none. As before if not given.
+            keep_originals (`bool`, *optional*, defaults to `False`):
+                Whether to name the folders that tasks came from in a file beside the tree, for
+                [`~SharedSubspace.refit`]. Neither is ever pushed.
 
         Raises:
             ValueError: If what the folder holds cannot be replaced or merged with; nothing has changed then.
@@ -339,7 +319,13 @@ class SharedSubspace:
                 raise ValueError(f"{folder}: holds an adapter that is no shared subspace, expected another folder")
             state = with_saved(self.state, place, self._seen.get(place.resolve()))
             template = None if card_template is None else Path(card_template)
+            if history is not None:
+                begin_history(place, history)
+            if self._seen.get(place.resolve()) != state.lineage:
+                keep_predecessor(place)
             write_tree(state, place, card=replace(self._card, template=template))
+            if keep_originals or originals_file(place).is_file():
+                write_originals(place, {task: of for task, of in self._originals.items() if task in state.tasks})
             self._held = state
             self._seen[place.resolve()] = state.lineage
 
@@ -457,6 +443,7 @@ class SharedSubspace:
                 )
             subspace = cls(read_tree(folder))
             subspace._seen[folder.resolve()] = subspace.state.lineage
+            subspace._originals = read_originals(folder)
             return subspace
         tree = RemoteTree.open(
             os.fspath(folder_or_repo), revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
@@ -470,14 +457,3 @@ class SharedSubspace:
     def __repr__(self) -> str:
         k, p = self.settings.num_components, self.settings.pseudo_rank
         return f"SharedSubspace({len(self.tasks)} tasks, {len(self._held.layers)} modules, k={k}, p={p})"
-
-    def _holding(self, tasks: Sequence[str]) -> SubspaceState:
-        """A state with at least these tasks, all that is needed to work with them."""
-        if self._rest is not None and (more := [task for task in tasks if task not in self._held.tasks]):
-            self._rest.fetch(more)
-            self._held = self._rest.read([*self._held.tasks, *more])
-        return self._held
-
-    def _check_known(self, task: str) -> None:
-        if task not in self.tasks:
-            raise ValueError(f"no task {task!r} in the subspace, it has {listing(self.tasks)}")

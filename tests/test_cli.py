@@ -42,7 +42,10 @@ from tests.trees import (
 )
 
 
-COMMANDS = ("init", "add", "info", "audit", "export", "push", "pull", "upgrade")
+COMMANDS = (
+    *("init", "add", "info", "audit", "export", "remove", "rename", "replace", "refit", "undo"),
+    *("push", "pull", "upgrade"),
+)
 REPO = "org/share-subspace"
 SMALL = ["--num-components", "6", "--pseudo-rank", "4"]
 
@@ -114,7 +117,8 @@ def column(text: str, title: str) -> list[str]:
     """The cells under a title of the table in a text."""
     lines = [re.split(r" {2,}", line) for line in text.splitlines()]
     start = next(i for i, cells in enumerate(lines) if title in cells)
-    return [cells[lines[start].index(title)] for cells in lines[start + 1 :] if len(cells) == len(lines[start])]
+    end = lines.index([""], start) if [""] in lines[start:] else len(lines)
+    return [cells[lines[start].index(title)] for cells in lines[start + 1 : end] if len(cells) == len(lines[start])]
 
 
 class TestInit:
@@ -357,6 +361,25 @@ class TestAudit:
         _, by_module, _ = share("audit", "sub", "--per-module")
         assert column(by_kind, "layers") == ["2", "2"]
         assert column(by_module, "layers") == ["1"] * 4
+
+    def test_a_figure_is_drawn_and_advice_is_given(
+        self,
+        share: Callable[..., Output],
+        share_json: Callable[..., Any],
+        adapters: dict[str, str],
+        here: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.undo()
+        monkeypatch.chdir(here)
+        copied = [f"{name}={adapters['mrpc']}" for name in ("first", "second")]
+        facts = share_json("audit", *copied, adapters["rte"], "--target-error", "0.3", "--figure", "audit.png")
+        assert Path("audit.png").read_bytes().startswith(b"\x89PNG")
+        assert facts["collection"]["duplicates"] == [["first", "second"]]
+        assert [advice["target_error"] for advice in facts["collection"]["advice"]] == [0.3]
+        assert facts["collection"]["curve"][-1]["explained"] == pytest.approx(1)
+        _, out, _ = share("audit", "sub")
+        assert "error of ΔW" in out
 
     def test_of_adapters_of_two_models_is_refused(
         self, share: Callable[..., Output], adapters: dict[str, str], tmp_path: Path

@@ -22,6 +22,18 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
+from .editing_arguments import (
+    add_export,
+    add_keeping,
+    add_refit,
+    add_remove,
+    add_rename,
+    add_replace,
+    add_tolerance,
+    add_undo,
+    check_export,
+)
+
 
 FAILED, INTERRUPTED = 1, 130
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a quota, a limit on the length of files
@@ -70,8 +82,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if not argv or argv[0] not in commands:
         return parser.parse_args(argv or ["--help"])
     args = commands[argv[0]].parse_intermixed_args(argv[1:])
-    if args.command == "export" and (args.task is None) != args.all:
-        commands["export"].error("expected one TASK, or --all")
+    if args.command == "export":
+        check_export(args, commands["export"])
     if "from_file" in args and not (args.adapters or args.from_file):
         commands[args.command].error("expected an ADAPTER, or --from-file")
     return args
@@ -205,12 +217,25 @@ def _init(command: argparse.ArgumentParser) -> None:
         default="float32",
         help="What coefficients are stored in, rounding certified (%(default)s)",
     )
+    add_keeping(command)
 
 
 def _add(command: argparse.ArgumentParser) -> None:
     command.add_argument("folder", metavar="FOLDER", type=Path, help="Of the subspace")
     _add_adapters(command)
+    add_tolerance(command)
     _add_base_model(command)
+    add_keeping(command)
+
+
+def _replace(command: argparse.ArgumentParser) -> None:
+    add_replace(command, located_adapter)
+    _add_base_model(command, "Of the adapter and the subspace")
+
+
+def _refit(command: argparse.ArgumentParser) -> None:
+    add_refit(command, located_adapter)
+    add_keeping(command)
 
 
 def _info(command: argparse.ArgumentParser) -> None:
@@ -222,15 +247,15 @@ def _audit(command: argparse.ArgumentParser) -> None:
     _add_adapters(command, "One subspace, or two or more LoRAs: folders, files or hub ids, or name=place")
     command.add_argument("--num-components", type=int, default=32, metavar="K", help="For LoRAs (%(default)s)")
     _add_base_model(command)
+    command.add_argument(
+        "--target-error",
+        type=float,
+        action="append",
+        metavar="X",
+        help="Advise k and p for this mean error of ΔW; may be given again (0.1 and 0.25)",
+    )
+    command.add_argument("--figure", type=Path, metavar="FILE", help="Draw the curve, and the error of each adapter")
     command.add_argument("--per-module", action="store_true", help="A line a module, not one for all layers of a kind")
-
-
-def _export(command: argparse.ArgumentParser) -> None:
-    command.usage = f"{command.prog} [options] FOLDER_OR_REPO (TASK | --all) OUT"
-    _add_place(command)
-    command.add_argument("task", metavar="TASK", nargs="?", help="The task to export")
-    command.add_argument("out", metavar="OUT", type=Path, help="Where to write the LoRA")
-    command.add_argument("--all", action="store_true", help="Export every task, each into OUT/<task>")
 
 
 def _push(command: argparse.ArgumentParser) -> None:
@@ -273,7 +298,20 @@ _COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]]
     "add": ("Merge more adapters into a subspace", "share-hf add share-subspace rte=adapters/rte", _add),
     "info": ("Show tasks, sizes, drift and scores", "share-hf info org/share-subspace --revision mrpc", _info),
     "audit": ("Test whether adapters share a subspace", "share-hf audit adapters/mrpc adapters/sst2", _audit),
-    "export": ("Write tasks as plain LoRA adapters", "share-hf export share-subspace mrpc mrpc-lora", _export),
+    "export": ("Write tasks as plain LoRA adapters", "share-hf export share-subspace mrpc mrpc-lora", add_export),
+    "remove": ("Forget tasks of a subspace", "share-hf remove share-subspace mrpc sst2", add_remove),
+    "rename": ("Give a task another name", "share-hf rename share-subspace mrpc paraphrases", add_rename),
+    "replace": (
+        "Put another adapter in the place of a task",
+        "share-hf replace share-subspace mrpc=adapters/mrpc-2",
+        _replace,
+    ),
+    "refit": (
+        "Build the bases anew from the adapters that tasks came from",
+        "share-hf refit share-subspace mrpc=adapters/mrpc",
+        _refit,
+    ),
+    "undo": ("Take back the last step, where its history is kept", "share-hf undo share-subspace", add_undo),
     "push": ("Publish a subspace on the hub", "share-hf push share-subspace org/share-subspace --private", _push),
     "pull": ("Get a subspace, or what is new in it", "share-hf pull org/share-subspace share-subspace", _pull),
     "upgrade": ("Rewrite a subspace in the newest format", "share-hf upgrade org/share-subspace", _add_place),

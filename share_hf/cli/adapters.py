@@ -6,6 +6,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from share_hf.format.collection import Reading
 from share_hf.format.locating import last_part
@@ -34,6 +35,12 @@ def adapters_of(args: Namespace) -> NamedPlaces:
         if given != name:
             named.mended[name] = last_part(place)
     return named
+
+
+def of_reading(args: Namespace) -> dict[str, Any]:
+    """How the adapters are to be read."""
+    names = ("base_model", "component", "skip_bad", "token", "progress")
+    return {name: getattr(args, name) for name in names}
 
 
 def with_reading(outcome: Outcome, reading: Reading) -> Outcome:

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
-import re
 import sys
 from argparse import Namespace
-from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from dataclasses import asdict, fields, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import disable_progress_bars
 from huggingface_hub.utils import logging as hub_logging
 from peft.utils import CONFIG_NAME
-from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from share_hf import SharedSubspace
-from share_hf.card import audit_of
-from share_hf.format.collection import read_collection
 from share_hf.format.index import FORMAT_VERSION, INDEX_FILE, read_index
 from share_hf.format.lock import holding
 from share_hf.format.replacing import holds, reading_whole, standing_at
@@ -31,10 +23,12 @@ from share_hf.format.tree import expect_tree
 from share_hf.hub.branches import branch_choice
 from share_hf.hub.fetch import RemoteTree, is_local
 from share_hf.state import SubspaceState
-from share_hf.subspace import AuditReport, SubspaceSettings, audit_updates
-from share_hf.subspace.audit import ModuleAudit
+from share_hf.subspace import SubspaceSettings
 
-from .adapters import adapters_of, with_reading
+from .adapters import adapters_of, of_reading, with_reading
+from .auditing import audit
+from .editing import added, export, refit, remove, rename, replace_task, undo
+from .opening import expect_no_adapter, load, naming_what_is_missing
 from .outcome import Outcome
 from .tables import drift, names, percent, score, size, table
 
@@ -55,10 +49,10 @@ def init(args: Namespace) -> Outcome:
     settings = {name: getattr(args, name) for name in names_of_settings}
     adapters = adapters_of(args)
     with holding(args.folder):
-        _expect_no_adapter(args.folder, "add to it with `share-hf add`")
-        with _naming_what_is_missing(adapters.places.values(), CONFIG_NAME):
-            subspace = SharedSubspace.from_adapters(adapters.places, **settings, **_of_reading(args))
-        subspace.save_pretrained(args.folder)
+        expect_no_adapter(args.folder, "add to it with `share-hf add`")
+        with naming_what_is_missing(adapters.places.values(), CONFIG_NAME):
+            subspace = SharedSubspace.from_adapters(adapters.places, **settings, **of_reading(args))
+        subspace.save_pretrained(args.folder, history=args.history, keep_originals=args.keep_originals)
     outcome = _described(subspace, str(args.folder))
     if (chosen := subspace.chosen) is not None:
         outcome = Outcome(f"{chosen.sentence()}\n\n{outcome.text}", {**outcome.facts, "chosen": asdict(chosen)})
@@ -69,51 +63,14 @@ def add(args: Namespace) -> Outcome:
     adapters = adapters_of(args)
     with holding(args.folder):  # so that a second one begins from what this one saves
         subspace = SharedSubspace.from_pretrained(args.folder)
-        with _naming_what_is_missing(adapters.places.values(), CONFIG_NAME):
-            merge = subspace.add_adapters(adapters.places, **_of_reading(args))
-        subspace.save_pretrained(args.folder)
-    tasks = subspace.report().tasks
-    rows = [
-        (task.name, drift(merge.drift[task.name]), drift(task.drift), drift(task.drift_bound))
-        for task in sorted(tasks, key=lambda task: task.name in merge.new_tasks)
-    ]
-    changed = f"{merge.changed_layers} of {len(merge.layers)} layers changed"
-    text = f"{args.folder}: added {names(merge.new_tasks)}, {changed}\n\n"
-    facts = {
-        "new_tasks": list(merge.new_tasks),
-        "changed_layers": merge.changed_layers,
-        "max_drift": merge.max_drift,
-        "tasks": [{**asdict(task), "drift_by_merge": merge.drift[task.name]} for task in tasks],
-    }
-    outcome = Outcome(text + table(("task", "drift by this merge", "since learned", "bound"), rows), facts)
-    return with_reading(outcome, replace(subspace.reading, mended=adapters.mended))
+        with naming_what_is_missing(adapters.places.values(), CONFIG_NAME):
+            merge = subspace.add_adapters(adapters.places, tolerance=args.tolerance, **of_reading(args))
+        subspace.save_pretrained(args.folder, history=args.history, keep_originals=args.keep_originals)
+    return with_reading(added(subspace, merge, args.folder), replace(subspace.reading, mended=adapters.mended))
 
 
 def info(args: Namespace) -> Outcome:
-    return _described(_load(args.place, args, revision=args.revision), args.place)
-
-
-def audit(args: Namespace) -> Outcome:
-    progress = partial(tqdm, desc="Auditing", unit="layer", leave=False, disable=not args.progress)
-    if len(args.adapters) == 1 and args.from_file is None:
-        ((_, place),) = args.adapters
-        return _audited(audit_of(_load(place, args).state, progress=progress), args.per_module)
-    adapters = adapters_of(args)
-    with _naming_what_is_missing(adapters.places.values(), CONFIG_NAME):
-        collection = read_collection(adapters, **_of_reading(args))
-    report = audit_updates(collection.updates_by_module(), args.num_components, progress=progress)
-    return with_reading(_audited(report, args.per_module), collection.reading)
-
-
-def export(args: Namespace) -> Outcome:
-    subspace = _load(args.place, args)
-    folders = {task: args.out / task for task in subspace.tasks} if args.all else {args.task: args.out}
-    for folder in folders.values():
-        _expect_no_adapter(folder)
-    for task in tqdm(folders, desc="Exporting", unit="task", leave=False, disable=not args.progress):
-        subspace.export_lora(task, folders[task])
-    written = {task: str(folder) for task, folder in folders.items()}
-    return Outcome(table(("task", "LoRA"), written.items()), {"exported": written})
+    return _described(load(args.place, args, revision=args.revision), args.place)
 
 
 def push(args: Namespace) -> Outcome:
@@ -150,9 +107,9 @@ def pull(args: Namespace) -> Outcome:
     if exists:
         subspace = SharedSubspace.from_pretrained(args.folder)
     else:
-        _expect_no_adapter(args.folder)
+        expect_no_adapter(args.folder)
         subspace = SharedSubspace(SubspaceState(SubspaceSettings()))
-    ours, remote = subspace.state, _load(args.repo_id, args, revision=args.revision)
+    ours, remote = subspace.state, load(args.repo_id, args, revision=args.revision)
     subspace.update_from(remote, base_model=args.base_model)
     up_to_date = exists and subspace.state.lineage == ours.lineage
     if not up_to_date:
@@ -174,7 +131,7 @@ def upgrade(args: Namespace) -> Outcome:
     facts = {"from": min(before.values()), "to": FORMAT_VERSION, "upgraded": outdated}
     if not outdated:
         return Outcome(f"{args.place}: is of format version {facts['from']} already", facts)
-    subspace = _load(args.place, args)
+    subspace = load(args.place, args)
     if on_hub:
         # Under any drift, so that every task's branch is written.
         subspace.push_to_hub(
@@ -194,35 +151,16 @@ _COMMANDS = {
     "info": info,
     "audit": audit,
     "export": export,
+    "remove": remove,
+    "rename": rename,
+    "replace": replace_task,
+    "refit": refit,
+    "undo": undo,
     "push": push,
     "pull": pull,
     "upgrade": upgrade,
 }
 _MEANS = ("average", "forgetting", "backward_transfer", "forward_transfer")
-
-
-def _of_reading(args: Namespace) -> dict[str, Any]:
-    """How adapters are to be read."""
-    names = ("base_model", "component", "skip_bad", "token", "progress")
-    return {name: getattr(args, name) for name in names}
-
-
-def _load(place: str, args: Namespace, *, revision: str | None = None) -> SharedSubspace:
-    with _naming_what_is_missing([place], INDEX_FILE):
-        return SharedSubspace.from_pretrained(place, revision=revision, token=args.token)
-
-
-@contextmanager
-def _naming_what_is_missing(places: Iterable[str], file: str) -> Iterator[None]:
-    """Say which places are neither folders nor repositories, and which folder with such a file may have been meant."""
-    try:
-        yield
-    except (RepositoryNotFoundError, LocalEntryNotFoundError, HFValidationError) as error:
-        missing = [place for place in places if not Path(place).is_dir()]
-        folders = {str(path.parent) for place in missing for path in Path(place).parent.glob(f"*/{file}")}
-        near = [match for place in missing for match in difflib.get_close_matches(place, folders, n=1)]
-        advice = f", did you mean {names(near)}?" if near else "; a private one needs --token or `hf auth login`"
-        raise ValueError(f"{names(missing)}: no such folder, and no repository that could be read{advice}") from error
 
 
 def _format_version(folder: Path) -> int:
@@ -235,7 +173,7 @@ def _format_version(folder: Path) -> int:
 
 def _format_versions(repo_id: str, token: str | None) -> dict[str, int]:
     """The format version of `main` and, where that is the newest, of the branches, which an upgrade writes last."""
-    with _naming_what_is_missing([repo_id], INDEX_FILE):
+    with naming_what_is_missing([repo_id], INDEX_FILE):
         index = RemoteTree.open(repo_id, token=token).index
     versions = {"main": index.format_version}
     if index.format_version >= FORMAT_VERSION:
@@ -251,14 +189,6 @@ def _tasks_of(repo_id: str, token: str | None) -> tuple[str, ...]:
         return RemoteTree.open(repo_id, token=token).index.tasks
     except (RepositoryNotFoundError, ValueError):
         return ()
-
-
-def _expect_no_adapter(folder: Path, advice: str = "expected another folder") -> None:
-    """Refuse to write over a subspace, or into the folder of an adapter."""
-    if holds(folder, INDEX_FILE):
-        raise ValueError(f"{folder} is a shared subspace already, {advice}")
-    if holds(folder, CONFIG_NAME):
-        raise ValueError(f"{folder} holds an adapter, expected another folder")
 
 
 def _without(tasks: Collection[str], others: Collection[str]) -> list[str]:
@@ -306,21 +236,3 @@ def _described(subspace: SharedSubspace, place: str) -> Outcome:
         "metrics": means,
     }
     return Outcome("\n".join(lines), facts)
-
-
-def _audited(report: AuditReport, per_module: bool) -> Outcome:
-    kinds: dict[str, list[ModuleAudit]] = {}
-    for row in report.rows:
-        kinds.setdefault(row.module if per_module else re.sub(r"\d+", "*", row.module), []).append(row)
-    sides = [side for side, value in vars(report.observed).items() if value is not None]
-    rows = []
-    for kind, members in kinds.items():
-        part = replace(report, rows=tuple(members))
-        fractions = [percent(getattr(means, side)) for side in sides for means in (part.observed, part.null)]
-        k = max(k for member in members for k in member.num_components)
-        rows.append([kind, str(len(members)), str(k), *fractions])
-    header = ["module", "layers", "k", *(title for side in sides for title in (side, "chance"))]
-    groups = [*map(names, report.groups), *([f"not known: {names(report.ungrouped)}"] if report.ungrouped else [])]
-    by_seed = f"\nBy the random A they started from: {'; '.join(groups) or 'none'}"
-    text = "\n".join([table(header, rows), by_seed, *report.sentences()])
-    return Outcome(text, {**report.to_dict(), "sentences": list(report.sentences())})

@@ -81,14 +81,6 @@ class Collection:
         """By task name and module, how the matrix of an update lies in its weight."""
         return {name: lora.layouts for name, lora in self.loras.items()}
 
-    def updates_by_module(self) -> dict[str, dict[str, LowRankUpdate]]:
-        """By module and task name."""
-        modules: dict[str, dict[str, LowRankUpdate]] = {}
-        for name, updates in self.updates.items():
-            for module, update in updates.items():
-                modules.setdefault(module, {})[name] = update
-        return modules
-
     def expect_unchanged(self) -> None:
         """Refuse files that were written to since they were opened, once what was made of them is about to be used.
 

@@ -22,6 +22,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal
 
 from ..state import Layout
@@ -29,6 +30,7 @@ from ..state.layout import as_json, from_json
 from ..subspace import SubspaceSettings
 from ..version import __version__
 from .files import json_bytes, read_json, sha256_of
+from .locating import Reference
 from .names import check_stored_names
 
 
@@ -225,6 +227,18 @@ def _lineage(entries: Any) -> tuple[Mapping[str, Any], ...]:
     for entry in entries:
         merged = entry.get("merged", [])
         names = [entry["id"], entry.get("learned", ""), entry.get("removed", "")]
+        renamed = entry.get("renamed", ["", ""])
+        if not isinstance(renamed, list) or len(renamed) != 2:
+            raise ValueError(f"lineage has a step {entry!r}, expected renamed to be two names")
+        names += renamed
+        refit, originals = entry.get("refit", []), entry.get("originals", {})
+        if not isinstance(refit, list) or not isinstance(originals, dict):
+            raise ValueError(f"lineage has a step {entry!r}, expected refit to be names, and originals by task")
+        if not all(map(_is_original, originals.values())):
+            raise ValueError(
+                f"lineage has a step {entry!r}, expected originals to have a place on the hub, a commit and a sha256"
+            )
+        names += refit
         origins = entry.get("origins", {})
         if not isinstance(origins, dict) or not all(isinstance(ids, list) and ids for ids in origins.values()):
             raise ValueError(f"lineage has a step {entry!r}, expected origins to have lists of ids by task")
@@ -232,6 +246,14 @@ def _lineage(entries: Any) -> tuple[Mapping[str, Any], ...]:
         if not isinstance(merged, list) or not all(isinstance(name, str) for name in (*names, *merged)):
             raise ValueError(f"lineage has a step {entry!r}, expected an id and names of tasks")
     return tuple(entries)
+
+
+def _is_original(original: Any) -> bool:
+    """Whether this is what `originals.hub_original` notes of an adapter."""
+    if not isinstance(original, dict) or not all(isinstance(original.get(name), str) for name in ("place", "sha256")):
+        return False
+    rest = (original.get("commit"), original.get("component"))
+    return Reference.parse(original["place"]) is not None and all(isinstance(text, (str, NoneType)) for text in rest)
 
 
 def _names(field_name: str, names: Any) -> tuple[str, ...] | None:

@@ -45,6 +45,10 @@ class Reference:
     revision: str | None = None
     path: str = ""
 
+    def __str__(self) -> str:
+        revision = "" if self.revision is None else f"@{self.revision}"
+        return f"{self.repo_id}{revision}" + (f":{self.path}" if self.path else "")
+
     @classmethod
     def parse(cls, text: str) -> Reference | None:
         """What a text refers to; None if it cannot be a place on the hub."""

@@ -230,7 +230,7 @@ def _is_ours(workshop: Path) -> bool:
 
 
 def _workshop_of(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.share_hf")
+    return folder.parent / f".{folder.name}.share_hf"  # of the root of the file system too, which has no name
 
 
 def _aside(folder: Path) -> Path:

@@ -24,7 +24,7 @@ from ..card import CardOptions, write_card
 from ..format.files import FolderWriter
 from ..format.index import BranchRecords, TreeIndex
 from ..format.tree import ADAPTER_FILES, ROOT_FILES, TREE_ENTRIES, write_root
-from ..state import SubspaceState, rounded, shared_steps, tasks_touched
+from ..state import SubspaceState, renamings, rounded, shared_steps, tasks_touched
 from .repository import HubRepository, Refs, Tip, operations
 
 
@@ -101,8 +101,10 @@ def plan_branches(
     """
     there = tip.tree.branch_records if tip.tree is not None else BranchRecords()
     lineage = tip.tree.lineage if tip.tree is not None else ()
-    changed = tasks_touched(state.lineage[shared_steps(state.lineage, lineage) :])
-    wanted = _wanted(state, tip, choice)
+    steps = state.lineage[shared_steps(state.lineage, lineage) :]
+    changed = tasks_touched(steps)
+    moved = {new for new, old in renamings(steps).items() if old in refs.branches}  # their branches move along
+    wanted = {*_wanted(state, tip, choice), *moved}
     drifts = {task: rounded(drift) for task, drift in state.drifts().items()}
 
     def is_due(task: str) -> bool:
@@ -181,6 +183,20 @@ class BranchWriter:
             if task in there:
                 on_main = on_main if on_main is not None else self.repository.blobs(self.main)
                 self._replace(task, there[task], on_main)
+
+    def delete_renamed(self, there: Mapping[str, str]) -> None:
+        """Delete branches of names that tasks no longer have, unless somebody else has written more there.
+
+        Args:
+            there: The branches there were before the commit on `main`.
+        """
+        old_names = {entry["renamed"][0] for entry in self.state.lineage if "renamed" in entry}
+        for name in sorted(old_names & there.keys() - self.state.tasks.keys()):
+            index = self.repository.index_at(there[name])
+            if index is None or name not in index.tasks:
+                continue
+            if shared_steps(index.lineage, self.state.lineage) == len(index.lineage):
+                self.repository.delete_branch(name)
 
     def _begin(self, task: str, commit: str) -> None:
         """Make a branch of a commit that already is its whole tree."""

@@ -205,7 +205,9 @@ def _push_once(
             _tag_newest(repository, index, commit.oid, refs)
         writer = FolderWriter(folder)
         writer.sha256.update(sha256)
-        BranchWriter(repository, state, commit.oid, index, writer, card).write(plan.due, refs.branches)
+        branches = BranchWriter(repository, state, commit.oid, index, writer, card)
+        branches.write(plan.due, refs.branches)
+        branches.delete_renamed(refs.branches)
     return commit
 
 

@@ -1,10 +1,12 @@
 """The immutable value that a shared subspace is: its state, its lineage, and the scores of its stream."""
 
 from .component import component_of
+from .edits import renamed_task, without_scores
 from .layout import Layout
-from .lineage import Lineage, shared_steps, step_tags, tasks_touched
+from .lineage import Lineage, hub_originals, renamings, shared_steps, step_tags, tasks_touched
 from .phase import Phase
 from .reconcile import extends, reconcile
+from .refit import check_original, refitted
 from .report import SubspaceReport, TaskReport, report_of
 from .scores import ContinualMetrics, TaskScore, combined_metrics, measured
 from .state import (
@@ -30,14 +32,19 @@ __all__ = [
     "TaskInfo",
     "TaskReport",
     "TaskScore",
+    "check_original",
     "combined_metrics",
     "component_of",
     "extends",
+    "hub_originals",
     "initialization_of",
     "initializations_of",
     "measured",
     "merge_tasks",
     "reconcile",
+    "refitted",
+    "renamed_task",
+    "renamings",
     "report_of",
     "rounded",
     "shared_steps",
@@ -45,5 +52,6 @@ __all__ = [
     "step_tags",
     "tasks_touched",
     "with_learned_coefficients",
+    "without_scores",
     "without_task",
 ]

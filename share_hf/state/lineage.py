@@ -1,7 +1,10 @@
 """The lineage of a subspace: one entry for each step that changed it, by which two writers know what they share.
 
 An entry is JSON: what the step did (`merged`, `learned` or `removed`), and an `id` that stands for the step and all
-before it. Where tasks came from another lineage, `origins` has, by task, the ids of the steps that they had there.
+before it. Where a task got another name, the entry has `removed` and `learned`, and both names in `renamed`. Where
+all bases were fitted anew, it has the tasks in `refit`. Of tasks that came from adapters on the hub, `originals` has
+repository, commit and checksum. Where tasks came from another lineage, `origins` has, by task, the ids of the steps
+that they had there.
 """
 
 from __future__ import annotations
@@ -48,8 +51,8 @@ def shared_steps(first: Lineage, second: Lineage) -> int:
 
 
 def tasks_touched(lineage: Lineage) -> set[str]:
-    """The tasks that some step added, or trained further."""
-    return {task for entry in lineage for task in added_by(entry)}
+    """The tasks that some step added, trained further, or fitted anew."""
+    return {task for entry in lineage for task in (*added_by(entry), *entry.get("refit", ()))}
 
 
 def steps_of_tasks(lineage: Lineage) -> dict[str, list[str]]:
@@ -66,13 +69,51 @@ def steps_of_tasks(lineage: Lineage) -> dict[str, list[str]]:
     return steps
 
 
+def renamings(lineage: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """By name, the name that a task had before these steps, of those that were renamed and nothing else since."""
+    before: dict[str, str] = {}
+    for entry in lineage:
+        if "renamed" in entry:
+            old, new = entry["renamed"]
+            before[new] = before.pop(old, old)
+            continue
+        for task in added_by(entry):
+            before.pop(task, None)
+        before.pop(entry.get("removed", ""), None)
+    return before
+
+
+def hub_originals(lineage: Lineage) -> dict[str, Mapping[str, Any]]:
+    """By task, where on the hub the adapter is that it came from, as its step noted it.
+
+    A task that was trained further since is no longer what that adapter is.
+    """
+    known: dict[str, Mapping[str, Any]] = {}
+    for entry in lineage:
+        if "renamed" in entry:
+            old, new = entry["renamed"]
+            known.pop(new, None)
+            if old in known:
+                known[new] = known.pop(old)
+            continue
+        for task in added_by(entry):
+            known.pop(task, None)
+        known.pop(entry.get("removed", ""), None)
+        known |= entry.get("originals", {})
+    return known
+
+
 def step_tags(lineage: Iterable[Mapping[str, Any]], tasks: Sequence[str]) -> dict[str, str]:
     """By task, the tag that stands for the state right after it was learned.
 
-    Its number is how many tasks had been learned with it, those counted that were removed since.
+    Its number is how many tasks had been learned with it, those counted that were removed since. A task that got
+    another name keeps its number.
     """
     count, numbers = 0, {}
     for entry in (*lineage, {"merged": tasks}):
+        if "renamed" in entry and entry["renamed"][0] in numbers:
+            numbers[entry["renamed"][1]] = numbers.pop(entry["renamed"][0])
+            continue
         for name in added_by(entry):
             if name not in numbers:
                 count += 1

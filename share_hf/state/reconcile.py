@@ -2,7 +2,8 @@
 
 Each starts from a state that both share and changes it. What one knows of the other's tasks is told by their lineages.
 The result is the other's state with those of our steps that it lacks: our new tasks are merged into it as if they had
-arrived as adapters (the asynchronous setting of Sec. 3.2.3), and what we removed is removed. A task keeps the ids of
+arrived as adapters (the asynchronous setting of Sec. 3.2.3), what we removed is removed, and what we renamed has its
+new name; where the other trained it further meanwhile, both are kept. A task keeps the ids of
 the steps that it had with its writer, who knows it again by them after a push that was cut off.
 """
 
@@ -14,8 +15,9 @@ from dataclasses import asdict, replace
 import torch
 
 from ..subspace import LayerSubspace, LowRankUpdate, TaskRecords
+from .edits import renamed_task
 from .layout import named
-from .lineage import Lineage, shared_steps, steps_of_tasks
+from .lineage import Lineage, hub_originals, renamings, shared_steps, steps_of_tasks
 from .scores import combined_metrics
 from .state import SubspaceState, merge_tasks, without_task
 
@@ -48,6 +50,11 @@ def reconcile(ours: SubspaceState, theirs: SubspaceState) -> SubspaceState:
     _check_mergeable(ours, theirs)
     added, superseded = _differences(ours, theirs)
     merged = theirs
+    for new, old in renamings(ours.lineage[shared_steps(ours.lineage, theirs.lineage) :]).items():
+        # What the other still has under the old name is the same task: it need not be merged once more.
+        if old in superseded and new in added and new not in merged.tasks:
+            merged = renamed_task(merged, old, new, origins=added.pop(new))
+            superseded.remove(old)
     for task in superseded:
         merged = without_task(merged, task)
     if added:
@@ -56,6 +63,7 @@ def reconcile(ours: SubspaceState, theirs: SubspaceState) -> SubspaceState:
             task: {module: layer.update_of(task, torch.float64) for module, layer in ours.layers_of(task).items()}
             for task in added
         }
+        known = hub_originals(ours.lineage)
         # Each keeps the rank that it has: a second tolerated error would add to the first.
         settings = merged.settings
         merged = replace(merged, settings=replace(settings, tolerance=None))
@@ -65,15 +73,16 @@ def reconcile(ours: SubspaceState, theirs: SubspaceState) -> SubspaceState:
             {task: ours.tasks[task] for task in added},
             layouts=dict.fromkeys(added, ours.layouts),
             origins=added,
+            originals={task: known[task] for task in added if task in known},
         )
         merged = replace(merged, settings=settings)
         merged = replace(
             merged,
             layers={
-                module: _with_history(layer, ours.layers.get(module), added) for module, layer in merged.layers.items()
+                module: with_history(layer, ours.layers.get(module), added) for module, layer in merged.layers.items()
             },
         )
-    return replace(_named(merged, ours), metrics=combined_metrics(theirs.metrics, ours.metrics, merged.tasks))
+    return replace(_named(merged, ours), metrics=combined_metrics(merged.metrics, ours.metrics, merged.tasks))
 
 
 def _named(state: SubspaceState, ours: SubspaceState) -> SubspaceState:
@@ -153,7 +162,7 @@ def _distance(first: LowRankUpdate, second: LowRankUpdate) -> float:
     return float(difference.norm() / norm.norm()) if norm.any() else float(difference.norm())
 
 
-def _with_history(layer: LayerSubspace, origin: LayerSubspace | None, tasks: Iterable[str]) -> LayerSubspace:
+def with_history(layer: LayerSubspace, origin: LayerSubspace | None, tasks: Iterable[str]) -> LayerSubspace:
     """A layer that still knows what its newly merged tasks had lost in the subspace that they come from."""
     columns = [column.clone() for column in vars(layer.records).values()]
     norms, rank_errors, bounds, estimates = columns

@@ -118,6 +118,8 @@ def merge_tasks(
     *,
     layouts: Mapping[str, Mapping[str, Layout]] | None = None,
     origins: Mapping[str, list[str]] | None = None,
+    originals: Mapping[str, Mapping[str, Any]] | None = None,
+    tolerance: float | None = None,
     progress: bool = False,
 ) -> tuple[SubspaceState, MergeReport]:
     """A state with new tasks merged into it; the given one is not changed.
@@ -128,6 +130,8 @@ def merge_tasks(
         infos: What is known of each task.
         layouts: By task and module, how its matrix lies in its weight, where it is no dense layer.
         origins: By task, the ids of the steps that it had in another lineage, if it comes from one.
+        originals: By task, where on the hub its adapter is, as the lineage notes it.
+        tolerance: As for `merge_into_layer`.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -139,7 +143,7 @@ def merge_tasks(
         _check_head(task, info)
     check_one_model(state.layers, updates)
     joined = joined_layouts(state.layouts, state.layers, layouts or {}, updates)
-    layers, report = merge_into_layers(state.layers, updates, state.settings, progress=progress)
+    layers, report = merge_into_layers(state.layers, updates, state.settings, tolerance=tolerance, progress=progress)
     # In the order that a tree is read back, so that sums over layers round as they would for a loaded subspace.
     merged = replace(
         state,
@@ -150,6 +154,8 @@ def merge_tasks(
     facts = {"merged": list(updates), "max_drift": rounded(report.max_drift)}
     if known := {task: steps for task, steps in (origins or {}).items() if steps}:
         facts["origins"] = known
+    if originals:
+        facts["originals"] = {task: dict(original) for task, original in originals.items()}
     return merged.with_step(changed=updates, **facts), report
 
 

@@ -8,14 +8,15 @@ beside a null: updates of the same singular values and uniformly random directio
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
 from .basis import JOINT_ITERATIONS
-from .factors import CompactUpdate, LowRankUpdate, inverse_norms, thin_svd_of_update
+from .factors import CompactUpdate, LowRankUpdate, inverse_norms
 from .layer import LayerSubspace
+from .null import NEGLIGIBLE, flattest_singular_values, normalized_updates, padded, random_orthonormal
 from .sketch import Numbers, group_by_initialization, initialization_sketches
 
 
@@ -26,9 +27,6 @@ _DENSE_COORDINATES = 1024
 _KRYLOV_STEPS = 8
 
 _NAMES_SHOWN = 8
-
-# Relative to the largest: a float32 singular value, or a rank error, that is rounding.
-_NEGLIGIBLE = 1e-6
 
 Progress = Callable[[Iterable[str]], Iterable[str]]
 
@@ -119,7 +117,7 @@ def explained_variance(updates: Sequence[LowRankUpdate], k_out: int, k_in: int) 
     The basis is found as a merge finds it, by alternating from the one-sided directions. Zero updates do not count;
     without any other, everything is explained.
     """
-    return _explained_of(_normalized(updates), k_out, k_in)
+    return _explained_of(normalized_updates(updates), k_out, k_in)
 
 
 def null_explained_variance(
@@ -146,7 +144,7 @@ def null_explained_variance(
         seed: Seed of the directions.
         draws: How many to average over.
     """
-    values = _padded([values.double().cpu() for values in singular_values])[:, : min(shape)]
+    values = padded([values.double().cpu() for values in singular_values])[:, : min(shape)]
     weights = inverse_norms(values.norm(dim=1) if norms is None else norms.double().cpu())
     values = values[weights > 0] * weights[weights > 0, None]
     if not len(values):
@@ -154,7 +152,7 @@ def null_explained_variance(
     generator = torch.Generator().manual_seed(seed)
     results = []
     for _ in range(draws):
-        left, right = (_random_orthonormal(len(values), side, values.shape[1], generator) for side in shape)
+        left, right = (random_orthonormal(len(values), side, values.shape[1], generator) for side in shape)
         results.append(_explained(left, values, right, k_out, k_in))
     return _mean_explained(results)
 
@@ -188,7 +186,7 @@ def audit_updates(
         sketches = initialization_sketches(by_task)
     rows = []
     for i, module in enumerate(progress(list(layers if modules is None else modules))):
-        updates = _normalized(list(layers[module].values()))
+        updates = normalized_updates(list(layers[module].values()))
         if not updates:
             continue
         shape = updates[0].left.shape[0], updates[0].right.shape[0]
@@ -240,70 +238,26 @@ def audit_layers(
         if not kept:
             continue
         layer = layer.select(kept)
-        values, rank_errors = _flattest_singular_values(layer), layer.records.rank_errors.cpu()
-        norms = layer.records.norms.cpu() / (1 - rank_errors.square()).clamp_min(_NEGLIGIBLE).sqrt()
+        values, rank_errors = flattest_singular_values(layer), layer.records.rank_errors.cpu()
+        norms = layer.records.norms.cpu() / (1 - rank_errors.square()).clamp_min(NEGLIGIBLE).sqrt()
         k_out, k_in = layer.num_components
         observed = Explained(layer.explained_variance())
         null = null_explained_variance(values, layer.shape, k_out, k_in, norms=norms, seed=seed + i, draws=draws)
-        ranks = int((values > _NEGLIGIBLE * values[:, :1]).sum())
+        ranks = int((values > NEGLIGIBLE * values[:, :1]).sum())
         rows.append(_row(module, len(kept), ranks, layer.shape, (k_out, k_in), observed, null))
     return _report(sketches, rows)
-
-
-def _normalized(updates: Iterable[LowRankUpdate]) -> list[CompactUpdate]:
-    """The updates that count, each of norm 1."""
-    compact = [thin_svd_of_update(update) for update in updates]
-    if not compact:
-        return []
-    weights = inverse_norms(torch.stack([update.norm for update in compact]))
-    return [
-        replace(update, singular_values=update.singular_values * weight)
-        for update, weight in zip(compact, weights, strict=True)
-        if weight > 0
-    ]
-
-
-def _flattest_singular_values(layer: LayerSubspace) -> Tensor:
-    """Singular values (tasks, 2p) that the updates of a layer may have had when learned, the flattest possible.
-
-    Compression makes every singular value smaller, and as a rule the small ones most. So the energy that the
-    coefficients lack goes to the smallest, raised to one level; to p further ones as well where a rank over p was cut.
-    """
-    cores = [torch.linalg.qr(side.double(), mode="r").R for side in (layer.coefficients_out, layer.coefficients_in)]
-    energies = torch.linalg.svdvals(cores[0] @ cores[1].mT).square().cpu()
-    energies = torch.nn.functional.pad(energies, (0, 2 * layer.pseudo_rank - energies.shape[1]))
-    places = torch.arange(energies.shape[1])
-    cut = layer.records.rank_errors.cpu().unsqueeze(1) > _NEGLIGIBLE
-    raisable = cut | (energies > _NEGLIGIBLE**2 * energies[:, :1])
-    ranks = raisable.sum(1, keepdim=True)
-    # A level for all from the j-th on spends what the first j leave; the lowest of these levels fits.
-    missing = layer.records.norms.cpu().square().unsqueeze(1) - (energies.cumsum(1) - energies)
-    levels = torch.where(raisable, missing / (ranks - places).clamp_min(1), torch.inf)
-    return torch.where(raisable, torch.maximum(energies, levels.amin(1, keepdim=True)), 0.0).sqrt()
 
 
 def _explained_of(updates: Sequence[CompactUpdate], k_out: int, k_in: int) -> Explained:
     """`explained_variance` of updates of norm 1."""
     if not updates:
         return Explained(1.0, 1.0, 1.0)
-    values = _padded([update.singular_values for update in updates])
+    values = padded([update.singular_values for update in updates])
     left, right = (
         torch.stack([torch.nn.functional.pad(side, (0, values.shape[1] - side.shape[1])) for side in sides])
         for sides in ([update.left for update in updates], [update.right for update in updates])
     )
     return _explained(left, values, right, k_out, k_in)
-
-
-def _padded(values: Sequence[Tensor]) -> Tensor:
-    return torch.nn.utils.rnn.pad_sequence(list(values), batch_first=True)
-
-
-def _random_orthonormal(count: int, rows: int, columns: int, generator: torch.Generator) -> Tensor:
-    """Uniformly random orthonormal columns (count, rows, columns) float64."""
-    normal = torch.randn(count, rows, columns, dtype=torch.float64, generator=generator)
-    directions, triangle = torch.linalg.qr(normal)
-    # Householder's signs are not random; Gram-Schmidt's, with a positive diagonal, leave the uniform distribution.
-    return directions * triangle.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
 
 
 def _explained(left: Tensor, values: Tensor, right: Tensor, k_out: int, k_in: int) -> Explained:
@@ -445,4 +399,4 @@ def _names(tasks: Sequence[str]) -> str:
 
 
 def _percent(fraction: float) -> str:
-    return "over 99 %" if 0.995 <= fraction < 1 - _NEGLIGIBLE else f"{100 * fraction:.0f} %"
+    return "over 99 %" if 0.995 <= fraction < 1 - NEGLIGIBLE else f"{100 * fraction:.0f} %"

@@ -103,7 +103,11 @@ _Merged = tuple[LayerSubspace, Tensor]
 
 
 def merge_into_layer(
-    layer: LayerSubspace, updates: Mapping[str, LowRankUpdate], settings: SubspaceSettings
+    layer: LayerSubspace,
+    updates: Mapping[str, LowRankUpdate],
+    settings: SubspaceSettings,
+    *,
+    tolerance: float | None = None,
 ) -> tuple[LayerSubspace, LayerMergeReport]:
     """Add updates to a layer: new basis, analytic coefficients of every task, and a certificate of their drift.
 
@@ -113,6 +117,8 @@ def merge_into_layer(
         layer: The layer as it is; not changed.
         updates: New tasks by name, each an update of the layer's shape.
         settings: k, p, the kind of basis, and the drift that is tolerated.
+        tolerance: Relative part of an update that may be outside the basis for the basis to stay as it is; rounding
+            errors if not given. What p < r costs an update does not count: no basis removes it.
 
     Returns:
         The new layer, in the dtype of the old one's basis, and the report.
@@ -126,7 +132,7 @@ def merge_into_layer(
     for room in _rooms(layer, updates, settings):
         merge = _prepared(layer, updates, settings, room)
         try:
-            merged, drift = _merged(merge, settings)
+            merged, drift = _merged(merge, settings, max(tolerance or 0.0, NEGLIGIBLE_RESIDUAL))
             break
         except DriftToleranceError:
             if not room:
@@ -141,9 +147,9 @@ def merge_into_layer(
     return merged, report
 
 
-def _merged(merge: _Merge, settings: SubspaceSettings) -> _Merged:
+def _merged(merge: _Merge, settings: SubspaceSettings, explained: float) -> _Merged:
     unchanged = candidate_of(merge.stack, (old_basis_of(merge.stack), old_basis_of(merge.stack.mirrored)))
-    if (unchanged.span_error <= NEGLIGIBLE_RESIDUAL).all():
+    if (unchanged.span_error <= explained).all():
         kept, drift = _with_old_basis(merge, unchanged)
         added = _tolerated_part(kept.records)[len(merge.layer.tasks) :]
         if settings.drift_tolerance is None or (added <= settings.drift_tolerance).all():

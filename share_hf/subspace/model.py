@@ -49,6 +49,12 @@ class MergeReport:
         return max((bound for layer in self.layers.values() for bound in layer.drift_bound.values()), default=0.0)
 
     @property
+    def projected_tasks(self) -> tuple[str, ...]:
+        """The new tasks that the bases explained already: none of their layers' bases changed."""
+        merged = {task for layer in self.layers.values() if layer.basis_changed for task in layer.new_tasks}
+        return tuple(task for task in self.new_tasks if task not in merged)
+
+    @property
     def changed_layers(self) -> int:
         """Layers whose basis changed."""
         return sum(layer.basis_changed for layer in self.layers.values())
@@ -59,6 +65,7 @@ def merge_into_layers(
     updates: Mapping[str, Mapping[str, LowRankUpdate]],
     settings: SubspaceSettings,
     *,
+    tolerance: float | None = None,
     progress: bool = False,
 ) -> tuple[dict[str, LayerSubspace], MergeReport]:
     """Merge new tasks into every layer they adapt; a layer that is seen for the first time is initialized.
@@ -71,6 +78,7 @@ def merge_into_layers(
         layers: By module; not changed.
         updates: Task -> module -> update. A task need not be in every layer.
         settings: Settings of every layer.
+        tolerance: As for `merge_into_layer`.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -81,7 +89,7 @@ def merge_into_layers(
 
     def merge(module: str) -> tuple[LayerSubspace, LayerMergeReport]:
         new = {task: updates[task][module] for task in by_module[module]}
-        return _merged(module, layers.get(module), new, settings)
+        return _merged(module, layers.get(module), new, settings, tolerance)
 
     merged, reports = dict(layers), {}
     with tqdm(total=len(by_module), desc="Merging", unit="layer", leave=False, disable=not progress) as bar:
@@ -92,13 +100,17 @@ def merge_into_layers(
 
 
 def _merged(
-    module: str, layer: LayerSubspace | None, new: Mapping[str, LowRankUpdate], settings: SubspaceSettings
+    module: str,
+    layer: LayerSubspace | None,
+    new: Mapping[str, LowRankUpdate],
+    settings: SubspaceSettings,
+    tolerance: float | None,
 ) -> tuple[LayerSubspace, LayerMergeReport]:
     if layer is None:
         first = next(iter(new.values()))
         layer = LayerSubspace.empty(*first.shape, settings.pseudo_rank, device=first.out_factor.device)
     try:
-        return merge_into_layer(layer, new, settings)
+        return merge_into_layer(layer, new, settings, tolerance=tolerance)
     except DriftToleranceError as error:
         raise DriftToleranceError(f"{module!r}: {error}") from error
     except ValueError as error:

@@ -44,6 +44,13 @@ def remove(folder: Path, task: str) -> None:
     subspace.save_pretrained(folder)
 
 
+def rename(folder: Path, task: str, new_name: str) -> None:
+    """Give a task another name."""
+    subspace = SharedSubspace.from_pretrained(folder)
+    subspace.rename_task(task, new_name)
+    subspace.save_pretrained(folder)
+
+
 def save(folder: Path) -> None:
     """Load the subspace and save it as it is."""
     SharedSubspace.from_pretrained(folder).save_pretrained(folder)
@@ -63,7 +70,9 @@ def pull(folder: Path, repo_id: str) -> None:
     subspace.save_pretrained(folder)
 
 
-SESSIONS: dict[str, Callable[..., None]] = {session.__name__: session for session in (add, remove, save, push, pull)}
+SESSIONS: dict[str, Callable[..., None]] = {
+    session.__name__: session for session in (add, remove, rename, save, push, pull)
+}
 
 
 def do(session: Session) -> None:

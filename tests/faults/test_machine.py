@@ -67,7 +67,7 @@ class Place:
 
 
 class TwoWriters(RuleBasedStateMachine):
-    """Two who add, remove, save, push and pull, some of the time until they are killed."""
+    """Two who add, remove, rename, save, push and pull, some of the time until they are killed."""
 
     place: Place  # set by the test
 
@@ -141,7 +141,7 @@ class TwoWriters(RuleBasedStateMachine):
         """Something to do, and what the writer knows when it is done."""
         self.place.steps += 1
         world = self.worlds[writer]
-        names = ["save", "push"]
+        names = ["save", "push", "rename"]
         if self.published is not None:
             names.append("pull")
         if len(world.alive) < MOST_TASKS:
@@ -159,6 +159,12 @@ class TwoWriters(RuleBasedStateMachine):
         if name == "remove":
             task = data.draw(st.sampled_from(sorted(world.alive)))
             return {**session, "task": task}, replace(world, removed=world.removed | {task})
+        if name == "rename":
+            task = data.draw(st.sampled_from(sorted(world.alive)))
+            new_name = f"task{len(self.adapter_of)}"
+            self.adapter_of[new_name] = self.adapter_of[task]
+            after = World(world.added | {new_name}, world.removed | {task})
+            return {**session, "task": task, "new_name": new_name}, after
         if name == "save":
             return session, world
         return {**session, "repo_id": self.repo_id}, world.joined(self.published or World())

@@ -30,6 +30,7 @@ from share_hf.subspace.audit import (
     group_by_initialization,
     null_explained_variance,
 )
+from share_hf.subspace.null import random_orthonormal
 
 from .reference import explained_fraction, joint_basis, reference_weights
 from .streams import Stream, dense_learned, examples, random_update, streams
@@ -275,7 +276,7 @@ def test_the_null_is_a_fraction_that_grows_with_k_and_is_all_where_there_is_room
 
 
 def test_random_directions_are_uniform_in_sign() -> None:
-    columns = audit._random_orthonormal(2000, 6, 3, torch.Generator().manual_seed(0))
+    columns = random_orthonormal(2000, 6, 3, torch.Generator().manual_seed(0))
     torch.testing.assert_close(columns.mT @ columns, torch.eye(3).double().expand(2000, 3, 3), atol=1e-12, rtol=0)
     assert float(columns.mean(0).abs().max()) < 5 * (1 / 6 / 2000) ** 0.5
 

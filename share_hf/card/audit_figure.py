@@ -1,0 +1,84 @@
+"""The figure of an audit: explained variance and error against k, and how well each adapter is served."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..subspace.collection import CollectionReport
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_NAMED = 8  # badly served adapters with their names
+
+
+def write_audit_figure(report: CollectionReport, path: Path) -> None:
+    """Draw a survey into a PNG file, or one of another ending that matplotlib knows.
+
+    Raises:
+        ValueError: If matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError("a figure needs matplotlib, which is not installed: `pip install share-hf[plots]`") from error
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _draw_curve(left, report)
+    _draw_errors(right, report)
+    figure.savefig(path, dpi=120, metadata={"Software": None} if path.suffix.lower() == ".png" else None)
+
+
+def _draw_curve(axes: Axes, report: CollectionReport) -> None:
+    sizes = [point.num_components for point in report.curve]
+    lines = (
+        ("explained", "explained variance, adapters", "C0", "-"),
+        ("null_explained", "explained variance, random directions", "C0", ":"),
+        ("error", "mean error of ΔW, adapters", "C3", "-"),
+        ("null_error", "mean error of ΔW, random directions", "C3", ":"),
+    )
+    for name, label, color, style in lines:
+        axes.plot(sizes, [getattr(point, name) for point in report.curve], style, color=color, label=label)
+    axes.axvline(report.num_components, color="0.7", linewidth=1, zorder=0)
+    if sizes:
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks := [k for k in sizes if k & (k - 1) == 0], [str(k) for k in ticks])
+        axes.minorticks_off()
+    axes.set_ylim(0, 1.02)
+    axes.set_xlabel("directions k of a layer, on each side")
+    axes.set_title(
+        f"{report.curve_tasks} of {report.tasks} adapters, {len(report.curve_modules)} of {report.modules} modules"
+        if report.sampled
+        else f"{report.tasks} adapters, {report.modules} modules",
+        fontsize="medium",
+    )
+    axes.legend(fontsize="small")
+
+
+def _draw_errors(axes: Axes, report: CollectionReport) -> None:
+    order = sorted(report.errors, key=lambda task: report.errors[task])
+    badly = frozenset(report.badly_served)
+    values = [report.errors[task] for task in order]
+    axes.bar(range(len(order)), values, width=1.0, color=["C3" if task in badly else "C0" for task in order])
+    named = [task for task in order if task in badly][-_NAMED:]
+    top = len(named)
+    for rank, task in enumerate(named):
+        place = order.index(task)
+        axes.annotate(
+            task,
+            (place, report.errors[task]),
+            xytext=(0.04, 0.95 - 0.07 * (top - 1 - rank)),
+            textcoords="axes fraction",
+            color="C3",
+            fontsize="small",
+            parse_math=False,
+            arrowprops={"arrowstyle": "-", "color": "C3", "linewidth": 0.5, "alpha": 0.6},
+        )
+    axes.set_ylim(0, 1.02)
+    axes.set_xlabel("adapters, the best served first")
+    axes.set_ylabel(f"relative error of ΔW at k = {report.num_components}")
+    axes.set_title(
+        f"served badly: {len(badly)}, better stored apart" if badly else "none is served badly", fontsize="medium"
+    )

@@ -1,0 +1,107 @@
+"""The command that audits a subspace or a collection of adapters."""
+
+from __future__ import annotations
+
+import re
+from argparse import Namespace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+
+from peft.utils import CONFIG_NAME
+from tqdm.auto import tqdm
+
+from share_hf.card import audit_of
+from share_hf.card.audit_figure import write_audit_figure
+from share_hf.card.card import freely_learned
+from share_hf.format.collection import Reading, read_collection
+from share_hf.subspace import AuditReport, LowRankUpdate, audit_updates, initialization_sketches
+from share_hf.subspace.audit import ModuleAudit
+from share_hf.subspace.collection import CollectionReport, survey_layers, survey_updates
+from share_hf.subspace.curve import SAMPLE_FROM
+from share_hf.subspace.sketch import group_by_initialization
+from share_hf.subspace.survey_text import survey_sentences
+
+from .adapters import adapters_of, of_reading, with_reading
+from .opening import load, naming_what_is_missing
+from .outcome import Outcome
+from .tables import names, percent, table
+
+
+def audit(args: Namespace) -> Outcome:
+    """`share-hf audit`: whether adapters share a subspace, how many directions it needs, and whom it serves badly."""
+    progress = partial(tqdm, desc="Auditing", unit="layer", leave=False, disable=not args.progress)
+    targets = tuple(args.target_error or (0.1, 0.25))
+    reading = Reading()
+    if len(args.adapters) == 1 and args.from_file is None:
+        state = load(args.adapters[0][1], args).state
+        report = audit_of(state, progress=progress)
+        survey = survey_layers(state.layers, freely_learned(state), target_errors=targets)
+    else:
+        adapters = adapters_of(args)
+        with naming_what_is_missing(adapters.places.values(), CONFIG_NAME):
+            collection = read_collection(adapters, **of_reading(args))
+        updates, reading = collection.updates, collection.reading
+        survey = survey_updates(updates, args.num_components, target_errors=targets, progress=progress)
+        if len(updates) < SAMPLE_FROM:
+            report = audit_updates(_ByModule(updates), args.num_components, progress=progress)
+        else:
+            groups = group_by_initialization(initialization_sketches(updates))
+            report = AuditReport(groups, (), survey.rows)
+    if args.figure is not None:
+        write_audit_figure(survey, args.figure)
+    return with_reading(_audited(report, survey, args.per_module), reading)
+
+
+class _ByModule(Mapping[str, Mapping[str, LowRankUpdate]]):
+    """Module -> task -> update of adapters; those of a module are read when it is asked for."""
+
+    def __init__(self, updates: Mapping[str, Mapping[str, LowRankUpdate]]) -> None:
+        self._updates = updates
+        self._tasks: dict[str, list[str]] = {}
+        for task, modules in updates.items():
+            for module in modules:
+                self._tasks.setdefault(module, []).append(task)
+
+    def __getitem__(self, module: str) -> dict[str, LowRankUpdate]:
+        return {task: self._updates[task][module] for task in self._tasks[module]}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tasks)
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+
+def _audited(report: AuditReport, survey: CollectionReport, per_module: bool) -> Outcome:
+    kinds: dict[str, list[ModuleAudit]] = {}
+    for row in report.rows:
+        kinds.setdefault(row.module if per_module else re.sub(r"\d+", "*", row.module), []).append(row)
+    sides = [side for side, value in vars(report.observed).items() if value is not None]
+    rows = []
+    for kind, members in kinds.items():
+        part = replace(report, rows=tuple(members))
+        fractions = [percent(getattr(means, side)) for side in sides for means in (part.observed, part.null)]
+        k = max(k for member in members for k in member.num_components)
+        rows.append([kind, str(len(members)), str(k), *fractions])
+    header = ["module", "layers", "k", *(title for side in sides for title in (side, "chance"))]
+    groups = [*map(names, report.groups), *([f"not known: {names(report.ungrouped)}"] if report.ungrouped else [])]
+    by_seed = f"\nBy the random A they started from: {'; '.join(groups) or 'none'}"
+    curve = table(
+        ("k", "explained", "chance", "error of ΔW", "chance"),
+        [
+            (
+                str(point.num_components),
+                percent(point.explained),
+                percent(point.null_explained),
+                f"{point.error:.3f}",
+                f"{point.null_error:.3f}",
+            )
+            for point in survey.curve
+        ],
+    )
+    found = survey_sentences(survey)
+    text = "\n".join([table(header, rows), by_seed, *report.sentences(), "", curve, "", *found])
+    facts = {**report.to_dict(), "sentences": list(report.sentences())}
+    facts["collection"] = {**survey.to_dict(), "sentences": list(found)}
+    return Outcome(text, facts)

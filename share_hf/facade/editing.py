@@ -1,0 +1,173 @@
+"""Edits of the tasks of a subspace: removed, renamed and replaced ones."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..format.collection import read_loras
+from ..format.history import step_back
+from ..format.lock import holding
+from ..format.names import check_task_name, listing
+from ..format.originals import read_original
+from ..state import check_original, hub_originals, refitted, renamed_task, without_scores, without_task
+from ..subspace import MergeReport
+from .held import HeldSubspace
+
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class Editing(HeldSubspace):
+    """Changes to the tasks that there are. Whatever fails leaves the subspace as it was."""
+
+    def remove_task(self, name: str) -> None:
+        """Forget a task: its coefficients and head. The basis and the other tasks stay as they are."""
+        self._check_known(name)
+        self._held = without_task(self.state, name)
+        self._originals.pop(name, None)
+
+    def rename_task(self, name: str, new_name: str) -> None:
+        """
+        Give a task another name. It keeps its place among the tasks, its certificate, head and scores, to the bit.
+
+        Another writer who has the task under its old name gets the new one with the next push or pull. Where that
+        writer trained the task further meanwhile, both are kept, each under its name.
+
+        Args:
+            name (`str`): A task of the subspace.
+            new_name (`str`): Its new name.
+
+        Raises:
+            ValueError: If there is no such task, or the new name is unusable or taken.
+        """
+        self._check_known(name)
+        check_task_name(new_name, [task for task in self.tasks if task != name])
+        if new_name == name:
+            raise ValueError(f"task {name!r} has this name already, expected another one")
+        self._held = renamed_task(self.state, name, new_name)
+        self._originals = {new_name if task == name else task: of for task, of in self._originals.items()}
+
+    def replace_task(
+        self,
+        name: str,
+        adapter: str | os.PathLike,
+        *,
+        tolerance: float | None = None,
+        base_model: str | None = None,
+        token: str | bool | None = None,
+        progress: bool = True,
+    ) -> MergeReport:
+        """
+        Put another adapter in the place of a task: it is merged as a new task of that name, learned last.
+
+        The scores of the old task go with it. Directions that only it had stay in the basis until a refit.
+
+        Args:
+            name (`str`): A task of the subspace.
+            adapter (`str`): Folder or hub id of a plain LoRA.
+            tolerance: As for [`~SharedSubspace.add_adapters`], as are `base_model`, `token` and `progress`.
+
+        Returns:
+            [`~share_hf.subspace.MergeReport`]: The drift of every task, layer by layer.
+
+        Raises:
+            ValueError: If there is no such task; also as for [`~SharedSubspace.add_adapters`].
+        """
+        self._check_known(name)
+        before = self.state
+        without = replace(without_task(before, name), metrics=without_scores(before.metrics, [name]))
+        others = type(self)(without)
+        report = others.add_adapters(
+            {name: adapter}, tolerance=tolerance, base_model=base_model, token=token, progress=progress
+        )
+        self._held = replace(others.state, default_task=before.default_task)
+        self._originals = {task: of for task, of in self._originals.items() if task != name} | others._originals
+        return report
+
+    def refit(
+        self,
+        originals: Mapping[str, str | os.PathLike] | None = None,
+        *,
+        token: str | bool | None = None,
+        progress: bool = True,
+    ) -> MergeReport:
+        """
+        Build the bases anew from the adapters that the tasks came from, which merges have truncated since.
+
+        What truncation added up over many merges is undone, and directions of removed tasks leave the bases. Adapters
+        on the hub are known by the lineage and must be what they were; folders by the file beside the tree, or by
+        `originals`. A task without an original, such as one that was trained here, goes in as it is stored.
+
+        Args:
+            originals (`Mapping[str, str]`, *optional*): Folder or hub id of the adapter by task, of those that are not
+                known or elsewhere by now.
+            token (`str` or `bool`, *optional*): For the hub.
+            progress (`bool`, *optional*, defaults to `True`): Whether to show progress bars.
+
+        Returns:
+            [`~share_hf.subspace.MergeReport`]: The error of every task in the new bases.
+
+        Raises:
+            ValueError: If a task is unknown, none has an original, or an adapter is missing or not what the task was
+                learned from; the subspace is as before.
+        """
+        given = dict(originals or {})
+        for task in given:
+            self._check_known(task)
+        state = self.state
+        on_hub = {task: of for task, of in hub_originals(state.lineage).items() if task in state.tasks}
+        folders = {task: of for task, of in self._originals.items() if task in state.tasks}
+        if not {*given, *on_hub, *folders}:
+            raise ValueError(
+                f"no original of any task is known, expected the adapters of some to be named: {listing(state.tasks)}"
+            )
+        named = {**folders, **given}
+        places = {task: place if isinstance(place, str) else Path(place) for task, place in named.items()}
+        loras = read_loras(places, token=token, progress=progress)
+        for task, of in on_hub.items():
+            if task not in loras:
+                loras[task] = read_original(of, token=token)
+        for task, lora in loras.items():
+            check_original(state, task, lora.updates)
+        self._held, report = refitted(state, {task: lora.updates for task, lora in loras.items()}, progress=progress)
+        return report
+
+    @classmethod
+    def undo(cls, folder: str | os.PathLike) -> Self:
+        """
+        Take back the last step of a tree whose history is kept: its predecessor stands there again, byte for byte.
+
+        A step that was pushed comes back with the next push or pull: remove or rename its task instead.
+
+        Args:
+            folder (`str`): Folder of a tree that was saved with `history=`.
+
+        Returns:
+            [`SharedSubspace`]: What is there now.
+
+        Raises:
+            ValueError: If no predecessor is kept; nothing has changed then.
+        """
+        place = Path(folder)
+        with holding(place):
+            step_back(place)
+            return cls.from_pretrained(place)
+
+
+def check_tolerance(tolerance: float | None) -> None:
+    """Refuse what is no relative part of an update.
+
+    Raises:
+        ValueError: If it is not None, and no number from 0 to below 1.
+    """
+    if tolerance is None:
+        return
+    number = isinstance(tolerance, (int, float)) and not isinstance(tolerance, bool) and math.isfinite(tolerance)
+    if not number or not 0 <= tolerance < 1:
+        raise ValueError(f"tolerance is {tolerance!r}, expected None or a number of at least 0 and below 1")

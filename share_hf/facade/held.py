@@ -1,0 +1,68 @@
+"""What a subspace holds, of which the tasks may still be in its repository."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ..card import CardOptions
+from ..format.collection import Reading
+from ..format.names import listing
+from ..hub.fetch import RemoteTree
+from ..state import Lineage, SubspaceState
+from ..subspace import SubspaceSettings
+from ..subspace.dimensions import ChosenDimensions
+
+
+class HeldSubspace:
+    """A subspace as an immutable state, and what is known of the places that it was read from."""
+
+    def __init__(self, state: SubspaceState, *, rest: RemoteTree | None = None) -> None:
+        self.chosen: ChosenDimensions | None = None  # what "auto" chose, where this was made with it
+        self._held = state
+        self._rest = rest
+        self._card = CardOptions()
+        self._reading = Reading()
+        self._seen: dict[Path, Lineage] = {}  # by folder, what this subspace knows to be there
+        self._originals: dict[str, str] = {}  # by task, the folder on this machine that it came from
+
+    @property
+    def state(self) -> SubspaceState:
+        """Everything the subspace holds, as an immutable value; what was left in its repository is downloaded."""
+        if self._rest is not None:
+            self._rest.fetch()
+            self._card = replace(self._card, existing=self._rest.card)
+            self._held, self._rest = self._rest.read(), None
+        return self._held
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks, in the order they were learned."""
+        return tuple(self._held.tasks) if self._rest is None else self._rest.index.tasks
+
+    @property
+    def reading(self) -> Reading:
+        """What came of reading the adapters added last: which were left out, are the same, or have another name."""
+        return self._reading
+
+    @property
+    def settings(self) -> SubspaceSettings:
+        """k, p and how merges work."""
+        return self._held.settings
+
+    @property
+    def base_model_name_or_path(self) -> str | None:
+        """The model the subspace belongs to."""
+        return self._held.base_model_name_or_path
+
+    def _holding(self, tasks: Sequence[str]) -> SubspaceState:
+        """A state with at least these tasks, all that is needed to work with them."""
+        if self._rest is not None and (more := [task for task in tasks if task not in self._held.tasks]):
+            self._rest.fetch(more)
+            self._held = self._rest.read([*self._held.tasks, *more])
+        return self._held
+
+    def _check_known(self, task: str) -> None:
+        if task not in self.tasks:
+            raise ValueError(f"no task {task!r} in the subspace, it has {listing(self.tasks)}")

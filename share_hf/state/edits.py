@@ -1,0 +1,62 @@
+"""Edits of the tasks of a subspace that compute nothing: another name, and the scores that go with a task."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ..subspace import LayerSubspace
+from .scores import ContinualMetrics
+from .state import SubspaceState
+
+
+def renamed_task(state: SubspaceState, old: str, new: str, *, origins: Sequence[str] | None = None) -> SubspaceState:
+    """A state in which a task has another name, and everything else is as it was, to the bit.
+
+    The step of the lineage says that `old` was removed and `new` learned, which every version of this library
+    understands, and that the one is the other.
+
+    Args:
+        state: Not changed.
+        old: One of its tasks.
+        new: A name that none of its tasks has.
+        origins: The ids of the steps that the task had in another lineage, if the step comes from there.
+    """
+    layers = {module: _renamed(layer, old, new) if layer.has(old) else layer for module, layer in state.layers.items()}
+    renamed = replace(
+        state,
+        layers=layers,
+        tasks={new if task == old else task: info for task, info in state.tasks.items()},
+        default_task=new if state.default_task == old else state.default_task,
+        metrics=_metrics_renamed(state.metrics, old, new),
+    )
+    facts: dict[str, Any] = {"learned": new, "removed": old, "renamed": [old, new]}
+    if origins:
+        facts["origins"] = {new: list(origins)}
+    return renamed.with_step(changed=[new], **facts)
+
+
+def without_scores(metrics: Mapping[str, Any], tasks: Collection[str]) -> Mapping[str, Any]:
+    """What a stream measured without the scores and drifts of some tasks."""
+    if not metrics.get("matrix") or not set(metrics.get("tasks", ())) & set(tasks):
+        return metrics
+    found = ContinualMetrics.from_dict(metrics)
+    rest = found.joined_by(found, [task for task in found.tasks if task not in tasks])
+    drift = {task: value for task, value in rest.drift.items() if task not in tasks}
+    return {**metrics, **replace(rest, drift=drift).as_dict()}
+
+
+def _renamed(layer: LayerSubspace, old: str, new: str) -> LayerSubspace:
+    return replace(layer, tasks=tuple(new if task == old else task for task in layer.tasks))
+
+
+def _metrics_renamed(metrics: Mapping[str, Any], old: str, new: str) -> Mapping[str, Any]:
+    """What a stream measured, by the new name; a score that an earlier task of that name left behind is dropped."""
+    metrics = without_scores(metrics, [new])
+    renamed = dict(metrics)
+    if isinstance(tasks := metrics.get("tasks"), list):
+        renamed["tasks"] = [new if task == old else task for task in tasks]
+    if isinstance(drifts := metrics.get("drift"), Mapping):
+        renamed["drift"] = {new if task == old else task: drift for task, drift in drifts.items()}
+    return renamed

@@ -1,0 +1,75 @@
+"""A subspace built anew from what its tasks were learned from: truncation does not add up, what is removed is gone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from ..subspace import LowRankUpdate, MergeReport
+from .reconcile import with_history
+from .state import SubspaceState, merge_tasks, rounded
+
+
+# Relative difference of the norm as learned by which an adapter is known to be another one; rounding is far below.
+_ANOTHER_NORM = 1e-3
+
+
+def check_original(state: SubspaceState, task: str, updates: Mapping[str, LowRankUpdate]) -> None:
+    """Refuse an adapter that is not what a task was learned from.
+
+    Args:
+        state: Holds the task.
+        task: Its name.
+        updates: Of the adapter, by module.
+
+    Raises:
+        ValueError: If it adapts other modules, or the norm of an update is another one.
+    """
+    layers = state.layers_of(task)
+    if odd := sorted(layers.keys() ^ updates.keys()):
+        raise ValueError(f"task {task!r}: {odd[0]!r} is adapted by only one of it and the adapter that it came from")
+    for module, layer in layers.items():
+        update, expected = updates[module], float(layer.records.norms[layer.index(task)])
+        if update.shape != layer.shape:
+            raise ValueError(f"task {task!r}: {module!r} is {update.shape} in its adapter, expected {layer.shape}")
+        triangles = [torch.linalg.qr(side.double(), mode="r").R for side in (update.out_factor, update.in_factor)]
+        found = float((triangles[0] @ triangles[1].T).norm())
+        if abs(found - expected) > _ANOTHER_NORM * max(found, expected):
+            raise ValueError(
+                f"task {task!r}: the update of {module!r} has norm {found:.6g} in its adapter, expected "
+                f"{expected:.6g} as learned: it is another adapter, or the task was trained further"
+            )
+
+
+def refitted(
+    state: SubspaceState, originals: Mapping[str, Mapping[str, LowRankUpdate]], *, progress: bool = False
+) -> tuple[SubspaceState, MergeReport]:
+    """A state of the same tasks on bases that are found anew.
+
+    Args:
+        state: Not changed.
+        originals: By task, the updates that it was learned from. The other tasks are taken as they are stored, and
+            keep the drift that they have.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        ValueError: As for `merge_tasks`.
+        DriftToleranceError: If the tolerated drift cannot be met.
+    """
+    updates: dict[str, Mapping[str, LowRankUpdate]] = {}
+    for task in state.tasks:
+        stored = {m: layer.update_of(task, torch.float64) for m, layer in state.layers_of(task).items()}
+        updates[task] = originals.get(task, stored)
+    empty = replace(state, layers={}, tasks={}, lineage=())
+    layouts = dict.fromkeys(state.tasks, state.layouts)
+    built, report = merge_tasks(empty, updates, state.tasks, layouts=layouts, progress=progress)
+    kept = [task for task in state.tasks if task not in originals]
+    layers = {module: with_history(layer, state.layers.get(module), kept) for module, layer in built.layers.items()}
+    steps = {
+        "refit": list(state.tasks),
+        "from_originals": len(originals),
+        "max_drift": rounded(report.max_drift_bound),
+    }
+    return replace(built, layers=layers, lineage=state.lineage).with_step(changed=state.tasks, **steps), report

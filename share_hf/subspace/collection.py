@@ -1,0 +1,373 @@
+"""A collection of adapters, surveyed: how many directions it needs, whom they serve badly, who is there twice.
+
+Every adapter counts for the errors and for who is alike. The curve over k and its null take a sample of modules and
+adapters where there are many: what they cost depends on the sample alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from .audit import Explained, ModuleAudit
+from .curve import SAMPLE_FROM, Served, curve_sizes, served_by
+from .factors import LowRankUpdate, inverse_norms
+from .layer import LayerSubspace
+from .likeness import Alike, UpdateSketches, alike, groups_of
+from .model import merge_into_layers
+from .null import NEGLIGIBLE, flattest_singular_values, normalized_updates, padded, random_orthonormal
+from .settings import SubspaceSettings
+
+
+# Where there are `SAMPLE_FROM` adapters.
+SAMPLED_ADAPTERS = 80
+SAMPLED_MODULES = 2
+
+# An adapter of which the basis keeps less than this part of what it keeps of the median one is served badly.
+_BADLY = 0.5
+
+Progress = Callable[[Iterable[str]], Iterable[str]]
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """What k directions keep of the updates, and of random ones of the same singular values."""
+
+    num_components: int
+    explained: float
+    error: float
+    null_explained: float
+    null_error: float
+    errors_by_rank: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Advice:
+    """The cheapest k and p of the curve that keep the mean error under a target.
+
+    Args:
+        target_error: Mean over adapters and modules of ``‖ΔW' - ΔW‖ / ‖ΔW‖``.
+        num_components: k; None if no k of the curve reaches it.
+        pseudo_rank: p.
+        error: The error there.
+        bytes: Of all bases and coefficients in float32.
+    """
+
+    target_error: float
+    num_components: int | None = None
+    pseudo_rank: int | None = None
+    error: float | None = None
+    bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class CollectionReport:
+    """A survey of a collection of adapters.
+
+    Args:
+        tasks: Number of adapters.
+        modules: Number of modules.
+        num_components: k at which `errors` are.
+        curve: By k.
+        rows: What k explains in each module of the curve, beside the null.
+        curve_tasks: Number of adapters that the curve was computed with.
+        curve_modules: The modules that it was computed with.
+        errors: By task, its relative error over all modules inside k directions.
+        badly_served: The tasks that would better be stored apart, the worst first.
+        alike: Adapters that are the same or nearly, each with one that came before it.
+        advice: For the errors that were asked for.
+    """
+
+    tasks: int
+    modules: int
+    num_components: int
+    curve: tuple[CurvePoint, ...] = ()
+    rows: tuple[ModuleAudit, ...] = ()
+    curve_tasks: int = 0
+    curve_modules: tuple[str, ...] = ()
+    errors: Mapping[str, float] = field(default_factory=dict)
+    badly_served: tuple[str, ...] = ()
+    alike: tuple[Alike, ...] = ()
+    advice: tuple[Advice, ...] = ()
+
+    @property
+    def duplicates(self) -> tuple[tuple[str, ...], ...]:
+        """Groups of tasks that are one adapter."""
+        return groups_of([pair for pair in self.alike if pair.same])
+
+    @property
+    def near_duplicates(self) -> tuple[tuple[str, ...], ...]:
+        """Groups of tasks that are nearly one adapter."""
+        return groups_of([pair for pair in self.alike if not pair.same])
+
+    @property
+    def sampled(self) -> bool:
+        """Whether the curve is of a sample."""
+        return self.curve_tasks < self.tasks or len(self.curve_modules) < self.modules
+
+    def to_dict(self) -> dict[str, object]:
+        """Everything as JSON has it."""
+        return {
+            **asdict(self),
+            "duplicates": [list(group) for group in self.duplicates],
+            "near_duplicates": [list(group) for group in self.near_duplicates],
+            "sampled": self.sampled,
+        }
+
+
+def survey_updates(
+    updates: Mapping[str, Mapping[str, LowRankUpdate]],
+    num_components: int,
+    *,
+    target_errors: Sequence[float] = (0.1, 0.25),
+    seed: int = 0,
+    progress: Progress = iter,
+) -> CollectionReport:
+    """Survey adapters as they were trained: they are built into a subspace module by module, which is let go of again.
+
+    Args:
+        updates: Task -> module -> update, taken one module at a time.
+        num_components: Directions of a basis on each side.
+        target_errors: Errors for which k and p are advised.
+        seed: Seed of the null.
+        progress: Wraps the iteration over modules, as `tqdm` does.
+    """
+    by_module: dict[str, list[str]] = {}
+    for task, modules in updates.items():
+        for module in modules:
+            by_module.setdefault(module, []).append(task)
+    sampled = _sample(list(by_module), len(updates))
+    most = _most_adapters(len(updates))
+    sketches, survey = UpdateSketches(updates), _Survey(num_components, seed)
+    waiting = iter(progress(list(by_module)))
+    # As many stacks in memory as there are threads to merge them.
+    while chunk := list(islice(waiting, torch.get_num_threads())):
+        taken = {module: {task: updates[task][module] for task in by_module[module]} for module in chunk}
+        for module, of_module in taken.items():
+            sketches.add(module, of_module)
+        for module, layer in _built(taken, num_components).items():
+            survey.add_errors(layer)
+            survey.add_size(layer.shape)
+            if module in sampled:
+                kept = _evenly([*taken[module].values()], most)
+                survey.add_curve(module, *_balanced_rows(kept), layer.shape)
+    pairs = alike(sketches.candidates(), lambda task: updates[task])
+    return survey.report(list(updates), pairs, target_errors)
+
+
+def survey_layers(
+    layers: Mapping[str, LayerSubspace],
+    tasks: Sequence[str],
+    *,
+    target_errors: Sequence[float] = (0.1, 0.25),
+    seed: int = 0,
+    progress: Progress = iter,
+) -> CollectionReport:
+    """Survey a stored subspace by what it keeps of its tasks.
+
+    The curve ends at the directions that are stored; the singular values of its null are the flattest that the
+    coefficients allow. Tasks are alike as they are stored.
+
+    Args:
+        layers: By module.
+        tasks: Those that count.
+        target_errors: As for `survey_updates`, as are `seed` and `progress`.
+    """
+    wanted = frozenset(tasks)
+    used = {
+        module: layer.select([i for i, task in enumerate(layer.tasks) if task in wanted])
+        for module, layer in layers.items()
+        if all(layer.num_components) and not wanted.isdisjoint(layer.tasks)
+    }
+    sampled = _sample(list(used), len(tasks))
+    largest = max((max(layer.num_components) for layer in used.values()), default=1)
+    sketches, survey = UpdateSketches(tasks), _Survey(largest, seed, beyond=1)
+    for module in progress(list(used)):
+        layer = used[module]
+        sketches.add(module, {task: LowRankUpdate(*layer.coefficients_of(task)) for task in layer.tasks})
+        survey.add_errors(layer)
+        survey.add_size(layer.shape)
+        if module in sampled:
+            few = layer.select(_evenly(list(range(len(layer.tasks))), _most_adapters(len(tasks))))
+            weights = inverse_norms(few.records.norms).cpu()
+            out, in_ = (side.double().mT.cpu() for side in (few.coefficients_out, few.coefficients_in))
+            values = flattest_singular_values(few) * weights.unsqueeze(1)
+            survey.add_curve(module, out * weights[:, None, None], in_, values, layer.shape)
+
+    def stored(task: str) -> dict[str, LowRankUpdate]:
+        return {m: LowRankUpdate(*layer.coefficients_of(task)) for m, layer in used.items() if layer.has(task)}
+
+    return survey.report(list(tasks), alike(sketches.candidates(), stored), target_errors)
+
+
+class _Survey:
+    """What is known after some of the modules."""
+
+    def __init__(self, num_components: int, seed: int, beyond: int = 2) -> None:
+        self.num_components, self.seed, self.beyond = num_components, seed, beyond
+        self.lost: dict[str, float] = {}
+        self.energy: dict[str, float] = {}
+        self.curves: dict[str, tuple[list[Served], list[Served]]] = {}
+        self.shapes: list[tuple[int, int]] = []
+        self.curve_tasks = 0
+        self.rows: list[ModuleAudit] = []
+
+    def add_size(self, shape: tuple[int, int]) -> None:
+        self.shapes.append(shape)
+
+    def add_errors(self, layer: LayerSubspace) -> None:
+        energies = layer.records.norms.square().cpu()
+        losses = energies * layer.records.drift_estimates.square().cpu()
+        for task, energy, loss in zip(layer.tasks, energies.tolist(), losses.tolist(), strict=True):
+            self.energy[task] = self.energy.get(task, 0.0) + energy
+            self.lost[task] = self.lost.get(task, 0.0) + loss
+
+    def add_curve(self, module: str, out: Tensor, in_: Tensor, values: Tensor, shape: tuple[int, int]) -> None:
+        """Add a module's curve and its null.
+
+        Args:
+            module: Its name.
+            out: (tasks, r, q_out), factors of updates of norm 1.
+            in_: (tasks, r, q_in).
+            values: (tasks, any), singular values of the null, of norm 1.
+            shape: (n, d).
+        """
+        if not len(out):
+            return
+        largest = min(self.beyond * self.num_components, *shape, out.shape[0] * out.shape[1])
+        at = min(self.num_components, largest)
+        sizes = sorted({*curve_sizes(largest), at})
+        values = values[:, : min(shape)]
+        generator = torch.Generator().manual_seed(self.seed + len(self.curves))
+        root = values.sqrt().unsqueeze(1)
+        random = [(random_orthonormal(len(values), side, values.shape[1], generator) * root).mT for side in shape]
+        self.curves[module] = served_by(out, in_, sizes), served_by(*random, sizes)
+        observed, null = (
+            Explained(of.explained) for of in (points[sizes.index(at)] for points in self.curves[module])
+        )
+        room = min(self.num_components, shape[0]), min(self.num_components, shape[1])
+        ranks = int((values > NEGLIGIBLE * values[:, :1]).sum())
+        trivial = all(k >= min(side, ranks) for k, side in zip(room, shape, strict=True))
+        self.rows.append(ModuleAudit(module, len(out), room, observed, null, trivial))
+        self.curve_tasks = max(self.curve_tasks, len(out))
+
+    def report(
+        self, tasks: Sequence[str], pairs: tuple[Alike, ...], target_errors: Sequence[float]
+    ) -> CollectionReport:
+        errors = {
+            task: (self.lost[task] / self.energy[task]) ** 0.5 if self.energy.get(task) else 0.0 for task in tasks
+        }
+        curve = _mean_curve(list(self.curves.values()))
+        return CollectionReport(
+            tasks=len(tasks),
+            modules=len(self.shapes),
+            num_components=self.num_components,
+            curve=curve,
+            rows=tuple(self.rows),
+            curve_tasks=self.curve_tasks,
+            curve_modules=tuple(self.curves),
+            errors=errors,
+            badly_served=_badly_served(errors),
+            alike=pairs,
+            advice=tuple(_advice(curve, target, self.shapes, len(tasks)) for target in target_errors),
+        )
+
+
+def _built(taken: Mapping[str, Mapping[str, LowRankUpdate]], num_components: int) -> dict[str, LayerSubspace]:
+    """The layers of a subspace of these updates, at ranks that cut nothing but what k does."""
+    by_task: dict[str, dict[str, LowRankUpdate]] = {}
+    for module, updates in taken.items():
+        for task, update in updates.items():
+            by_task.setdefault(task, {})[module] = update
+    rank = max((update.out_factor.shape[1] for of in taken.values() for update in of.values()), default=1)
+    settings = SubspaceSettings(num_components=num_components, pseudo_rank=min(rank, num_components))
+    return merge_into_layers({}, by_task, settings)[0]
+
+
+def _balanced_rows(updates: Sequence[LowRankUpdate]) -> tuple[Tensor, Tensor, Tensor]:
+    """Factors (tasks, r, n) and (tasks, r, d) of updates of norm 1 that share it evenly, and singular values."""
+    compact = normalized_updates(updates)
+    if not compact:
+        return torch.zeros(0, 1, 1), torch.zeros(0, 1, 1), torch.zeros(0, 1)
+    values = padded([update.singular_values for update in compact])
+    factors = [update.balanced_factors() for update in compact]
+    out, in_ = padded([of.out_factor.T for of in factors]), padded([of.in_factor.T for of in factors])
+    return out, in_, values
+
+
+def _sample(modules: Sequence[str], tasks: int) -> frozenset[str]:
+    return frozenset(_evenly(modules, SAMPLED_MODULES) if tasks >= SAMPLE_FROM else modules)
+
+
+def _most_adapters(tasks: int) -> int:
+    return SAMPLED_ADAPTERS if tasks >= SAMPLE_FROM else tasks
+
+
+def _evenly(items: Sequence, most: int) -> list:
+    """At most so many items, evenly spaced."""
+    return list(items) if len(items) <= most else [items[i * len(items) // most] for i in range(most)]
+
+
+def _badly_served(errors: Mapping[str, float]) -> tuple[str, ...]:
+    if len(errors) < 3:
+        return ()
+    explained = {task: 1 - error**2 for task, error in errors.items()}
+    median = float(torch.tensor(list(explained.values())).median())
+    return tuple(
+        sorted((task for task in errors if explained[task] < _BADLY * median), key=lambda task: -errors[task])
+    )
+
+
+def _mean_curve(curves: Sequence[tuple[Sequence[Served], Sequence[Served]]]) -> tuple[CurvePoint, ...]:
+    """The mean over modules by k; a module that is smaller than k counts with its largest."""
+    sizes = sorted({point.num_components for observed, _ in curves for point in observed})
+
+    def at(points: Sequence[Served], k: int) -> Served:
+        return max((point for point in points if point.num_components <= k), key=lambda point: point.num_components)
+
+    mean_points = []
+    for k in sizes:
+        pairs = [(at(observed, k), at(null, k)) for observed, null in curves]
+        ranks = max(len(observed.errors) for observed, _ in pairs)
+        by_rank = [_mean(o.errors[min(p, len(o.errors) - 1)] for o, _ in pairs) for p in range(ranks)]
+        mean_points.append(
+            CurvePoint(
+                num_components=k,
+                explained=_mean(observed.explained for observed, _ in pairs),
+                error=_mean(observed.error for observed, _ in pairs),
+                null_explained=_mean(null.explained for _, null in pairs),
+                null_error=_mean(null.error for _, null in pairs),
+                errors_by_rank=tuple(by_rank),
+            )
+        )
+    return tuple(mean_points)
+
+
+def _advice(curve: Sequence[CurvePoint], target: float, shapes: Sequence[tuple[int, int]], tasks: int) -> Advice:
+    choices = [
+        (_bytes(point.num_components, p, shapes, tasks), point.num_components, p, error)
+        for point in curve
+        for p, error in enumerate(point.errors_by_rank, start=1)
+        if error <= target and p <= point.num_components
+    ]
+    if not choices:
+        return Advice(target)
+    size, k, p, error = min(choices)
+    return Advice(target, k, p, error, size)
+
+
+def _bytes(k: int, p: int, shapes: Sequence[tuple[int, int]], tasks: int) -> int:
+    total = 0
+    for n, d in shapes:
+        k_out, k_in, rank = min(k, n), min(k, d), min(p, n, d)
+        total += k_out * n + k_in * d + tasks * rank * (k_out + k_in)
+    return 4 * total
+
+
+def _mean(values: Iterator[float]) -> float:
+    known = list(values)
+    return sum(known) / len(known)

@@ -1,0 +1,140 @@
+"""What a subspace of k directions would explain of updates, for many k at once, and what rank p costs at each.
+
+Where the updates of a layer span few directions, each k is solved as a merge solves it. Where they span many, all of
+them are solved by products with the thin factors alone, from the largest k down: each half-step of the alternation is
+a step of a power iteration. Updates and their null go the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .basis import JOINT_ITERATIONS
+
+
+# Half-steps on each side at the largest k, and at each smaller one, which begins within the one before.
+_FIRST_STEPS, _STEPS = 8, 3
+
+# From so many updates on, what a survey tells of all k is told of a sample, in the leading coordinates alone.
+SAMPLE_FROM = 200
+
+# Up to this many coordinates a full eigendecomposition costs no more than power steps.
+_EXACT_COORDINATES = 256
+
+
+@dataclass(frozen=True)
+class Served:
+    """What k directions on each side keep of updates.
+
+    Args:
+        num_components: k.
+        explained: Mean over updates of ``‖C_i‖² / ‖ΔW_i‖²``, ``C_i = β^T ΔW_i α``.
+        errors: (r,), by p from 1 on, the mean over updates of ``‖ΔW_i' - ΔW_i‖ / ‖ΔW_i‖`` where each is kept at its
+            best rank p; the last is that of no cut.
+    """
+
+    num_components: int
+    explained: float
+    errors: tuple[float, ...]
+
+    @property
+    def error(self) -> float:
+        """The mean error without a cut of the rank."""
+        return self.errors[-1]
+
+
+def curve_sizes(largest: int) -> list[int]:
+    """The k of a curve: 1, 2, 3, 4, 6, 8, 12, 16, … up to `largest`, which is among them."""
+    powers = [2**power for power in range(largest.bit_length())]
+    return sorted({k for power in powers for k in (power, 3 * power // 2) if k <= largest} | {largest})
+
+
+def served_by(out: Tensor, in_: Tensor, sizes: Sequence[int]) -> list[Served]:
+    """What a joint basis of each size keeps of updates ``ΔW_i = X_i^T Y_i``, each scaled by ``1 / ‖ΔW_i‖``.
+
+    Args:
+        out: (tasks, r, n) float64, X; columns that share the update's weight evenly with those of `in_`.
+        in_: (tasks, r, d), Y.
+        sizes: The k, ascending.
+    """
+    if not len(out):
+        return [Served(k, 1.0, (0.0,)) for k in sizes]
+    out, in_ = in_coordinates(out), in_coordinates(in_)
+    exact = max(out.shape[2], in_.shape[2]) <= _EXACT_COORDINATES
+    return [
+        Served(k, *_explained_and_errors(_energies(_seen(out, basis_out), _seen(in_, basis_in))))
+        for k, basis_out, basis_in in (_exact_bases if exact else _power_bases)(out, in_, sizes)
+    ]
+
+
+def _exact_bases(out: Tensor, in_: Tensor, sizes: Sequence[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """By k, output and input directions from exact half-steps."""
+    start = torch.linalg.eigh(_moment(in_, out @ out.mT)).eigenvectors
+    for k in sizes:
+        basis_in = start[:, -k:]
+        for _ in range(JOINT_ITERATIONS):
+            basis_out = torch.linalg.eigh(_moment(out, _seen(in_, basis_in))).eigenvectors[:, -k:]
+            basis_in = torch.linalg.eigh(_moment(in_, _seen(out, basis_out))).eigenvectors[:, -k:]
+        yield k, basis_out, basis_in
+
+
+def _power_bases(out: Tensor, in_: Tensor, sizes: Sequence[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """By k, the same from power steps in single precision, which is enough to tell directions by."""
+    single_out, single_in = out.float(), in_.float()
+    generator = torch.Generator().manual_seed(0)
+    basis_out, basis_in = (
+        torch.linalg.qr(torch.randn(rows.shape[2], sizes[-1], generator=generator)).Q.to(rows.device)
+        for rows in (out, in_)
+    )
+    gram_out = single_out @ single_out.mT
+    basis_in = _power_step(single_in, gram_out, _power_step(single_in, gram_out, basis_in))
+    found = []
+    for k in reversed(sizes):
+        basis_out, basis_in = basis_out[:, -k:], basis_in[:, -k:]
+        for _ in range(_STEPS if found else _FIRST_STEPS):
+            basis_out = _power_step(single_out, _seen(single_in, basis_in), basis_out)
+            basis_in = _power_step(single_in, _seen(single_out, basis_out), basis_in)
+        found.append((k, basis_out.double(), basis_in.double()))
+    yield from reversed(found)
+
+
+def _power_step(rows: Tensor, weights: Tensor, basis: Tensor) -> Tensor:
+    """A step towards the leading directions (q, k) of ``Σ X_i^T G_i X_i``, the leading one last."""
+    times = rows.flatten(0, 1).T @ (weights @ (rows @ basis)).flatten(0, 1)
+    inside = torch.linalg.eigh(basis.T @ times).eigenvectors
+    return torch.linalg.qr((times @ inside).flip(1)).Q.flip(1)
+
+
+def _explained_and_errors(kept: Tensor) -> tuple[float, tuple[float, ...]]:
+    """Of the energies (tasks, r) of updates of norm 1, in descending order."""
+    left = (1 - kept.cumsum(1)).clamp_min(0).sqrt().mean(0)
+    return float(kept.sum(1).mean()), tuple(left.tolist())
+
+
+def _energies(gram_out: Tensor, gram_in: Tensor) -> Tensor:
+    """Squared singular values (tasks, r), descending, of updates from the Gram matrices (tasks, r, r) of factors."""
+    values, vectors = torch.linalg.eigh(gram_out)
+    root = vectors * values.clamp_min(0).sqrt().unsqueeze(-2)
+    return torch.linalg.eigvalsh(root.mT @ gram_in @ root).clamp_min(0).flip(-1)
+
+
+def in_coordinates(rows: Tensor) -> Tensor:
+    """Factors (tasks, r, n) in coordinates of their span: (tasks, r, q), q = min(n, tasks r)."""
+    tasks, rank, features = rows.shape
+    flat = rows.reshape(tasks * rank, features)
+    return rows if len(flat) >= features else torch.linalg.qr(flat.T, mode="r").R.T.reshape(tasks, rank, -1)
+
+
+def _seen(rows: Tensor, directions: Tensor) -> Tensor:
+    """``X_i P P^T X_i^T`` (tasks, r, r)."""
+    seen = rows @ directions
+    return seen @ seen.mT
+
+
+def _moment(rows: Tensor, weights: Tensor) -> Tensor:
+    """``Σ X_i^T G_i X_i`` (q, q) of factors (tasks, r, q) and G (tasks, r, r)."""
+    return rows.flatten(0, 1).T @ (weights @ rows).flatten(0, 1)
