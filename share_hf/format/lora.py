@@ -89,10 +89,11 @@ class ScaledFactors:
     scale: float
 
     def update(self) -> LowRankUpdate:
-        """The update, in memory of its own."""
+        """The update; factors that need no rounding and no scale are those of the file."""
         # A power of two rounds nothing in float32; what another scale would round, no drift bound would know of.
         dtype = torch.float32 if math.frexp(self.scale)[0] == 0.5 else torch.float64
-        return LowRankUpdate(out_factor=self.scale * self.b.to(dtype), in_factor=self.a.T.to(dtype))
+        b = self.b.to(dtype)
+        return LowRankUpdate(out_factor=b if self.scale == 1 else self.scale * b, in_factor=self.a.T.to(dtype))
 
 
 class StoredUpdates(Mapping[str, LowRankUpdate]):

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
 
-import torch
 from tqdm.auto import tqdm
 
 from .factors import LowRankUpdate
 from .layer import LayerSubspace
 from .merge import DriftToleranceError, LayerMergeReport, merge_into_layer
 from .settings import SubspaceSettings
+from .threads import for_each_module, tasks_by_module
 
-
-# From so many new tasks in a layer on, layers are merged side by side: before, one has too little work for that.
-TASKS_AT_ONCE = 16
-
-_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -77,10 +70,7 @@ def merge_into_layers(
         ValueError: As `merge_into_layer`, naming the module.
         DriftToleranceError: Likewise.
     """
-    by_module: dict[str, list[str]] = {}
-    for task, modules in updates.items():
-        for module in modules:
-            by_module.setdefault(module, []).append(task)
+    by_module = tasks_by_module(updates)
 
     def merge(module: str) -> tuple[LayerSubspace, LayerMergeReport]:
         new = {task: updates[task][module] for task in by_module[module]}
@@ -88,7 +78,7 @@ def merge_into_layers(
 
     merged, reports = dict(layers), {}
     with tqdm(total=len(by_module), desc="Merging", unit="layer", leave=False, disable=not progress) as bar:
-        for module, (layer, report) in zip(by_module, _each(merge, by_module), strict=True):
+        for module, (layer, report) in zip(by_module, for_each_module(merge, by_module), strict=True):
             merged[module], reports[module] = layer, report
             bar.update()
     return merged, MergeReport(tuple(updates), reports, _drift_over_layers(merged, reports))
@@ -108,34 +98,14 @@ def _merged(
         raise ValueError(f"{module!r}: {error}") from error
 
 
-def _each(merge: Callable[[str], _Result], by_module: Mapping[str, Sequence[str]]) -> Iterator[_Result]:
-    """The result for each module, in their order."""
-    threads = torch.get_num_threads()
-    if max(map(len, by_module.values()), default=0) < TASKS_AT_ONCE:
-        yield from map(merge, by_module)
-        return
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            # No more than are worked on: results that nobody has taken yet would pile up, and errors would wait.
-            waiting: deque[Future[_Result]] = deque()
-            for module in by_module:
-                waiting.append(pool.submit(merge, module))
-                if len(waiting) > threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-    finally:
-        torch.set_num_threads(threads)
-
-
 def _drift_over_layers(
     layers: Mapping[str, LayerSubspace], reports: Mapping[str, LayerMergeReport]
 ) -> dict[str, float]:
-    drifted: dict[str, torch.Tensor] = {}
-    total: dict[str, torch.Tensor] = {}
+    drifted: dict[str, float] = {}
+    total: dict[str, float] = {}
     for module, layer in layers.items():
-        for task, energy in zip(layer.tasks, layer.records.norms.square().cpu(), strict=True):
-            drift = reports[module].drift[task] if module in reports else 0.0
-            drifted[task] = drifted.get(task, 0.0) + energy * drift**2
+        drifts = reports[module].drift if module in reports else {}
+        for task, energy in zip(layer.tasks, layer.records.norms.square().tolist(), strict=True):
+            drifted[task] = drifted.get(task, 0.0) + energy * drifts.get(task, 0.0) ** 2
             total[task] = total.get(task, 0.0) + energy
-    return {task: float((drifted[task] / total[task]).sqrt()) if total[task] > 0 else 0.0 for task in total}
+    return {task: math.sqrt(drifted[task] / total[task]) if total[task] > 0 else 0.0 for task in total}
