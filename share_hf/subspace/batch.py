@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -78,20 +80,46 @@ def batch_of_few(layer: LayerSubspace, updates: Mapping[str, LowRankUpdate], *, 
         norms.append(norm)
         noise.append(error)
     numbers = [torch.stack(values) if values else layer.records.norms[:0] for values in (norms, noise)]
-    return UpdateBatch(*_stacked(layer, factors, torch.float64), *numbers)
+    return UpdateBatch(*_stacked(layer, factors, torch.float64, Scratch()), *numbers)
 
 
-def batch_of_many(layer: LayerSubspace, updates: Mapping[str, LowRankUpdate], *, as_they_are: bool) -> LargeBatch:
+class Scratch(threading.local):
+    """Memory for the stacks of one layer after another, of each thread alone.
+
+    A stack takes tens of megabytes, and the system takes longer to hand out their pages than the stack to be filled.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[str, Tensor] = {}
+
+    def empty(self, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A tensor of unknown content; it is gone when the next one of this name is asked for."""
+        size = math.prod(shape)
+        held = self._held.get(name)
+        if held is None or held.dtype != dtype or held.device != device or len(held) < size:
+            self._held[name] = held = torch.empty(size, dtype=dtype, device=device)
+        return held[:size].view(*shape)
+
+
+def batch_of_many(
+    layer: LayerSubspace, updates: Mapping[str, LowRankUpdate], scratch: Scratch, *, as_they_are: bool
+) -> LargeBatch:
     """Stack updates with the factors that they came with, and norms from Gram matrices: no decomposition of each.
 
     An update whose columns cancel each other, or that is zero or not finite, is treated as in `batch_of_few`.
+
+    Args:
+        layer: Which they are of.
+        updates: By task.
+        scratch: Has the stacks.
+        as_they_are: As for `batch_of_few`.
 
     Raises:
         ValueError: As for `batch_of_few`.
     """
     given = {factor.dtype for update in updates.values() for factor in (update.out_factor, update.in_factor)}
     dtype = torch.float64 if torch.float64 in given else torch.float32
-    out, in_, ranks = _stacked(layer, list(updates.values()), dtype)
+    out, in_, ranks = _stacked(layer, list(updates.values()), dtype, scratch)
     grams = _grams(out), _grams(in_)
     squared = (grams[0] * grams[1]).sum((1, 2))
     sizes = torch.stack([gram.diagonal(dim1=1, dim2=2).sum(1).sqrt() for gram in grams])
@@ -134,13 +162,13 @@ def _balanced(task: str, update: LowRankUpdate) -> tuple[LowRankUpdate, Tensor, 
 
 
 def _stacked(
-    layer: LayerSubspace, updates: Sequence[LowRankUpdate], dtype: torch.dtype
+    layer: LayerSubspace, updates: Sequence[LowRankUpdate], dtype: torch.dtype, scratch: Scratch
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Factors (updates, r, n) and (updates, r, d), transposed, and ranks (updates,)."""
     ranks = [update.out_factor.shape[1] for update in updates]
     out, in_ = (
-        basis.new_empty(len(updates), max(ranks, default=0), len(basis), dtype=dtype)
-        for basis in (layer.basis_out, layer.basis_in)
+        scratch.empty(name, (len(updates), max(ranks, default=0), len(basis)), dtype, basis.device)
+        for name, basis in (("out", layer.basis_out), ("in", layer.basis_in))
     )
     for j, update in enumerate(updates):
         _fill(out[j], in_[j], update)
@@ -151,7 +179,8 @@ def _fill(out: Tensor, in_: Tensor, update: LowRankUpdate) -> None:
     """Write the factors of an update into their rows, (r, n) and (r, d), and zeros behind them."""
     for rows, factor in ((out, update.out_factor), (in_, update.in_factor)):
         rows[: factor.shape[1]] = factor.T
-        rows[factor.shape[1] :] = 0
+        if factor.shape[1] < len(rows):
+            rows[factor.shape[1] :] = 0
 
 
 def in_chunks(rows: Tensor) -> Iterator[tuple[slice, Tensor]]:

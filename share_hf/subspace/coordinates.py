@@ -156,7 +156,6 @@ class _Side:
 
     Attributes:
         directions: (n, room) float32.
-        gram: ``X_i^T P P^T X_i`` (updates, r, r) float64, with P the basis and the directions.
     """
 
     def __init__(self, rows: Tensor, basis: Tensor, room: int) -> None:
@@ -165,10 +164,15 @@ class _Side:
         self._is_whole = basis.shape[1] + room >= features
         if self._is_whole:
             self.directions = torch.eye(features, dtype=torch.float32, device=rows.device)
-            self.gram = (rows @ rows.mT).double()
+            self._seen, self._gram_of_basis = rows, rows.new_zeros(1)
             return
         seen_by_basis = rows @ self._basis
         self._gram_of_basis = seen_by_basis @ seen_by_basis.mT
+
+    @property
+    def gram(self) -> Tensor:
+        """``X_i^T P P^T X_i`` (updates, r, r) float64, with P the basis and the directions."""
+        return (self._gram_of_basis + self._seen @ self._seen.mT).double()
 
     def start(self, weights: Tensor) -> None:
         """Directions of random combinations of the columns, those of each update as large as G (updates, r, r)."""
@@ -182,8 +186,8 @@ class _Side:
         sizes = weights.diagonal(dim1=1, dim2=2).sum(1).sqrt().float()
         mixed = (mixing * sizes) @ self._rows.flatten(1)
         combining = torch.randn(mixtures * rank, self._room, generator=generator).to(self._rows.device)
-        found = self._beside([self._basis], mixed.view(-1, features).T @ combining)
-        self._take(found, self._rows @ found)
+        self.directions = self._beside([self._basis], mixed.view(-1, features).T @ combining)
+        self._seen = self._rows @ self.directions
 
     def turn(self, weights: Tensor) -> None:
         """One step of the power iteration with G (updates, r, r): the best of what it finds and what there was."""
@@ -195,17 +199,13 @@ class _Side:
         seen = torch.cat([self._seen, self._rows @ found], dim=2)
         moment = seen.flatten(0, 1).T @ (single @ seen).flatten(0, 1)
         best = torch.linalg.eigh(moment.double()).eigenvectors[:, -self._room :].float()
-        self._take(torch.cat([self.directions, found], dim=1) @ best, seen @ best)
+        self.directions, self._seen = torch.cat([self.directions, found], dim=1) @ best, seen @ best
 
     @staticmethod
     def _beside(known: list[Tensor], block: Tensor) -> Tensor:
         """Orthonormal directions that a block has beside those that are known already."""
         columns = sum(side.shape[1] for side in known)
         return torch.linalg.qr(torch.cat([*known, block], dim=1)).Q[:, columns:]
-
-    def _take(self, directions: Tensor, seen: Tensor) -> None:
-        self.directions, self._seen = directions, seen
-        self.gram = (self._gram_of_basis + seen @ seen.mT).double()
 
 
 def _seen_along(rows: Tensor, coordinates: Tensor) -> Tensor:

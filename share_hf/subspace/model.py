@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from tqdm.auto import tqdm
 
+from .batch import Scratch
 from .factors import LowRankUpdate
 from .layer import LayerSubspace
 from .merge import DriftToleranceError, LayerMergeReport, merge_into_layer
 from .settings import SubspaceSettings
 from .threads import for_each_module, tasks_by_module
-
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,11 @@ def merge_into_layers(
         ValueError: As `merge_into_layer`, naming the module.
         DriftToleranceError: Likewise.
     """
-    by_module = tasks_by_module(updates)
+    by_module, scratch = tasks_by_module(updates), Scratch()
 
     def merge(module: str) -> tuple[LayerSubspace, LayerMergeReport]:
         new = {task: updates[task][module] for task in by_module[module]}
-        return _merged(module, layers.get(module), new, settings)
+        return _merged(module, layers.get(module), new, settings, scratch)
 
     merged, reports = dict(layers), {}
     with tqdm(total=len(by_module), desc="Merging", unit="layer", leave=False, disable=not progress) as bar:
@@ -85,13 +85,17 @@ def merge_into_layers(
 
 
 def _merged(
-    module: str, layer: LayerSubspace | None, new: Mapping[str, LowRankUpdate], settings: SubspaceSettings
+    module: str,
+    layer: LayerSubspace | None,
+    new: Mapping[str, LowRankUpdate],
+    settings: SubspaceSettings,
+    scratch: Scratch,
 ) -> tuple[LayerSubspace, LayerMergeReport]:
     if layer is None:
         first = next(iter(new.values()))
         layer = LayerSubspace.empty(*first.shape, settings.pseudo_rank, device=first.out_factor.device)
     try:
-        return merge_into_layer(layer, new, settings)
+        return merge_into_layer(layer, new, settings, scratch)
     except DriftToleranceError as error:
         raise DriftToleranceError(f"{module!r}: {error}") from error
     except ValueError as error:
