@@ -358,8 +358,8 @@ def tree_rows(bench: Bench) -> Iterator[Row]:
     yield Row.at_most(name, saved["written"], "", OWN_FILES)
 
 
-# The task's three, the index, the card, the root LoRA's three, the basis' metrics, and figures.
-OWN_FILES = 16
+# The task's three, the index, the root LoRA's two, the metrics, the card and three figures.
+OWN_FILES = 11
 
 
 def audit_rows(bench: Bench) -> Iterator[Row]:
