@@ -99,7 +99,7 @@ class ScaledFactors:
     scale: float
 
     def update(self) -> LowRankUpdate:
-        """The update, in memory of its own."""
+        """The update, in memory of its own: a mapped file may become shorter."""
         # A power of two rounds nothing in float32; what another scale would round, no drift bound would know of.
         rounds = math.frexp(self.scale)[0] != 0.5 or torch.float64 in (self.a.dtype, self.b.dtype)
         dtype = torch.float64 if rounds else torch.float32

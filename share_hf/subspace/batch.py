@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,21 +16,26 @@ from .layer import LayerSubspace
 
 # Beyond these sizes the square of a square is no float64 number.
 _LARGEST_USUAL_FACTOR = 1e60
+# Within these sizes float32 holds what its products with weights and with each other come to.
+_LARGEST_SINGLE_FACTOR = 1e12
 # Where ‖ΔW‖ is smaller than this part of ‖B‖ ‖A‖, columns cancel each other, and a product of Gram matrices would know
 # less than half of its digits.
 _NOTABLE_CANCELLATION = 1e-3
 
+TASKS_PER_CHUNK = 16  # of rank 16 and 1024 features, as float64: what fits a processor's cache
+
 
 @dataclass(frozen=True)
 class UpdateBatch:
-    """Updates ``ΔW_j = X_j Y_j^T`` of one layer, float64.
+    """Updates ``ΔW_j = X_j Y_j^T`` of one layer, exactly as they are.
 
     Args:
-        out: (updates, r, n), factors X, transposed; zeros fill up smaller ranks.
-        in_: (updates, r, d), factors Y.
+        out: (updates, r, n), factors X, transposed; zeros fill up smaller ranks. Float64, or float32 where it holds
+            each of them exactly and the products that they come to.
+        in_: (updates, r, d), factors Y, in the same dtype.
         ranks: (updates,) int64.
-        norms: (updates,), ``‖ΔW_j‖``; 0 for one that is zero against its own factors.
-        noise: (updates,), bound on what rounding, and cutting to numerical rank, changed of each.
+        norms: (updates,) float64, ``‖ΔW_j‖``; 0 for one that is zero against its own factors.
+        noise: (updates,) float64, bound on what rounding, and cutting to numerical rank, changed of each.
     """
 
     out: Tensor
@@ -42,6 +49,17 @@ class UpdateBatch:
         """(updates, r) bool: which rows of the factors are not there to fill up."""
         places = torch.arange(self.out.shape[1], device=self.ranks.device)
         return places < self.ranks.unsqueeze(1)
+
+
+@dataclass(frozen=True)
+class LargeBatch(UpdateBatch):
+    """Updates of one layer, so many that they are not decomposed.
+
+    Args:
+        grams: ``X_j^T X_j`` and ``Y_j^T Y_j``, (updates, r, r) float64 each.
+    """
+
+    grams: tuple[Tensor, Tensor]
 
 
 def batch_of_few(layer: LayerSubspace, updates: Mapping[str, LowRankUpdate], *, as_they_are: bool) -> UpdateBatch:
@@ -62,35 +80,74 @@ def batch_of_few(layer: LayerSubspace, updates: Mapping[str, LowRankUpdate], *, 
         norms.append(norm)
         noise.append(error)
     numbers = [torch.stack(values) if values else layer.records.norms[:0] for values in (norms, noise)]
-    return UpdateBatch(*_stacked(layer, factors), *numbers)
+    return UpdateBatch(*_stacked(layer, factors, torch.float64, Scratch()), *numbers)
 
 
-def batch_of_many(layer: LayerSubspace, updates: Mapping[str, LowRankUpdate], *, as_they_are: bool) -> UpdateBatch:
+class Scratch(threading.local):
+    """Memory for the stacks of one layer after another, of each thread alone.
+
+    A stack takes tens of megabytes, and the system takes longer to hand out their pages than the stack to be filled.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[str, Tensor] = {}
+
+    def empty(self, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A tensor of unknown content; it is gone when the next one of this name is asked for."""
+        size = math.prod(shape)
+        held = self._held.get(name)
+        if held is None or held.dtype != dtype or held.device != device or len(held) < size:
+            self._held[name] = held = torch.empty(size, dtype=dtype, device=device)
+        return held[:size].view(*shape)
+
+
+def batch_of_many(
+    layer: LayerSubspace, updates: Mapping[str, LowRankUpdate], scratch: Scratch, *, as_they_are: bool
+) -> LargeBatch:
     """Stack updates with the factors that they came with, and norms from Gram matrices: no decomposition of each.
 
     An update whose columns cancel each other, or that is zero or not finite, is treated as in `batch_of_few`.
 
+    Args:
+        layer: Which they are of.
+        updates: By task.
+        scratch: Has the stacks.
+        as_they_are: As for `batch_of_few`.
+
     Raises:
         ValueError: As for `batch_of_few`.
     """
-    out, in_, ranks = _stacked(layer, list(updates.values()))
-    energies = _gram(out), _gram(in_)
-    squared = (energies[0] * energies[1]).sum((1, 2))
-    sizes = torch.stack([energy.diagonal(dim1=1, dim2=2).sum(1).sqrt() for energy in energies])
+    given = {factor.dtype for update in updates.values() for factor in (update.out_factor, update.in_factor)}
+    dtype = torch.float64 if torch.float64 in given else torch.float32
+    out, in_, ranks = _stacked(layer, list(updates.values()), dtype, scratch)
+    grams = _grams(out), _grams(in_)
+    squared = (grams[0] * grams[1]).sum((1, 2))
+    sizes = torch.stack([gram.diagonal(dim1=1, dim2=2).sum(1).sqrt() for gram in grams])
     bounds = sizes[0] * sizes[1]
     norms = squared.clamp_min(0).sqrt()
-    usual = (sizes > 1 / _LARGEST_USUAL_FACTOR).all(0) & (sizes < _LARGEST_USUAL_FACTOR).all(0)
-    usual &= norms > _NOTABLE_CANCELLATION * bounds
+    usual = _all_within(sizes, _LARGEST_USUAL_FACTOR) & (norms > _NOTABLE_CANCELLATION * bounds)
     noise = max(out.shape[2], in_.shape[2]) * torch.finfo(torch.float64).eps * bounds * ranks.sqrt()
+    balanced = {}
     for j, (task, update) in enumerate(updates.items()):
         if usual[j]:
             check_norm(norms[j], task)
-            continue
-        balanced, norms[j], noise[j] = _balanced(task, update)
+        else:
+            balanced[j], norms[j], noise[j] = _balanced(task, update)
+    single = _all_within(sizes, _LARGEST_SINGLE_FACTOR) | (norms == 0)
+    if not single.all() or (norms[list(balanced)] > 0).any():
+        out, in_ = out.double(), in_.double()
+    for j, update in balanced.items():
         if not (as_they_are and norms[j] > 0):
-            _fill(out[j], in_[j], balanced)
-            ranks[j] = balanced.out_factor.shape[1]
-    return UpdateBatch(out, in_, ranks, norms, noise)
+            _fill(out[j], in_[j], update)
+            ranks[j] = update.out_factor.shape[1]
+            for gram, rows in zip(grams, (out, in_), strict=True):
+                gram[j] = _grams(rows[j : j + 1])[0]
+    return LargeBatch(out, in_, ranks, norms, noise, grams)
+
+
+def _all_within(sizes: Tensor, largest: float) -> Tensor:
+    """Which updates have factors (2, updates) whose sizes, and their inverses, are below a limit."""
+    return ((sizes > 1 / largest) & (sizes < largest)).all(0)
 
 
 def _balanced(task: str, update: LowRankUpdate) -> tuple[LowRankUpdate, Tensor, Tensor]:
@@ -104,12 +161,14 @@ def _balanced(task: str, update: LowRankUpdate) -> tuple[LowRankUpdate, Tensor, 
     return compact.balanced_factors(), compact.norm, compact.noise
 
 
-def _stacked(layer: LayerSubspace, updates: Sequence[LowRankUpdate]) -> tuple[Tensor, Tensor, Tensor]:
+def _stacked(
+    layer: LayerSubspace, updates: Sequence[LowRankUpdate], dtype: torch.dtype, scratch: Scratch
+) -> tuple[Tensor, Tensor, Tensor]:
     """Factors (updates, r, n) and (updates, r, d), transposed, and ranks (updates,)."""
     ranks = [update.out_factor.shape[1] for update in updates]
     out, in_ = (
-        basis.new_empty(len(updates), max(ranks, default=0), len(basis), dtype=torch.float64)
-        for basis in (layer.basis_out, layer.basis_in)
+        scratch.empty(name, (len(updates), max(ranks, default=0), len(basis)), dtype, basis.device)
+        for name, basis in (("out", layer.basis_out), ("in", layer.basis_in))
     )
     for j, update in enumerate(updates):
         _fill(out[j], in_[j], update)
@@ -120,9 +179,21 @@ def _fill(out: Tensor, in_: Tensor, update: LowRankUpdate) -> None:
     """Write the factors of an update into their rows, (r, n) and (r, d), and zeros behind them."""
     for rows, factor in ((out, update.out_factor), (in_, update.in_factor)):
         rows[: factor.shape[1]] = factor.T
-        rows[factor.shape[1] :] = 0
+        if factor.shape[1] < len(rows):
+            rows[factor.shape[1] :] = 0
 
 
-def _gram(rows: Tensor) -> Tensor:
-    """``X^T X`` (updates, r, r) of factors (updates, r, n)."""
-    return rows @ rows.mT
+def in_chunks(rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Positions and factors (chunk, r, n) float64 of a few updates at a time, in memory that the next ones reuse."""
+    buffer = rows.new_empty(min(TASKS_PER_CHUNK, len(rows)), *rows.shape[1:], dtype=torch.float64)
+    for start in range(0, len(rows), TASKS_PER_CHUNK):
+        part = rows[start : start + TASKS_PER_CHUNK]
+        yield slice(start, start + len(part)), buffer[: len(part)].copy_(part)
+
+
+def _grams(rows: Tensor) -> Tensor:
+    """``X^T X`` (updates, r, r) float64 of factors (updates, r, n)."""
+    grams = rows.new_empty(len(rows), rows.shape[1], rows.shape[1], dtype=torch.float64)
+    for span, part in in_chunks(rows):
+        torch.matmul(part, part.mT, out=grams[span])
+    return grams

@@ -21,6 +21,7 @@ from .likeness import Alike, UpdateSketches, alike, groups_of
 from .model import merge_into_layers
 from .null import NEGLIGIBLE, flattest_singular_values, normalized_updates, padded, random_orthonormal
 from .settings import SubspaceSettings
+from .threads import tasks_by_module
 
 
 # Where there are `SAMPLE_FROM` adapters.
@@ -136,10 +137,7 @@ def survey_updates(
         seed: Seed of the null.
         progress: Wraps the iteration over modules, as `tqdm` does.
     """
-    by_module: dict[str, list[str]] = {}
-    for task, modules in updates.items():
-        for module in modules:
-            by_module.setdefault(module, []).append(task)
+    by_module = tasks_by_module(updates)
     sampled = _sample(list(by_module), len(updates))
     most = _most_adapters(len(updates))
     sketches, survey = UpdateSketches(updates), _Survey(num_components, seed)

@@ -15,14 +15,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .basis import Directions, choose_directions
-from .batch import batch_of_few, batch_of_many
+from .batch import Scratch, batch_of_few, batch_of_many
 from .coordinates import EXACT_COLUMNS, OVERSAMPLING, exact_coordinates, found_coordinates
 from .factors import LowRankUpdate, inverse_norms, truncated_balanced_factors
 from .layer import LayerSubspace
-from .model import each_layer, tasks_by_module
 from .rounding import BLOCK, CoefficientDtype, store, stored_bytes
 from .settings import SubspaceSettings, check_dimensions, rank_in_layer
 from .stack import UpdateStack
+from .threads import for_each_module, tasks_by_module
 
 
 Auto = Literal["auto"]
@@ -216,7 +216,7 @@ def choose_dimensions(
     nothing = torch.zeros(wanted.limit, wanted.limit, dtype=torch.float64)
     total = _Curves(nothing, nothing, 0)
     with tqdm(total=len(by_module), desc="Choosing k and p", unit="layer", leave=False, disable=not progress) as bar:
-        for of_module in each_layer(curves, by_module):
+        for of_module in for_each_module(curves, by_module):
             total = total.plus(of_module)
             bar.update()
     return _best(total, wanted)
@@ -295,7 +295,7 @@ def _stack_of(updates: Mapping[str, LowRankUpdate], settings: SubspaceSettings) 
         batch = batch_of_few(layer, updates, as_they_are=not joint)
         _, stack = exact_coordinates(layer, batch, inverse_norms(batch.norms))
         return stack, batch.norms, _OTHER_START if joint else 1.0
-    batch = batch_of_many(layer, updates, as_they_are=not joint)
+    batch = batch_of_many(layer, updates, Scratch(), as_they_are=not joint)
     _, stack = found_coordinates(layer, batch, inverse_norms(batch.norms), room, joint=joint)
     return stack, batch.norms, _LESS_ROOM
 

@@ -163,12 +163,15 @@ def truncated_balanced_factors(out_factor: Tensor, in_factor: Tensor, rank: int)
     Returns:
         ``U √S`` (..., k_out, rank), ``V √S`` (..., k_in, rank), and the Frobenius norm (...) of what was cut off.
     """
-    left, singular_values, right_t = torch.linalg.svd(out_factor @ in_factor.mT, full_matrices=False)
+    # The factors' triangles are smaller than their product, which has no more singular values.
+    basis_out, core_out = torch.linalg.qr(out_factor)
+    basis_in, core_in = torch.linalg.qr(in_factor)
+    left, singular_values, right_t = torch.linalg.svd(core_out @ core_in.mT, full_matrices=False)
     # The root of a singular value that is rounding error would be a column of notable size.
     sizes = torch.linalg.matrix_norm(out_factor) * torch.linalg.matrix_norm(in_factor)
     noise = max(out_factor.shape[-2], in_factor.shape[-2]) * torch.finfo(out_factor.dtype).eps * sizes.unsqueeze(-1)
     kept = torch.where(singular_values > noise, singular_values, 0.0)[..., :rank]
-    left, right = left[..., :rank], right_t[..., :rank, :].mT
+    left, right = basis_out @ left[..., :rank], basis_in @ right_t[..., :rank, :].mT
     root = kept.sqrt().unsqueeze(-2) * orienting_signs(left)
     padding = (0, rank - kept.shape[-1])
     return (

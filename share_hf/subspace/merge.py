@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .basis import choose_directions
-from .batch import batch_of_few, batch_of_many
+from .batch import LargeBatch, Scratch, batch_of_few, batch_of_many
 from .coordinates import EXACT_COLUMNS, OVERSAMPLING, exact_coordinates, found_coordinates
 from .factors import LowRankUpdate, inverse_norms
 from .layer import LayerSubspace, TaskRecords
@@ -106,6 +106,7 @@ def merge_into_layer(
     layer: LayerSubspace,
     updates: Mapping[str, LowRankUpdate],
     settings: SubspaceSettings,
+    scratch: Scratch | None = None,
     *,
     tolerance: float | None = None,
 ) -> tuple[LayerSubspace, LayerMergeReport]:
@@ -117,6 +118,7 @@ def merge_into_layer(
         layer: The layer as it is; not changed.
         updates: New tasks by name, each an update of the layer's shape.
         settings: k, p, the kind of basis, and the drift that is tolerated.
+        scratch: Memory that the merges of several layers share.
         tolerance: Relative part of an update that may be outside the basis for the basis to stay as it is; rounding
             errors if not given. What p < r costs an update does not count: no basis removes it.
 
@@ -130,7 +132,7 @@ def merge_into_layer(
     """
     _check_updates(layer, updates, settings)
     for room in _rooms(layer, updates, settings):
-        merge = _prepared(layer, updates, settings, room)
+        merge = _prepared(layer, updates, settings, room, scratch or Scratch())
         try:
             merged, drift = _merged(merge, settings, max(tolerance or 0.0, NEGLIGIBLE_RESIDUAL))
             break
@@ -148,6 +150,8 @@ def merge_into_layer(
 
 
 def _merged(merge: _Merge, settings: SubspaceSettings, explained: float) -> _Merged:
+    if min(merge.layer.num_components) == 0 and merge.stack.new_weights.any():
+        return _search(merge, settings)  # nothing explains an update yet
     unchanged = candidate_of(merge.stack, (old_basis_of(merge.stack), old_basis_of(merge.stack.mirrored)))
     if (unchanged.span_error <= explained).all():
         kept, drift = _with_old_basis(merge, unchanged)
@@ -191,13 +195,20 @@ def _rooms(layer: LayerSubspace, updates: Mapping[str, LowRankUpdate], settings:
 
 
 def _prepared(
-    layer: LayerSubspace, updates: Mapping[str, LowRankUpdate], settings: SubspaceSettings, room: int
+    layer: LayerSubspace,
+    updates: Mapping[str, LowRankUpdate],
+    settings: SubspaceSettings,
+    room: int,
+    scratch: Scratch,
 ) -> _Merge:
     joint = settings.basis == "joint"
-    batch = (batch_of_many if room else batch_of_few)(layer, updates, as_they_are=not joint)
+    if room:
+        batch = batch_of_many(layer, updates, scratch, as_they_are=not joint)
+    else:
+        batch = batch_of_few(layer, updates, as_they_are=not joint)
     norms = torch.cat([layer.records.norms, batch.norms])
     weights = inverse_norms(norms)
-    if room:
+    if isinstance(batch, LargeBatch):
         coordinates, stack = found_coordinates(layer, batch, weights, room, joint=joint)
     else:
         coordinates, stack = exact_coordinates(layer, batch, weights)

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
 
-import torch
 from tqdm.auto import tqdm
 
+from .batch import Scratch
 from .factors import LowRankUpdate
 from .layer import LayerSubspace
 from .merge import DriftToleranceError, LayerMergeReport, merge_into_layer
 from .settings import SubspaceSettings
-
-
-# From so many new tasks in a layer on, layers are merged side by side: before, one has too little work for that.
-TASKS_AT_ONCE = 16
-
-_Result = TypeVar("_Result")
+from .threads import for_each_module, tasks_by_module
 
 
 @dataclass(frozen=True)
@@ -85,15 +78,15 @@ def merge_into_layers(
         ValueError: As `merge_into_layer`, naming the module.
         DriftToleranceError: Likewise.
     """
-    by_module = tasks_by_module(updates)
+    by_module, scratch = tasks_by_module(updates), Scratch()
 
     def merge(module: str) -> tuple[LayerSubspace, LayerMergeReport]:
         new = {task: updates[task][module] for task in by_module[module]}
-        return _merged(module, layers.get(module), new, settings, tolerance)
+        return _merged(module, layers.get(module), new, settings, scratch, tolerance)
 
     merged, reports = dict(layers), {}
     with tqdm(total=len(by_module), desc="Merging", unit="layer", leave=False, disable=not progress) as bar:
-        for module, (layer, report) in zip(by_module, each_layer(merge, by_module), strict=True):
+        for module, (layer, report) in zip(by_module, for_each_module(merge, by_module), strict=True):
             merged[module], reports[module] = layer, report
             bar.update()
     return merged, MergeReport(tuple(updates), reports, _drift_over_layers(merged, reports))
@@ -104,56 +97,28 @@ def _merged(
     layer: LayerSubspace | None,
     new: Mapping[str, LowRankUpdate],
     settings: SubspaceSettings,
+    scratch: Scratch,
     tolerance: float | None,
 ) -> tuple[LayerSubspace, LayerMergeReport]:
     if layer is None:
         first = next(iter(new.values()))
         layer = LayerSubspace.empty(*first.shape, settings.pseudo_rank, device=first.out_factor.device)
     try:
-        return merge_into_layer(layer, new, settings, tolerance=tolerance)
+        return merge_into_layer(layer, new, settings, scratch, tolerance=tolerance)
     except DriftToleranceError as error:
         raise DriftToleranceError(f"{module!r}: {error}") from error
     except ValueError as error:
         raise ValueError(f"{module!r}: {error}") from error
 
 
-def tasks_by_module(updates: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:
-    """Module -> tasks, in their order, from task -> modules."""
-    by_module: dict[str, list[str]] = {}
-    for task, modules in updates.items():
-        for module in modules:
-            by_module.setdefault(module, []).append(task)
-    return by_module
-
-
-def each_layer(result_of: Callable[[str], _Result], by_module: Mapping[str, Sequence[str]]) -> Iterator[_Result]:
-    """The result for each module, in their order; of many tasks, as many side by side as there are threads."""
-    threads = torch.get_num_threads()
-    if max(map(len, by_module.values()), default=0) < TASKS_AT_ONCE:
-        yield from map(result_of, by_module)
-        return
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            # No more than are worked on: results that nobody has taken yet would pile up, and errors would wait.
-            waiting: deque[Future[_Result]] = deque()
-            for module in by_module:
-                waiting.append(pool.submit(result_of, module))
-                if len(waiting) > threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-    finally:
-        torch.set_num_threads(threads)
-
-
 def _drift_over_layers(
     layers: Mapping[str, LayerSubspace], reports: Mapping[str, LayerMergeReport]
 ) -> dict[str, float]:
-    drifted: dict[str, torch.Tensor] = {}
-    total: dict[str, torch.Tensor] = {}
+    drifted: dict[str, float] = {}
+    total: dict[str, float] = {}
     for module, layer in layers.items():
-        for task, energy in zip(layer.tasks, layer.records.norms.square().cpu(), strict=True):
-            drift = reports[module].drift[task] if module in reports else 0.0
-            drifted[task] = drifted.get(task, 0.0) + energy * drift**2
+        drifts = reports[module].drift if module in reports else {}
+        for task, energy in zip(layer.tasks, layer.records.norms.square().tolist(), strict=True):
+            drifted[task] = drifted.get(task, 0.0) + energy * drifts.get(task, 0.0) ** 2
             total[task] = total.get(task, 0.0) + energy
-    return {task: float((drifted[task] / total[task]).sqrt()) if total[task] > 0 else 0.0 for task in total}
+    return {task: math.sqrt(drifted[task] / total[task]) if total[task] > 0 else 0.0 for task in total}

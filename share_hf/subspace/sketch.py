@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .factors import LowRankUpdate
+from .threads import for_each_module, tasks_by_module
 
 
 SKETCH_BUCKETS = 512  # a power of two; the cosine of two sketches is off by about 1 / sqrt(512)
@@ -36,22 +37,31 @@ def initialization_sketch(updates: Mapping[str, LowRankUpdate]) -> Tensor:
 
 def initialization_sketches(adapters: Mapping[str, Mapping[str, LowRankUpdate]]) -> dict[str, Tensor]:
     """`initialization_sketch` of each of many adapters, which takes one module of all of them after another."""
-    by_module: dict[str, list[str]] = {}
-    for task, updates in adapters.items():
-        for module in updates:
-            by_module.setdefault(module, []).append(task)
+    by_module = tasks_by_module(adapters)
     sketches = torch.zeros(len(adapters), SKETCH_BUCKETS, dtype=torch.float64)
-    rows = dict(zip(adapters, sketches, strict=True))
-    for module, tasks in by_module.items():
-        buckets = signs = torch.zeros(0, dtype=torch.long)
-        for task in tasks:
-            entries = adapters[task][module].in_factor.detach().cpu().double().T.flatten()
-            if len(entries) > len(buckets):
-                hashes = _entry_hashes(module, len(entries))
-                buckets, signs = hashes % SKETCH_BUCKETS, (hashes >> 32 & 1) * 2 - 1
-            rows[task].index_add_(0, buckets[: len(entries)], entries * signs[: len(entries)])
+    positions = {task: i for i, task in enumerate(adapters)}
+
+    def sketch(module: str) -> Tensor:
+        return _module_sketches(module, [adapters[task] for task in by_module[module]])
+
+    for tasks, of_module in zip(by_module.values(), for_each_module(sketch, by_module), strict=True):
+        sketches[[positions[task] for task in tasks]] += of_module
     sketches /= sketches.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
     return dict(zip(adapters, sketches.float(), strict=True))
+
+
+def _module_sketches(module: str, adapters: Sequence[Mapping[str, LowRankUpdate]]) -> Tensor:
+    """Count-sketches (adapters, 512) float64 of A in one module."""
+    signed = torch.zeros(len(adapters), 2, SKETCH_BUCKETS, dtype=torch.float64)
+    places = torch.zeros(0, dtype=torch.long)
+    for sums, updates in zip(signed.flatten(1), adapters, strict=True):
+        entries = updates[module].in_factor.detach().cpu().double().T.flatten()
+        if len(entries) > len(places):
+            hashes = _entry_hashes(module, len(entries))
+            # Entries that are added, and behind them those that are taken off.
+            places = hashes % SKETCH_BUCKETS + (1 - (hashes >> 32 & 1)) * SKETCH_BUCKETS
+        sums.index_add_(0, places[: len(entries)], entries)
+    return signed[:, 0] - signed[:, 1]
 
 
 def group_by_initialization(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..format.experts import parameter_of
@@ -83,9 +84,11 @@ class Experts(nn.Module):
         }
         if not factors:
             return parameter
-        no_down, no_up = map(torch.zeros_like, next(iter(factors.values())))
-        down = torch.stack([factors[number][0] if number in factors else no_down for number in range(len(experts))])
-        up = torch.stack([factors[number][1] if number in factors else no_up for number in range(len(experts))])
+        absent = tuple(map(torch.zeros_like, next(iter(factors.values()))))
+        downs, ups = zip(*(factors.get(number, absent) for number in range(len(experts))), strict=True)
+        rank = max(map(len, downs))  # each expert may have one of its own
+        down = torch.stack([F.pad(each, (0, 0, 0, rank - len(each))) for each in downs])
+        up = torch.stack([F.pad(each, (0, rank - each.shape[1])) for each in ups])
         left, right = (down.mT, up.mT) if self.is_transposed else (up, down)
         with without_autocast(parameter.device):
             return torch.baddbmm(parameter, left, right)

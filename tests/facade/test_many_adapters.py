@@ -81,7 +81,7 @@ def test_the_updates_of_adapters_that_are_read_are_made_when_they_are_asked_for(
     updates = read_loras({"a": folder / "0"}, progress=False)["a"].updates
     assert len(updates) == 2
     for module in updates:
-        assert updates[module].out_factor is not updates[module].out_factor
+        assert updates[module] is not updates[module]
         assert torch.equal(updates[module].out_factor, updates[module].out_factor)
 
 

@@ -136,6 +136,44 @@ def test_files_that_are_known_to_be_there_are_linked(newer: SharedSubspace, tree
     assert_same_state(SharedSubspace.from_pretrained(tree).state, state)
 
 
+def test_a_save_after_a_task_was_added_inside_the_basis_writes_what_is_new(
+    newer: SharedSubspace, tmp_path: Path
+) -> None:
+    tree, inside = tmp_path / "tree", tmp_path / "inside"
+    newer.save_pretrained(tree)
+    before = {path: path.stat().st_ino for path in tree.rglob("*") if path.is_file()}
+    newer.export_lora(newer.tasks[0], inside)
+    newer.add_adapters([inside], progress=False)
+    newer.save_pretrained(tree)
+    written = {
+        path.relative_to(tree).as_posix()
+        for path in tree.rglob("*")
+        if path.is_file() and before.get(path) != path.stat().st_ino
+    }
+    new = {f"tasks/inside/{name}" for name in ("adapter_config.json", "adapter_model.safetensors", "metrics.json")}
+    assert new <= written
+    assert {name for name in written - new if "/" in name and not name.startswith("figures/")} == set()
+    assert "subspace.safetensors" not in written
+    assert_same_state(SharedSubspace.from_pretrained(tree).state, newer.state)
+
+
+@pytest.mark.parametrize("kind", ["link", "other content of its size", "folder"])
+def test_what_is_no_file_of_the_same_content_is_not_linked(kind: str, tmp_path: Path) -> None:
+    folder, scratch = tmp_path / "folder", tmp_path / "scratch"
+    folder.mkdir()
+    if kind == "link":
+        (tmp_path / "elsewhere").write_bytes(b"content")
+        (folder / "file").symlink_to(tmp_path / "elsewhere")
+    elif kind == "folder":
+        (folder / "file").mkdir()
+    else:
+        (folder / "file").write_bytes(b"CONTENT")
+    FolderWriter(scratch, folder).put("file", b"content")
+    assert (scratch / "file").read_bytes() == b"content"
+    assert (scratch / "file").lstat().st_nlink == 1
+    assert not (scratch / "file").is_symlink()
+
+
 def test_a_file_that_is_not_known_is_written_again(newer: SharedSubspace, tree: Path) -> None:
     newer.save_pretrained(tree)
     (tree / "subspace.safetensors").write_bytes(b"damaged")
