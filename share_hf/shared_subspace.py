@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from .card import CardOptions, write_tree
 from .facade import Editing, Exporting
+from .facade.adding import with_collection
 from .facade.editing import check_tolerance
 from .format.base_model import named_alike
 from .format.collection import Collection as AdapterCollection
@@ -22,7 +23,7 @@ from .format.collection import read_collection
 from .format.history import begin_history, keep_predecessor
 from .format.index import INDEX_FILE
 from .format.lock import holding
-from .format.originals import originals_file, read_originals, split_places, write_originals
+from .format.originals import originals_file, read_originals, write_originals
 from .format.places import Adapters, NamedPlaces, named_places
 from .format.replacing import holds
 from .format.saved_since import with_saved
@@ -33,7 +34,6 @@ from .state import (
     SubspaceReport,
     SubspaceState,
     component_of,
-    merge_tasks,
     reconcile,
     report_of,
 )
@@ -209,26 +209,14 @@ class SharedSubspace(Editing, Exporting):
         tolerance: float | None = None,
         progress: bool,
     ) -> MergeReport:
-        places = {task: named.places[task] for task in collection.loras}
-        components = {task: lora.component for task, lora in collection.loras.items()}
-        on_hub, folders = split_places(places, components, token=token)
         state = replace(self.state, base_model_name_or_path=collection.base)
-        merged, report = merge_tasks(
-            state,
-            collection.updates,
-            collection.infos(),
-            layouts=collection.layouts,
-            originals=on_hub,
-            tolerance=tolerance,
-            progress=progress,
-        )
-        collection.expect_unchanged()
-        self._held, self._reading = merged, collection.reading
-        self._originals |= folders
+        added = with_collection(state, collection, named, token=token, tolerance=tolerance, progress=progress)
+        self._held, self._reading = added.state, collection.reading
+        self._originals |= added.folders
         shapes = {module: layer.shape for module, layer in self._held.layers.items() if module not in state.layers}
         if (line := smaller_layers(shapes, self.settings.num_components)) is not None:
             logger.warning_once(line)
-        return report
+        return added.report
 
     def update_from(self, other: SharedSubspace, *, base_model: str | None = None) -> None:
         """

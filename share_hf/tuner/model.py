@@ -37,7 +37,7 @@ from .lora_only import check_options
 from .placeholder import placeholder_basis
 from .placement import call_layers_of, check_held_once, check_reached
 from .quantization import check_supported, keep_4bit_weights_differentiable
-from .ranks import resize
+from .ranks import make_room_in
 from .renaming import adapter_named_as_in
 
 
@@ -207,7 +207,7 @@ class ShareModel(BaseTuner):
             if fingerprint is not None:
                 target.check_fingerprint(fingerprint, f"{module_name}.{FINGERPRINT}")
             target.update_layer(adapter_name, peft_config, inference_mode=peft_config.inference_mode)
-            self._set_rank(target, adapter_name, module_name)
+            make_room_in(target, adapter_name, self._stored.ranks.get(module_name))
             return
         base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         check_supported(base_layer, module_name, self.model)
@@ -218,7 +218,7 @@ class ShareModel(BaseTuner):
         )
         if fingerprint is not None:
             new_module.check_fingerprint(fingerprint, f"{module_name}.{FINGERPRINT}")
-        self._set_rank(new_module, adapter_name, module_name)
+        make_room_in(new_module, adapter_name, self._stored.ranks.get(module_name))
         new_module.basis_file = self._stored.basis_file
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
@@ -246,17 +246,10 @@ class ShareModel(BaseTuner):
                 expert.update_layer(adapter_name, config, inference_mode=config.inference_mode)
             if (fingerprint := self._stored.fingerprints.get(module_name)) is not None:
                 expert.check_fingerprint(fingerprint, f"{module_name}.{FINGERPRINT}")
-            self._set_rank(expert, adapter_name, module_name)
+            make_room_in(expert, adapter_name, self._stored.ranks.get(module_name))
             return expert
 
         adapt_experts(parent, target_name, adapter_name, config, parameter, adapt)
-
-    def _set_rank(self, layer: ShareLayer, adapter_name: str, module_name: str) -> None:
-        """Make room for the coefficients that are stored, which some loaders compare with it."""
-        rank = self._stored.ranks.get(module_name)
-        if rank is not None and adapter_name in layer.share_fingerprint:
-            for parameters in (layer.share_coefficients_out, layer.share_coefficients_in):
-                resize(parameters, adapter_name, rank, layer.share_ranks[adapter_name])
 
     def _basis_for(
         self, config: ShareConfig, base_layer: nn.Module | ExpertWeight, module_name: str

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..format.lora import PEFT_PREFIX
+
+
+if TYPE_CHECKING:
+    from .layer import ShareLayer
 
 
 def stacked(coefficients: Sequence[Tensor]) -> Tensor:
@@ -25,6 +30,19 @@ def ranks_of(weights: Mapping[str, Tensor]) -> dict[str, int]:
         if is_coefficients and tensor.ndim == 2:
             found[module.removeprefix(PEFT_PREFIX)] = tensor.shape[1]
     return found
+
+
+def make_room_in(layer: ShareLayer, task: str, rank: int | None) -> None:
+    """Give a task room for stored coefficients of a rank, which some loaders compare with it.
+
+    Args:
+        layer: Has the task.
+        task: Its name.
+        rank: None where nothing is stored.
+    """
+    if rank is not None and task in layer.share_fingerprint:
+        for parameters in (layer.share_coefficients_out, layer.share_coefficients_in):
+            resize(parameters, task, rank, layer.share_ranks[task])
 
 
 def make_room(

@@ -1,0 +1,64 @@
+"""New tasks from adapters that have been read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..format.collection import Collection
+from ..format.originals import split_places
+from ..format.places import NamedPlaces
+from ..state import SubspaceState, merge_tasks
+from ..subspace import MergeReport
+
+
+@dataclass(frozen=True)
+class Added:
+    """What came of adding adapters to a state.
+
+    Args:
+        state: With the new tasks.
+        report: The drift of every task.
+        folders: By new task, the folder on this machine that it came from.
+    """
+
+    state: SubspaceState
+    report: MergeReport
+    folders: dict[str, str]
+
+
+def with_collection(
+    state: SubspaceState,
+    collection: Collection,
+    named: NamedPlaces,
+    *,
+    token: str | bool | None = None,
+    tolerance: float | None = None,
+    progress: bool = False,
+) -> Added:
+    """A state with the adapters of a collection merged into it; the given one is not changed.
+
+    Args:
+        state: Not changed.
+        collection: The adapters.
+        named: Where they were read.
+        token: For the hub.
+        tolerance: As for `merge_tasks`.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        ValueError: As for `merge_tasks`, or if an adapter changed while it was read.
+        DriftToleranceError: If the tolerated drift cannot be met.
+    """
+    components = {task: lora.component for task, lora in collection.loras.items()}
+    on_hub, folders = split_places({task: named.places[task] for task in components}, components, token=token)
+    merged, report = merge_tasks(
+        state,
+        collection.updates,
+        collection.infos(),
+        layouts=collection.layouts,
+        originals=on_hub,
+        tolerance=tolerance,
+        progress=progress,
+    )
+    collection.expect_unchanged()
+    return Added(merged, report, folders)
