@@ -29,14 +29,7 @@ from .format.saved_since import with_saved
 from .format.tree import read_tree
 from .hub.fetch import RemoteTree, is_local
 from .hub.push import MAX_ATTEMPTS, BranchChoice, PushOptions, push_state
-from .state import (
-    SubspaceReport,
-    SubspaceState,
-    component_of,
-    merge_tasks,
-    reconcile,
-    report_of,
-)
+from .state import SubspaceReport, SubspaceState, component_of, merge_tasks, reconcile, report_of
 from .subspace import BasisKind, CoefficientDtype, MergeReport, SubspaceSettings, smaller_layers
 from .subspace.dimensions import Auto, WantedDimensions, settled
 from .tuner.transfer import inject_tasks
@@ -136,12 +129,7 @@ class SharedSubspace(Editing, Exporting):
         wanted.check_beside(settings)
         named = named_places(adapters)
         collection = read_collection(
-            named,
-            base_model=base_model,
-            component=component,
-            skip_bad=skip_bad,
-            token=token,
-            progress=progress,
+            named, base_model=base_model, component=component, skip_bad=skip_bad, token=token, progress=progress
         )
         settings, chosen = settled(settings, wanted, collection.updates, progress=progress)
         if chosen is not None:

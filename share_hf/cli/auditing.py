@@ -12,7 +12,7 @@ from peft.utils import CONFIG_NAME
 from tqdm.auto import tqdm
 
 from share_hf.card import audit_of
-from share_hf.card.audit_figure import write_audit_figure
+from share_hf.card.audit_figure import check_figure, write_audit_figure
 from share_hf.card.card import freely_learned
 from share_hf.format.collection import Reading, read_collection
 from share_hf.subspace import AuditReport, LowRankUpdate, audit_updates, initialization_sketches
@@ -30,6 +30,8 @@ from .tables import names, percent, table
 
 def audit(args: Namespace) -> Outcome:
     """`share-hf audit`: whether adapters share a subspace, how many directions it needs, and whom it serves badly."""
+    if args.figure is not None:
+        check_figure(args.figure)
     progress = partial(tqdm, desc="Auditing", unit="layer", leave=False, disable=not args.progress)
     targets = tuple(args.target_error or (0.1, 0.25))
     reading = Reading()

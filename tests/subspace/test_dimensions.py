@@ -123,7 +123,7 @@ def test_the_bytes_are_spent_on_the_smallest_error(stream: Stream, part: float) 
     wanted = WantedDimensions("auto", "auto", target_bytes=budget, max_components=limit)
     if budget < least:
         with pytest.raises(
-            ValueError, match=f"target_bytes is {budget}, but the smallest basis and rank take {least}"
+            ValueError, match=f"target_bytes is {budget}, expected at least the {least} of the smallest"
         ):
             choose_dimensions(updates, wanted, stream.settings)
         return
