@@ -216,7 +216,7 @@ def _init(command: argparse.ArgumentParser) -> None:
     )
     _add_adapters(command)
     _add_base_model(command)
-    add = command.add_argument_group("settings of the subspace, for good").add_argument
+    add = command.add_argument_group("settings of the subspace, which cannot be changed later").add_argument
     add(
         "--num-components",
         type=number_or_auto,

@@ -104,4 +104,6 @@ def save_tokenizer_of(base: str | Path, folder: Path, *, token: str | bool | Non
     except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
         logger.info("%s: no tokenizer could be read from it (%s), the merged model has none.", base, error)
         return
-    tokenizer.save_pretrained(folder)
+    # Of a folder without one, transformers makes a tokenizer that knows its special tokens alone.
+    if not set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        tokenizer.save_pretrained(folder)
