@@ -94,13 +94,15 @@ class SharedSubspace(Editing, Exporting):
             target_bytes (`int`, *optional*):
                 Size of bases and coefficients under which `"auto"` reaches the smallest error.
             basis (`Literal["joint", "factor"]`, *optional*, defaults to `"joint"`):
-                Weigh all updates equally, or take the paper's stack of LoRA factors.
-            center (`bool`, *optional*, defaults to `False`): Subtract the mean column first; `"factor"` only.
-            explained_variance (`float`, *optional*): Take the fewest directions that explain this fraction.
+                Basis that weighs all updates equally, or the paper's, of the stacked LoRA factors.
+            center (`bool`, *optional*, defaults to `False`): Whether the mean column is subtracted first; `"factor"` only.
+            explained_variance (`float`, *optional*): Fraction that the directions explain; the fewest that do are taken.
             drift_tolerance (`float`, *optional*): Largest relative drift that merges may add up to.
-            max_components (`int`, *optional*): How far layers may grow for it, or `"auto"` looks (to 128 otherwise).
+            max_components (`int`, *optional*):
+                Number of directions up to which layers may grow to meet `drift_tolerance`, and up to which `"auto"`
+                looks (128 if not given).
             coefficient_dtype (`Literal["float32", "bfloat16", "4bit"]`, *optional*, defaults to `"float32"`):
-                What coefficients are stored in; every merge rounds them, and certifies what that changes.
+                Type that coefficients are stored in; every merge rounds them, and certifies what that changes.
             tolerance (`float`, *optional*):
                 Relative error up to which a task takes a smaller rank than p in a layer; files hold that rank alone.
             base_model (`str`, *optional*):
@@ -109,7 +111,7 @@ class SharedSubspace(Editing, Exporting):
                 The model of a pipeline that is meant, such as `"unet"`, where files have LoRAs of several.
             skip_bad (`bool`, *optional*, defaults to `False`):
                 Whether adapters that cannot be used are left out; [`~SharedSubspace.reading`] says which, and why.
-            token (`str` or `bool`, *optional*): For the hub.
+            token (`str` or `bool`, *optional*): User access token of the hub.
             progress (`bool`, *optional*, defaults to `True`): Whether to show progress bars.
 
         Raises:
@@ -163,7 +165,7 @@ class SharedSubspace(Editing, Exporting):
                 Name of the base model of these adapters and of the subspace, whatever they call it. Not checked.
             component (`str`, *optional*): As for [`~SharedSubspace.from_adapters`].
             skip_bad (`bool`, *optional*, defaults to `False`): As for [`~SharedSubspace.from_adapters`].
-            token (`str` or `bool`, *optional*): For the hub.
+            token (`str` or `bool`, *optional*): User access token of the hub.
             progress (`bool`, *optional*, defaults to `True`): Whether to show progress bars.
 
         Returns:
@@ -345,9 +347,9 @@ class SharedSubspace(Editing, Exporting):
             commit_message (`str`, *optional*): Message of the commit on `main`; tells the new tasks if not given.
             commit_description (`str`, *optional*): Description of that commit.
             private (`bool`, *optional*): Whether a repository that is created is private.
-            token (`str` or `bool`, *optional*): For the hub.
+            token (`str` or `bool`, *optional*): User access token of the hub.
             create_pr (`bool`, *optional*, defaults to `False`):
-                Open a pull request instead. Branches and tags are written by the next push after it is merged.
+                Whether to open a pull request instead. Branches and tags are written by the next push after it is merged.
             default_task (`str`, *optional*):
                 The task whose LoRA is at the root of `main`; the newest, unless an earlier push chose one.
             branches (`Literal["all", "new", "none"]` or `Collection[str]`, *optional*):

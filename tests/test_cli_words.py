@@ -55,6 +55,7 @@ def test_each_bad_adapter_has_its_line(share: Share, folders: dict[str, Path]) -
         (["init", "new", "--from-file", "nowhere.txt"], "error: nowhere.txt: No such file or directory"),
         (["init", "new", "--from-file", "loras"], "error: loras: Is a directory"),
         (["init", "new", "loras/*.safetensors"], "error: loras/*.safetensors: nothing of such a name is there"),
+        (["init", "new", "x="], "error: adapter 'x' has no place, expected name=place or a place"),
         (["info", "loras/a"], "expected the folder of a shared subspace; loras/a holds an adapter"),
         (["add", "loras", "loras/a"], "expected the folder of a shared subspace; loras holds no subspace"),
         (["export", "sub", "aa", "out"], "no task 'aa' in the subspace, it has ['a', 'b'], did you mean 'a'?"),

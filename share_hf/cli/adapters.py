@@ -28,6 +28,8 @@ def adapters_of(args: Namespace) -> NamedPlaces:
     located = [*args.adapters, *(_listed(args.from_file) if args.from_file is not None else ())]
     named = NamedPlaces({})
     for given, place in located:
+        if not place:
+            raise ValueError(f"adapter {given!r} has no place, expected name=place or a place")
         name = _name_by_place(place) if given == Path(place).name else given
         if name in named.places:
             raise ValueError(f"{named.places[name]} and {place} are both called {name!r}, expected name=place for one")
