@@ -95,8 +95,8 @@ class SharedSubspace(Editing, Exporting):
                 Size of bases and coefficients under which `"auto"` reaches the smallest error.
             basis (`Literal["joint", "factor"]`, *optional*, defaults to `"joint"`):
                 Basis that weighs all updates equally, or the paper's, of the stacked LoRA factors.
-            center (`bool`, *optional*, defaults to `False`): Whether the mean column is subtracted first; `"factor"` only.
-            explained_variance (`float`, *optional*): Fraction that the directions explain; the fewest that do are taken.
+            center (`bool`, *optional*, defaults to `False`): Whether to subtract the mean column; `"factor"` only.
+            explained_variance (`float`, *optional*): Fraction to explain, by the fewest directions that do.
             drift_tolerance (`float`, *optional*): Largest relative drift that merges may add up to.
             max_components (`int`, *optional*):
                 Number of directions up to which layers may grow to meet `drift_tolerance`, and up to which `"auto"`
@@ -349,7 +349,7 @@ class SharedSubspace(Editing, Exporting):
             private (`bool`, *optional*): Whether a repository that is created is private.
             token (`str` or `bool`, *optional*): User access token of the hub.
             create_pr (`bool`, *optional*, defaults to `False`):
-                Whether to open a pull request instead. Branches and tags are written by the next push after it is merged.
+                Whether to open a pull request instead. The next push after it is merged writes branches and tags.
             default_task (`str`, *optional*):
                 The task whose LoRA is at the root of `main`; the newest, unless an earlier push chose one.
             branches (`Literal["all", "new", "none"]` or `Collection[str]`, *optional*):
