@@ -148,6 +148,15 @@ def test_the_ending_of_a_file_is_no_part_of_a_name_that_had_to_be_mended(
     assert out.startswith("other: 1 task of org/base\n1 module, ")
 
 
+def test_an_audit_of_many_lists_a_few(share: Share, folders: dict[str, Path]) -> None:
+    places = [f"t{i}={folders['abcd'[i % 4]]}" for i in range(50)]
+    code, out, _ = share("audit", *places, "--num-components", "4")
+    assert code == 0
+    line = next(line for line in out.splitlines() if line.startswith("By the random A"))
+    assert " more" in line
+    assert len(line) < 500
+
+
 def test_an_undone_step_is_told_in_words(share: Share, made: str) -> None:
     assert share("rename", "sub", "b", "second")[0] == 0
     assert share("undo", "sub")[1] == "sub: took back the renaming of b to second; 2 tasks now\n"

@@ -25,7 +25,7 @@ from share_hf.subspace.survey_text import survey_sentences
 from .adapters import adapters_of, of_reading, with_reading
 from .opening import load, naming_what_is_missing
 from .outcome import Outcome
-from .tables import names, percent, table
+from .tables import percent, some, table
 
 
 def audit(args: Namespace) -> Outcome:
@@ -87,8 +87,8 @@ def _audited(report: AuditReport, survey: CollectionReport, per_module: bool) ->
         k = max(k for member in members for k in member.num_components)
         rows.append([kind, str(len(members)), str(k), *fractions])
     header = ["module", "layers", "k", *(title for side in sides for title in (side, "chance"))]
-    groups = [*map(names, report.groups), *([f"not known: {names(report.ungrouped)}"] if report.ungrouped else [])]
-    by_seed = f"\nBy the random A they started from: {'; '.join(groups) or 'none'}"
+    groups = [*map(some, report.groups), *([f"not known: {some(report.ungrouped)}"] if report.ungrouped else [])]
+    by_seed = f"\nBy the random A they started from: {some(groups, '; ') or 'none'}"
     curve = table(
         ("k", "explained", "chance", "error of ΔW", "chance"),
         [

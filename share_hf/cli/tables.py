@@ -46,3 +46,9 @@ def score(value: float | None) -> str:
 
 def names(tasks: Iterable[str]) -> str:
     return ", ".join(tasks)
+
+
+def some(texts: Iterable[str], separator: str = ", ", limit: int = 20) -> str:
+    """Texts in one line, not more than a person reads."""
+    texts = list(texts)
+    return separator.join(texts[:limit]) + (f" and {len(texts) - limit} more" if len(texts) > limit else "")

@@ -397,8 +397,8 @@ class ShareModel(BaseTuner):
         beams = kwargs.get("num_beams") or 1
         for_beams = [name for name in adapter_names for _ in range(beams)]
         # The encoder of an encoder-decoder model runs before samples are repeated for the beams.
-        has_encoder = getattr(self.model.config, "is_encoder_decoder", False)
-        encoder = self.model.get_encoder() if beams > 1 and has_encoder else None
+        has_encoder = beams > 1 and getattr(self.model.config, "is_encoder_decoder", False)
+        encoder = self.model.get_encoder() if has_encoder else None
         in_encoder = {id(module) for module in encoder.modules()} if encoder is not None else set()
         handles = []
         try:
