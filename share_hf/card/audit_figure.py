@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,11 +21,14 @@ def check_figure(path: Path) -> None:
     """Refuse a place that no figure can be written to, before the work that it is to show.
 
     Raises:
-        ValueError: If matplotlib is not installed or knows no files of this ending, or there is no such folder.
+        ValueError: If matplotlib is not installed or knows no files of this ending, or the folder is not there or
+            cannot be written to.
     """
     known = _figure().canvas.get_supported_filetypes()
     if path.suffix.lstrip(".").lower() not in known:
         raise ValueError(f"{path}: expected a figure's ending, one of {', '.join(f'.{ending}' for ending in known)}")
+    if not os.access(path.parent, os.W_OK) and path.parent.is_dir():
+        raise ValueError(f"{path}: the folder cannot be written to, expected another place for the figure")
     if path.is_dir() or not path.parent.is_dir():
         raise ValueError(f"{path}: {'a folder' if path.is_dir() else 'no such folder'}, expected a file to write")
 
