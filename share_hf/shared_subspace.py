@@ -30,13 +30,7 @@ from .format.saved_since import with_saved
 from .format.tree import read_tree
 from .hub.fetch import RemoteTree, is_local
 from .hub.push import MAX_ATTEMPTS, BranchChoice, PushOptions, push_state
-from .state import (
-    SubspaceReport,
-    SubspaceState,
-    component_of,
-    reconcile,
-    report_of,
-)
+from .state import SubspaceReport, SubspaceState, component_of, reconcile, report_of
 from .subspace import BasisKind, CoefficientDtype, MergeReport, SubspaceSettings, smaller_layers
 from .subspace.dimensions import Auto, WantedDimensions, settled
 from .tuner.transfer import inject_tasks
@@ -101,13 +95,15 @@ class SharedSubspace(Editing, Exporting):
             target_bytes (`int`, *optional*):
                 Size of bases and coefficients under which `"auto"` reaches the smallest error.
             basis (`Literal["joint", "factor"]`, *optional*, defaults to `"joint"`):
-                Weigh all updates equally, or take the paper's stack of LoRA factors.
-            center (`bool`, *optional*, defaults to `False`): Subtract the mean column first; `"factor"` only.
-            explained_variance (`float`, *optional*): Take the fewest directions that explain this fraction.
+                Basis that weighs all updates equally, or the paper's, of the stacked LoRA factors.
+            center (`bool`, *optional*, defaults to `False`): Whether to subtract the mean column; `"factor"` only.
+            explained_variance (`float`, *optional*): Fraction to explain, by the fewest directions that do.
             drift_tolerance (`float`, *optional*): Largest relative drift that merges may add up to.
-            max_components (`int`, *optional*): How far layers may grow for it, or `"auto"` looks (to 128 otherwise).
+            max_components (`int`, *optional*):
+                Number of directions up to which layers may grow to meet `drift_tolerance`, and up to which `"auto"`
+                looks (128 if not given).
             coefficient_dtype (`Literal["float32", "bfloat16", "4bit"]`, *optional*, defaults to `"float32"`):
-                What coefficients are stored in; every merge rounds them, and certifies what that changes.
+                Type that coefficients are stored in; every merge rounds them, and certifies what that changes.
             tolerance (`float`, *optional*):
                 Relative error up to which a task takes a smaller rank than p in a layer; files hold that rank alone.
             base_model (`str`, *optional*):
@@ -116,7 +112,7 @@ class SharedSubspace(Editing, Exporting):
                 The model of a pipeline that is meant, such as `"unet"`, where files have LoRAs of several.
             skip_bad (`bool`, *optional*, defaults to `False`):
                 Whether adapters that cannot be used are left out; [`~SharedSubspace.reading`] says which, and why.
-            token (`str` or `bool`, *optional*): For the hub.
+            token (`str` or `bool`, *optional*): User access token of the hub.
             progress (`bool`, *optional*, defaults to `True`): Whether to show progress bars.
 
         Raises:
@@ -136,12 +132,7 @@ class SharedSubspace(Editing, Exporting):
         wanted.check_beside(settings)
         named = named_places(adapters)
         collection = read_collection(
-            named,
-            base_model=base_model,
-            component=component,
-            skip_bad=skip_bad,
-            token=token,
-            progress=progress,
+            named, base_model=base_model, component=component, skip_bad=skip_bad, token=token, progress=progress
         )
         settings, chosen = settled(settings, wanted, collection.updates, progress=progress)
         if chosen is not None:
@@ -175,7 +166,7 @@ class SharedSubspace(Editing, Exporting):
                 Name of the base model of these adapters and of the subspace, whatever they call it. Not checked.
             component (`str`, *optional*): As for [`~SharedSubspace.from_adapters`].
             skip_bad (`bool`, *optional*, defaults to `False`): As for [`~SharedSubspace.from_adapters`].
-            token (`str` or `bool`, *optional*): For the hub.
+            token (`str` or `bool`, *optional*): User access token of the hub.
             progress (`bool`, *optional*, defaults to `True`): Whether to show progress bars.
 
         Returns:
@@ -345,9 +336,9 @@ class SharedSubspace(Editing, Exporting):
             commit_message (`str`, *optional*): Message of the commit on `main`; tells the new tasks if not given.
             commit_description (`str`, *optional*): Description of that commit.
             private (`bool`, *optional*): Whether a repository that is created is private.
-            token (`str` or `bool`, *optional*): For the hub.
+            token (`str` or `bool`, *optional*): User access token of the hub.
             create_pr (`bool`, *optional*, defaults to `False`):
-                Open a pull request instead. Branches and tags are written by the next push after it is merged.
+                Whether to open a pull request instead. The next push after it is merged writes branches and tags.
             default_task (`str`, *optional*):
                 The task whose LoRA is at the root of `main`; the newest, unless an earlier push chose one.
             branches (`Literal["all", "new", "none"]` or `Collection[str]`, *optional*):

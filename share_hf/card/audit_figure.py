@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,8 +11,26 @@ from ..subspace.collection import CollectionReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _NAMED = 8  # badly served adapters with their names
+_TICKED = 12  # adapters of which each has its name under its bar
+
+
+def check_figure(path: Path) -> None:
+    """Refuse a place that no figure can be written to, before the work that it is to show.
+
+    Raises:
+        ValueError: If matplotlib is not installed or knows no files of this ending, or the folder is not there or
+            cannot be written to.
+    """
+    known = _figure().canvas.get_supported_filetypes()
+    if path.suffix.lstrip(".").lower() not in known:
+        raise ValueError(f"{path}: expected a figure's ending, one of {', '.join(f'.{ending}' for ending in known)}")
+    if not os.access(path.parent, os.W_OK) and path.parent.is_dir():
+        raise ValueError(f"{path}: the folder cannot be written to, expected another place for the figure")
+    if path.is_dir() or not path.parent.is_dir():
+        raise ValueError(f"{path}: {'a folder' if path.is_dir() else 'no such folder'}, expected a file to write")
 
 
 def write_audit_figure(report: CollectionReport, path: Path) -> None:
@@ -20,15 +39,19 @@ def write_audit_figure(report: CollectionReport, path: Path) -> None:
     Raises:
         ValueError: If matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("a figure needs matplotlib, which is not installed: `pip install share-hf[plots]`") from error
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    figure = _figure()
     left, right = figure.subplots(1, 2)
     _draw_curve(left, report)
     _draw_errors(right, report)
     figure.savefig(path, dpi=120, metadata={"Software": None} if path.suffix.lower() == ".png" else None)
+
+
+def _figure() -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError("a figure needs matplotlib, which is not installed: `pip install share-hf[plots]`") from error
+    return Figure(figsize=(11, 4.6), layout="constrained")
 
 
 def _draw_curve(axes: Axes, report: CollectionReport) -> None:
@@ -41,7 +64,7 @@ def _draw_curve(axes: Axes, report: CollectionReport) -> None:
     )
     for name, label, color, style in lines:
         axes.plot(sizes, [getattr(point, name) for point in report.curve], style, color=color, label=label)
-    axes.axvline(report.num_components, color="0.7", linewidth=1, zorder=0)
+    axes.axvline(report.num_components, color="0.7", linewidth=1, zorder=0, label=f"k = {report.num_components}")
     if sizes:
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks := [k for k in sizes if k & (k - 1) == 0], [str(k) for k in ticks])
@@ -54,7 +77,7 @@ def _draw_curve(axes: Axes, report: CollectionReport) -> None:
         else f"{report.tasks} adapters, {report.modules} modules",
         fontsize="medium",
     )
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
 
 
 def _draw_errors(axes: Axes, report: CollectionReport) -> None:
@@ -62,7 +85,7 @@ def _draw_errors(axes: Axes, report: CollectionReport) -> None:
     badly = frozenset(report.badly_served)
     values = [report.errors[task] for task in order]
     axes.bar(range(len(order)), values, width=1.0, color=["C3" if task in badly else "C0" for task in order])
-    named = [task for task in order if task in badly][-_NAMED:]
+    named = [task for task in order if task in badly][-_NAMED:] if len(order) > _TICKED else []
     top = len(named)
     for rank, task in enumerate(named):
         place = order.index(task)
@@ -77,6 +100,10 @@ def _draw_errors(axes: Axes, report: CollectionReport) -> None:
             arrowprops={"arrowstyle": "-", "color": "C3", "linewidth": 0.5, "alpha": 0.6},
         )
     axes.set_ylim(0, 1.02)
+    if len(order) <= _TICKED:
+        ticks = axes.set_xticks(range(len(order)), order, rotation=30, ha="right", fontsize="small")
+        for tick in ticks:
+            tick.label1.set_parse_math(False)
     axes.set_xlabel("adapters, the best served first")
     axes.set_ylabel(f"relative error of ΔW at k = {report.num_components}")
     axes.set_title(

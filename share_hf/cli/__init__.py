@@ -67,8 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        expected = isinstance(error, (ValueError, OSError, RuntimeError)) and str(error)
-        message = " ".join(str(error).split()) if expected else repr(error)
+        message = _told(error)
         if isinstance(error, OSError) and error.errno in _NO_ROOM:
             message += "; nothing has changed, make room there, and run the command again"
         return _fail(message, FAILED, as_json=args.json)
@@ -86,6 +85,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         check_export(args, commands["export"])
     if "from_file" in args and not (args.adapters or args.from_file):
         commands[args.command].error("expected an ADAPTER, or --from-file")
+    if args.command == "audit":
+        _check_audit(args, commands["audit"])
     return args
 
 
@@ -136,6 +137,27 @@ def size_in_bytes(text: str) -> int:
     return int(float(match[1]) * 1000 ** ("KMG".index(match[2].upper()) + 1 if match[2] else 0))
 
 
+def relative_error(text: str) -> float:
+    """A mean relative error that is worth asking for: above 0, and below 1, which an update of zero has."""
+    try:
+        error = float(text)
+    except ValueError:
+        error = -1.0
+    if not 0 < error < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no relative error, expected a number above 0 and below 1")
+    return error
+
+
+def _check_audit(args: argparse.Namespace, command: argparse.ArgumentParser) -> None:
+    """Exit with 2 where an option is for LoRAs and one subspace is given; where not, fill in the default k."""
+    if len(args.adapters) == 1 and args.from_file is None:
+        for_loras = ("num_components", "skip_bad", "component", "base_model")
+        if given := [f"--{name.replace('_', '-')}" for name in for_loras if getattr(args, name)]:
+            command.error(f"{given[0]} is for LoRAs, expected two or more of them, or a subspace without it")
+    elif args.num_components is None:
+        args.num_components = 32
+
+
 class _Parser(argparse.ArgumentParser):
     """Says what a mistyped command or option may have been."""
 
@@ -175,13 +197,13 @@ def _add_adapters(
 ) -> None:
     command.add_argument("adapters", metavar="ADAPTER", nargs="*", type=located_adapter, help=help)
     add = command.add_argument
-    add("--from-file", metavar="LIST", type=Path, help="More of them: a line each, # before a comment")
+    add("--from-file", metavar="LIST", type=Path, help="File that lists more adapters, one a line; # begins a comment")
     add("--skip-bad", action="store_true", help="Leave out adapters that cannot be used, and say why")
-    add("--component", metavar="NAME", help="Of pipelines' LoRAs: the model that is meant, such as unet")
+    add("--component", metavar="NAME", help="Model of a diffusion pipeline that the LoRAs are for, such as unet")
 
 
-def _add_base_model(command: argparse.ArgumentParser, of: str = "Of all the adapters") -> None:
-    command.add_argument("--base-model", metavar="ID", help=f"{of}, where they call it by several names")
+def _add_base_model(command: argparse.ArgumentParser, of: str = "all the adapters") -> None:
+    command.add_argument("--base-model", metavar="ID", help=f"Base model of {of}, where they call it by several names")
 
 
 def _add_place(command: argparse.ArgumentParser) -> None:
@@ -189,10 +211,12 @@ def _add_place(command: argparse.ArgumentParser) -> None:
 
 
 def _init(command: argparse.ArgumentParser) -> None:
-    command.add_argument("folder", metavar="FOLDER", type=Path, help="Where to write; no subspace yet")
+    command.add_argument(
+        "folder", metavar="FOLDER", type=Path, help="Where to write the subspace; there must be none yet"
+    )
     _add_adapters(command)
     _add_base_model(command)
-    add = command.add_argument_group("settings of the subspace, for good").add_argument
+    add = command.add_argument_group("settings of the subspace, which cannot be changed later").add_argument
     add(
         "--num-components",
         type=number_or_auto,
@@ -201,27 +225,50 @@ def _init(command: argparse.ArgumentParser) -> None:
         help="Cap on the directions of a layer, or auto (%(default)s)",
     )
     add("--pseudo-rank", type=number_or_auto, default=8, metavar="P", help="Rank of a task, or auto (%(default)s)")
-    add("--target-error", type=float, metavar="X", help="Mean relative error that auto reaches with the fewest bytes")
-    add("--target-bytes", type=size_in_bytes, metavar="N", help="Size auto makes the best of: bytes, or 20MB, 64KB")
     add(
-        "--basis", choices=("joint", "factor"), default="joint", help="All updates alike, or the paper's (%(default)s)"
+        "--target-error",
+        type=float,
+        metavar="X",
+        help="Mean relative error of ΔW that auto reaches with the fewest bytes",
     )
-    add("--center", action="store_true", help="Subtract the mean column first; factor only")
+    add(
+        "--target-bytes",
+        type=size_in_bytes,
+        metavar="N",
+        help="Size of bases and coefficients in which auto reaches the smallest error: bytes, or such as 20MB, 64KB",
+    )
+    add(
+        "--basis",
+        choices=("joint", "factor"),
+        default="joint",
+        help="Basis that weighs all updates equally, or the paper's (%(default)s)",
+    )
+    add("--center", action="store_true", help="Subtract the mean column first; only with --basis factor")
     add("--explained-variance", type=float, metavar="X", help="Take the fewest directions that explain this fraction")
     add("--drift-tolerance", type=float, metavar="X", help="Largest relative drift that merges may add up to")
-    add("--max-components", type=int, metavar="K", help="How far layers may grow for it, or auto looks")
-    add("--tolerance", type=float, metavar="X", help="Error up to which a task takes a smaller rank in a layer")
+    add(
+        "--max-components",
+        type=int,
+        metavar="K",
+        help="Number of directions up to which layers may grow to meet --drift-tolerance, and up to which auto looks",
+    )
+    add(
+        "--tolerance",
+        type=float,
+        metavar="X",
+        help="Relative error up to which a task takes a smaller rank than P in a layer",
+    )
     add(
         "--coefficient-dtype",
         choices=("float32", "bfloat16", "4bit"),
         default="float32",
-        help="What coefficients are stored in, rounding certified (%(default)s)",
+        help="Type that coefficients are stored in; the certified drift includes the rounding (%(default)s)",
     )
     add_keeping(command)
 
 
 def _add(command: argparse.ArgumentParser) -> None:
-    command.add_argument("folder", metavar="FOLDER", type=Path, help="Of the subspace")
+    command.add_argument("folder", metavar="FOLDER", type=Path, help="The folder of the subspace")
     _add_adapters(command)
     add_tolerance(command)
     _add_base_model(command)
@@ -230,7 +277,7 @@ def _add(command: argparse.ArgumentParser) -> None:
 
 def _replace(command: argparse.ArgumentParser) -> None:
     add_replace(command, located_adapter)
-    _add_base_model(command, "Of the adapter and the subspace")
+    _add_base_model(command, "the adapter and the subspace")
 
 
 def _refit(command: argparse.ArgumentParser) -> None:
@@ -240,36 +287,53 @@ def _refit(command: argparse.ArgumentParser) -> None:
 
 def _info(command: argparse.ArgumentParser) -> None:
     _add_place(command)
-    command.add_argument("--revision", help="Of the repository: a task, a step, a branch, a tag or a commit")
+    command.add_argument("--revision", help="Revision of the repository: a task, a step, a branch, a tag or a commit")
 
 
 def _audit(command: argparse.ArgumentParser) -> None:
     _add_adapters(command, "One subspace, or two or more LoRAs: folders, files or hub ids, or name=place")
-    command.add_argument("--num-components", type=int, default=32, metavar="K", help="For LoRAs (%(default)s)")
+    command.add_argument(
+        "--num-components", type=int, metavar="K", help="Cap on the directions of a layer, for LoRAs (32)"
+    )
     _add_base_model(command)
     command.add_argument(
         "--target-error",
-        type=float,
+        type=relative_error,
         action="append",
         metavar="X",
-        help="Advise k and p for this mean error of ΔW; may be given again (0.1 and 0.25)",
+        help="Mean relative error of ΔW to advise k and p for; may be given again (0.1 and 0.25)",
     )
-    command.add_argument("--figure", type=Path, metavar="FILE", help="Draw the curve, and the error of each adapter")
-    command.add_argument("--per-module", action="store_true", help="A line a module, not one for all layers of a kind")
+    command.add_argument(
+        "--figure",
+        type=Path,
+        metavar="FILE",
+        help="Where to draw the curve and the error of each adapter: a PNG, PDF or SVG file",
+    )
+    command.add_argument(
+        "--per-module", action="store_true", help="One line for each module, not one for all layers of a kind"
+    )
 
 
 def _push(command: argparse.ArgumentParser) -> None:
-    command.add_argument("folder", metavar="FOLDER", type=Path, help="Of the subspace")
-    command.add_argument("repo_id", metavar="REPO_ID", help="The repository, created if need be")
-    _add_base_model(command, "Of both sides")
+    command.add_argument("folder", metavar="FOLDER", type=Path, help="The folder of the subspace")
+    command.add_argument("repo_id", metavar="REPO_ID", help="The repository; it is created if need be")
+    _add_base_model(command, "both sides")
     access = command.add_mutually_exclusive_group()
-    access.add_argument("--private", action="store_true", default=None, help="Of a repository that is created")
-    access.add_argument("--public", dest="private", action="store_false", default=None, help="Of such a repository")
+    access.add_argument(
+        "--private", action="store_true", default=None, help="Make the repository private if it is created"
+    )
+    access.add_argument(
+        "--public",
+        dest="private",
+        action="store_false",
+        default=None,
+        help="Make the repository public if it is created",
+    )
     add = command.add_argument
-    add("--create-pr", action="store_true", help="Open a pull request instead")
-    add("-m", "--commit-message", metavar="TEXT", help="Tells the new tasks if not given")
-    add("--commit-description", metavar="TEXT", help="Of the commit on main")
-    add("--default-task", metavar="TASK", help="Whose LoRA is at the root; the newest, or as chosen before")
+    add("--create-pr", action="store_true", help="Open a pull request instead of pushing to main")
+    add("-m", "--commit-message", metavar="TEXT", help="Message of the commit on main (the names of the new tasks)")
+    add("--commit-description", metavar="TEXT", help="Description of the commit on main")
+    add("--default-task", metavar="TASK", help="Task whose LoRA is at the root (the newest, or as chosen before)")
     add(
         "--branches",
         action="append",
@@ -278,14 +342,22 @@ def _push(command: argparse.ArgumentParser) -> None:
     )
     add("--branch-tolerance", type=float, default=0.05, metavar="X", help="Drift that rewrites a branch (%(default)s)")
     add("--card-template", type=Path, metavar="FILE", help="A Jinja template of your own for the model card")
-    add("--max-attempts", type=int, default=50, metavar="N", help="While others push at the same time (%(default)s)")
+    add(
+        "--max-attempts",
+        type=int,
+        default=50,
+        metavar="N",
+        help="How often to try while others push at the same time (%(default)s)",
+    )
 
 
 def _pull(command: argparse.ArgumentParser) -> None:
     command.add_argument("repo_id", metavar="REPO_ID", help="The repository")
-    command.add_argument("folder", metavar="FOLDER", type=Path, help="Of the subspace, or where to write one")
-    command.add_argument("--revision", help="A task, a step, a branch, a tag or a commit")
-    _add_base_model(command, "Of both sides")
+    command.add_argument(
+        "folder", metavar="FOLDER", type=Path, help="The folder of the subspace, or where to write one"
+    )
+    command.add_argument("--revision", help="Revision of the repository: a task, a step, a branch, a tag or a commit")
+    _add_base_model(command, "both sides")
 
 
 # Summary, example and arguments.
@@ -316,6 +388,16 @@ _COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]]
     "pull": ("Get a subspace, or what is new in it", "share-hf pull org/share-subspace share-subspace", _pull),
     "upgrade": ("Rewrite a subspace in the newest format", "share-hf upgrade org/share-subspace", _add_place),
 }
+
+
+def _told(error: Exception) -> str:
+    """What a person reads of an error: its lines where it lists several faults, else one line."""
+    if not (isinstance(error, (ValueError, OSError, RuntimeError)) and str(error)):
+        return repr(error)
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    title, *faults = str(error).split("\n  ")
+    return "\n  ".join(" ".join(line.split()) for line in (title, *faults) if line.strip())
 
 
 def _fail(message: str, code: int, *, as_json: bool) -> int:

@@ -28,13 +28,21 @@ def adapters_of(args: Namespace) -> NamedPlaces:
     located = [*args.adapters, *(_listed(args.from_file) if args.from_file is not None else ())]
     named = NamedPlaces({})
     for given, place in located:
-        name = name_of(place) if given == Path(place).name else given
+        if not place:
+            raise ValueError(f"adapter {given!r} has no place, expected name=place or a place")
+        name = _name_by_place(place) if given == Path(place).name else given
         if name in named.places:
             raise ValueError(f"{named.places[name]} and {place} are both called {name!r}, expected name=place for one")
         named.places[name] = place
-        if given != name:
-            named.mended[name] = last_part(place)
+        if name not in (given, last := last_part(place)):
+            named.mended[name] = last
     return named
+
+
+def _name_by_place(place: str) -> str:
+    if "*" in place and not Path(place).exists():
+        raise ValueError(f"{place}: nothing of such a name is there")
+    return name_of(place)
 
 
 def of_reading(args: Namespace) -> dict[str, Any]:

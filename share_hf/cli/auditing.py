@@ -12,7 +12,7 @@ from peft.utils import CONFIG_NAME
 from tqdm.auto import tqdm
 
 from share_hf.card import audit_of
-from share_hf.card.audit_figure import write_audit_figure
+from share_hf.card.audit_figure import check_figure, write_audit_figure
 from share_hf.card.card import freely_learned
 from share_hf.format.collection import Reading, read_collection
 from share_hf.subspace import AuditReport, LowRankUpdate, audit_updates, initialization_sketches
@@ -25,11 +25,13 @@ from share_hf.subspace.survey_text import survey_sentences
 from .adapters import adapters_of, of_reading, with_reading
 from .opening import load, naming_what_is_missing
 from .outcome import Outcome
-from .tables import names, percent, table
+from .tables import percent, some, table
 
 
 def audit(args: Namespace) -> Outcome:
     """`share-hf audit`: whether adapters share a subspace, how many directions it needs, and whom it serves badly."""
+    if args.figure is not None:
+        check_figure(args.figure)
     progress = partial(tqdm, desc="Auditing", unit="layer", leave=False, disable=not args.progress)
     targets = tuple(args.target_error or (0.1, 0.25))
     reading = Reading()
@@ -85,8 +87,8 @@ def _audited(report: AuditReport, survey: CollectionReport, per_module: bool) ->
         k = max(k for member in members for k in member.num_components)
         rows.append([kind, str(len(members)), str(k), *fractions])
     header = ["module", "layers", "k", *(title for side in sides for title in (side, "chance"))]
-    groups = [*map(names, report.groups), *([f"not known: {names(report.ungrouped)}"] if report.ungrouped else [])]
-    by_seed = f"\nBy the random A they started from: {'; '.join(groups) or 'none'}"
+    groups = [*map(some, report.groups), *([f"not known: {some(report.ungrouped)}"] if report.ungrouped else [])]
+    by_seed = f"\nBy the random A they started from: {some(groups, '; ') or 'none'}"
     curve = table(
         ("k", "explained", "chance", "error of ΔW", "chance"),
         [

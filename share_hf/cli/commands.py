@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from argparse import Namespace
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -23,14 +25,14 @@ from share_hf.format.tree import expect_tree
 from share_hf.hub.branches import branch_choice
 from share_hf.hub.fetch import RemoteTree, is_local
 from share_hf.state import SubspaceState
-from share_hf.subspace import SubspaceSettings
+from share_hf.subspace import SubspaceSettings, smaller_layers
 
 from .adapters import adapters_of, of_reading, with_reading
 from .auditing import audit
 from .editing import added, export, refit, remove, rename, replace_task, undo
 from .opening import expect_no_adapter, load, naming_what_is_missing
 from .outcome import Outcome
-from .tables import drift, names, percent, score, size, table
+from .tables import count, drift, names, percent, score, size, table
 
 
 def run(args: Namespace, *, debug: bool = False) -> Outcome:
@@ -41,7 +43,8 @@ def run(args: Namespace, *, debug: bool = False) -> Outcome:
     args.progress = not args.quiet and sys.stderr.isatty()
     if not args.progress:
         disable_progress_bars()
-    return _COMMANDS[args.command](args)
+    with _unless_printed():
+        return _COMMANDS[args.command](args)
 
 
 def init(args: Namespace) -> Outcome:
@@ -119,7 +122,7 @@ def pull(args: Namespace) -> Outcome:
         "removed_from_the_folder": _without(ours.tasks, subspace.tasks),
         "not_on_the_hub": _without(subspace.tasks, remote.tasks),
     }
-    title = f"{args.folder}: {len(subspace.tasks)} tasks{', up to date' if up_to_date else ''}"
+    title = f"{args.folder}: {count(len(subspace.tasks), 'task')}{', up to date' if up_to_date else ''}"
     facts = {"folder": str(args.folder), "changed": not up_to_date, "tasks": list(subspace.tasks), **changes}
     return Outcome("\n".join([title, *_changed(changes)]), facts)
 
@@ -130,7 +133,7 @@ def upgrade(args: Namespace) -> Outcome:
     outdated = [revision for revision, version in before.items() if version < FORMAT_VERSION]
     facts = {"from": min(before.values()), "to": FORMAT_VERSION, "upgraded": outdated}
     if not outdated:
-        return Outcome(f"{args.place}: is of format version {facts['from']} already", facts)
+        return Outcome(f"{args.place}: has format version {facts['from']} already", facts)
     subspace = load(args.place, args)
     if on_hub:
         # Under any drift, so that every task's branch is written.
@@ -160,7 +163,22 @@ _COMMANDS = {
     "pull": pull,
     "upgrade": upgrade,
 }
+_PRINTED = ("share_hf.format.collection", "share_hf.shared_subspace")  # loggers
 _MEANS = ("average", "forgetting", "backward_transfer", "forward_transfer")
+
+
+@contextmanager
+def _unless_printed() -> Iterator[None]:
+    """Keep the library from warning of what the command prints: what came of reading, and the dimensions chosen."""
+    loggers = [logging.getLogger(name) for name in _PRINTED]
+    before = [logger.disabled for logger in loggers]
+    for logger in loggers:
+        logger.disabled = True
+    try:
+        yield
+    finally:
+        for logger, disabled in zip(loggers, before, strict=True):
+            logger.disabled = disabled
 
 
 def _format_version(folder: Path) -> int:
@@ -211,7 +229,7 @@ def _described(subspace: SharedSubspace, place: str) -> Outcome:
         rows.append([*row, metric, *map(score, values)] if scored else row)
     low, high = report.num_components
     facts_of_layers = [
-        f"{report.modules} modules",
+        count(report.modules, "module"),
         f"{high if low == high else f'{low} to {high}'} directions (k = {settings.num_components})",
         f"rank {'up to ' if settings.has_ranks else ''}p = {report.pseudo_rank}",
         *([f"coefficients in {dtype}"] if (dtype := settings.coefficient_dtype) != "float32" else []),
@@ -220,11 +238,15 @@ def _described(subspace: SharedSubspace, place: str) -> Outcome:
     ]
     stored = f"{size(report.basis_bytes)} of bases, {size(sum(task.bytes for task in report.tasks))} of tasks"
     lines = [
-        f"{place}: {len(report.tasks)} tasks of {subspace.base_model_name_or_path or 'an unnamed model'}",
+        f"{place}: {count(len(report.tasks), 'task')} of {subspace.base_model_name_or_path or 'an unnamed model'}",
         ", ".join(facts_of_layers),
-        f"{stored}; as LoRAs of rank p: {size(report.lora_bytes)}\n",
+        f"{stored}; as LoRAs of rank p: {size(report.lora_bytes)}",
+        "",
         table(header, rows),
     ]
+    shapes = {module: layer.shape for module, layer in state.layers.items()}
+    if (line := smaller_layers(shapes, settings.num_components)) is not None:
+        lines.insert(3, line)
     means = {name: value for name, value in state.metrics.items() if name in _MEANS and value is not None}
     if means:
         lines.append("\n" + ", ".join(f"{name.replace('_', ' ')} {score(value)}" for name, value in means.items()))

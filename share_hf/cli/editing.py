@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from peft.utils import CONFIG_NAME
 from tqdm.auto import tqdm
@@ -15,7 +17,7 @@ from share_hf.subspace import MergeReport
 
 from .opening import expect_no_adapter, load, naming_what_is_missing
 from .outcome import Outcome
-from .tables import drift, names, table
+from .tables import count, drift, names, table
 
 
 def export(args: Namespace) -> Outcome:
@@ -32,6 +34,8 @@ def export(args: Namespace) -> Outcome:
         facts = {"combined": args.weights, "exported": str(args.out), "error": error}
         return Outcome(f"{args.out}: {_sum(args.weights)}; its rank costs {drift(error)} of the sum", facts)
     folders = {task: args.out / task for task in subspace.tasks} if args.all else {args.task: args.out}
+    if not folders:
+        raise ValueError(f"{args.place}: has no tasks, expected at least one to export")
     for folder in folders.values():
         expect_no_adapter(folder)
     for task in tqdm(folders, desc="Exporting", unit="task", leave=False, disable=not args.progress):
@@ -42,15 +46,16 @@ def export(args: Namespace) -> Outcome:
 
 def remove(args: Namespace) -> Outcome:
     """`share-hf remove`: a subspace without some of its tasks."""
+    removed = list(dict.fromkeys(args.tasks))
     with holding(args.folder):
         subspace = SharedSubspace.from_pretrained(args.folder)
-        for task in args.tasks:
+        for task in removed:
             subspace.remove_task(task)
         subspace.save_pretrained(args.folder)
-    left = f"{len(subspace.tasks)} tasks are left"
-    return Outcome(
-        f"{args.folder}: removed {names(args.tasks)}, {left}", {"removed": args.tasks, "tasks": list(subspace.tasks)}
-    )
+    number = len(subspace.tasks)
+    left = f"{count(number, 'task')} {'is' if number == 1 else 'are'} left"
+    facts = {"removed": removed, "tasks": list(subspace.tasks)}
+    return Outcome(f"{args.folder}: removed {names(removed)}; {left}", facts)
 
 
 def rename(args: Namespace) -> Outcome:
@@ -93,7 +98,8 @@ def refit(args: Namespace) -> Outcome:
     tasks = subspace.report().tasks
     step = subspace.state.lineage[-1]
     rows = [(task.name, drift(before[task.name]), drift(task.drift), drift(task.drift_bound)) for task in tasks]
-    text = f"{args.folder}: built anew, {step['from_originals']} of {len(tasks)} tasks from their adapters\n\n"
+    whole = f"{step['from_originals']} of {count(len(tasks), 'task')}"
+    text = f"{args.folder}: built anew, {whole} from the original adapters\n\n"
     facts = {
         "from_originals": step["from_originals"],
         "tasks": [{**asdict(task), "drift_before": before[task.name]} for task in tasks],
@@ -106,9 +112,8 @@ def undo(args: Namespace) -> Outcome:
     before = SharedSubspace.from_pretrained(args.folder)
     step = before.state.lineage[-1] if before.state.lineage else {}
     now = SharedSubspace.undo(args.folder)
-    what = ", ".join(f"{name} {step[name]}" for name in ("merged", "learned", "removed", "refit") if name in step)
     facts = {"undone": {name: value for name, value in step.items() if name != "id"}, "tasks": list(now.tasks)}
-    return Outcome(f"{args.folder}: took back {what or 'the last step'}; {len(now.tasks)} tasks", facts)
+    return Outcome(f"{args.folder}: took back {_step(step)}; {count(len(now.tasks), 'task')} now", facts)
 
 
 def added(subspace: SharedSubspace, merge: MergeReport, folder: Path, verb: str = "added") -> Outcome:
@@ -121,7 +126,7 @@ def added(subspace: SharedSubspace, merge: MergeReport, folder: Path, verb: str 
     projected = merge.projected_tasks
     merged = [task for task in merge.new_tasks if task not in projected]
     ways = [f"{way}: {names(of)}" for way, of in (("merged", merged), ("projected on the basis", projected)) if of]
-    changed = f"{merge.changed_layers} of {len(merge.layers)} layers changed"
+    changed = f"{merge.changed_layers} of {count(len(merge.layers), 'layer')} changed"
     text = f"{folder}: {verb} {names(merge.new_tasks)}, {changed}\n{'; '.join(ways)}\n\n"
     facts = {
         "new_tasks": list(merge.new_tasks),
@@ -132,6 +137,20 @@ def added(subspace: SharedSubspace, merge: MergeReport, folder: Path, verb: str 
         "tasks": [{**asdict(task), "drift_by_merge": merge.drift[task.name]} for task in tasks],
     }
     return Outcome(text + table(("task", "drift by this merge", "since learned", "bound"), rows), facts)
+
+
+def _step(step: Mapping[str, Any]) -> str:
+    """What a step of the lineage did, such as `the merge of mnli, wic`."""
+    if "renamed" in step:
+        old, new = step["renamed"]
+        return f"the renaming of {old} to {new}"
+    nouns = {"merged": "merge", "learned": "learning", "removed": "removal", "refit": "refit"}
+    found = [f"the {noun} of {names(_as_list(step[key]))}" for key, noun in nouns.items() if key in step]
+    return " and ".join(found) or "the last step"
+
+
+def _as_list(tasks: str | list[str]) -> list[str]:
+    return [tasks] if isinstance(tasks, str) else tasks
 
 
 def _sum(weights: dict[str, float]) -> str:

@@ -13,19 +13,29 @@ def add_export(command: argparse.ArgumentParser) -> None:
     command.add_argument("place", metavar="FOLDER_OR_REPO", help="A subspace: its folder or hub id")
     command.add_argument("task", metavar="TASK", nargs="?", help="The task to export")
     command.add_argument("out", metavar="OUT", type=Path, help="Where to write the LoRA, or the model")
-    command.add_argument("--all", action="store_true", help="Export every task, each into OUT/<task>")
+    command.add_argument("--all", action="store_true", help="Export every task, each into OUT/TASK")
     command.add_argument(
         "--weights",
         type=task_weights,
         metavar="TASK=W,…",
         help="Export the weighted sum of tasks as one LoRA, such as mrpc=0.5,sst2=0.5",
     )
-    command.add_argument("--rank", type=int, metavar="R", help="Of that sum; the pseudo rank p if not given")
     command.add_argument(
-        "--style", choices=("peft", "diffusers"), default="peft", help="Names of the tensors (%(default)s)"
+        "--rank", type=int, metavar="R", help="Largest rank of the sum in a layer (the pseudo rank p)"
     )
-    command.add_argument("--component", metavar="NAME", help="Model of a pipeline of diffusers, such as unet")
-    command.add_argument("--merge-into", metavar="BASE", help="Write this base model with the task in its weights")
+    command.add_argument(
+        "--style", choices=("peft", "diffusers"), default="peft", help="Format of the LoRA (%(default)s)"
+    )
+    command.add_argument(
+        "--component",
+        metavar="NAME",
+        help="Model of a diffusion pipeline that the task is for, such as unet; with --style diffusers",
+    )
+    command.add_argument(
+        "--merge-into",
+        metavar="BASE",
+        help="Base model, a folder or hub id, to write with the task or the sum in its weights",
+    )
 
 
 def add_tolerance(command: argparse.ArgumentParser) -> None:
@@ -34,50 +44,58 @@ def add_tolerance(command: argparse.ArgumentParser) -> None:
         "--tolerance",
         type=float,
         metavar="X",
-        help="Project on the bases that explain a new task but for this relative part; merge the others (merge all)",
+        help="Relative part of a new task that a basis may leave out: where it leaves out no more, the basis stays as "
+        "it is and the task is projected; elsewhere it is merged (merge everywhere)",
     )
 
 
 def add_keeping(command: argparse.ArgumentParser) -> None:
     """Add `--history` and `--keep-originals`, of commands that save a subspace."""
     keep = command.add_argument_group("kept beside the folder, and never pushed").add_argument
-    keep("--history", type=int, metavar="N", help="Predecessors from now on, for `share-hf undo` (none, or as before)")
-    keep("--keep-originals", action="store_true", help="Names of the adapters' folders, for `share-hf refit`")
+    keep(
+        "--history",
+        type=int,
+        metavar="N",
+        help="Number of earlier versions to keep from now on, for `share-hf undo` (none, or as before)",
+    )
+    keep("--keep-originals", action="store_true", help="Keep the names of the adapters' folders, for `share-hf refit`")
 
 
 def add_refit(command: argparse.ArgumentParser, located_adapter: Callable[[str], tuple[str, str]]) -> None:
     """Add the arguments of `share-hf refit`."""
-    command.add_argument("folder", metavar="FOLDER", type=Path, help="Of the subspace")
+    command.add_argument("folder", metavar="FOLDER", type=Path, help="The folder of the subspace")
     command.add_argument(
         "originals",
         metavar="TASK=ADAPTER",
         nargs="*",
         type=located_adapter,
-        help="Folder or hub id of the adapter that a task came from, where it is not known or elsewhere by now",
+        help="Folder or hub id of the adapter that a task came from, where that is not known, or has moved",
     )
 
 
 def add_undo(command: argparse.ArgumentParser) -> None:
     """Add the arguments of `share-hf undo`."""
-    command.add_argument("folder", metavar="FOLDER", type=Path, help="Of a subspace that was saved with --history")
+    command.add_argument(
+        "folder", metavar="FOLDER", type=Path, help="The folder of a subspace that was saved with --history"
+    )
 
 
 def add_remove(command: argparse.ArgumentParser) -> None:
     """Add the arguments of `share-hf remove`."""
-    command.add_argument("folder", metavar="FOLDER", type=Path, help="Of the subspace")
+    command.add_argument("folder", metavar="FOLDER", type=Path, help="The folder of the subspace")
     command.add_argument("tasks", metavar="TASK", nargs="+", help="The tasks to forget")
 
 
 def add_rename(command: argparse.ArgumentParser) -> None:
     """Add the arguments of `share-hf rename`."""
-    command.add_argument("folder", metavar="FOLDER", type=Path, help="Of the subspace")
+    command.add_argument("folder", metavar="FOLDER", type=Path, help="The folder of the subspace")
     command.add_argument("task", metavar="TASK", help="The task")
     command.add_argument("new_name", metavar="NEW_NAME", help="Its new name")
 
 
 def add_replace(command: argparse.ArgumentParser, located_adapter: Callable[[str], tuple[str, str]]) -> None:
     """Add the arguments of `share-hf replace`."""
-    command.add_argument("folder", metavar="FOLDER", type=Path, help="Of the subspace")
+    command.add_argument("folder", metavar="FOLDER", type=Path, help="The folder of the subspace")
     command.add_argument(
         "adapter", metavar="TASK=ADAPTER", type=located_adapter, help="The task, and the folder or hub id of a LoRA"
     )
@@ -93,7 +111,9 @@ def check_export(args: argparse.Namespace, command: argparse.ArgumentParser) -> 
     if args.merge_into is not None and (args.style != "peft" or args.component or args.rank):
         command.error("--merge-into writes a model, expected no --style, --component or --rank with it")
     if args.rank is not None and args.weights is None:
-        command.error("--rank is of the sum that --weights makes, expected both")
+        command.error("--rank is the rank of the sum that --weights makes, expected both")
+    if args.component is not None and args.style != "diffusers":
+        command.error("--component is for --style diffusers, expected both")
 
 
 def task_weights(text: str) -> dict[str, float]:

@@ -31,6 +31,11 @@ def drift(value: float) -> str:
     return f"{value:.2g}" if value >= 1e-6 else "0"
 
 
+def count(number: int, noun: str) -> str:
+    """A number of things, such as `1 task` and `2 tasks`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def percent(fraction: float) -> str:
     return f"{100 * fraction:.1f} %"
 
@@ -41,3 +46,9 @@ def score(value: float | None) -> str:
 
 def names(tasks: Iterable[str]) -> str:
     return ", ".join(tasks)
+
+
+def some(texts: Iterable[str], separator: str = ", ", limit: int = 20) -> str:
+    """Texts in one line, not more than a person reads."""
+    texts = list(texts)
+    return separator.join(texts[:limit]) + (f" and {len(texts) - limit} more" if len(texts) > limit else "")

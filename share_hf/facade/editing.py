@@ -107,7 +107,7 @@ class Editing(HeldSubspace):
         Args:
             originals (`Mapping[str, str]`, *optional*): Folder or hub id of the adapter by task, of those that are not
                 known or elsewhere by now.
-            token (`str` or `bool`, *optional*): For the hub.
+            token (`str` or `bool`, *optional*): User access token of the hub.
             progress (`bool`, *optional*, defaults to `True`): Whether to show progress bars.
 
         Returns:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 
 from ..card import CardOptions
@@ -65,4 +66,6 @@ class HeldSubspace:
 
     def _check_known(self, task: str) -> None:
         if task not in self.tasks:
-            raise ValueError(f"no task {task!r} in the subspace, it has {listing(self.tasks)}")
+            near = get_close_matches(str(task), self.tasks, n=1)
+            advice = f", did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"no task {task!r} in the subspace, it has {listing(self.tasks)}{advice}")

@@ -51,7 +51,8 @@ class Reading:
         for names in self.duplicates:
             lines.append(f"{', '.join(_some(names))} are the same adapter" + "".join(_more(len(names), ", ")))
         if self.skipped:
-            lines.append(f"{len(self.skipped)} adapters were left out:")
+            were = "adapter was" if len(self.skipped) == 1 else "adapters were"
+            lines.append(f"{len(self.skipped)} {were} left out:")
             lines += [f"  {name}: {reason}" for name, reason in _some(self.skipped.items())]
             lines += [f"  {line}" for line in _more(len(self.skipped))]
         return lines
@@ -168,8 +169,7 @@ def _cannot_be_used(names: Sequence[str], broken: Mapping[str, Exception], count
     if len(names) == 1:
         return broken[names[0]]
     title = f"{len(names)} of {count} adapters cannot be used"
-    if len(names) < count:
-        title += ", skip_bad=True (share-hf: --skip-bad) leaves them out"
+    title += ", skip_bad=True (share-hf: --skip-bad) leaves them out:" if len(names) < count else ":"
     lines = [f"{name}: {_told(broken[name])}" for name in _some(names)]
     return ValueError("\n  ".join([title, *lines, *_more(len(names))]))
 

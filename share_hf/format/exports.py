@@ -109,7 +109,10 @@ def diffusers_files(adapter: LoraAdapter, component: str | None = None) -> dict[
         ValueError: If it is not known to which model a module belongs, or the adapter has a head.
     """
     if adapter.head:
-        raise ValueError(f"it has weights for {listing(tuple(adapter.head))}, which diffusers has no key for")
+        raise ValueError(
+            f"the task has weights of its own for {listing(tuple(adapter.head))}, which diffusers has no key for: "
+            "expected a task without modules_to_save"
+        )
     if component is not None and component not in COMPONENTS:
         raise ValueError(f"component is {component!r}, expected one of {list(COMPONENTS)}")
     tensors = {}
@@ -125,7 +128,7 @@ def _in_pipeline(module: str, component: str | None) -> str:
         return module if module.startswith(f"{component}.") else f"{component}.{module}"
     if module.split(".")[0] not in COMPONENTS:
         raise ValueError(
-            f"{module!r} may be a module of any model of a pipeline, expected component= to be one of "
-            f"{list(COMPONENTS)}"
+            f"{module!r} may be a module of any model of a pipeline, expected component= (share-hf: --component) to "
+            f"be one of {list(COMPONENTS)}"
         )
     return module

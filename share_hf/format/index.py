@@ -25,6 +25,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal
 
+from peft.utils import CONFIG_NAME
+
 from ..state import Layout
 from ..state.layout import as_json, from_json
 from ..subspace import SubspaceSettings
@@ -140,6 +142,9 @@ def read_index(folder: Path) -> TreeIndex:
         ValueError: If it is damaged, was edited, or belongs to a newer format; naming what was found and expected.
     """
     path = folder / INDEX_FILE
+    if not path.is_file():
+        held = "holds an adapter" if (folder / CONFIG_NAME).is_file() else "holds no subspace"
+        raise ValueError(f"{path}: no such file, expected the folder of a shared subspace; {folder} {held}")
     content = read_json(path)
     version = content.get("format_version")
     if not isinstance(version, int) or version < 1:

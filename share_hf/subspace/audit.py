@@ -360,7 +360,7 @@ def _initialization_sentence(groups: Sequence[Sequence[str]], ungrouped: Sequenc
     if len(groups) == 1:
         who = f"{known} tasks ({_names(groups[0])})" if ungrouped else f"All {known} tasks"
         return f"{who} started from the same random A.{alike}{unknown}"
-    same = "; the same one had " + "; ".join(map(_names, shared)) if shared else ", no two from the same"
+    same = f"; these from the same one: {'; '.join(map(_names, shared))}" if shared else ", no two from the same"
     return f"{known} tasks started from {len(groups)} different random A{same}.{alike}{unknown}"
 
 

@@ -79,8 +79,8 @@ class WantedDimensions:
                 raise ValueError(f"{name} is {value!r}, expected a positive number")
         if self.is_open and len(given) != 1:
             raise ValueError(
-                f"num_components is {k!r} and pseudo_rank {p!r} with {sorted(given) or 'no target'}, expected one of "
-                "target_error and target_bytes, which says what 'auto' is to reach"
+                f"num_components is {k!r} and pseudo_rank {p!r} with {' and '.join(sorted(given)) or 'no target'}, "
+                "expected one of target_error and target_bytes, which says what 'auto' is to reach"
             )
         if given and not self.is_open:
             raise ValueError(
@@ -247,7 +247,7 @@ def _best(total: _Curves, wanted: WantedDimensions) -> ChosenDimensions:
 def _unreachable(errors: Tensor, sizes: Tensor, allowed: Tensor, wanted: WantedDimensions) -> str:
     if wanted.target_bytes is not None:
         least = int(sizes[allowed].min())
-        return f"target_bytes is {wanted.target_bytes}, but the smallest basis and rank take {least}: expected as much"
+        return f"target_bytes is {wanted.target_bytes}, expected at least the {least} of the smallest basis and rank"
     advice = "a larger max_components looks further" if wanted.num_components == "auto" else "'auto' chooses k too"
     return (
         f"target_error is {wanted.target_error:g}, but up to num_components = {wanted.limit} and pseudo_rank = "

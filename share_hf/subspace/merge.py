@@ -255,9 +255,16 @@ def _search(merge: _Merge, settings: SubspaceSettings) -> _Merged:
         if cap > limit:
             break
         candidate = candidate_of(stack, choose_directions(stack, widest, cap))
+    most = (
+        "there is room for"
+        if settings.max_components is None
+        else f"max_components = {settings.max_components} allows"
+    )
+    exact = settings.coefficient_dtype == "float32"
+    rounded = "" if exact else f"; coefficient_dtype = {settings.coefficient_dtype!r} rounds, and that counts"
     raise DriftToleranceError(
-        f"drift_tolerance is {tolerance:g}, but with {limit} components, the most that max_components = "
-        f"{settings.max_components} allows here, a task would have drifted {worst:.3g} in all"
+        f"drift_tolerance is {tolerance:g}, but with {limit} components, the most that {most} here, a task would "
+        f"have drifted {worst:.3g} in all{rounded}"
     )
 
 

@@ -18,8 +18,8 @@ def survey_sentences(report: CollectionReport) -> tuple[str, ...]:
             _of_the_curve(report),
             *map(_of_advice, report.advice if report.curve else ()),
             _of_badly_served(report),
-            _of_groups(report.duplicates, "the same adapter", "keep one of each"),
-            _of_groups(report.near_duplicates, "nearly the same adapter", "they count as several in the basis"),
+            _of_groups(report.duplicates, "The same adapter", "Keep one of each"),
+            _of_groups(report.near_duplicates, "Nearly the same adapter", "They count as several in the basis"),
         )
         if sentence
     )
@@ -45,7 +45,7 @@ def _of_the_curve(report: CollectionReport) -> str:
 def _of_advice(advice: Advice) -> str:
     target = f"a mean error of {advice.target_error:g}"
     if advice.num_components is None:
-        return f"For {target} no k of the curve is enough."
+        return f"No k of the curve is enough for {target}."
     return (
         f"For {target} take k = {advice.num_components} and p = {advice.pseudo_rank}: error {advice.error:.2g}, "
         f"{_size(advice.bytes)} in all."
@@ -68,7 +68,7 @@ def _of_groups(groups: Sequence[Sequence[str]], what: str, advice: str) -> str:
         return ""
     shown = "; ".join(_names(group) for group in groups[:_SHOWN])
     more = f"; and {len(groups) - _SHOWN} more groups" if len(groups) > _SHOWN else ""
-    return f"Of {what}: {shown}{more}. {advice[0].upper()}{advice[1:]}."
+    return f"{what}: {shown}{more}. {advice}."
 
 
 def _names(tasks: Sequence[str]) -> str:

@@ -41,7 +41,7 @@ def base_model_for(base: str | Path, info: TaskInfo, *, token: str | bool | None
         token: For the hub.
 
     Raises:
-        ValueError: If it is not known which class the model has.
+        ValueError: If there is no such model, or it is not known which class it has.
     """
     options: dict[str, Any] = {"token": token}
     of_labels = info.target.get("task_type") in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS)
@@ -51,7 +51,10 @@ def base_model_for(base: str | Path, info: TaskInfo, *, token: str | bool | None
         names = list(info.labels) if known else [f"LABEL_{i}" for i in range(labels)]
         options["id2label"] = dict(enumerate(names))
         options["label2id"] = {name: i for i, name in enumerate(names)}
-    config = AutoConfig.from_pretrained(base, **options)
+    try:
+        config = AutoConfig.from_pretrained(base, **options)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{base}: no base model that transformers can load ({error})") from error
     classes = [_AUTO_CLASSES.get(info.target.get("task_type")), *(config.architectures or ())]
     model_class = next((found for name in classes if name and (found := getattr(transformers, name, None))), None)
     if model_class is None:
@@ -101,4 +104,6 @@ def save_tokenizer_of(base: str | Path, folder: Path, *, token: str | bool | Non
     except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
         logger.info("%s: no tokenizer could be read from it (%s), the merged model has none.", base, error)
         return
-    tokenizer.save_pretrained(folder)
+    # Of a folder without one, transformers makes a tokenizer that knows its special tokens alone.
+    if not set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        tokenizer.save_pretrained(folder)

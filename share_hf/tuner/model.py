@@ -119,11 +119,8 @@ class ShareModel(BaseTuner):
     def _tell_smaller_layers(self, model: nn.Module, config: ShareConfig, layers_before: set[str]) -> None:
         """Log one line about fresh layers without room for k directions; a stored basis is no news."""
         layers = {} if self._stored.bases else share_layers(model)
-        shapes = {
-            name: (layer.out_features, layer.in_features)
-            for name, layer in layers.items()
-            if name not in layers_before
-        }
+        fresh = [name for name in layers if name not in layers_before]
+        shapes = {name: (layers[name].out_features, layers[name].in_features) for name in fresh}
         if (line := smaller_layers(shapes, config.num_components)) is not None:
             logger.warning_once(line)
 
@@ -393,20 +390,16 @@ class ShareModel(BaseTuner):
         beams = kwargs.get("num_beams") or 1
         for_beams = [name for name in adapter_names for _ in range(beams)]
         # The encoder of an encoder-decoder model runs before samples are repeated for the beams.
-        encoder = (
-            self.model.get_encoder() if beams > 1 and getattr(self.model.config, "is_encoder_decoder", False) else None
-        )
+        has_encoder = beams > 1 and getattr(self.model.config, "is_encoder_decoder", False)
+        encoder = self.model.get_encoder() if has_encoder else None
         in_encoder = {id(module) for module in encoder.modules()} if encoder is not None else set()
         handles = []
         try:
             for module in self.modules():
                 if isinstance(module, (ShareLayer, AuxiliaryTrainingWrapper)):
                     names = list(adapter_names) if id(module) in in_encoder else for_beams
-                    handles.append(
-                        module.register_forward_pre_hook(
-                            partial(_pass_adapter_names, adapter_names=names), with_kwargs=True
-                        )
-                    )
+                    hook = partial(_pass_adapter_names, adapter_names=names)
+                    handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             yield
         finally:
             for handle in handles:

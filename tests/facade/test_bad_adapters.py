@@ -125,7 +125,7 @@ def test_where_none_can_be_used_nothing_is_made(tmp_path: Path, build: Callable[
     adapters = {name: write_adapter(tmp_path / name, seed) for seed, name in enumerate("ab")}
     for folder in adapters.values():
         truncate(folder)
-    with pytest.raises(ValueError, match="2 of 2 adapters cannot be used\n"):
+    with pytest.raises(ValueError, match="2 of 2 adapters cannot be used:\n"):
         build(adapters, skip_bad=True)
     with pytest.raises(ValueError, match="not a readable safetensors file"):
         build({"a": adapters["a"]}, skip_bad=True)

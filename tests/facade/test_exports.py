@@ -13,7 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, LlamaForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from share_hf import SharedSubspace
 from share_hf.cli import main, parse
@@ -248,6 +256,15 @@ class TestMergedModels:
         assert model.dtype == torch.bfloat16
         head = heads.state.tasks["two"].head["classifier.weight"]
         assert torch.equal(model.classifier.weight.float(), head.bfloat16().float())
+        assert not [*(tmp_path / "merged").glob("*token*")]  # there was none to bring
+
+    def test_the_tokenizer_of_the_base_model_comes_along(
+        self, three: SharedSubspace, base: Path, tmp_path: Path
+    ) -> None:
+        words = Tokenizer(WordLevel({"<unk>": 0, "good": 1, "film": 2}, unk_token="<unk>"))
+        PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(base)
+        three.export_merged("mrpc", base, tmp_path / "merged")
+        assert AutoTokenizer.from_pretrained(tmp_path / "merged")("film")["input_ids"] == [2]
 
     def test_what_is_in_the_way_is_refused_before_anything_is_read(
         self, three: SharedSubspace, tmp_path: Path

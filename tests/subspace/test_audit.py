@@ -442,8 +442,8 @@ def report_of(
         (
             (("a", "d", "e"), ("b",), ("c", "f")),
             ("g", "h"),
-            "6 tasks started from 3 different random A; the same one had a, d and e; c and f. This alone makes their "
-            "input directions alike. That of g and h is not known.",
+            "6 tasks started from 3 different random A; these from the same one: a, d and e; c and f. This alone "
+            "makes their input directions alike. That of g and h is not known.",
         ),
         ((("a",),), ("b",), "One random A is known, that of a. That of b is not known."),
         ((("a",),), (), "One random A is known, that of a."),
@@ -455,8 +455,8 @@ def report_of(
         (
             (tuple("abcdefghijk"), ("z",)),
             (),
-            "12 tasks started from 2 different random A; the same one had a, b, c, d, e, f, g, h and 3 more. This "
-            "alone makes their input directions alike.",
+            "12 tasks started from 2 different random A; these from the same one: a, b, c, d, e, f, g, h and 3 more. "
+            "This alone makes their input directions alike.",
         ),
     ],
 )

@@ -123,7 +123,7 @@ def test_the_bytes_are_spent_on_the_smallest_error(stream: Stream, part: float) 
     wanted = WantedDimensions("auto", "auto", target_bytes=budget, max_components=limit)
     if budget < least:
         with pytest.raises(
-            ValueError, match=f"target_bytes is {budget}, but the smallest basis and rank take {least}"
+            ValueError, match=f"target_bytes is {budget}, expected at least the {least} of the smallest"
         ):
             choose_dimensions(updates, wanted, stream.settings)
         return
@@ -214,7 +214,7 @@ def test_the_module_of_a_broken_update_is_named() -> None:
     [
         ({"num_components": "auto"}, "with no target, expected one of target_error and target_bytes"),
         ({"pseudo_rank": "auto"}, "with no target"),
-        ({"num_components": "auto", "target_error": 0.1, "target_bytes": 9}, r"\['target_bytes', 'target_error'\]"),
+        ({"num_components": "auto", "target_error": 0.1, "target_bytes": 9}, "with target_bytes and target_error,"),
         ({"target_error": 0.1}, "target_error is given with num_components = 32 and pseudo_rank = 8"),
         ({"num_components": "all", "target_error": 0.1}, "num_components is 'all', expected a positive integer or"),
         ({"pseudo_rank": "", "target_error": 0.1}, "pseudo_rank is '', expected"),
