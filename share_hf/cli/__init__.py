@@ -38,6 +38,9 @@ from .editing_arguments import (
 FAILED, INTERRUPTED = 1, 130
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a quota, a limit on the length of files
 
+# Commands that the processes of a launcher do together; others are done by the first alone.
+DIVIDED = ("init", "add", "refit")
+
 Commands = dict[str, argparse.ArgumentParser]
 
 
@@ -48,9 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Its name and arguments; those of the process if not given.
 
     Returns:
-        Exit code: 0, 1 if the command failed, 130 if it was interrupted. Wrong arguments exit with 2.
+        Exit code: 0, 1 if the command failed, 130 if it was interrupted. Wrong arguments exit with 2. Of the processes
+        of a launcher, the first alone prints.
     """
     args = parse(sys.argv[1:] if argv is None else argv)
+    if not is_first() and args.command not in DIVIDED:
+        return 0
     debug = args.debug or os.environ.get("SHARE_HF_DEBUG", "0") not in ("", "0")
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
@@ -72,7 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, OSError) and error.errno in _NO_ROOM:
             message += "; nothing has changed, make room there, and run the command again"
         return _fail(message, FAILED, as_json=args.json)
-    _print(json.dumps(outcome.facts, indent=2) if args.json else outcome.text)
+    if is_first():
+        _print(json.dumps(outcome.facts, indent=2) if args.json else outcome.text)
     return 0
 
 
@@ -318,7 +325,24 @@ _COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]]
 }
 
 
+def is_launched() -> bool:
+    """Whether a launcher started this process and others (torchrun, accelerate, or one of MPI)."""
+    return _of_launcher("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE") not in (None, "1")
+
+
+def is_first() -> bool:
+    """Whether this process is the first of its launcher, or alone. Torch, which knows it too, is not waited for."""
+    rank = _of_launcher("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+    return not is_launched() or rank in (None, "0")
+
+
+def _of_launcher(*names: str) -> str | None:
+    return next((os.environ[name] for name in names if name in os.environ), None)
+
+
 def _fail(message: str, code: int, *, as_json: bool) -> int:
+    if not is_first():
+        return code
     print(f"error: {message}", file=sys.stderr)
     if as_json:
         _print(json.dumps({"error": message}))
