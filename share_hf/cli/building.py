@@ -140,7 +140,7 @@ def _inputs(args: Namespace, places: Mapping[str, str]) -> dict[str, Any]:
     return {
         "arguments": {name: value for name, value in given.items() if name not in ("adapters", "originals")},
         "tree": sha256_of(index) if index.is_file() else None,
-        "adapters": {name: _stamps(place, args.token) for name, place in places.items()},
+        "adapters": [[name, _stamps(place, args.token)] for name, place in places.items()],  # their order counts
         "libraries": {"share_hf": __version__, "torch": torch.__version__},
     }
 
