@@ -13,6 +13,7 @@ import pytest
 
 from share_hf.cli import main
 from tests.collections_on_disk import scale, write_collection
+from tests.continual.test_full_disk import Disk, disk
 from tests.test_cli import SMALL, Output, as_before, share
 from tests.trees import files_of
 
@@ -104,3 +105,14 @@ def test_a_refused_build_keeps_nothing(share: Callable[..., Output], places: lis
     assert (code, out) == (1, "")
     assert "task1" in err
     assert sorted(path.name for path in Path().iterdir()) == ["loras"]
+
+
+def test_what_is_kept_takes_no_room_from_the_tree(disk: Disk, share: Callable[..., Output], places: list[str]) -> None:
+    argv = [*places, *SMALL]
+    sizes = [len(content) + -len(content) % 4096 for content in whole(["init", "other", *argv]).values()]
+    disk.fill(sizes, 1.15)
+    tree = disk.folder / "sub"
+    code, _, err = share("init", str(tree), *argv)
+    assert (code, err) == (0, "")
+    assert files_of(tree) == files_of(Path("other"))
+    assert {path.name for path in disk.folder.iterdir()} <= {"ballast", "sub"}

@@ -326,17 +326,20 @@ _COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]]
 
 
 def is_launched() -> bool:
-    """Whether a launcher started this process and others (torchrun, accelerate, or one of MPI)."""
-    return _of_launcher("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE") not in (None, "1")
+    """Whether a launcher started this process and others: torchrun, accelerate, or one of MPI."""
+    # Some clusters set WORLD_SIZE for every program, but LOCAL_RANK is a launcher's.
+    size = _first_set(("WORLD_SIZE",) if "LOCAL_RANK" in os.environ else (), "SIZE")
+    return size not in (None, "1")
 
 
 def is_first() -> bool:
     """Whether this process is the first of its launcher, or alone. Torch, which knows it too, is not waited for."""
-    rank = _of_launcher("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
-    return not is_launched() or rank in (None, "0")
+    return not is_launched() or _first_set(("RANK",), "RANK") in (None, "0")
 
 
-def _of_launcher(*names: str) -> str | None:
+def _first_set(names: Sequence[str], of_mpi: str) -> str | None:
+    """The first of these variables that is set, or that of an MPI."""
+    names = [*names, *(f"{mpi}_{of_mpi}" for mpi in ("PMI", "OMPI_COMM_WORLD", "MV2_COMM_WORLD"))]
     return next((os.environ[name] for name in names if name in os.environ), None)
 
 

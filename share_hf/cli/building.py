@@ -8,6 +8,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +23,7 @@ from share_hf.format.index import INDEX_FILE
 from share_hf.format.locating import find_adapter
 from share_hf.format.lock import holding
 from share_hf.format.unchanged import Stamp
-from share_hf.format.unfinished import UnfinishedBuild, hash_of
+from share_hf.format.unfinished import UnfinishedBuild
 from share_hf.subspace import Purpose, RunHere, working_by
 
 from . import is_launched
@@ -74,21 +75,22 @@ class Build:
         if purpose != "merge":
             yield from self._division.each_module(run, modules, purpose)
             return
-        kept = self._division.first(lambda: self._unfinished.modules())
-        done = [module for module in modules if hash_of(module) in kept]
-        if done and self._division.is_first:
-            _say(f"{self._folder}: goes on, {len(done)} of {len(modules)} modules are finished")
-        rest = [module for module in modules if hash_of(module) not in kept]
-        results = self._division.each_module(run, rest, purpose)
+        kept = self._division.first(lambda: {module for module in modules if self._unfinished.has(module)})
+        if kept and self._division.is_first:
+            _say(f"{self._folder}: goes on, {len(kept)} of {len(modules)} modules are finished")
+        results = self._division.each_module(run, [module for module in modules if module not in kept], purpose)
         for module in modules:
-            if hash_of(module) in kept:
-                result = self._division.first(lambda module=module: self._unfinished.read(module))
+            if module in kept:
+                result = self._division.first(partial(self._read, module))
                 yield next(run([module])) if result is None else result
                 continue
             result = next(results)
             if self._division.is_first:
                 self._unfinished.write(module, result)
             yield result
+
+    def _read(self, module: str) -> Any:
+        return self._unfinished.read(module)
 
 
 def save(subspace: SharedSubspace, args: Namespace) -> None:

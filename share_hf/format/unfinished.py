@@ -1,7 +1,8 @@
 """The modules of a build that was stopped: kept beside the folder it is for, until its tree is written.
 
 One file a module in `.<folder>.share_hf.unfinished`, as safetensors: a layer and what its merge reports. They are of
-the very inputs that `inputs.json` there names, and of no others. Only a build of that folder reads them.
+the very inputs that `inputs.json` there names, and of no others. Only a build of that folder reads them, and only if
+they have the checksum that is in their names: what a machine that went down wrote of others is made again.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import fields
 from hashlib import sha256
 from pathlib import Path
@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from ..subspace import LayerMergeReport, LayerSubspace, TaskRecords
-from .files import check_tensors, json_bytes, read_json
+from .files import check_tensors, json_bytes, read_json, sha256_of
 
 
 logger = logging.get_logger(__name__)
@@ -32,6 +32,7 @@ logger = logging.get_logger(__name__)
 Merged = tuple[LayerSubspace, LayerMergeReport]
 
 _INPUTS = "inputs.json"
+_DIGITS = 32  # of a hash, as names of files are not long everywhere
 _OF_LAYER = (
     *("basis_out", "basis_in", "coefficients_out", "coefficients_in"),
     *("spectrum_out", "spectrum_in"),
@@ -59,15 +60,18 @@ class UnfinishedBuild:
         self.is_other = self.place.exists() and self._found_inputs() != self._inputs
         if self.is_other:
             self.remove()
+        self._earlier = {path.name.partition(".")[0]: path for path in self.place.glob("*.safetensors")}
 
-    def modules(self) -> set[str]:
-        """Hashes of the names of the modules that are there, see `hash_of`."""
-        return {path.stem for path in self.place.glob("*.safetensors")}
+    def has(self, module: str) -> bool:
+        """Whether an earlier run finished a module."""
+        return _hash(module) in self._earlier
 
     def read(self, module: str) -> Merged | None:
-        """A finished module; None if its file is damaged."""
-        path = self._path(module)
+        """A module that an earlier run finished; None if its file is damaged."""
+        path = self._earlier[_hash(module)]
         try:
+            if path.name != _file_name(module, sha256_of(path)):
+                return None
             with safe_open(path, "pt") as file:
                 facts = json.loads(file.metadata()["merge"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- no mapping
@@ -83,9 +87,10 @@ class UnfinishedBuild:
         try:
             if not self.place.is_dir():
                 self.place.mkdir(parents=True)
-                _write(self.place / _INPUTS, json_bytes(self._inputs))
+                (self.place / _INPUTS).write_bytes(json_bytes(self._inputs))
             tensors, facts = _taken_apart(*merged)
-            _write(self._path(module), save(tensors, {"merge": json.dumps(facts)}))
+            content = save(tensors, {"merge": json.dumps(facts)})
+            (self.place / _file_name(module, sha256(content).hexdigest())).write_bytes(content)
         except OSError as error:
             logger.warning(f"{self.place}: no more modules are kept for a run that goes on ({error})")
             self._writes = False
@@ -101,28 +106,14 @@ class UnfinishedBuild:
         except (ValueError, OSError):
             return None
 
-    def _path(self, module: str) -> Path:
-        return self.place / f"{hash_of(module)}.safetensors"
 
-
-def hash_of(module: str) -> str:
+def _hash(module: str) -> str:
     """What the file of a module is called: names of modules may have any length."""
-    return sha256(module.encode()).hexdigest()
+    return sha256(module.encode()).hexdigest()[:_DIGITS]
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Write a file that is whole or not there, even if the machine goes down."""
-    scratch = path.with_suffix(".new")
-    try:
-        with scratch.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
-    except OSError:
-        with suppress(OSError):
-            scratch.unlink(missing_ok=True)
-        raise
+def _file_name(module: str, checksum: str) -> str:
+    return f"{_hash(module)}.{checksum[:_DIGITS]}.safetensors"
 
 
 def _taken_apart(layer: LayerSubspace, report: LayerMergeReport) -> tuple[dict[str, Tensor], dict[str, Any]]:
