@@ -90,6 +90,7 @@ class Build:
             yield result
 
     def _read(self, module: str) -> Any:
+        """A module that is finished already, on the first process, which has what is kept; None if it is damaged."""
         return self._unfinished.read(module)
 
 
