@@ -26,11 +26,11 @@ ARROWS: dict[str, set[str]] = {
     "card": {"format", "state", "subspace", "version"},
     "hub": {"card", "format", "state"},
     "tuner": {"format", "state", "subspace"},
-    "engines": {"tuner"},
+    "engines": {"subspace", "tuner"},
     "facade": BELOW_THE_FACADE,
     "shared_subspace": {*BELOW_THE_FACADE, "facade"},
     "continual": {*BELOW_THE_FACADE, "engines", "shared_subspace"},
-    "cli": {*BELOW_THE_FACADE, "shared_subspace", "continual", "version", "share_hf"},
+    "cli": {*BELOW_THE_FACADE, "engines", "shared_subspace", "continual", "version", "share_hf"},
     "share_hf": {"tuner", "version", "continual", "shared_subspace"},
 }
 LONGEST = 450

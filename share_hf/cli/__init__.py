@@ -38,6 +38,9 @@ from .editing_arguments import (
 FAILED, INTERRUPTED = 1, 130
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a quota, a limit on the length of files
 
+# Commands that the processes of a launcher do together; others are done by the first alone.
+DIVIDED = ("init", "add", "refit")
+
 Commands = dict[str, argparse.ArgumentParser]
 
 
@@ -48,9 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Its name and arguments; those of the process if not given.
 
     Returns:
-        Exit code: 0, 1 if the command failed, 130 if it was interrupted. Wrong arguments exit with 2.
+        Exit code: 0, 1 if the command failed, 130 if it was interrupted. Wrong arguments exit with 2. Of the processes
+        of a launcher, the first alone prints.
     """
     args = parse(sys.argv[1:] if argv is None else argv)
+    if not is_first() and args.command not in DIVIDED:
+        return 0
     debug = args.debug or os.environ.get("SHARE_HF_DEBUG", "0") not in ("", "0")
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
@@ -71,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, OSError) and error.errno in _NO_ROOM:
             message += "; nothing has changed, make room there, and run the command again"
         return _fail(message, FAILED, as_json=args.json)
-    _print(json.dumps(outcome.facts, indent=2) if args.json else outcome.text)
+    if is_first():
+        _print(json.dumps(outcome.facts, indent=2) if args.json else outcome.text)
     return 0
 
 
@@ -400,7 +407,27 @@ def _told(error: Exception) -> str:
     return "\n  ".join(" ".join(line.split()) for line in (title, *faults) if line.strip())
 
 
+def is_launched() -> bool:
+    """Whether a launcher started this process and others: torchrun, accelerate, or one of MPI."""
+    # Some clusters set WORLD_SIZE for every program, but LOCAL_RANK is a launcher's.
+    size = _first_set(("WORLD_SIZE",) if "LOCAL_RANK" in os.environ else (), "SIZE")
+    return size not in (None, "1")
+
+
+def is_first() -> bool:
+    """Whether this process is the first of its launcher, or alone. Torch, which knows it too, is not waited for."""
+    return not is_launched() or _first_set(("RANK",), "RANK") in (None, "0")
+
+
+def _first_set(names: Sequence[str], of_mpi: str) -> str | None:
+    """The first of these variables that is set, or that of an MPI."""
+    names = [*names, *(f"{mpi}_{of_mpi}" for mpi in ("PMI", "OMPI_COMM_WORLD", "MV2_COMM_WORLD"))]
+    return next((os.environ[name] for name in names if name in os.environ), None)
+
+
 def _fail(message: str, code: int, *, as_json: bool) -> int:
+    if not is_first():
+        return code
     print(f"error: {message}", file=sys.stderr)
     if as_json:
         _print(json.dumps({"error": message}))

@@ -8,6 +8,7 @@ from argparse import Namespace
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -19,7 +20,6 @@ from transformers.utils import logging as transformers_logging
 
 from share_hf import SharedSubspace
 from share_hf.format.index import FORMAT_VERSION, INDEX_FILE, read_index
-from share_hf.format.lock import holding
 from share_hf.format.replacing import holds, reading_whole, standing_at
 from share_hf.format.tree import expect_tree
 from share_hf.hub.branches import branch_choice
@@ -27,49 +27,48 @@ from share_hf.hub.fetch import RemoteTree, is_local
 from share_hf.state import SubspaceState
 from share_hf.subspace import SubspaceSettings, smaller_layers
 
+from . import is_first
 from .adapters import adapters_of, of_reading, with_reading
 from .auditing import audit
+from .building import building, save
 from .editing import added, export, refit, remove, rename, replace_task, undo
 from .opening import expect_no_adapter, load, naming_what_is_missing
 from .outcome import Outcome
 from .tables import count, drift, names, percent, score, size, table
 
 
-def run(args: Namespace, *, debug: bool = False) -> Outcome:
-    """Run the command that the arguments are of."""
+def run(args: Namespace, *, debug: bool = False) -> Outcome | None:
+    """Run the command that the arguments are of; None on processes of a launcher that have nothing to say."""
     if not debug:
         transformers_logging.set_verbosity_error()
         hub_logging.set_verbosity_error()
-    args.progress = not args.quiet and sys.stderr.isatty()
+    args.progress = not args.quiet and sys.stderr.isatty() and is_first()
     if not args.progress:
         disable_progress_bars()
     with _unless_printed():
         return _COMMANDS[args.command](args)
 
 
-def init(args: Namespace) -> Outcome:
+def init(args: Namespace) -> Outcome | None:
     names_of_settings = ["target_error", "target_bytes", *(field.name for field in fields(SubspaceSettings))]
     settings = {name: getattr(args, name) for name in names_of_settings}
     adapters = adapters_of(args)
-    with holding(args.folder):
+    with building(args, adapters.places) as build:
         expect_no_adapter(args.folder, "add to it with `share-hf add`")
         with naming_what_is_missing(adapters.places.values(), CONFIG_NAME):
             subspace = SharedSubspace.from_adapters(adapters.places, **settings, **of_reading(args))
-        subspace.save_pretrained(args.folder, history=args.history, keep_originals=args.keep_originals)
-    outcome = _described(subspace, str(args.folder))
-    if (chosen := subspace.chosen) is not None:
-        outcome = Outcome(f"{chosen.sentence()}\n\n{outcome.text}", {**outcome.facts, "chosen": asdict(chosen)})
-    return with_reading(outcome, replace(subspace.reading, mended=adapters.mended))
+        outcome = build.end(partial(save, subspace, args), lambda: _made(subspace, args.folder))
+    return outcome and with_reading(outcome, replace(subspace.reading, mended=adapters.mended))
 
 
-def add(args: Namespace) -> Outcome:
+def add(args: Namespace) -> Outcome | None:
     adapters = adapters_of(args)
-    with holding(args.folder):  # so that a second one begins from what this one saves
+    with building(args, adapters.places) as build:  # a second one begins from what this one saves
         subspace = SharedSubspace.from_pretrained(args.folder)
         with naming_what_is_missing(adapters.places.values(), CONFIG_NAME):
             merge = subspace.add_adapters(adapters.places, tolerance=args.tolerance, **of_reading(args))
-        subspace.save_pretrained(args.folder, history=args.history, keep_originals=args.keep_originals)
-    return with_reading(added(subspace, merge, args.folder), replace(subspace.reading, mended=adapters.mended))
+        outcome = build.end(partial(save, subspace, args), lambda: added(subspace, merge, args.folder))
+    return outcome and with_reading(outcome, replace(subspace.reading, mended=adapters.mended))
 
 
 def info(args: Namespace) -> Outcome:
@@ -179,6 +178,13 @@ def _unless_printed() -> Iterator[None]:
     finally:
         for logger, disabled in zip(loggers, before, strict=True):
             logger.disabled = disabled
+
+
+def _made(subspace: SharedSubspace, folder: Path) -> Outcome:
+    outcome = _described(subspace, str(folder))
+    if (chosen := subspace.chosen) is None:
+        return outcome
+    return Outcome(f"{chosen.sentence()}\n\n{outcome.text}", {**outcome.facts, "chosen": asdict(chosen)})
 
 
 def _format_version(folder: Path) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from tqdm.auto import tqdm
 
 from share_hf import SharedSubspace
 from share_hf.format.lock import holding
+from share_hf.format.originals import read_originals
 from share_hf.subspace import MergeReport
 
+from .building import building, save
 from .opening import expect_no_adapter, load, naming_what_is_missing
 from .outcome import Outcome
 from .tables import count, drift, names, table
@@ -86,20 +89,23 @@ def replace_task(args: Namespace) -> Outcome:
     return added(subspace, merge, args.folder, verb="replaced")
 
 
-def refit(args: Namespace) -> Outcome:
+def refit(args: Namespace) -> Outcome | None:
     """`share-hf refit`: bases built anew from the adapters that tasks came from."""
     originals = dict(args.originals)
-    with holding(args.folder):
+    with building(args, {**read_originals(args.folder), **originals}) as build:
         subspace = SharedSubspace.from_pretrained(args.folder)
         before = {task.name: task.drift for task in subspace.report().tasks}
         with naming_what_is_missing(originals.values(), CONFIG_NAME):
             subspace.refit(originals, token=args.token, progress=args.progress)
-        subspace.save_pretrained(args.folder, history=args.history, keep_originals=args.keep_originals)
+        return build.end(partial(save, subspace, args), lambda: _built_anew(subspace, before, args.folder))
+
+
+def _built_anew(subspace: SharedSubspace, before: dict[str, float], folder: Path) -> Outcome:
     tasks = subspace.report().tasks
     step = subspace.state.lineage[-1]
     rows = [(task.name, drift(before[task.name]), drift(task.drift), drift(task.drift_bound)) for task in tasks]
     whole = f"{step['from_originals']} of {count(len(tasks), 'task')}"
-    text = f"{args.folder}: built anew, {whole} from the original adapters\n\n"
+    text = f"{folder}: built anew, {whole} from the original adapters\n\n"
     facts = {
         "from_originals": step["from_originals"],
         "tasks": [{**asdict(task), "drift_before": before[task.name]} for task in tasks],

@@ -22,15 +22,18 @@ SECONDS_TO_END = 2.0  # a process that ends closes its connections a moment befo
 
 
 @contextmanager
-def naming_lost_ranks() -> Iterator[None]:
+def naming_lost_ranks(advice: str = "resume_from_checkpoint=True continues it") -> Iterator[None]:
     """Inside of it, a rank that ends is named at once, by each other rank on its machine (Linux only).
+
+    Args:
+        advice: What to do then.
 
     Raises:
         RuntimeError: Naming the rank, in place of what communication with it raises.
     """
     others = _others_on_this_machine()
     if others:
-        with _watching(others):
+        with _watching(others, advice):
             yield
     else:
         yield
@@ -60,7 +63,7 @@ def _machine() -> tuple[str, str] | None:
 
 
 @contextmanager
-def _watching(others: Mapping[int, str]) -> Iterator[None]:
+def _watching(others: Mapping[int, str], advice: str) -> Iterator[None]:
     done, set_done = os.pipe()
     lost: list[str] = []
 
@@ -71,7 +74,7 @@ def _watching(others: Mapping[int, str]) -> Iterator[None]:
         ended = [descriptor for descriptor, _ in poll.poll()]
         if done not in ended:
             names = " and ".join(others[descriptor] for descriptor in ended)
-            lost.append(f"{names} ended in the middle of the run; resume_from_checkpoint=True continues it")
+            lost.append(f"{names} ended in the middle of the run; {advice}")
             logger.error(lost[0])
 
     # A thread, as a launcher that sees a rank end stops the others soon, whatever they are at.

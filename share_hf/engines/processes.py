@@ -52,6 +52,43 @@ def on_first_process(compute: Callable[[], Value], *, known: object = None) -> V
     return _put_together(content, shared + tensors)
 
 
+def of_each_process(compute: Callable[[], Value]) -> list[Value]:
+    """What each process computes, on every process, by rank. Tensors are sent as they are, none of them pickled.
+
+    Args:
+        compute: Called on every process; its errors are those of all.
+
+    Raises:
+        Exception: What this process raises. A `RuntimeError` that names the rank and what it raises, if it is another.
+    """
+    state = PartialState()
+    if state.num_processes == 1:
+        return [compute()]
+    content, tensors, own = b"", [], None
+    try:
+        content, tensors = _taken_apart(compute())
+    except Exception as error:
+        own = error
+    layouts = [(tensor.shape, tensor.dtype, tensor.device.type) for tensor in tensors]
+    found = gather_object([(content, layouts, None if own is None else _told(own))])
+    if own is not None:
+        raise own
+    for rank, (_, _, error) in enumerate(found):
+        if error is not None:
+            raise RuntimeError(f"rank {rank}: {error}")
+    values = []
+    for rank, (theirs, layouts, _) in enumerate(found):
+        mine = rank == state.process_index
+        parts = tensors if mine else [torch.empty(shape, dtype=dtype) for shape, dtype, _ in layouts]
+        sent = [_broadcast(part, kind, rank) for part, (_, _, kind) in zip(parts, layouts, strict=True)]
+        values.append(_put_together(theirs, sent))
+    return values
+
+
+def _told(error: Exception) -> str:
+    return str(error) if isinstance(error, (ValueError, OSError, RuntimeError)) and str(error) else repr(error)
+
+
 def _taken_apart(value: object, shared: list[Tensor] | None = None) -> tuple[bytes, list[Tensor]]:
     """A value without its tensors, and those of them that are not shared already."""
     file = io.BytesIO()
@@ -92,11 +129,11 @@ class _TensorUnpickler(pickle.Unpickler):
         return self._tensors[number]
 
 
-def _broadcast(tensor: Tensor, kind: str) -> Tensor:
-    """A tensor of the first process on every process; back where it was, such as on the CPU."""
+def _broadcast(tensor: Tensor, kind: str, rank: int = 0) -> Tensor:
+    """A tensor of one process on every process; back where it was, such as on the CPU."""
     on_device = tensor.detach().to(PartialState().device).contiguous()
-    dist.broadcast(on_device, src=0)
-    return tensor if PartialState().is_main_process else on_device.to(kind)
+    dist.broadcast(on_device, src=rank)
+    return tensor if PartialState().process_index == rank else on_device.to(kind)
 
 
 def together(act: Callable[[], object]) -> None:

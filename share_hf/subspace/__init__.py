@@ -9,6 +9,7 @@ from .model import MergeReport, merge_into_layers
 from .rounding import CoefficientDtype, packed, stored_bytes, unpacked
 from .settings import BasisKind, SubspaceSettings, check_dimensions, rank_in_layer, smaller_layers
 from .sketch import SKETCH_BUCKETS, initialization_sketch, initialization_sketches
+from .threads import Purpose, RunHere, Way, working_by
 
 
 __all__ = [
@@ -25,9 +26,12 @@ __all__ = [
     "LayerSubspace",
     "LowRankUpdate",
     "MergeReport",
+    "Purpose",
+    "RunHere",
     "SubspaceSettings",
     "TaskRecords",
     "WantedDimensions",
+    "Way",
     "audit_layers",
     "audit_updates",
     "check_dimensions",
@@ -43,4 +47,5 @@ __all__ = [
     "stored_bytes",
     "thin_svd_of_update",
     "unpacked",
+    "working_by",
 ]

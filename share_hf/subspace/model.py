@@ -86,7 +86,7 @@ def merge_into_layers(
 
     merged, reports = dict(layers), {}
     with tqdm(total=len(by_module), desc="Merging", unit="layer", leave=False, disable=not progress) as bar:
-        for module, (layer, report) in zip(by_module, for_each_module(merge, by_module), strict=True):
+        for module, (layer, report) in zip(by_module, for_each_module(merge, by_module, "merge"), strict=True):
             merged[module], reports[module] = layer, report
             bar.update()
     return merged, MergeReport(tuple(updates), reports, _drift_over_layers(merged, reports))
