@@ -110,6 +110,7 @@ class SharedSubspace(Editing, Exporting):
                 What coefficients are stored in; every merge rounds them, and certifies what that changes.
             tolerance (`float`, *optional*):
                 Relative error up to which a task takes a smaller rank than p in a layer; files hold that rank alone.
+                Not the `tolerance` of [`~SharedSubspace.add_adapters`], which is about whether bases change.
             base_model (`str`, *optional*):
                 Name of the base model, where the adapters call one model by several names. Not checked.
             component (`str`, *optional*):
@@ -170,7 +171,8 @@ class SharedSubspace(Editing, Exporting):
             tolerance (`float`, *optional*):
                 Relative part ``‖ΔW - ββ^T ΔW αα^T‖ / ‖ΔW‖`` of the new tasks that a layer's basis may leave out. Where
                 it leaves out no more, the new tasks are projected and basis and old tasks stay as they are, to the
-                bit; a layer that leaves out more of any of them is merged. If not given, all are merged.
+                bit; a layer that leaves out more of any of them is merged. If not given, all are merged. Not the
+                `tolerance` of [`~SharedSubspace.from_adapters`], which sets ranks, and holds for these tasks as well.
             base_model (`str`, *optional*):
                 Name of the base model of these adapters and of the subspace, whatever they call it. Not checked.
             component (`str`, *optional*): As for [`~SharedSubspace.from_adapters`].
@@ -210,7 +212,7 @@ class SharedSubspace(Editing, Exporting):
         progress: bool,
     ) -> MergeReport:
         state = replace(self.state, base_model_name_or_path=collection.base)
-        added = with_collection(state, collection, named, token=token, tolerance=tolerance, progress=progress)
+        added = with_collection(state, collection, named, tolerance=tolerance, progress=progress)
         self._held, self._reading = added.state, collection.reading
         self._originals |= added.folders
         shapes = {module: layer.shape for module, layer in self._held.layers.items() if module not in state.layers}
@@ -230,7 +232,7 @@ class SharedSubspace(Editing, Exporting):
             ValueError: If it belongs to another base model, has other settings, or another task of a new task's name;
                 the subspace is as before.
         """
-        self._held = reconcile(*named_alike(self.state, other.state, base_model))
+        self._hold_merged(reconcile(*named_alike(self.state, other.state, base_model)), other._originals)
 
     def apply(
         self,
@@ -307,14 +309,15 @@ class SharedSubspace(Editing, Exporting):
                 raise ValueError(f"{folder}: holds an adapter that is no shared subspace, expected another folder")
             state = with_saved(self.state, place, self._seen.get(place.resolve()))
             template = None if card_template is None else Path(card_template)
+            known = read_originals(place)
             if history is not None:
                 begin_history(place, history)
             if self._seen.get(place.resolve()) != state.lineage:
                 keep_predecessor(place)
             write_tree(state, place, card=replace(self._card, template=template))
+            self._hold_merged(state, known)
             if keep_originals or originals_file(place).is_file():
-                write_originals(place, {task: of for task, of in self._originals.items() if task in state.tasks})
-            self._held = state
+                write_originals(place, self._originals)
             self._seen[place.resolve()] = state.lineage
 
     def push_to_hub(
@@ -389,7 +392,8 @@ class SharedSubspace(Editing, Exporting):
             card_template=None if card_template is None else Path(card_template),
             max_attempts=max_attempts,
         )
-        self._held, commit = push_state(self.state, repo_id, token=token, options=options)
+        merged, commit = push_state(self.state, repo_id, token=token, options=options)
+        self._hold_merged(merged)
         self._card = replace(self._card, repo_id=repo_id)
         return commit
 

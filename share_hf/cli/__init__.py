@@ -177,7 +177,13 @@ def _add_adapters(
     add = command.add_argument
     add("--from-file", metavar="LIST", type=Path, help="More of them: a line each, # before a comment")
     add("--skip-bad", action="store_true", help="Leave out adapters that cannot be used, and say why")
-    add("--component", metavar="NAME", help="Of pipelines' LoRAs: the model that is meant, such as unet")
+    _add_component(command)
+
+
+def _add_component(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--component", metavar="NAME", help="Of pipelines' LoRAs: the model that is meant, such as unet"
+    )
 
 
 def _add_base_model(command: argparse.ArgumentParser, of: str = "Of all the adapters") -> None:
@@ -210,7 +216,12 @@ def _init(command: argparse.ArgumentParser) -> None:
     add("--explained-variance", type=float, metavar="X", help="Take the fewest directions that explain this fraction")
     add("--drift-tolerance", type=float, metavar="X", help="Largest relative drift that merges may add up to")
     add("--max-components", type=int, metavar="K", help="How far layers may grow for it, or auto looks")
-    add("--tolerance", type=float, metavar="X", help="Error up to which a task takes a smaller rank in a layer")
+    add(
+        "--tolerance",
+        type=float,
+        metavar="X",
+        help="Error up to which a task takes a smaller rank (not that of `add`)",
+    )
     add(
         "--coefficient-dtype",
         choices=("float32", "bfloat16", "4bit"),
@@ -230,11 +241,13 @@ def _add(command: argparse.ArgumentParser) -> None:
 
 def _replace(command: argparse.ArgumentParser) -> None:
     add_replace(command, located_adapter)
+    _add_component(command)
     _add_base_model(command, "Of the adapter and the subspace")
 
 
 def _refit(command: argparse.ArgumentParser) -> None:
     add_refit(command, located_adapter)
+    _add_component(command)
     add_keeping(command)
 
 

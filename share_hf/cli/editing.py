@@ -74,6 +74,7 @@ def replace_task(args: Namespace) -> Outcome:
                 place,
                 tolerance=args.tolerance,
                 base_model=args.base_model,
+                component=args.component,
                 token=args.token,
                 progress=args.progress,
             )
@@ -88,7 +89,7 @@ def refit(args: Namespace) -> Outcome:
         subspace = SharedSubspace.from_pretrained(args.folder)
         before = {task.name: task.drift for task in subspace.report().tasks}
         with naming_what_is_missing(originals.values(), CONFIG_NAME):
-            subspace.refit(originals, token=args.token, progress=args.progress)
+            subspace.refit(originals, component=args.component, token=args.token, progress=args.progress)
         subspace.save_pretrained(args.folder, history=args.history, keep_originals=args.keep_originals)
     tasks = subspace.report().tasks
     step = subspace.state.lineage[-1]

@@ -34,7 +34,8 @@ def add_tolerance(command: argparse.ArgumentParser) -> None:
         "--tolerance",
         type=float,
         metavar="X",
-        help="Project on the bases that explain a new task but for this relative part; merge the others (merge all)",
+        help="Project on the bases that explain a new task but for this relative part; merge the others (merge all); "
+        "ranks follow that of `init`",
     )
 
 

@@ -158,10 +158,31 @@ def read_collection(
 
 
 def read_loras(
-    places: Mapping[str, str | Path], *, token: str | bool | None = None, progress: bool = True
+    places: Mapping[str, str | Path],
+    *,
+    components: Mapping[str, str | None] | None = None,
+    base_model: str | None = None,
+    token: str | bool | None = None,
+    progress: bool = True,
 ) -> dict[str, LoraAdapter]:
-    """The LoRAs of `read_collection` by task name."""
-    return read_collection(NamedPlaces(dict(places)), token=token, progress=progress).loras
+    """The LoRAs of `read_collection` by task name.
+
+    Args:
+        places: As `NamedPlaces` has them.
+        components: By task name, which model of a pipeline is meant, where one is.
+        base_model: As for `read_collection`, as are `token` and `progress`.
+
+    Raises:
+        ValueError: As for `read_collection`.
+    """
+    loras: dict[str, LoraAdapter] = {}
+    of_components = {name: (components or {}).get(name) for name in places}
+    for component in dict.fromkeys(of_components.values()):
+        named = NamedPlaces({name: place for name, place in places.items() if of_components[name] == component})
+        loras |= read_collection(
+            named, base_model=base_model, component=component, token=token, progress=progress
+        ).loras
+    return loras
 
 
 def _cannot_be_used(names: Sequence[str], broken: Mapping[str, Exception], count: int) -> Exception:

@@ -59,14 +59,8 @@ def reconcile(ours: SubspaceState, theirs: SubspaceState) -> SubspaceState:
         merged = without_task(merged, task)
     if added:
         # In float64: no bound would know of what rounding the factors changes.
-        updates = {
-            task: {module: layer.update_of(task, torch.float64) for module, layer in ours.layers_of(task).items()}
-            for task in added
-        }
+        updates = {task: ours.updates_of(task, torch.float64) for task in added}
         known = hub_originals(ours.lineage)
-        # Each keeps the rank that it has: a second tolerated error would add to the first.
-        settings = merged.settings
-        merged = replace(merged, settings=replace(settings, tolerance=None))
         merged, _ = merge_tasks(
             merged,
             updates,
@@ -74,8 +68,8 @@ def reconcile(ours: SubspaceState, theirs: SubspaceState) -> SubspaceState:
             layouts=dict.fromkeys(added, ours.layouts),
             origins=added,
             originals={task: known[task] for task in added if task in known},
+            uncut=added,  # a second tolerated error would add to the first
         )
-        merged = replace(merged, settings=settings)
         merged = replace(
             merged,
             layers={

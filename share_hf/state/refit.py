@@ -58,14 +58,14 @@ def refitted(
         ValueError: As for `merge_tasks`.
         DriftToleranceError: If the tolerated drift cannot be met.
     """
-    updates: dict[str, Mapping[str, LowRankUpdate]] = {}
-    for task in state.tasks:
-        stored = {m: layer.update_of(task, torch.float64) for m, layer in state.layers_of(task).items()}
-        updates[task] = originals.get(task, stored)
-    empty = replace(state, layers={}, tasks={}, lineage=())
-    layouts = dict.fromkeys(state.tasks, state.layouts)
-    built, report = merge_tasks(empty, updates, state.tasks, layouts=layouts, progress=progress)
     kept = [task for task in state.tasks if task not in originals]
+    updates = {
+        task: originals[task] if task in originals else state.updates_of(task, torch.float64) for task in state.tasks
+    }
+    empty = replace(state, layers={}, tasks={}, layouts={}, lineage=())
+    layouts = dict.fromkeys(state.tasks, state.layouts)
+    # What is taken as stored has lost what is tolerated already.
+    built, report = merge_tasks(empty, updates, state.tasks, layouts=layouts, uncut=kept, progress=progress)
     layers = {module: with_history(layer, state.layers.get(module), kept) for module, layer in built.layers.items()}
     steps = {
         "refit": list(state.tasks),
