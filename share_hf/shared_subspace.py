@@ -170,9 +170,8 @@ class SharedSubspace(Editing, Exporting):
             adapters: As for [`~SharedSubspace.from_adapters`].
             tolerance (`float`, *optional*):
                 Relative part ``‖ΔW - ββ^T ΔW αα^T‖ / ‖ΔW‖`` of the new tasks that a layer's basis may leave out. Where
-                it leaves out no more, the new tasks are projected and basis and old tasks stay as they are, to the
-                bit; a layer that leaves out more of any of them is merged. If not given, all are merged. Not the
-                `tolerance` of [`~SharedSubspace.from_adapters`], which sets ranks, and holds for these tasks as well.
+                it leaves out no more, they are projected, and basis and old tasks stay as they are, to the bit; else
+                they are merged, as all are if not given. That of [`~SharedSubspace.from_adapters`] sets ranks.
             base_model (`str`, *optional*):
                 Name of the base model of these adapters and of the subspace, whatever they call it. Not checked.
             component (`str`, *optional*): As for [`~SharedSubspace.from_adapters`].

@@ -83,10 +83,8 @@ def _commit_of(path: Path, repo_id: str) -> str | None:
     """The commit that a file in the cache is of: it is in `models--org--repo/snapshots/<commit>`."""
     folder = repo_folder_name(repo_id=repo_id, repo_type="model")
     parts = path.parts
-    for i in range(len(parts) - 3, -1, -1):
-        if parts[i : i + 2] == (folder, "snapshots"):
-            return parts[i + 2]
-    return None
+    places = [i for i in range(2, len(parts)) if parts[i - 2 : i] == (folder, "snapshots")]
+    return parts[places[0]] if places else None
 
 
 def originals_file(tree: Path) -> Path:
