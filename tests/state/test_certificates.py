@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import pytest
@@ -20,7 +21,7 @@ from share_hf.state import (
     with_learned_coefficients,
     without_task,
 )
-from share_hf.subspace import LowRankUpdate, SubspaceSettings
+from share_hf.subspace import LayerSubspace, LowRankUpdate, SubspaceSettings
 
 from ..subspace.streams import examples
 
@@ -52,7 +53,7 @@ class History:
         self.state = self.added(self.state, 2)
 
     def normal(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, generator=self.generator, dtype=torch.float64)
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
 
     def adapter(self) -> dict[str, LowRankUpdate]:
         rank = int(torch.randint(1, 6, (), generator=self.generator))
@@ -144,6 +145,10 @@ def test_bounds_hold_after_any_steps(
     for step in steps:
         history.do(step)
         history.check()
+
+
+def ranks_of(layer: LayerSubspace) -> Iterator[tuple[str, int]]:
+    return zip(layer.tasks, layer.ranks.tolist(), strict=True)
 
 
 def test_a_tolerated_rank_is_not_cut_again_by_a_refit_of_others() -> None:
