@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -126,6 +127,37 @@ def test_two_writers_end_with_bounds_that_hold(
     assert_same_state(loaded.state, theirs.state)
     assert loaded.state.layouts["image"] == Layout("convolution", KERNEL)
     assert_certified(loaded.state, {"uno": folders["first"], **{t: folders[t] for t in ("other", "third", "fourth")}})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "4bit"])
+def test_edits_reach_the_hub_its_branches_and_other_writers(
+    dtype: str, base: Reader, folders: dict[str, Path], hub: Hub
+) -> None:
+    settings = dict(num_components=8, pseudo_rank=4, coefficient_dtype=dtype, tolerance=0.3)
+    ours = SharedSubspace.from_adapters({task: folders[task] for task in ("first", "other")}, **settings, **QUIET)
+    ours.push_to_hub("org/kinds")
+    theirs = SharedSubspace.from_pretrained("org/kinds")
+    theirs.add_adapters({"third": folders["third"]}, tolerance=0.5, **QUIET)
+    theirs.push_to_hub("org/kinds")
+    ours.rename_task("first", "uno")
+    ours.replace_task("other", folders["fourth"], **QUIET)
+    ours.push_to_hub("org/kinds")
+    assert set(ours.tasks) == {"uno", "other", "third"}
+    ours.refit({"uno": folders["first"]}, **QUIET)
+    ours.push_to_hub("org/kinds")
+    theirs.update_from(SharedSubspace.from_pretrained("org/kinds"))
+    on_hub = SharedSubspace.from_pretrained("org/kinds")
+    for found in (theirs, on_hub):
+        assert_same_state(found.state, ours.state)
+    there = {"uno": folders["first"], "other": folders["fourth"], "third": folders["third"]}
+    assert_certified(on_hub.state, there)
+    applied = on_hub.apply(copy.deepcopy(base))
+    for task in there:
+        branch = SharedSubspace.from_pretrained("org/kinds", revision=task)
+        by_peft = PeftModel.from_pretrained(copy.deepcopy(base), "org/kinds", revision=task)
+        applied.set_adapter(task)
+        for model in (branch.apply(copy.deepcopy(base), [task]), by_peft):
+            assert_close(output(model), output(applied))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "4bit"])
