@@ -191,9 +191,8 @@ class SharedSubspace(Editing, Exporting):
         named = named_places(adapters, self.tasks)
         collection = read_collection(
             named,
-            base=self.base_model_name_or_path,
+            into=self.state,
             base_model=base_model,
-            shapes={module: layer.shape for module, layer in self.state.layers.items()},
             component=component,
             skip_bad=skip_bad,
             token=token,

@@ -248,6 +248,22 @@ def test_a_refit_forgets_the_kind_of_a_module_that_no_task_adapts(base: Reader, 
     assert_same_state(SharedSubspace.from_pretrained(tmp_path / "tree").state, made.state)
 
 
+def test_an_adapter_of_another_kind_of_layer_is_named_with_all_broken_ones_or_left_out(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    turned = lora_of(Reader(KERNEL[::-1]), tmp_path / "turned", 1)
+    (broken := tmp_path / "broken").mkdir()
+    places = {"turned": turned, "broken": broken}
+    told = r"(?s)2 of 4 adapters .*turned: 'image' is a convolution with kernel \(2, 3\) .*broken: .*no adapter_config"
+    with pytest.raises(ValueError, match=told):
+        SharedSubspace.from_adapters({"first": folders["first"], **places, "third": folders["third"]}, **QUIET)
+    made = SharedSubspace.from_adapters({"first": folders["first"], **places}, skip_bad=True, **QUIET)
+    assert made.tasks == ("first",)
+    made.add_adapters({**places, "third": folders["third"]}, skip_bad=True, **QUIET)
+    assert made.tasks == ("first", "third")
+    assert made.reading.skipped.keys() == places.keys()
+
+
 def test_diffusers_gets_convolutions_as_kernels(base: Reader, tmp_path: Path) -> None:
     folders = [lora_of(base, tmp_path / f"lora{i}", i, target_modules=["image", "series", "head"]) for i in range(2)]
     made = SharedSubspace.from_adapters(folders, num_components=24, pseudo_rank=6, tolerance=0.2, **QUIET)

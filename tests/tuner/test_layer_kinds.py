@@ -374,7 +374,7 @@ def test_adapters_of_two_kernels_are_refused(subspace: SharedSubspace, tmp_path:
     with pytest.raises(
         ValueError,
         match=r"'image' is a convolution with kernel \(2, 3\) for task 'turned', expected a convolution with "
-        r"kernel \(3, 2\) as for the subspace",
+        r"kernel \(3, 2\) as for the others",
     ):
         subspace.add_adapters([folder], progress=False)
     assert subspace.state is held
