@@ -16,7 +16,6 @@ from transformers.utils import logging
 from .card import CardOptions, write_tree
 from .facade import Editing, Exporting
 from .facade.adding import with_collection
-from .facade.editing import check_tolerance
 from .format.base_model import named_alike
 from .format.collection import Collection as AdapterCollection
 from .format.collection import read_collection
@@ -39,6 +38,7 @@ from .state import (
 )
 from .subspace import BasisKind, CoefficientDtype, MergeReport, SubspaceSettings, smaller_layers
 from .subspace.dimensions import Auto, WantedDimensions, settled
+from .subspace.settings import check_tolerance
 from .tuner.transfer import inject_tasks
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -172,16 +171,3 @@ class Editing(HeldSubspace):
         with holding(place):
             step_back(place)
             return cls.from_pretrained(place)
-
-
-def check_tolerance(tolerance: float | None) -> None:
-    """Refuse what is no relative part of an update.
-
-    Raises:
-        ValueError: If it is not None, and no number from 0 to below 1.
-    """
-    if tolerance is None:
-        return
-    number = isinstance(tolerance, (int, float)) and not isinstance(tolerance, bool) and math.isfinite(tolerance)
-    if not number or not 0 <= tolerance < 1:
-        raise ValueError(f"tolerance is {tolerance!r}, expected None or a number of at least 0 and below 1")

@@ -15,6 +15,7 @@ from dataclasses import asdict, replace
 import torch
 
 from ..subspace import LayerSubspace, LowRankUpdate, TaskRecords
+from ..subspace.factors import product_norm
 from .edits import renamed_task
 from .layout import named
 from .lineage import Lineage, hub_originals, renamings, shared_steps, steps_of_tasks
@@ -149,11 +150,10 @@ def _same_update(ours: SubspaceState, theirs: SubspaceState, task: str) -> bool:
 
 def _distance(first: LowRankUpdate, second: LowRankUpdate) -> float:
     """``‖ΔW_1 - ΔW_2‖ / ‖ΔW_1‖`` without forming either."""
-    out = torch.cat([first.out_factor, second.out_factor], dim=1).double()
-    in_ = torch.cat([first.in_factor, -second.in_factor], dim=1).double()
-    difference = torch.linalg.qr(out).R @ torch.linalg.qr(in_).R.T
-    norm = torch.linalg.qr(first.out_factor.double()).R @ torch.linalg.qr(first.in_factor.double()).R.T
-    return float(difference.norm() / norm.norm()) if norm.any() else float(difference.norm())
+    out = torch.cat([first.out_factor, second.out_factor], dim=1)
+    in_ = torch.cat([first.in_factor, -second.in_factor], dim=1)
+    difference, norm = product_norm(out, in_), product_norm(first.out_factor, first.in_factor)
+    return float(difference / norm if norm else difference)
 
 
 def with_history(layer: LayerSubspace, origin: LayerSubspace | None, tasks: Iterable[str]) -> LayerSubspace:

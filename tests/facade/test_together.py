@@ -365,6 +365,22 @@ def test_adapters_that_call_their_base_by_other_names_are_refitted(tmp_path: Pat
     assert made.base_model_name_or_path == "org/base"
 
 
+def test_a_step_back_knows_the_folders_of_before(tmp_path: Path) -> None:
+    folders = [small_lora(tmp_path / f"lora{i}", i, 1.0)[0] for i in range(3)]
+    tree = tmp_path / "tree"
+    made = SharedSubspace.from_adapters({"a": folders[0], "b": folders[1]}, **QUIET)
+    made.save_pretrained(tree, history=3, keep_originals=True)
+    before = read_originals(tree)
+    made.replace_task("a", folders[2], **QUIET)
+    made.remove_task("b")
+    made.save_pretrained(tree)
+    assert read_originals(tree) == {"a": LocalOriginal(str(folders[2]))}
+    back = SharedSubspace.undo(tree)
+    assert read_originals(tree) == before
+    back.refit(**QUIET)
+    assert back.state.lineage[-1]["from_originals"] == 2
+
+
 @pytest.mark.parametrize("where", ["subfolder", "file", "revision", "pipeline"])
 def test_places_on_the_hub_are_known_by_commit_sum_and_component(
     where: str, hub: Hub, styles: dict[str, Path], tmp_path: Path
