@@ -149,7 +149,7 @@ class SharedSubspace(Editing, Exporting):
             logger.warning(chosen.sentence())
         subspace = cls(SubspaceState(settings=settings))
         subspace.chosen = chosen
-        subspace._merge(collection, named, token=token, progress=progress)
+        subspace._merge(collection, named, progress=progress)
         return subspace
 
     def add_adapters(
@@ -198,14 +198,13 @@ class SharedSubspace(Editing, Exporting):
             token=token,
             progress=progress,
         )
-        return self._merge(collection, named, token=token, tolerance=tolerance, progress=progress)
+        return self._merge(collection, named, tolerance=tolerance, progress=progress)
 
     def _merge(
         self,
         collection: AdapterCollection,
         named: NamedPlaces,
         *,
-        token: str | bool | None,
         tolerance: float | None = None,
         progress: bool,
     ) -> MergeReport:
