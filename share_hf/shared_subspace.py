@@ -16,7 +16,6 @@ from transformers.utils import logging
 from .card import CardOptions, write_tree
 from .facade import Editing, Exporting
 from .facade.adding import with_collection
-from .facade.editing import check_tolerance
 from .format.base_model import named_alike
 from .format.collection import Collection as AdapterCollection
 from .format.collection import read_collection
@@ -33,6 +32,7 @@ from .hub.push import MAX_ATTEMPTS, BranchChoice, PushOptions, push_state
 from .state import SubspaceReport, SubspaceState, component_of, reconcile, report_of
 from .subspace import BasisKind, CoefficientDtype, MergeReport, SubspaceSettings, smaller_layers
 from .subspace.dimensions import Auto, WantedDimensions, settled
+from .subspace.settings import check_tolerance
 from .tuner.transfer import inject_tasks
 
 
@@ -106,6 +106,7 @@ class SharedSubspace(Editing, Exporting):
                 Type that coefficients are stored in; every merge rounds them, and certifies what that changes.
             tolerance (`float`, *optional*):
                 Relative error up to which a task takes a smaller rank than p in a layer; files hold that rank alone.
+                Not the `tolerance` of [`~SharedSubspace.add_adapters`], which is about whether bases change.
             base_model (`str`, *optional*):
                 Name of the base model, where the adapters call one model by several names. Not checked.
             component (`str`, *optional*):
@@ -139,7 +140,7 @@ class SharedSubspace(Editing, Exporting):
             logger.warning(chosen.sentence())
         subspace = cls(SubspaceState(settings=settings))
         subspace.chosen = chosen
-        subspace._merge(collection, named, token=token, progress=progress)
+        subspace._merge(collection, named, progress=progress)
         return subspace
 
     def add_adapters(
@@ -160,8 +161,8 @@ class SharedSubspace(Editing, Exporting):
             adapters: As for [`~SharedSubspace.from_adapters`].
             tolerance (`float`, *optional*):
                 Relative part ``‖ΔW - ββ^T ΔW αα^T‖ / ‖ΔW‖`` of the new tasks that a layer's basis may leave out. Where
-                it leaves out no more, the new tasks are projected and basis and old tasks stay as they are, to the
-                bit; a layer that leaves out more of any of them is merged. If not given, all are merged.
+                it leaves out no more, they are projected, and basis and old tasks stay as they are, to the bit; else
+                they are merged, as all are if not given. That of [`~SharedSubspace.from_adapters`] sets ranks.
             base_model (`str`, *optional*):
                 Name of the base model of these adapters and of the subspace, whatever they call it. Not checked.
             component (`str`, *optional*): As for [`~SharedSubspace.from_adapters`].
@@ -181,27 +182,25 @@ class SharedSubspace(Editing, Exporting):
         named = named_places(adapters, self.tasks)
         collection = read_collection(
             named,
-            base=self.base_model_name_or_path,
+            into=self.state,
             base_model=base_model,
-            shapes={module: layer.shape for module, layer in self.state.layers.items()},
             component=component,
             skip_bad=skip_bad,
             token=token,
             progress=progress,
         )
-        return self._merge(collection, named, token=token, tolerance=tolerance, progress=progress)
+        return self._merge(collection, named, tolerance=tolerance, progress=progress)
 
     def _merge(
         self,
         collection: AdapterCollection,
         named: NamedPlaces,
         *,
-        token: str | bool | None,
         tolerance: float | None = None,
         progress: bool,
     ) -> MergeReport:
         state = replace(self.state, base_model_name_or_path=collection.base)
-        added = with_collection(state, collection, named, token=token, tolerance=tolerance, progress=progress)
+        added = with_collection(state, collection, named, tolerance=tolerance, progress=progress)
         self._held, self._reading = added.state, collection.reading
         self._originals |= added.folders
         shapes = {module: layer.shape for module, layer in self._held.layers.items() if module not in state.layers}
@@ -221,7 +220,7 @@ class SharedSubspace(Editing, Exporting):
             ValueError: If it belongs to another base model, has other settings, or another task of a new task's name;
                 the subspace is as before.
         """
-        self._held = reconcile(*named_alike(self.state, other.state, base_model))
+        self._hold_merged(reconcile(*named_alike(self.state, other.state, base_model)), other._originals)
 
     def apply(
         self,
@@ -298,14 +297,15 @@ class SharedSubspace(Editing, Exporting):
                 raise ValueError(f"{folder}: holds an adapter that is no shared subspace, expected another folder")
             state = with_saved(self.state, place, self._seen.get(place.resolve()))
             template = None if card_template is None else Path(card_template)
+            known = read_originals(place)
             if history is not None:
                 begin_history(place, history)
             if self._seen.get(place.resolve()) != state.lineage:
                 keep_predecessor(place)
             write_tree(state, place, card=replace(self._card, template=template))
+            self._hold_merged(state, known)
             if keep_originals or originals_file(place).is_file():
-                write_originals(place, {task: of for task, of in self._originals.items() if task in state.tasks})
-            self._held = state
+                write_originals(place, self._originals)
             self._seen[place.resolve()] = state.lineage
 
     def push_to_hub(
@@ -380,7 +380,8 @@ class SharedSubspace(Editing, Exporting):
             card_template=None if card_template is None else Path(card_template),
             max_attempts=max_attempts,
         )
-        self._held, commit = push_state(self.state, repo_id, token=token, options=options)
+        merged, commit = push_state(self.state, repo_id, token=token, options=options)
+        self._hold_merged(merged)
         self._card = replace(self._card, repo_id=repo_id)
         return commit
 

@@ -206,7 +206,13 @@ def _add_adapters(
     add = command.add_argument
     add("--from-file", metavar="LIST", type=Path, help="File that lists more adapters, one a line; # begins a comment")
     add("--skip-bad", action="store_true", help="Leave out adapters that cannot be used, and say why")
-    add("--component", metavar="NAME", help="Model of a diffusion pipeline that the LoRAs are for, such as unet")
+    _add_component(command)
+
+
+def _add_component(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--component", metavar="NAME", help="Model of a diffusion pipeline that the LoRAs are for, such as unet"
+    )
 
 
 def _add_base_model(command: argparse.ArgumentParser, of: str = "all the adapters") -> None:
@@ -263,7 +269,7 @@ def _init(command: argparse.ArgumentParser) -> None:
         "--tolerance",
         type=float,
         metavar="X",
-        help="Relative error up to which a task takes a smaller rank than P in a layer",
+        help="Relative error up to which a task takes a smaller rank than P in a layer; not that of `add`",
     )
     add(
         "--coefficient-dtype",
@@ -284,11 +290,13 @@ def _add(command: argparse.ArgumentParser) -> None:
 
 def _replace(command: argparse.ArgumentParser) -> None:
     add_replace(command, located_adapter)
+    _add_component(command)
     _add_base_model(command, "the adapter and the subspace")
 
 
 def _refit(command: argparse.ArgumentParser) -> None:
     add_refit(command, located_adapter)
+    _add_component(command)
     add_keeping(command)
 
 

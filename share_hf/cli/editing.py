@@ -82,6 +82,7 @@ def replace_task(args: Namespace) -> Outcome:
                 place,
                 tolerance=args.tolerance,
                 base_model=args.base_model,
+                component=args.component,
                 token=args.token,
                 progress=args.progress,
             )
@@ -96,7 +97,7 @@ def refit(args: Namespace) -> Outcome | None:
         subspace = SharedSubspace.from_pretrained(args.folder)
         before = {task.name: task.drift for task in subspace.report().tasks}
         with naming_what_is_missing(originals.values(), CONFIG_NAME):
-            subspace.refit(originals, token=args.token, progress=args.progress)
+            subspace.refit(originals, component=args.component, token=args.token, progress=args.progress)
         return build.end(partial(save, subspace, args), lambda: _built_anew(subspace, before, args.folder))
 
 

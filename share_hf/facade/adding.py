@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..format.collection import Collection
-from ..format.originals import split_places
+from ..format.originals import LocalOriginal, split_places
 from ..format.places import NamedPlaces
 from ..state import SubspaceState, merge_tasks
 from ..subspace import MergeReport
@@ -18,12 +18,12 @@ class Added:
     Args:
         state: With the new tasks.
         report: The drift of every task.
-        folders: By new task, the folder on this machine that it came from.
+        folders: By new task, the adapter on this machine that it came from.
     """
 
     state: SubspaceState
     report: MergeReport
-    folders: dict[str, str]
+    folders: dict[str, LocalOriginal]
 
 
 def with_collection(
@@ -31,7 +31,6 @@ def with_collection(
     collection: Collection,
     named: NamedPlaces,
     *,
-    token: str | bool | None = None,
     tolerance: float | None = None,
     progress: bool = False,
 ) -> Added:
@@ -41,7 +40,6 @@ def with_collection(
         state: Not changed.
         collection: The adapters.
         named: Where they were read.
-        token: For the hub.
         tolerance: As for `merge_tasks`.
         progress: Whether to show a progress bar.
 
@@ -49,8 +47,7 @@ def with_collection(
         ValueError: As for `merge_tasks`, or if an adapter changed while it was read.
         DriftToleranceError: If the tolerated drift cannot be met.
     """
-    components = {task: lora.component for task, lora in collection.loras.items()}
-    on_hub, folders = split_places({task: named.places[task] for task in components}, components, token=token)
+    on_hub, folders = split_places(named.places, collection.loras)
     merged, report = merge_tasks(
         state,
         collection.updates,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -60,6 +59,7 @@ class Editing(HeldSubspace):
         *,
         tolerance: float | None = None,
         base_model: str | None = None,
+        component: str | None = None,
         token: str | bool | None = None,
         progress: bool = True,
     ) -> MergeReport:
@@ -71,7 +71,7 @@ class Editing(HeldSubspace):
         Args:
             name (`str`): A task of the subspace.
             adapter (`str`): Folder or hub id of a plain LoRA.
-            tolerance: As for [`~SharedSubspace.add_adapters`], as are `base_model`, `token` and `progress`.
+            tolerance: As for [`~SharedSubspace.add_adapters`], as are `base_model`, `component`, `token`, `progress`.
 
         Returns:
             [`~share_hf.subspace.MergeReport`]: The drift of every task, layer by layer.
@@ -84,8 +84,14 @@ class Editing(HeldSubspace):
         without = replace(without_task(before, name), metrics=without_scores(before.metrics, [name]))
         others = type(self)(without)
         report = others.add_adapters(
-            {name: adapter}, tolerance=tolerance, base_model=base_model, token=token, progress=progress
+            {name: adapter},
+            tolerance=tolerance,
+            base_model=base_model,
+            component=component,
+            token=token,
+            progress=progress,
         )
+        self._reading = others.reading
         self._held = replace(others.state, default_task=before.default_task)
         self._originals = {task: of for task, of in self._originals.items() if task != name} | others._originals
         return report
@@ -94,6 +100,7 @@ class Editing(HeldSubspace):
         self,
         originals: Mapping[str, str | os.PathLike] | None = None,
         *,
+        component: str | None = None,
         token: str | bool | None = None,
         progress: bool = True,
     ) -> MergeReport:
@@ -107,6 +114,8 @@ class Editing(HeldSubspace):
         Args:
             originals (`Mapping[str, str]`, *optional*): Folder or hub id of the adapter by task, of those that are not
                 known or elsewhere by now.
+            component (`str`, *optional*):
+                The model of a pipeline that is meant in the files of `originals` that have LoRAs of several.
             token (`str` or `bool`, *optional*): User access token of the hub.
             progress (`bool`, *optional*, defaults to `True`): Whether to show progress bars.
 
@@ -127,9 +136,13 @@ class Editing(HeldSubspace):
             raise ValueError(
                 f"no original of any task is known, expected the adapters of some to be named: {listing(state.tasks)}"
             )
-        named = {**folders, **given}
-        places = {task: place if isinstance(place, str) else Path(place) for task, place in named.items()}
-        loras = read_loras(places, token=token, progress=progress)
+        known = {task: original for task, original in folders.items() if task not in given}
+        components = {task: original.component for task, original in known.items()} | dict.fromkeys(given, component)
+        places = {task: original.place for task, original in known.items()}
+        places |= {task: place if isinstance(place, str) else Path(place) for task, place in given.items()}
+        loras = read_loras(
+            places, components=components, base_model=self.base_model_name_or_path, token=token, progress=progress
+        )
         for task, of in on_hub.items():
             if task not in loras:
                 loras[task] = read_original(of, token=token)
@@ -158,16 +171,3 @@ class Editing(HeldSubspace):
         with holding(place):
             step_back(place)
             return cls.from_pretrained(place)
-
-
-def check_tolerance(tolerance: float | None) -> None:
-    """Refuse what is no relative part of an update.
-
-    Raises:
-        ValueError: If it is not None, and no number from 0 to below 1.
-    """
-    if tolerance is None:
-        return
-    number = isinstance(tolerance, (int, float)) and not isinstance(tolerance, bool) and math.isfinite(tolerance)
-    if not number or not 0 <= tolerance < 1:
-        raise ValueError(f"tolerance is {tolerance!r}, expected None or a number of at least 0 and below 1")

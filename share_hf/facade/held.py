@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -10,8 +10,9 @@ from pathlib import Path
 from ..card import CardOptions
 from ..format.collection import Reading
 from ..format.names import listing
+from ..format.originals import LocalOriginal
 from ..hub.fetch import RemoteTree
-from ..state import Lineage, SubspaceState
+from ..state import Lineage, SubspaceState, steps_of_tasks
 from ..subspace import SubspaceSettings
 from ..subspace.dimensions import ChosenDimensions
 
@@ -26,7 +27,7 @@ class HeldSubspace:
         self._card = CardOptions()
         self._reading = Reading()
         self._seen: dict[Path, Lineage] = {}  # by folder, what this subspace knows to be there
-        self._originals: dict[str, str] = {}  # by task, the folder on this machine that it came from
+        self._originals: dict[str, LocalOriginal] = {}  # by task, the adapter on this machine that it came from
 
     @property
     def state(self) -> SubspaceState:
@@ -63,6 +64,25 @@ class HeldSubspace:
             self._rest.fetch(more)
             self._held = self._rest.read([*self._held.tasks, *more])
         return self._held
+
+    def _hold_merged(self, state: SubspaceState, known: Mapping[str, LocalOriginal] | None = None) -> None:
+        """Hold what a merge with another writer's tasks came to.
+
+        Where that writer put something else in the place of a task, the adapter that ours came from is not its own.
+
+        Args:
+            state: What it came to.
+            known: The adapters on this machine that the other writer's tasks came from.
+        """
+        steps, before = steps_of_tasks(state.lineage), steps_of_tasks(self._held.lineage)
+        theirs = {task: original for task, original in (known or {}).items() if task not in self._held.tasks}
+        ours = {
+            task: original
+            for task, original in self._originals.items()
+            if steps.get(task, [])[-1:] == before.get(task, [])[-1:]
+        }
+        self._originals = {task: original for task, original in (theirs | ours).items() if task in state.tasks}
+        self._held = state
 
     def _check_known(self, task: str) -> None:
         if task not in self.tasks:

@@ -14,8 +14,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from ..state import Layout, TaskInfo, initializations_of
-from ..subspace import LowRankUpdate
+from ..state import Layout, SubspaceState, TaskInfo, initializations_of
+from ..state.layout import named as named_layout
+from ..subspace import LayerSubspace, LowRankUpdate
 from .base_model import base_name, common_base, of_another_base
 from .lora import LoraAdapter, StoredUpdates, read_lora
 from .pipelines import of_other_components
@@ -104,9 +105,8 @@ class Collection:
 def read_collection(
     named: NamedPlaces,
     *,
-    base: str | None = None,
+    into: SubspaceState | None = None,
     base_model: str | None = None,
-    shapes: Mapping[str, tuple[int, int]] | None = None,
     component: str | None = None,
     skip_bad: bool = False,
     token: str | bool | None = None,
@@ -116,21 +116,25 @@ def read_collection(
 
     Args:
         named: Folders, files or hub ids by task name.
-        base: Name of the base model that they are to have; that of the first if not given.
+        into: The subspace that they are to be added to, whose base model, modules and kinds of layers they must have;
+            those of the first if not given.
         base_model: Name of their base model, whatever they call it; not checked.
-        shapes: By module of that model, outputs and inputs where they are known.
         component: Which model of a pipeline is meant, as for `read_lora`.
         skip_bad: Whether those that cannot be used are left out; else one is enough for an error.
         token: For the hub.
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: As for `read_lora`, or if an adapter has another base model, another component or other shapes;
+        ValueError: As for `read_lora`, or if an adapter has another base model, another component, other shapes or
+            kinds of layers;
             where several cannot be used, naming each of them and what ails it. Also if none can be used.
     """
     if base_model is not None and (not isinstance(base_model, str) or base_name(base_model) is None):
         raise ValueError(f"base_model is {base_model!r}, expected an id on the hub or a folder")
     places = named.places
+    layers, layouts, base = (
+        ({}, {}, None) if into is None else (into.layers, into.layouts, into.base_model_name_or_path)
+    )
     loras: dict[str, LoraAdapter] = {}
     broken: dict[str, Exception] = {}
     for name, place in tqdm(
@@ -142,8 +146,8 @@ def read_collection(
             if isinstance(error, LocalEntryNotFoundError) and not is_offline_mode():
                 raise  # of the network: it would be wrong with all of them, after a while each
             broken[name] = error
-    broken |= _of_other_components(loras, shapes or {})
-    broken |= _of_other_shapes(_without(loras, broken), shapes or {})
+    broken |= _of_other_components(loras, layers)
+    broken |= _of_other_layers(_without(loras, broken), layers, layouts)
     if base_model is None:
         broken |= _of_other_bases(_without(loras, broken), base)
     if broken and (not skip_bad or len(broken) == len(places)):
@@ -159,10 +163,31 @@ def read_collection(
 
 
 def read_loras(
-    places: Mapping[str, str | Path], *, token: str | bool | None = None, progress: bool = True
+    places: Mapping[str, str | Path],
+    *,
+    components: Mapping[str, str | None] | None = None,
+    base_model: str | None = None,
+    token: str | bool | None = None,
+    progress: bool = True,
 ) -> dict[str, LoraAdapter]:
-    """The LoRAs of `read_collection` by task name."""
-    return read_collection(NamedPlaces(dict(places)), token=token, progress=progress).loras
+    """The LoRAs of `read_collection` by task name.
+
+    Args:
+        places: As `NamedPlaces` has them.
+        components: By task name, which model of a pipeline is meant, where one is.
+        base_model: As for `read_collection`, as are `token` and `progress`.
+
+    Raises:
+        ValueError: As for `read_collection`.
+    """
+    loras: dict[str, LoraAdapter] = {}
+    of_components = {name: (components or {}).get(name) for name in places}
+    for component in dict.fromkeys(of_components.values()):
+        named = NamedPlaces({name: place for name, place in places.items() if of_components[name] == component})
+        loras |= read_collection(
+            named, base_model=base_model, component=component, token=token, progress=progress
+        ).loras
+    return loras
 
 
 def _cannot_be_used(names: Sequence[str], broken: Mapping[str, Exception], count: int) -> Exception:
@@ -205,18 +230,25 @@ def _of_other_bases(loras: Mapping[str, LoraAdapter], base: str | None) -> dict[
     return wrong
 
 
-def _of_other_shapes(loras: Mapping[str, LoraAdapter], shapes: Mapping[str, tuple[int, int]]) -> dict[str, Exception]:
-    """Adapters with an update of another shape than the layer, or than that of the first adapter."""
-    known, wrong = dict(shapes), {}
+def _of_other_layers(
+    loras: Mapping[str, LoraAdapter], layers: Mapping[str, LayerSubspace], layouts: Mapping[str, Layout]
+) -> dict[str, Exception]:
+    """Adapters with an update of another shape than the layer, or of another kind of layer, or than the first's."""
+    known = {module: (layer.shape, layouts.get(module)) for module, layer in layers.items()}
+    wrong: dict[str, Exception] = {}
     for name, lora in loras.items():
-        own = lora.shapes
-        other = next((module for module, shape in own.items() if known.get(module, shape) != shape), None)
+        own = {module: (shape, lora.layouts.get(module)) for module, shape in lora.shapes.items()}
+        other = next((module for module, layer in own.items() if known.get(module, layer) != layer), None)
         if other is None:
             known |= own
+            continue
+        (found, kind), (expected, expected_kind) = own[other], known[other]
+        if found != expected:
+            message = f"{other!r}: the update of task {name!r} is {found}, the layer is {expected}"
         else:
-            wrong[name] = ValueError(
-                f"{other!r}: the update of task {name!r} is {own[other]}, the layer is {known[other]}"
-            )
+            kinds = named_layout(kind), named_layout(expected_kind)
+            message = f"{other!r} is a {kinds[0]} for task {name!r}, expected a {kinds[1]} as for the others"
+        wrong[name] = ValueError(message)
     return wrong
 
 

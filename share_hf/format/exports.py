@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from ..state import SubspaceState
+from ..state import SubspaceState, of_experts
 from ..subspace.combining import weighted_sum
 from .files import tensor_bytes
 from .lora import LoraAdapter
+from .lora_tensors import as_tensors
 from .names import listing
 
 
@@ -80,7 +81,9 @@ def combined_lora(state: SubspaceState, weights: Mapping[str, float], rank: int 
             updates[module], norm, error = weighted_sum(layer, weights, rank)
             energy, lost = energy + norm**2, lost + error**2
     targets = [state.tasks[task].target for task in weights]
-    target: dict[str, Any] = {"target_modules": sorted(updates)}
+    layouts = {module: layout for module, layout in state.layouts.items() if module in updates}
+    # Experts have no layer of their own: `lora_files` names their parameters.
+    target: dict[str, Any] = {"target_modules": sorted(updates.keys() - of_experts(layouts))}
     for name in _KEPT_IF_EQUAL:
         values = {of_task.get(name) for of_task in targets}
         if len(values) == 1 and (value := values.pop()) is not None:
@@ -89,7 +92,7 @@ def combined_lora(state: SubspaceState, weights: Mapping[str, float], rank: int 
         updates,
         target=target,
         base_model_name_or_path=state.base_model_name_or_path,
-        layouts={module: layout for module, layout in state.layouts.items() if module in updates},
+        layouts=layouts,
     )
     return CombinedLora(adapter, (lost / energy) ** 0.5 if energy else 0.0)
 
@@ -97,8 +100,8 @@ def combined_lora(state: SubspaceState, weights: Mapping[str, float], rank: int 
 def diffusers_files(adapter: LoraAdapter, component: str | None = None) -> dict[str, bytes]:
     """The file of an adapter as the pipelines of diffusers load it, of scale 1.
 
-    A key is `<component>.<module>.lora_A.weight`. diffusers takes each module's rank from its tensor, and its alpha
-    for the same where the file names none.
+    A key is `<component>.<module>.lora_A.weight`. All have one rank, the largest of the modules'; zeros fill up
+    smaller ones: where a file names no alpha, earlier versions of diffusers take the first rank for that of all.
 
     Args:
         adapter: Without a head.
@@ -106,7 +109,8 @@ def diffusers_files(adapter: LoraAdapter, component: str | None = None) -> dict[
             are named by it already.
 
     Raises:
-        ValueError: If it is not known to which model a module belongs, or the adapter has a head.
+        ValueError: If it is not known to which model a module belongs, it is no dense layer or convolution, or the
+            adapter has a head.
     """
     if adapter.head:
         raise ValueError(
@@ -115,11 +119,13 @@ def diffusers_files(adapter: LoraAdapter, component: str | None = None) -> dict[
         )
     if component is not None and component not in COMPONENTS:
         raise ValueError(f"component is {component!r}, expected one of {list(COMPONENTS)}")
+    rank = max((update.out_factor.shape[1] for update in adapter.updates.values()), default=1)
     tensors = {}
     for module, update in adapter.updates.items():
-        name = _in_pipeline(module, component)
-        tensors[f"{name}.lora_A.weight"] = update.in_factor.T
-        tensors[f"{name}.lora_B.weight"] = update.out_factor
+        layout = adapter.layouts.get(module)
+        if layout is not None and layout.kind != "convolution":
+            raise ValueError(f"{module!r} is an {layout.kind}, which diffusers has no key for")
+        tensors |= as_tensors(_in_pipeline(module, component), update, layout, rank)
     return {DIFFUSERS_WEIGHTS: tensor_bytes({name: tensor.to(torch.float32) for name, tensor in tensors.items()})}
 
 

@@ -12,11 +12,13 @@ from pathlib import Path
 
 from .files import json_bytes, read_json, write_atomically
 from .index import INDEX_FILE, read_index
+from .originals import originals_file
 from .replacing import replacing_folder
 from .tree import written_files
 
 
 _SETTINGS = "history.json"
+_ORIGINALS = ".originals.json"  # in a predecessor's folder, what was beside it
 
 
 def history_of(tree: Path) -> Path:
@@ -55,6 +57,8 @@ def keep_predecessor(tree: Path) -> None:
     scratch = folder / "new"
     shutil.rmtree(scratch, ignore_errors=True)
     _link_files(tree, scratch)
+    if (originals := originals_file(tree)).is_file():
+        shutil.copy2(originals, scratch / _ORIGINALS)
     number = int(entries[-1].name) + 1 if entries else 1
     scratch.rename(folder / f"{number:06d}")
     for old in _entries(folder)[:-steps]:
@@ -82,6 +86,8 @@ def step_back(tree: Path) -> None:
     read_index(entries[-1])
     with replacing_folder(tree, written_files) as scratch:
         _link_files(entries[-1], scratch)
+    if (originals := entries[-1] / _ORIGINALS).is_file():  # of a replaced task, it names the adapter before
+        originals.replace(originals_file(tree))
     shutil.rmtree(entries[-1])
 
 

@@ -254,7 +254,7 @@ def _lineage(entries: Any) -> tuple[Mapping[str, Any], ...]:
 
 
 def _is_original(original: Any) -> bool:
-    """Whether this is what `originals.hub_original` notes of an adapter."""
+    """Whether this is what `originals.split_places` notes of an adapter."""
     if not isinstance(original, dict) or not all(isinstance(original.get(name), str) for name in ("place", "sha256")):
         return False
     rest = (original.get("commit"), original.get("component"))

@@ -73,6 +73,7 @@ class LoraAdapter:
         layouts: By module, how its matrix lies in its weight; without those that are dense layers.
         component: The part of a pipeline that it is of, where its file names one.
         shapes: Outputs and inputs of the layers by module, as its file has them.
+        file: Its weights on this machine; None if it was not read.
     """
 
     updates: Mapping[str, LowRankUpdate]
@@ -82,6 +83,7 @@ class LoraAdapter:
     layouts: Mapping[str, Layout] = field(default_factory=dict)
     component: str | None = None
     shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    file: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -219,6 +221,7 @@ def read_lora(
         layouts=layouts,
         component=found,
         shapes={module: (len(factors.b), factors.a.shape[1:].numel()) for module, factors in scaled.items()},
+        file=weights_path,
     )
 
 

@@ -9,29 +9,28 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.file_download import repo_folder_name
+
 from .files import json_bytes, read_json, sha256_of, write_atomically
-from .locating import Reference, find_adapter
+from .locating import Reference
 from .lora import LoraAdapter, read_lora
 
 
-def hub_original(place: str, *, revision: str | None = None, token: str | bool | None = None) -> dict[str, Any]:
-    """The commit and the checksum of an adapter on the hub whose files are in the cache.
+@dataclass(frozen=True)
+class LocalOriginal:
+    """An adapter on this machine.
 
     Args:
-        place: As for `find_adapter`, a reference to a repository.
-        revision: Where the place names none.
-        token: For the hub.
+        place: Its folder or file.
+        component: The part of a pipeline that it is of, where its file names one.
     """
-    reference = Reference.parse(place)
-    if reference is None:
-        raise ValueError(f"{place}: expected a place on the hub")
-    path = find_adapter(place, revision=revision, token=token).weights
-    commit = path.parts[path.parts.index("snapshots") + 1] if "snapshots" in path.parts else None
-    return {"place": str(replace(reference, revision=None)), "commit": commit, "sha256": sha256_of(path)}
+
+    place: str
+    component: str | None = None
 
 
 def read_original(original: Mapping[str, Any], *, token: str | bool | None = None) -> LoraAdapter:
@@ -40,33 +39,52 @@ def read_original(original: Mapping[str, Any], *, token: str | bool | None = Non
     Raises:
         ValueError: If it is no longer what it was.
     """
-    place, commit = original["place"], original.get("commit")
-    found = hub_original(place, revision=commit, token=token)
-    if found["sha256"] != original.get("sha256"):
+    place, component = original["place"], original.get("component")
+    lora = read_lora(place, component=component, revision=original.get("commit"), token=token)
+    if (found := sha256_of(lora.file)) != original.get("sha256"):
         raise ValueError(
-            f"{place}: sha256 is {found['sha256']}, expected {original.get('sha256')} as when it was added: name "
-            "the adapter that the task came from"
+            f"{place}: sha256 is {found}, expected {original.get('sha256')} as when it was added: name the adapter "
+            "that the task came from"
         )
-    return read_lora(place, component=original.get("component"), revision=commit, token=token)
+    return lora
 
 
 def split_places(
-    places: Mapping[str, str | Path], components: Mapping[str, str | None], *, token: str | bool | None = None
-) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    places: Mapping[str, str | Path], loras: Mapping[str, LoraAdapter]
+) -> tuple[dict[str, dict[str, Any]], dict[str, LocalOriginal]]:
     """What is to be noted of places by task: of repositories on the hub, and of what is on this machine.
 
     Args:
-        places: Of adapters that have been read.
-        components: The part of a pipeline that each is of, None where its file names none.
-        token: For the hub.
+        places: Where each adapter was read.
+        loras: What was read there.
     """
-    here = {task: os.path.abspath(place) for task, place in places.items() if Path(place).exists()}
-    there = {}
-    for task, place in places.items():
-        if task not in here:
-            component = {} if components[task] is None else {"component": components[task]}
-            there[task] = {**hub_original(str(place), token=token), **component}
+    there, here = {}, {}
+    for task, lora in loras.items():
+        place = places[task]
+        reference = None if isinstance(place, Path) or Path(place).exists() else Reference.parse(place)
+        if reference is None:
+            here[task] = LocalOriginal(os.path.abspath(place), lora.component)
+        else:
+            there[task] = _on_hub(reference, lora)
     return there, here
+
+
+def _on_hub(reference: Reference, lora: LoraAdapter) -> dict[str, Any]:
+    """Place, commit and checksum of an adapter whose files are in the cache of the hub."""
+    noted = {
+        "place": str(replace(reference, revision=None)),
+        "commit": _commit_of(lora.file, reference.repo_id),
+        "sha256": sha256_of(lora.file),
+    }
+    return noted if lora.component is None else {**noted, "component": lora.component}
+
+
+def _commit_of(path: Path, repo_id: str) -> str | None:
+    """The commit that a file in the cache is of: it is in `models--org--repo/snapshots/<commit>`."""
+    folder = repo_folder_name(repo_id=repo_id, repo_type="model")
+    parts = path.parts
+    places = [i for i in range(2, len(parts)) if parts[i - 2 : i] == (folder, "snapshots")]
+    return parts[places[0]] if places else None
 
 
 def originals_file(tree: Path) -> Path:
@@ -75,8 +93,8 @@ def originals_file(tree: Path) -> Path:
     return real.parent / f".{real.name}.originals.json"
 
 
-def read_originals(tree: Path) -> dict[str, str]:
-    """The folders by task; none where there is no such file.
+def read_originals(tree: Path) -> dict[str, LocalOriginal]:
+    """The adapters on this machine by task; none where there is no such file.
 
     Raises:
         ValueError: If it is damaged.
@@ -84,12 +102,26 @@ def read_originals(tree: Path) -> dict[str, str]:
     path = originals_file(tree)
     if not path.is_file():
         return {}
-    folders = read_json(path)
-    if not all(isinstance(folder, str) for folder in folders.values()):
-        raise ValueError(f"{path}: {json.dumps(folders)[:200]}, expected a folder by task")
-    return folders
+    return {task: _from_json(path, content) for task, content in read_json(path).items()}
 
 
-def write_originals(tree: Path, folders: Mapping[str, str]) -> None:
-    """Name the folders by task beside a tree."""
-    write_atomically(originals_file(tree), json_bytes(dict(folders)).decode())
+def write_originals(tree: Path, originals: Mapping[str, LocalOriginal]) -> None:
+    """Name the adapters on this machine by task beside a tree."""
+    content = {task: _as_json(original) for task, original in originals.items()}
+    write_atomically(originals_file(tree), json_bytes(content).decode())
+
+
+def _as_json(original: LocalOriginal) -> str | dict[str, str]:
+    """A folder alone where that says it all."""
+    if original.component is None:
+        return original.place
+    return {"place": original.place, "component": original.component}
+
+
+def _from_json(path: Path, content: Any) -> LocalOriginal:
+    fields = {"place": content} if isinstance(content, str) else content
+    if not isinstance(fields, dict) or not all(isinstance(value, str) for value in fields.values()):
+        raise ValueError(f"{path}: {json.dumps(content)[:200]}, expected a folder by task")
+    if "place" not in fields:
+        raise ValueError(f"{path}: {json.dumps(content)[:200]}, expected the place of an adapter")
+    return LocalOriginal(fields["place"], fields.get("component"))

@@ -2,8 +2,8 @@
 
 from .component import component_of
 from .edits import renamed_task, without_scores
-from .layout import Layout
-from .lineage import Lineage, hub_originals, renamings, shared_steps, step_tags, tasks_touched
+from .layout import Layout, of_experts
+from .lineage import Lineage, hub_originals, renamings, shared_steps, step_tags, steps_of_tasks, tasks_touched
 from .phase import Phase
 from .reconcile import extends, reconcile
 from .refit import check_original, refitted
@@ -41,6 +41,7 @@ __all__ = [
     "initializations_of",
     "measured",
     "merge_tasks",
+    "of_experts",
     "reconcile",
     "refitted",
     "renamed_task",
@@ -50,6 +51,7 @@ __all__ = [
     "shared_steps",
     "sketch_of",
     "step_tags",
+    "steps_of_tasks",
     "tasks_touched",
     "with_learned_coefficients",
     "without_scores",

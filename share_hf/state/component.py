@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from .layout import Layout
+from .layout import of_experts
 from .state import SubspaceState, TaskInfo
 
 
@@ -32,12 +32,14 @@ def component_of(state: SubspaceState, prefix: str, expected: Iterable[str] = ()
         there = sorted({module.split(".")[0] for module in state.layers})
         raise ValueError(f"prefix is {prefix!r}, expected the component of a module, one of {there[:20]}")
     tasks, layouts = {}, _below(state.layouts, prefix)
+    experts = of_experts(layouts)
     for task, info in state.tasks.items():
         adapted = sorted(module for module, layer in layers.items() if layer.has(task))
         if adapted:
             head = _below(info.head, prefix)
-            experts = {module for module in adapted if layouts.get(module) == Layout("expert")}
-            tasks[task] = replace(info, head=head, target=_target(info, adapted, experts, prefix))
+            tasks[task] = replace(
+                info, head=head, target=_target(info, adapted, experts.intersection(adapted), prefix)
+            )
     if missing := [task for task in expected if task not in tasks]:
         raise ValueError(f"task {missing[0]!r} adapts nothing in {prefix!r}, expected one of {list(tasks)[:20]}")
     return replace(

@@ -68,6 +68,11 @@ def from_json(content: Any) -> Layout:
     return Layout(content.get("kind"), tuple(kernel))
 
 
+def of_experts(layouts: Mapping[str, Layout]) -> set[str]:
+    """The modules that are experts in a parameter of a model."""
+    return {module for module, layout in layouts.items() if layout.kind == "expert"}
+
+
 def named(layout: Layout | None) -> str:
     """How messages call the modules of a layout."""
     return "dense layer" if layout is None else str(layout)

@@ -15,6 +15,7 @@ from dataclasses import asdict, replace
 import torch
 
 from ..subspace import LayerSubspace, LowRankUpdate, TaskRecords
+from ..subspace.factors import product_norm
 from .edits import renamed_task
 from .layout import named
 from .lineage import Lineage, hub_originals, renamings, shared_steps, steps_of_tasks
@@ -59,14 +60,8 @@ def reconcile(ours: SubspaceState, theirs: SubspaceState) -> SubspaceState:
         merged = without_task(merged, task)
     if added:
         # In float64: no bound would know of what rounding the factors changes.
-        updates = {
-            task: {module: layer.update_of(task, torch.float64) for module, layer in ours.layers_of(task).items()}
-            for task in added
-        }
+        updates = {task: ours.updates_of(task, torch.float64) for task in added}
         known = hub_originals(ours.lineage)
-        # Each keeps the rank that it has: a second tolerated error would add to the first.
-        settings = merged.settings
-        merged = replace(merged, settings=replace(settings, tolerance=None))
         merged, _ = merge_tasks(
             merged,
             updates,
@@ -74,8 +69,8 @@ def reconcile(ours: SubspaceState, theirs: SubspaceState) -> SubspaceState:
             layouts=dict.fromkeys(added, ours.layouts),
             origins=added,
             originals={task: known[task] for task in added if task in known},
+            uncut=added,  # a second tolerated error would add to the first
         )
-        merged = replace(merged, settings=settings)
         merged = replace(
             merged,
             layers={
@@ -155,11 +150,10 @@ def _same_update(ours: SubspaceState, theirs: SubspaceState, task: str) -> bool:
 
 def _distance(first: LowRankUpdate, second: LowRankUpdate) -> float:
     """``‖ΔW_1 - ΔW_2‖ / ‖ΔW_1‖`` without forming either."""
-    out = torch.cat([first.out_factor, second.out_factor], dim=1).double()
-    in_ = torch.cat([first.in_factor, -second.in_factor], dim=1).double()
-    difference = torch.linalg.qr(out).R @ torch.linalg.qr(in_).R.T
-    norm = torch.linalg.qr(first.out_factor.double()).R @ torch.linalg.qr(first.in_factor.double()).R.T
-    return float(difference.norm() / norm.norm()) if norm.any() else float(difference.norm())
+    out = torch.cat([first.out_factor, second.out_factor], dim=1)
+    in_ = torch.cat([first.in_factor, -second.in_factor], dim=1)
+    difference, norm = product_norm(out, in_), product_norm(first.out_factor, first.in_factor)
+    return float(difference / norm if norm else difference)
 
 
 def with_history(layer: LayerSubspace, origin: LayerSubspace | None, tasks: Iterable[str]) -> LayerSubspace:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from ..subspace import LowRankUpdate, MergeReport
+from ..subspace.factors import product_norm
 from .reconcile import with_history
 from .state import SubspaceState, merge_tasks, rounded
 
@@ -34,8 +35,7 @@ def check_original(state: SubspaceState, task: str, updates: Mapping[str, LowRan
         update, expected = updates[module], float(layer.records.norms[layer.index(task)])
         if update.shape != layer.shape:
             raise ValueError(f"task {task!r}: {module!r} is {update.shape} in its adapter, expected {layer.shape}")
-        triangles = [torch.linalg.qr(side.double(), mode="r").R for side in (update.out_factor, update.in_factor)]
-        found = float((triangles[0] @ triangles[1].T).norm())
+        found = float(product_norm(update.out_factor, update.in_factor))
         if abs(found - expected) > _ANOTHER_NORM * max(found, expected):
             raise ValueError(
                 f"task {task!r}: the update of {module!r} has norm {found:.6g} in its adapter, expected "
@@ -58,14 +58,14 @@ def refitted(
         ValueError: As for `merge_tasks`.
         DriftToleranceError: If the tolerated drift cannot be met.
     """
-    updates: dict[str, Mapping[str, LowRankUpdate]] = {}
-    for task in state.tasks:
-        stored = {m: layer.update_of(task, torch.float64) for m, layer in state.layers_of(task).items()}
-        updates[task] = originals.get(task, stored)
-    empty = replace(state, layers={}, tasks={}, lineage=())
-    layouts = dict.fromkeys(state.tasks, state.layouts)
-    built, report = merge_tasks(empty, updates, state.tasks, layouts=layouts, progress=progress)
     kept = [task for task in state.tasks if task not in originals]
+    updates = {
+        task: originals[task] if task in originals else state.updates_of(task, torch.float64) for task in state.tasks
+    }
+    empty = replace(state, layers={}, tasks={}, layouts={}, lineage=())
+    layouts = dict.fromkeys(state.tasks, state.layouts)
+    # What is taken as stored has lost what is tolerated already.
+    built, report = merge_tasks(empty, updates, state.tasks, layouts=layouts, uncut=kept, progress=progress)
     layers = {module: with_history(layer, state.layers.get(module), kept) for module, layer in built.layers.items()}
     steps = {
         "refit": list(state.tasks),

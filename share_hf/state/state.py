@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -89,10 +89,17 @@ class SubspaceState:
         """The layers that a task adapts."""
         return {module: layer for module, layer in self.layers.items() if layer.has(task)}
 
-    def updates_of(self, task: str) -> dict[str, LowRankUpdate]:
-        """The task's updates by module, each as factors of rank p, or of the task's own rank where it has one."""
+    def updates_of(self, task: str, dtype: torch.dtype | None = None) -> dict[str, LowRankUpdate]:
+        """The task's updates by module, each as factors of rank p, or of the task's own rank where it has one.
+
+        Args:
+            task: One of the tasks.
+            dtype: As for `LayerSubspace.update_of`.
+        """
         trimmed = self.settings.has_ranks
-        return {module: layer.update_of(task, trimmed=trimmed) for module, layer in self.layers_of(task).items()}
+        return {
+            module: layer.update_of(task, dtype, trimmed=trimmed) for module, layer in self.layers_of(task).items()
+        }
 
     def drifts(self) -> dict[str, float]:
         """By task, its estimated drift since it was learned, over all layers: ``‖ΔW' - ΔW‖ / ‖ΔW‖``."""
@@ -120,6 +127,7 @@ def merge_tasks(
     origins: Mapping[str, list[str]] | None = None,
     originals: Mapping[str, Mapping[str, Any]] | None = None,
     tolerance: float | None = None,
+    uncut: Collection[str] = (),
     progress: bool = False,
 ) -> tuple[SubspaceState, MergeReport]:
     """A state with new tasks merged into it; the given one is not changed.
@@ -132,6 +140,7 @@ def merge_tasks(
         origins: By task, the ids of the steps that it had in another lineage, if it comes from one.
         originals: By task, where on the hub its adapter is, as the lineage notes it.
         tolerance: As for `merge_into_layer`.
+        uncut: Likewise.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -143,7 +152,9 @@ def merge_tasks(
         _check_head(task, info)
     check_one_model(state.layers, updates)
     joined = joined_layouts(state.layouts, state.layers, layouts or {}, updates)
-    layers, report = merge_into_layers(state.layers, updates, state.settings, tolerance=tolerance, progress=progress)
+    layers, report = merge_into_layers(
+        state.layers, updates, state.settings, tolerance=tolerance, uncut=uncut, progress=progress
+    )
     # In the order that a tree is read back, so that sums over layers round as they would for a loaded subspace.
     merged = replace(
         state,

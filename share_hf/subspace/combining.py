@@ -5,9 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from .factors import LowRankUpdate, truncated_balanced_factors
 from .layer import LayerSubspace
+
+
+def summed_coefficients(
+    coefficients: Mapping[str, tuple[Tensor, Tensor]], weights: Mapping[str, float], rank: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The best coefficients of a rank for ``Σ w_i ΔW_i`` (Eckart-Young), in float64.
+
+    Args:
+        coefficients: By task, (k_out, p_i) and (k_in, p_i) in one basis.
+        weights: By task, of these at least.
+        rank: Columns of the result.
+
+    Returns:
+        As for `truncated_balanced_factors`.
+    """
+    out = torch.cat([weights[task] * side.double() for task, (side, _) in coefficients.items()], dim=1)
+    in_ = torch.cat([side.double() for _, side in coefficients.values()], dim=1)
+    return truncated_balanced_factors(out, in_, rank)
 
 
 def weighted_sum(
@@ -31,12 +50,9 @@ def weighted_sum(
     present = [task for task in weights if layer.has(task)]
     if not present:
         raise ValueError(f"none of the tasks {sorted(weights)} is in this layer, it has {list(layer.tasks)}")
-    index = torch.tensor([layer.index(task) for task in present], device=layer.basis_out.device)
-    scales = torch.tensor([weights[task] for task in present], dtype=torch.float64, device=index.device)
-    out = (layer.coefficients_out[index].double() * scales[:, None, None]).transpose(0, 1).flatten(1)
-    in_ = layer.coefficients_in[index].double().transpose(0, 1).flatten(1)
-    widest = min(*layer.num_components, out.shape[1])
-    out, in_, lost = truncated_balanced_factors(out, in_, widest if rank is None else min(rank, widest))
+    widest = min(*layer.num_components, len(present) * layer.pseudo_rank)
+    coefficients = {task: layer.coefficients_of(task) for task in present}
+    out, in_, lost = summed_coefficients(coefficients, weights, widest if rank is None else min(rank, widest))
     kept = out.square().sum(0)  # the singular values that were kept
     total = (kept.square().sum() + lost.square()).sqrt()
     dtype = layer.basis_out.dtype

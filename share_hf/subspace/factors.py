@@ -124,6 +124,15 @@ def _power_of_two_near(factor: Tensor) -> float:
     return 2.0 ** min(max(math.frexp(largest)[1], -1000), 1000)
 
 
+def product_norm(out_factor: Tensor, in_factor: Tensor) -> Tensor:
+    """``‖X Y^T‖`` (0-d float64) of factors (n, r) and (d, r), without forming the product.
+
+    Of their triangles, as columns that cancel each other would spoil a product of Gram matrices.
+    """
+    out, in_ = (torch.linalg.qr(factor.double(), mode="r").R for factor in (out_factor, in_factor))
+    return (out @ in_.T).norm()
+
+
 def check_norm(norm: Tensor, task: str) -> None:
     """Refuse a task whose update no file holds, or no coefficients in float32 with full precision.
 

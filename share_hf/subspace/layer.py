@@ -9,7 +9,14 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .factors import LowRankUpdate, check_norm, inverse_norms, truncated_balanced_factors, without_autocast
+from .factors import (
+    LowRankUpdate,
+    check_norm,
+    inverse_norms,
+    product_norm,
+    truncated_balanced_factors,
+    without_autocast,
+)
 from .rounding import MOST_ROUNDING, CoefficientDtype, packed, store
 from .settings import rank_in_layer
 from .stack import TASKS_PER_CHUNK
@@ -260,13 +267,8 @@ class LayerSubspace:
         stored = coefficients_out.to(self.coefficients_out), coefficients_in.to(self.coefficients_in)
         if not all(torch.isfinite(side).all() for side in stored):
             raise ValueError(f"task {task!r}: its coefficients have NaN or infinite entries, expected finite numbers")
-        bases = self.basis_out, self.basis_in
-        # Of triangular factors, as columns that cancel each other would spoil a product of Gram matrices.
-        triangles = [
-            torch.linalg.qr(basis.double() @ side.double(), mode="r").R
-            for basis, side in zip(bases, stored, strict=True)
-        ]
-        norm = (triangles[0] @ triangles[1].T).norm()
+        bases = self.basis_out.double(), self.basis_in.double()
+        norm = product_norm(*(basis @ side.double() for basis, side in zip(bases, stored, strict=True)))
         if norm != 0:
             check_norm(norm, task)
         return norm

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .factors import LowRankUpdate
+from .factors import LowRankUpdate, product_norm
 
 
 _SIDE = 32  # of a sketch; the cosine of two is off by about 2 / 32
@@ -132,7 +132,5 @@ def _inner(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> float
 
 
 def _distance_squared(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> float:
-    """Of triangular factors: a difference of squares would have lost half the digits."""
-    out = torch.linalg.qr(torch.cat([first[0], second[0]], dim=1), mode="r").R
-    in_ = torch.linalg.qr(torch.cat([first[1], -second[1]], dim=1), mode="r").R
-    return float((out @ in_.T).square().sum())
+    """Of a product: a difference of squares would have lost half the digits."""
+    return float(product_norm(torch.cat([first[0], second[0]], 1), torch.cat([first[1], -second[1]], 1)).square())

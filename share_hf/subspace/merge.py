@@ -7,7 +7,7 @@ to each task, at whatever scale the task is, and what the bound says holds for w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -75,6 +75,7 @@ class _Merge:
         unbalanced: Whether the factors of the new updates are still to get equal shares of them.
         coefficient_dtype: What coefficients are stored in.
         tolerance: Relative error up to which a new task takes a smaller rank.
+        uncut: Which of the new tasks (new tasks,) bool keep their rank whatever it says.
     """
 
     layer: LayerSubspace
@@ -86,6 +87,7 @@ class _Merge:
     unbalanced: bool
     coefficient_dtype: CoefficientDtype
     tolerance: float | None
+    uncut: Tensor
 
     @property
     def weights(self) -> Tensor:
@@ -109,6 +111,7 @@ def merge_into_layer(
     scratch: Scratch | None = None,
     *,
     tolerance: float | None = None,
+    uncut: Collection[str] = (),
 ) -> tuple[LayerSubspace, LayerMergeReport]:
     """Add updates to a layer: new basis, analytic coefficients of every task, and a certificate of their drift.
 
@@ -120,7 +123,10 @@ def merge_into_layer(
         settings: k, p, the kind of basis, and the drift that is tolerated.
         scratch: Memory that the merges of several layers share.
         tolerance: Relative part of an update that may be outside the basis for the basis to stay as it is; rounding
-            errors if not given. What p < r costs an update does not count: no basis removes it.
+            errors if not given. What p < r costs an update does not count: no basis removes it. Another thing than
+            the tolerance of `settings`, which is about ranks.
+        uncut: New tasks that keep the rank they come with, up to p, whatever the tolerance of `settings`: it was
+            applied to them before.
 
     Returns:
         The new layer, in the dtype of the old one's basis, and the report.
@@ -132,7 +138,7 @@ def merge_into_layer(
     """
     _check_updates(layer, updates, settings)
     for room in _rooms(layer, updates, settings):
-        merge = _prepared(layer, updates, settings, room, scratch or Scratch())
+        merge = _prepared(layer, updates, settings, room, scratch or Scratch(), uncut)
         try:
             merged, drift = _merged(merge, settings, max(tolerance or 0.0, NEGLIGIBLE_RESIDUAL))
             break
@@ -200,6 +206,7 @@ def _prepared(
     settings: SubspaceSettings,
     room: int,
     scratch: Scratch,
+    uncut: Collection[str],
 ) -> _Merge:
     joint = settings.basis == "joint"
     if room:
@@ -223,6 +230,7 @@ def _prepared(
         unbalanced=joint and bool(room),
         coefficient_dtype=settings.coefficient_dtype,
         tolerance=settings.tolerance,
+        uncut=torch.tensor([task in uncut for task in updates], dtype=torch.bool, device=norms.device),
     )
 
 
@@ -291,9 +299,7 @@ def _with_new_basis(merge: _Merge, candidate: Candidate) -> _Merged:
     basis_out, slack_out = rounded_basis(coordinates[0] @ candidate.out.basis, dtype)
     basis_in, slack_in = rounded_basis(coordinates[1] @ candidate.in_.basis, dtype)
     moved = move_old_tasks(stack, candidate, merge.coefficient_dtype)
-    new_out, new_in, rank_errors = new_coefficients(
-        stack, candidate, layer.pseudo_rank, balance=merge.unbalanced, tolerance=merge.tolerance
-    )
+    new_out, new_in, rank_errors = _new_coefficients(merge, candidate)
     coefficients_out, coefficients_in = moved.coefficients_out, moved.coefficients_in
     stored = coefficients_out[old_count:], coefficients_in[old_count:]
     rounding = moved.rounding.append(store((new_out, new_in), stored, merge.coefficient_dtype, dim=-2))
@@ -318,9 +324,7 @@ def _with_new_basis(merge: _Merge, candidate: Candidate) -> _Merged:
 def _with_old_basis(merge: _Merge, candidate: Candidate) -> _Merged:
     """The layer with the new tasks projected on the basis it has; the old tasks keep their coefficients to the bit."""
     layer, stack, dtype = merge.layer, merge.stack, merge.layer.basis_out.dtype
-    new_out, new_in, rank_errors = new_coefficients(
-        stack, candidate, layer.pseudo_rank, balance=merge.unbalanced, tolerance=merge.tolerance
-    )
+    new_out, new_in, rank_errors = _new_coefficients(merge, candidate)
     new_out, new_in = _in_old_basis(new_out, stack.rotation_out), _in_old_basis(new_in, stack.rotation_in)
     stored_out, stored_in = torch.empty_like(new_out, dtype=dtype), torch.empty_like(new_in, dtype=dtype)
     rounding = store((new_out, new_in), (stored_out, stored_in), merge.coefficient_dtype, dim=-2)
@@ -336,6 +340,17 @@ def _with_old_basis(merge: _Merge, candidate: Candidate) -> _Merged:
         records=records,
     )
     return merged, drift
+
+
+def _new_coefficients(merge: _Merge, candidate: Candidate) -> tuple[Tensor, Tensor, Tensor]:
+    return new_coefficients(
+        merge.stack,
+        candidate,
+        merge.layer.pseudo_rank,
+        balance=merge.unbalanced,
+        tolerance=merge.tolerance,
+        uncut=merge.uncut,
+    )
 
 
 def _check_storable(merge: _Merge, rounding: Tensor, dtype: torch.dtype, spectra: tuple[Tensor, ...] = ()) -> None:

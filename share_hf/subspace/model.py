@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from tqdm.auto import tqdm
@@ -59,6 +59,7 @@ def merge_into_layers(
     settings: SubspaceSettings,
     *,
     tolerance: float | None = None,
+    uncut: Collection[str] = (),
     progress: bool = False,
 ) -> tuple[dict[str, LayerSubspace], MergeReport]:
     """Merge new tasks into every layer they adapt; a layer that is seen for the first time is initialized.
@@ -72,6 +73,7 @@ def merge_into_layers(
         updates: Task -> module -> update. A task need not be in every layer.
         settings: Settings of every layer.
         tolerance: As for `merge_into_layer`.
+        uncut: Likewise.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -82,7 +84,7 @@ def merge_into_layers(
 
     def merge(module: str) -> tuple[LayerSubspace, LayerMergeReport]:
         new = {task: updates[task][module] for task in by_module[module]}
-        return _merged(module, layers.get(module), new, settings, scratch, tolerance)
+        return _merged(module, layers.get(module), new, settings, scratch, tolerance, uncut)
 
     merged, reports = dict(layers), {}
     with tqdm(total=len(by_module), desc="Merging", unit="layer", leave=False, disable=not progress) as bar:
@@ -99,12 +101,13 @@ def _merged(
     settings: SubspaceSettings,
     scratch: Scratch,
     tolerance: float | None,
+    uncut: Collection[str],
 ) -> tuple[LayerSubspace, LayerMergeReport]:
     if layer is None:
         first = next(iter(new.values()))
         layer = LayerSubspace.empty(*first.shape, settings.pseudo_rank, device=first.out_factor.device)
     try:
-        return merge_into_layer(layer, new, settings, scratch, tolerance=tolerance)
+        return merge_into_layer(layer, new, settings, scratch, tolerance=tolerance, uncut=uncut)
     except DriftToleranceError as error:
         raise DriftToleranceError(f"{module!r}: {error}") from error
     except ValueError as error:

@@ -108,7 +108,13 @@ def _product_norm_squared(factor: Tensor, gram: Tensor) -> Tensor:
 
 
 def new_coefficients(
-    stack: UpdateStack, candidate: Candidate, pseudo_rank: int, *, balance: bool, tolerance: float | None = None
+    stack: UpdateStack,
+    candidate: Candidate,
+    pseudo_rank: int,
+    *,
+    balance: bool,
+    tolerance: float | None = None,
+    uncut: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Coefficients of the new tasks: their factors projected, or the best rank p of the product if they are wider.
 
@@ -118,6 +124,7 @@ def new_coefficients(
         pseudo_rank: p.
         balance: Whether both factors of each task get the same share of its update, instead of what they came with.
         tolerance: Relative error up to which a task takes a smaller rank, filled up with zeros. Balances them too.
+        uncut: Which of the new tasks (new tasks,) bool keep their rank all the same; none if not given.
 
     Returns:
         (new tasks, k_out', p), (new tasks, k_in', p), and the norm (new tasks,) of what a rank over p lost.
@@ -135,8 +142,15 @@ def new_coefficients(
             all_out[span][remade], all_in[span][remade], rank_errors[span][remade] = truncated_balanced_factors(
                 new_out[remade], new_in[remade], pseudo_rank
             )
+    # Of an update of a smaller rank, a decomposition leaves rounding errors where there is nothing.
+    empty = torch.arange(pseudo_rank, device=all_out.device) >= stack.new_ranks.unsqueeze(1)
+    all_out.masked_fill_(empty.unsqueeze(1), 0.0)
+    all_in.masked_fill_(empty.unsqueeze(1), 0.0)
     if tolerance is not None:
-        _cut_to_tolerance(all_out, all_in, rank_errors, _tolerated(stack, candidate, tolerance))
+        tolerated = _tolerated(stack, candidate, tolerance)
+        if uncut is not None:
+            tolerated[uncut] = -1.0  # less than a column of zeros loses
+        _cut_to_tolerance(all_out, all_in, rank_errors, tolerated)
     return all_out, all_in, rank_errors
 
 

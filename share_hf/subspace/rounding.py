@@ -76,25 +76,33 @@ def store(
             into.copy_(side)
         roundings = coefficient_norms(stored[0] - exact[0], stored[1] - exact[1])
         return Rounding(coefficient_norms(*exact), roundings, torch.zeros_like(roundings[:, 0]))
-    out, in_ = (side.transpose(dim, -2) for side in exact)
-    found_out, found_in = _rounded_pair(out, in_, dtype)
-    for side, into in zip((found_out, found_in), stored, strict=True):
+    of_rows = tuple(side.transpose(dim, -2) for side in exact)
+    found = _rounded_pair(*of_rows, dtype)
+    for side, into in zip(found, stored, strict=True):
         into.copy_(side.transpose(dim, -2))
-    left, right = torch.cat([found_out, out], -1), torch.cat([found_in, -in_], -1)
-    sizes = coefficient_norms(found_out, found_in)
-    return Rounding(sizes, torch.zeros_like(sizes), torch.linalg.matrix_norm(left @ right.mT))
+    sizes = coefficient_norms(*found)
+    return Rounding(sizes, torch.zeros_like(sizes), _changes(found, of_rows))
 
 
 def _rounded_pair(out: Tensor, in_: Tensor, dtype: CoefficientDtype) -> tuple[Tensor, Tensor]:
     """Both sides' coefficients (tasks, k, p) in fewer bits, float64.
 
-    Of 4 bits, each side is fitted to what rounding made of the other, which takes off a part of the error.
+    Of 4 bits, each side is then fitted to what rounding made of the other, which takes off a part of the error; not so
+    where columns nearly depend on each other, as happens where p is about k: of each task, the better is taken.
     """
-    found_out = rounded(out.mT, dtype).mT.double()
+    apart = rounded(out.mT, dtype).mT.double(), rounded(in_.mT, dtype).mT.double()
     if dtype == "bfloat16":
-        return found_out, rounded(in_.mT, dtype).mT.double()
-    found_in = rounded(_fitted(in_, out, found_out).mT, dtype).mT.double()
-    return rounded(_fitted(out, in_, found_in).mT, dtype).mT.double(), found_in
+        return apart
+    found_in = rounded(_fitted(in_, out, apart[0]).mT, dtype).mT.double()
+    fitted = rounded(_fitted(out, in_, found_in).mT, dtype).mT.double(), found_in
+    better = (_changes(fitted, (out, in_)) < _changes(apart, (out, in_)))[:, None, None]
+    return torch.where(better, fitted[0], apart[0]), torch.where(better, fitted[1], apart[1])
+
+
+def _changes(found: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> Tensor:
+    """``‖ε̂_out ε̂_in^T - ε_out ε_in^T‖`` (tasks,) of coefficients (tasks, k, p)."""
+    left, right = torch.cat([found[0], exact[0]], -1), torch.cat([found[1], -exact[1]], -1)
+    return torch.linalg.matrix_norm(left @ right.mT)
 
 
 def _fitted(side: Tensor, other: Tensor, found: Tensor) -> Tensor:

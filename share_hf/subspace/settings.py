@@ -68,8 +68,7 @@ class SubspaceSettings:
             raise ValueError(
                 f"coefficient_dtype is {self.coefficient_dtype!r}, expected one of {', '.join(COEFFICIENT_DTYPES)}"
             )
-        if self.tolerance is not None and not 0 <= self.tolerance < 1:
-            raise ValueError(f"tolerance is {self.tolerance}, expected a relative error of at least 0 and under 1")
+        check_tolerance(self.tolerance)
         if self.max_components is not None and self.max_components < self.num_components:
             raise ValueError(
                 f"max_components is {self.max_components}, expected at least num_components = {self.num_components}"
@@ -98,6 +97,19 @@ class SubspaceSettings:
     def from_dict(cls, values: dict[str, Any]) -> SubspaceSettings:
         """Settings from the fields this class has; other keys are ignored."""
         return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
+
+
+def check_tolerance(tolerance: float | None) -> None:
+    """Refuse what is no relative part of an update, be it tolerated of a rank or of a projection.
+
+    Raises:
+        ValueError: If it is not None, and no number from 0 to below 1.
+    """
+    if tolerance is None:
+        return
+    number = isinstance(tolerance, (int, float)) and not isinstance(tolerance, bool)
+    if not number or not 0 <= tolerance < 1:
+        raise ValueError(f"tolerance is {tolerance!r}, expected None or a number of at least 0 and below 1")
 
 
 def check_dimensions(num_components: int, pseudo_rank: int) -> None:

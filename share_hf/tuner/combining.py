@@ -5,12 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from ..format.experts import EXPERT
 from ..state import Phase
-from ..subspace.factors import truncated_balanced_factors
+from ..subspace.combining import summed_coefficients
 from .config import ShareConfig
 from .layer import ShareLayer
 
@@ -68,8 +67,8 @@ def combined_config(
 def combined_coefficients(layer: ShareLayer, weights: Mapping[str, float]) -> tuple[Tensor, Tensor]:
     """The best coefficients (k_out, p), (k_in, p) of ``Σ w_i ΔW_i`` in the subspace: exact, then cut to rank p."""
     present = [task for task in weights if layer.has_task(task)]
-    out = torch.cat([weights[task] * layer.share_coefficients_out[task].detach().double() for task in present], dim=1)
-    in_ = torch.cat([layer.share_coefficients_in[task].detach().double() for task in present], dim=1)
+    sides = layer.share_coefficients_out, layer.share_coefficients_in
+    coefficients = {task: tuple(side[task].detach() for side in sides) for task in present}
     _, rank = layer.share_ranks[present[0]]
-    combined_out, combined_in, _ = truncated_balanced_factors(out, in_, rank)
+    combined_out, combined_in, _ = summed_coefficients(coefficients, weights, rank)
     return combined_out.float(), combined_in.float()

@@ -189,7 +189,8 @@ class TestDiffusers:
             norm_num_groups=4,
         ).eval()
 
-        config = LoraConfig(r=4, lora_alpha=3, target_modules=["to_q", "to_v"], init_lora_weights=False)
+        targets, ranks = ["to_q", "to_v", "conv_in", "conv1", "conv_shortcut"], {"to_v": 2, "conv1": 3}
+        config = LoraConfig(r=4, lora_alpha=3, rank_pattern=ranks, target_modules=targets, init_lora_weights=False)
         trained = get_peft_model(copy.deepcopy(unet), config)
         trained.save_pretrained(tmp_path / "lora")
         inputs = (torch.randn(1, 4, 8, 8), torch.tensor([3]), torch.randn(1, 5, 12))

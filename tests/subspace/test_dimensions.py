@@ -173,6 +173,18 @@ def test_of_many_updates_the_error_is_that_of_a_build_to_a_percent() -> None:
     assert size == chosen.bytes
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "4bit"])
+@pytest.mark.parametrize("basis", ["joint", "factor"])
+def test_what_is_announced_for_many_updates_is_built(basis: str, dtype: str) -> None:
+    updates = some_updates(count=60, rank=8, modules=1)
+    settings = SubspaceSettings(basis=basis, coefficient_dtype=dtype)
+    for wanted in (WantedDimensions("auto", "auto", 0.4, max_components=32), WantedDimensions(16, "auto", 0.6)):
+        chosen = choose_dimensions(updates, wanted, settings)
+        error, _ = built(updates, chosen, settings)
+        assert error <= wanted.target_error
+        assert error == pytest.approx(chosen.error, rel=0.03)
+
+
 def test_modules_are_taken_one_after_another() -> None:
     updates, taken = some_updates(count=3, modules=3), []
 

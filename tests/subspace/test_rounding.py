@@ -22,7 +22,7 @@ from share_hf.subspace import (
     stored_bytes,
     unpacked,
 )
-from share_hf.subspace.rounding import BLOCK, rounded
+from share_hf.subspace.rounding import BLOCK, rounded, store
 
 from .streams import Stream, dense_learned, dense_of, examples, random_update, streams
 from .test_many import related_updates
@@ -132,6 +132,25 @@ def test_merges_certify_what_is_stored(dtype: str, stream: Stream) -> None:
             if task in before:
                 drift = float((after - before[task]).norm()) / norm
                 assert report.drift[task] == pytest.approx(drift, rel=1e-4, abs=2e-6)
+
+
+@pytest.mark.parametrize(("k", "p"), [(4, 4), (8, 8), (9, 8), (16, 8), (40, 3)])
+def test_a_pair_in_4_bits_is_no_worse_than_each_side_alone(k: int, p: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    exact = tuple(torch.randn(400, k, p, generator=generator, dtype=torch.float64) for _ in range(2))
+    stored = tuple(torch.empty_like(side, dtype=torch.float32) for side in exact)
+    changes = store(exact, stored, "4bit", dim=-2).changes
+    products = [
+        out.double() @ in_.double().mT
+        for out, in_ in (exact, stored, tuple(rounded(side.mT, "4bit").mT for side in exact))
+    ]
+    found, alone = (torch.linalg.matrix_norm(product - products[0]) for product in products[1:])
+    assert torch.allclose(changes, found, rtol=1e-6)
+    assert (found <= alone * (1 + 1e-9)).all()
+    assert (found < 0.3 * torch.linalg.matrix_norm(products[0])).all()
+    again = tuple(torch.empty_like(side) for side in stored)
+    assert (store(tuple(side.double() for side in stored), again, "4bit", dim=-2).changes < 1e-12).all()
+    assert all(map(torch.equal, again, stored))
 
 
 @pytest.mark.parametrize("dtype", FEW_BITS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -205,6 +206,61 @@ def test_tasks_come_and_go(base: Callable[[], nn.Module], subspace: SharedSubspa
     model.add_weighted_adapter(["other"], [1.0], "sum")
     model.set_adapter("sum")
     assert_close(logits(model), expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "4bit"])
+def test_each_expert_has_a_rank_of_its_own(
+    dtype: str, base: Callable[[], nn.Module], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    settings = dict(num_components=8, pseudo_rank=3, coefficient_dtype=dtype, tolerance=0.5)
+    made = SharedSubspace.from_adapters(folders, **settings, progress=False)
+    made.rename_task("other", "another")
+    made.save_pretrained(tmp_path / "tree")
+    loaded = SharedSubspace.from_pretrained(tmp_path / "tree")
+    assert loaded.state.layouts == made.state.layouts
+    model = loaded.apply(base())
+    ranks = {
+        layer.share_coefficients_in[task].shape[1] for layer in share_layers(model).values() for task in layer.tasks
+    }
+    assert len(ranks) > 1
+    by_peft = PeftModel.from_pretrained(base(), tmp_path / "tree", subfolder="tasks/another", adapter_name="another")
+    for task in loaded.tasks:
+        loaded.export_lora(task, tmp_path / task)
+        model.set_adapter(task)
+        assert_close(logits(model), of_lora(base(), tmp_path / task))
+    model.set_adapter("another")
+    assert_close(logits(by_peft), logits(model))
+    before = made.report()
+    made.refit(progress=False)
+    assert max(task.drift for task in made.report().tasks) <= max(task.drift for task in before.tasks) + 1e-6
+
+
+def test_sums_of_experts_are_one_lora_and_one_adapter(
+    base: Callable[[], nn.Module], subspace: SharedSubspace, tmp_path: Path
+) -> None:
+    weights = {"first": 0.5, "one-parameter": -1.0, "experts-only": 2.0}
+    assert subspace.export_combined(weights, tmp_path / "sum", rank=16) < 1e-5
+    config = json.loads((tmp_path / "sum" / "adapter_config.json").read_text())
+    assert not any("experts" in name for name in config["target_modules"])
+    model = subspace.apply(base())
+    expected = base()
+    for task, weight in weights.items():
+        for module, update in subspace.state.updates_of(task).items():
+            name, _, number = module.rpartition(".")
+            of_expert = number.isdecimal()
+            weights_of = expected.get_parameter(name if of_expert else f"{module}.weight").data
+            (weights_of[int(number)] if of_expert else weights_of).add_(weight * update.dense())
+    assert_close(of_lora(base(), tmp_path / "sum"), logits(expected), 1e-4)
+    model.base_model.add_weighted_adapter(["first", "one-parameter"], [1.0, -1.0], "difference")
+    model.set_adapter("difference")
+    for layer in share_layers(model).values():
+        found = layer.get_delta_weight("difference") if layer.has_task("difference") else torch.zeros(())
+        given = {"first": 1.0, "one-parameter": -1.0}
+        parts = [weight * layer.get_delta_weight(task) for task, weight in given.items() if layer.has_task(task)]
+        if parts:
+            values = torch.linalg.svdvals(sum(parts))
+            assert (found - sum(parts)).norm() <= values[4:].norm() + 1e-4 * values.norm()
+    assert_close(logits(model), logits(copy.deepcopy(model).merge_and_unload()), 1e-4)
 
 
 @pytest.mark.parametrize("targets", [["up_proj", "down_proj"], ["experts.up_proj"]])

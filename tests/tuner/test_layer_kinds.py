@@ -250,7 +250,8 @@ def test_gradients_are_those_of_the_update_in_the_weights(phase: str, base: Read
         assert_close(found[name], parameter.grad, tolerance=1e-3)
 
 
-def test_a_stream_of_images_is_learned_in_convolutions(tmp_path: Path) -> None:
+@pytest.mark.parametrize("share", [{}, {"coefficient_dtype": "4bit", "tolerance": 0.4}], ids=["plain", "small"])
+def test_a_stream_of_images_is_learned_in_convolutions(share: dict[str, Any], tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = ConvNextForImageClassification(
         ConvNextConfig(num_stages=2, hidden_sizes=[8, 12], depths=[1, 1], num_labels=3)
@@ -259,7 +260,7 @@ def test_a_stream_of_images_is_learned_in_convolutions(tmp_path: Path) -> None:
     trainer = ShareTrainer(
         copy.deepcopy(model),
         arguments(tmp_path / "out"),
-        stream_config(["patch_embeddings", "downsampling_layer.1"], modules_to_save=["classifier"]),
+        stream_config(["patch_embeddings", "downsampling_layer.1"], modules_to_save=["classifier"], **share),
         {name: tasks[name] for name in ("first", "other")},
     )
     trainer.train()
@@ -373,7 +374,7 @@ def test_adapters_of_two_kernels_are_refused(subspace: SharedSubspace, tmp_path:
     with pytest.raises(
         ValueError,
         match=r"'image' is a convolution with kernel \(2, 3\) for task 'turned', expected a convolution with "
-        r"kernel \(3, 2\) as for the subspace",
+        r"kernel \(3, 2\) as for the others",
     ):
         subspace.add_adapters([folder], progress=False)
     assert subspace.state is held
