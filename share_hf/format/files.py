@@ -41,12 +41,30 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: If the file is missing, too large, not JSON or not an object.
     """
+    return json_in(path, json_bytes_of(path))
+
+
+def json_bytes_of(path: Path) -> bytes:
+    """The bytes of a file that should be JSON, for whoever wants its checksum too.
+
+    Raises:
+        ValueError: If the file is missing or too large.
+    """
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     if (size := path.stat().st_size) > MAX_JSON_BYTES:
         raise ValueError(f"{path}: {size} bytes, expected at most {MAX_JSON_BYTES}")
+    return path.read_bytes()
+
+
+def json_in(path: Path, content: bytes) -> dict[str, Any]:
+    """The JSON object in the bytes of a file.
+
+    Raises:
+        ValueError: As for `json_object`; naming the file.
+    """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = content.decode("utf-8")
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from error
     return json_object(str(path), text)
@@ -64,9 +82,8 @@ def json_object(place: str, text: str) -> dict[str, Any]:
     """
     try:
         content = json.loads(text, parse_constant=_refuse, parse_float=_finite, parse_int=_short)
-        json.dumps(
-            content, ensure_ascii=False
-        ).encode()  # refuses half a surrogate pair, which cannot be written again
+        if "\\u" in text:  # half a surrogate pair cannot be written again, and comes only from an escape
+            json.dumps(content, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{place}: not valid JSON ({error})") from error
     if not isinstance(content, dict):

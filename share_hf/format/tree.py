@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
@@ -40,7 +41,8 @@ from .index import (
 )
 from .lora import LoraAdapter, lora_files
 from .replacing import reading_whole, replacing_folder
-from .task_files import METRICS_FILE, TASKS_FOLDER, StoredTask, read_task, task_files, task_folder
+from .task_files import METRICS_FILE, TASKS_FOLDER, task_files, task_folder
+from .task_reader import StoredTask, TaskReader
 
 
 CARD_FILE = "README.md"
@@ -192,10 +194,10 @@ def _read_whole(folder: Path, wanted: Collection[str] | None) -> SubspaceState:
     expect_tree(folder, index)
     bases = read_bases(folder / SUBSPACE_FILE)
     check_bases(folder / SUBSPACE_FILE, bases, index)
-    tasks, stored = {}, {}
+    reader, tasks, stored = TaskReader(folder, index, bases), {}, {}
     for task in index.tasks:
         if wanted is None or task in wanted:
-            tasks[task], stored[task] = read_task(folder, index, task, bases)
+            tasks[task], stored[task] = reader.read(task)
     layers = {module: _layer(module, basis, index.settings, stored) for module, basis in bases.items()}
     metrics: Mapping[str, Any] = {}
     if wanted is None:
@@ -277,15 +279,15 @@ def _layer(
     stored: Mapping[str, dict[str, StoredTask]],
 ) -> LayerSubspace:
     present = [task for task, modules in stored.items() if module in modules]
-    certificate = torch.tensor([stored[task][module][2] for task in present], dtype=torch.float64).reshape(-1, 4)
+    certificate = torch.tensor([stored[task][module][1] for task in present], dtype=torch.float64).reshape(-1, 4)
     k_out, k_in = basis.num_components
     p = rank_in_layer(settings.pseudo_rank, basis.shape)
     return LayerSubspace(
         tasks=tuple(present),
         basis_out=basis.beta,
         basis_in=basis.alpha,
-        coefficients_out=_stack([stored[task][module][0] for task in present], k_out, p),
-        coefficients_in=_stack([stored[task][module][1] for task in present], k_in, p),
+        coefficients_out=_stack([stored[task][module][0][0] for task in present], k_out, p),
+        coefficients_in=_stack([stored[task][module][0][1] for task in present], k_in, p),
         records=TaskRecords(*certificate.unbind(1)),
         spectrum_out=basis.spectrum_out.double(),
         spectrum_in=basis.spectrum_in.double(),
@@ -293,5 +295,5 @@ def _layer(
     )
 
 
-def _stack(coefficients: list[Tensor], k: int, p: int) -> Tensor:
-    return torch.stack(coefficients) if coefficients else torch.zeros(0, k, p)
+def _stack(coefficients: list[np.ndarray], k: int, p: int) -> Tensor:
+    return torch.from_numpy(np.stack(coefficients)) if coefficients else torch.zeros(0, k, p)
