@@ -44,20 +44,37 @@ def read_json(path: Path) -> dict[str, Any]:
     return json_in(path, json_bytes_of(path))
 
 
-def json_bytes_of(path: Path) -> bytes:
+def json_bytes_of(path: Path | str) -> bytes:
     """The bytes of a file that should be JSON, for whoever wants its checksum too.
 
     Raises:
         ValueError: If the file is missing or too large.
     """
-    if not path.is_file():
+    size = size_of_file(path)
+    if size is None:
         raise ValueError(f"{path}: no such file")
-    if (size := path.stat().st_size) > MAX_JSON_BYTES:
+    if size > MAX_JSON_BYTES:
         raise ValueError(f"{path}: {size} bytes, expected at most {MAX_JSON_BYTES}")
-    return path.read_bytes()
+    return bytes_of(path)
 
 
-def json_in(path: Path, content: bytes) -> dict[str, Any]:
+def bytes_of(path: Path | str) -> bytes:
+    """What is in a file. It is read as a whole, so a buffer would only be one more copy."""
+    with open(path, "rb", buffering=0) as file:
+        return file.read()
+
+
+def size_of_file(path: Path | str) -> int | None:
+    """Bytes of a file; None if there is none, or what has its name is no file. The disk is asked once."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        Path(path).is_file()  # raises where nobody may look
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+
+def json_in(path: Path | str, content: bytes) -> dict[str, Any]:
     """The JSON object in the bytes of a file.
 
     Raises:
@@ -81,7 +98,7 @@ def json_object(place: str, text: str) -> dict[str, Any]:
         ValueError: If it is not JSON, or not an object.
     """
     try:
-        content = json.loads(text, parse_constant=_refuse, parse_float=_finite, parse_int=_short)
+        content = _DECODER.decode(text)
         if "\\u" in text:  # half a surrogate pair cannot be written again, and comes only from an escape
             json.dumps(content, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
@@ -101,6 +118,9 @@ def _finite(literal: str) -> float:
 
 def _short(literal: str) -> int:
     return int(literal) if len(literal) < 20 else _refuse(f"{literal[:20]}…")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse, parse_float=_finite, parse_int=_short)
 
 
 def json_bytes(content: Mapping[str, Any]) -> bytes:
@@ -182,7 +202,7 @@ def tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     return save({name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}, {"format": "pt"})
 
 
-def expect_tensor(path: Path, tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
+def expect_tensor(path: Path | str, tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
     """The float32 tensor of this name and shape.
 
     Raises:

@@ -202,14 +202,15 @@ def check_file(
     Raises:
         ValueError: If it is missing or is not the file that was saved.
     """
-    path = folder / relative
     if relative not in sha256:
         raise ValueError(f"{folder / listed_in}: sha256 has no entry for {relative!r}")
-    if content is None and not path.is_file():
-        raise ValueError(f"{path}: no such file, but {listed_in} lists it")
-    found = sha256_of(path) if content is None else hashlib.sha256(content).hexdigest()
+    if content is None and not (folder / relative).is_file():
+        raise ValueError(f"{folder / relative}: no such file, but {listed_in} lists it")
+    found = sha256_of(folder / relative) if content is None else hashlib.sha256(content).hexdigest()
     if found != sha256[relative]:
-        raise ValueError(f"{path}: sha256 is {found}, expected {sha256[relative]}: the file was truncated or edited")
+        raise ValueError(
+            f"{folder / relative}: sha256 is {found}, expected {sha256[relative]}: the file was truncated or edited"
+        )
 
 
 def _module(name: str, entry: Mapping[str, Any]) -> ModuleEntry:

@@ -111,7 +111,7 @@ def noted_checksums(task: str, metrics: Mapping[str, Any]) -> dict[str, str]:
     return {f"{place}/{name}": checksum for name, checksum in noted.items()} if isinstance(noted, dict) else {}
 
 
-def check_fingerprint(path: Path, found: Tensor | None, name: str, basis: StoredBasis) -> None:
+def check_fingerprint(path: Path | str, found: Tensor | None, name: str, basis: StoredBasis) -> None:
     """Compare the fingerprint of this name in a file of coefficients with the basis that is beside it.
 
     Raises:
@@ -126,7 +126,7 @@ def check_fingerprint(path: Path, found: Tensor | None, name: str, basis: Stored
         )
 
 
-def check_kept(path: Path, head: Iterable[str], target: Mapping[str, Any]) -> None:
+def check_kept(path: Path | str, head: Iterable[str], target: Mapping[str, Any]) -> None:
     """Refuse a head that a configuration does not say to be kept: its loader would not find it.
 
     Raises:

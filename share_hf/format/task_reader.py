@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
@@ -16,7 +17,7 @@ from ..state import Phase, TaskInfo, sketch_of
 from ..subspace import LARGEST_NORM, rank_in_layer
 from .basis_file import SUBSPACE_FILE, StoredBasis
 from .coefficients import rank_of_coefficients, with_plain_coefficients
-from .files import expect_tensor, json_bytes_of, json_in, read_tensors
+from .files import bytes_of, expect_tensor, json_bytes_of, json_in, read_tensors, size_of_file
 from .index import INDEX_FILE, TreeIndex, check_file
 from .lora import PEFT_PREFIX, read_target
 from .patterns import without_slow_patterns
@@ -78,9 +79,10 @@ class TaskReader:
         Raises:
             ValueError: If a file is missing, damaged or edited; naming file, tensor, what was found and expected.
         """
-        place = self._folder / task_folder(task)
+        place = os.path.join(self._folder, task_folder(task))
+        # As text: a `Path` for each file of many tasks takes a good part of the time of reading them.
         config_path, weights_path, metrics_path = (
-            place / name for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, METRICS_FILE)
+            os.path.join(place, name) for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, METRICS_FILE)
         )
         config_bytes, metrics_bytes = json_bytes_of(config_path), json_bytes_of(metrics_path)
         config, metrics = self._config(config_path, config_bytes), json_in(metrics_path, metrics_bytes)
@@ -100,13 +102,13 @@ class TaskReader:
                     )
                 sides = self._coefficients(weights_path, tensors, module) if weights is None else weights.of[module]
                 stored[module] = sides, _certificate(metrics_path, module, values)
-            head = self._head(tensors, stored)
+            head = {} if weights is not None else self._head(tensors, stored)
             try:
                 target = self._target(config_path, config_bytes, config, tuple(stored))
                 check_kept(weights_path, head, target)
                 info = _task_info(metrics_path, metrics, head, target)
             except ValueError as error:
-                raise ValueError(str(error) if str(place) in str(error) else f"{metrics_path}: {error}") from error
+                raise ValueError(str(error) if place in str(error) else f"{metrics_path}: {error}") from error
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{metrics_path}: a field is missing or of the wrong type ({error!r})") from error
         if odd := [name for name in info.head if ".share_coefficients_" in name]:
@@ -127,20 +129,20 @@ class TaskReader:
             check_file(self._folder, sha256, relative, listed_in=metrics_file, content=content)
         return info, stored
 
-    def _config(self, path: Path, content: bytes) -> dict[str, Any]:
+    def _config(self, path: str, content: bytes) -> dict[str, Any]:
         if content not in self._configs:
             self._configs[content] = json_in(path, content)
         return self._configs[content]
 
     def _target(
-        self, path: Path, content: bytes, config: Mapping[str, Any], modules: tuple[str, ...]
+        self, path: str, content: bytes, config: Mapping[str, Any], modules: tuple[str, ...]
     ) -> dict[str, Any]:
         """Which modules a configuration targets: its own fields, or these modules where those match too slowly."""
         if (content, modules) not in self._targets:
             self._targets[content, modules] = without_slow_patterns(read_target(path, config), modules)
         return dict(self._targets[content, modules])
 
-    def _usual_weights(self, path: Path, metrics: Mapping[str, Any]) -> _Weights | None:
+    def _usual_weights(self, path: str, metrics: Mapping[str, Any]) -> _Weights | None:
         """The weights in a file that has nothing but the coefficients of these metrics' modules; None if it is not."""
         certificate = metrics.get("certificate")
         if not UsualWeights.exist_in(self._index) or not isinstance(certificate, dict):
@@ -151,16 +153,16 @@ class TaskReader:
         if modules not in self._usual:
             self._usual[modules] = UsualWeights({name: _Names.of(name) for name in modules}, self._index, self._bases)
         usual = self._usual[modules]
-        if not path.is_file() or path.stat().st_size != usual.size:
+        if size_of_file(path) != usual.size:
             return None
-        content = path.read_bytes()
+        content = bytes_of(path)
         coefficients = usual.coefficients_in(content)
         return None if coefficients is None else _Weights(content, coefficients)
 
-    def _tensors(self, path: Path) -> dict[str, Tensor]:
-        return with_plain_coefficients(path, read_tensors(path), self._index.settings.coefficient_dtype)
+    def _tensors(self, path: str) -> dict[str, Tensor]:
+        return with_plain_coefficients(Path(path), read_tensors(Path(path)), self._index.settings.coefficient_dtype)
 
-    def _coefficients(self, path: Path, tensors: Mapping[str, Tensor], module: str) -> Coefficients:
+    def _coefficients(self, path: str, tensors: Mapping[str, Tensor], module: str) -> Coefficients:
         """Those of one layer among the tensors of any file."""
         names, entry, settings = _Names.of(module), self._index.modules[module], self._index.settings
         if self._index.has_fingerprints:
@@ -182,7 +184,7 @@ class TaskReader:
 
 
 def _task_info(
-    path: Path, metrics: Mapping[str, Any], head: Mapping[str, Tensor], target: Mapping[str, Any]
+    path: str, metrics: Mapping[str, Any], head: Mapping[str, Tensor], target: Mapping[str, Any]
 ) -> TaskInfo:
     labels, dataset, initialization = metrics["labels"], metrics["dataset"], metrics["initialization"]
     for name, value in (("dataset", dataset), ("initialization", initialization)):
@@ -201,16 +203,16 @@ def _task_info(
     return info
 
 
-def _finite_score(path: Path, name: str, score: Any) -> float:
+def _finite_score(path: str, name: str, score: Any) -> float:
     if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
         raise ValueError(f"{path}: score {name!r} is {score!r}, expected a finite number")
     return float(score)
 
 
-def _certificate(path: Path, module: str, values: Sequence[Any]) -> list[float]:
+def _certificate(path: str, module: str, values: Sequence[Any]) -> list[float]:
     if len(values) != len(CERTIFICATE_COLUMNS):
         raise ValueError(f"{path}: certificate of {module!r} is {values!r}, expected {list(CERTIFICATE_COLUMNS)}")
     for name, value in zip(CERTIFICATE_COLUMNS, values, strict=True):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < LARGEST_NORM:
+        if type(value) not in (int, float) or not 0 <= value < LARGEST_NORM:
             raise ValueError(f"{path}: {name} of {module!r} is {value!r}, expected a number of 0 or more")
     return [float(value) for value in values]
