@@ -184,6 +184,17 @@ def edit_index(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     edit_json(folder / "share_config.json", change_and_sign)
 
 
+def sign_anew(tree: Path, name: str) -> None:
+    """Give a file that was changed the checksum it now has, as somebody would who knows of it."""
+    path = tree / name
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if path.parent.parent.name == "tasks" and path.name != "metrics.json":
+        edit_json(path.parent / "metrics.json", lambda metrics: metrics["sha256"].update({path.name: digest}))
+        sign_anew(tree, f"tasks/{path.parent.name}/metrics.json")
+    else:
+        edit_index(tree, lambda index: index["sha256"].update({name: digest}))
+
+
 def edit_tensors(path: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
     """Change the tensors in a safetensors file."""
     tensors = load_file(path)

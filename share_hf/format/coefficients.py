@@ -110,7 +110,7 @@ def _from_bfloat16(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
     return plain
 
 
-def rank_of_coefficients(path: Path, tensors: Mapping[str, Tensor], prefix: str, most: int) -> int:
+def rank_of_coefficients(path: Path | str, tensors: Mapping[str, Tensor], prefix: str, most: int) -> int:
     """The rank that a task has in one layer, where it may be smaller than p.
 
     Args:

@@ -41,12 +41,47 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: If the file is missing, too large, not JSON or not an object.
     """
-    if not path.is_file():
+    return json_in(path, json_bytes_of(path))
+
+
+def json_bytes_of(path: Path | str) -> bytes:
+    """The bytes of a file that should be JSON, for whoever wants its checksum too.
+
+    Raises:
+        ValueError: If the file is missing or too large.
+    """
+    size = size_of_file(path)
+    if size is None:
         raise ValueError(f"{path}: no such file")
-    if (size := path.stat().st_size) > MAX_JSON_BYTES:
+    if size > MAX_JSON_BYTES:
         raise ValueError(f"{path}: {size} bytes, expected at most {MAX_JSON_BYTES}")
+    return bytes_of(path)
+
+
+def bytes_of(path: Path | str) -> bytes:
+    """What is in a file. It is read as a whole, so a buffer would only be one more copy."""
+    with open(path, "rb", buffering=0) as file:
+        return file.read()
+
+
+def size_of_file(path: Path | str) -> int | None:
+    """Bytes of a file; None if there is none, or what has its name is no file. The disk is asked once."""
     try:
-        text = path.read_text(encoding="utf-8")
+        found = os.stat(path)
+    except OSError:
+        Path(path).is_file()  # raises where nobody may look
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+
+def json_in(path: Path | str, content: bytes) -> dict[str, Any]:
+    """The JSON object in the bytes of a file.
+
+    Raises:
+        ValueError: As for `json_object`; naming the file.
+    """
+    try:
+        text = content.decode("utf-8")
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from error
     return json_object(str(path), text)
@@ -63,10 +98,9 @@ def json_object(place: str, text: str) -> dict[str, Any]:
         ValueError: If it is not JSON, or not an object.
     """
     try:
-        content = json.loads(text, parse_constant=_refuse, parse_float=_finite, parse_int=_short)
-        json.dumps(
-            content, ensure_ascii=False
-        ).encode()  # refuses half a surrogate pair, which cannot be written again
+        content = _DECODER.decode(text)
+        if "\\u" in text:  # half a surrogate pair cannot be written again, and comes only from an escape
+            json.dumps(content, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{place}: not valid JSON ({error})") from error
     if not isinstance(content, dict):
@@ -84,6 +118,9 @@ def _finite(literal: str) -> float:
 
 def _short(literal: str) -> int:
     return int(literal) if len(literal) < 20 else _refuse(f"{literal[:20]}…")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse, parse_float=_finite, parse_int=_short)
 
 
 def json_bytes(content: Mapping[str, Any]) -> bytes:
@@ -165,7 +202,7 @@ def tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     return save({name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}, {"format": "pt"})
 
 
-def expect_tensor(path: Path, tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
+def expect_tensor(path: Path | str, tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
     """The float32 tensor of this name and shape.
 
     Raises:

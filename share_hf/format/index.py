@@ -187,7 +187,14 @@ def read_index(folder: Path) -> TreeIndex:
         raise ValueError(f"{path}: {error}") from error
 
 
-def check_file(folder: Path, sha256: Mapping[str, str], relative: str, *, listed_in: str = INDEX_FILE) -> None:
+def check_file(
+    folder: Path,
+    sha256: Mapping[str, str],
+    relative: str,
+    *,
+    listed_in: str = INDEX_FILE,
+    content: bytes | None = None,
+) -> None:
     """Compare the checksum of a file with the one that is noted for it.
 
     Args:
@@ -195,17 +202,20 @@ def check_file(folder: Path, sha256: Mapping[str, str], relative: str, *, listed
         sha256: Checksums by path.
         relative: Path of the file in the folder.
         listed_in: Where the checksums are from.
+        content: What was read of the file; it is read again if not given.
 
     Raises:
         ValueError: If it is missing or is not the file that was saved.
     """
-    path = folder / relative
     if relative not in sha256:
         raise ValueError(f"{folder / listed_in}: sha256 has no entry for {relative!r}")
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file, but {listed_in} lists it")
-    if (found := sha256_of(path)) != sha256[relative]:
-        raise ValueError(f"{path}: sha256 is {found}, expected {sha256[relative]}: the file was truncated or edited")
+    if content is None and not (folder / relative).is_file():
+        raise ValueError(f"{folder / relative}: no such file, but {listed_in} lists it")
+    found = sha256_of(folder / relative) if content is None else hashlib.sha256(content).hexdigest()
+    if found != sha256[relative]:
+        raise ValueError(
+            f"{folder / relative}: sha256 is {found}, expected {sha256[relative]}: the file was truncated or edited"
+        )
 
 
 def _module(name: str, entry: Mapping[str, Any]) -> ModuleEntry:

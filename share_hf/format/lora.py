@@ -225,7 +225,7 @@ def read_lora(
     )
 
 
-def read_target(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+def read_target(path: Path | str, config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a configuration that say which modules it targets, those that are given.
 
     Raises:
@@ -253,7 +253,7 @@ def read_target(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     return target
 
 
-def check_head_names(path: Path, names: Iterable[str], saved: Iterable[str]) -> None:
+def check_head_names(path: Path | str, names: Iterable[str], saved: Iterable[str]) -> None:
     """Refuse weights that belong to no module that the adapter says it saves: a loader would put them into the base.
 
     Raises:
@@ -265,7 +265,7 @@ def check_head_names(path: Path, names: Iterable[str], saved: Iterable[str]) -> 
             raise ValueError(f"{path}: {name!r} is unexpected, expected coefficients and modules_to_save = {saved}")
 
 
-def _check_pattern(path: Path, name: str, pattern: str) -> None:
+def _check_pattern(path: Path | str, name: str, pattern: str) -> None:
     try:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:

@@ -12,7 +12,8 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
@@ -28,6 +29,7 @@ _MARK = "share_hf.txt"
 _MARK_TEXT = "share_hf keeps a folder here while it replaces it. The next save tidies up what a crash left.\n"
 _ATTEMPTS = 100  # of a reader, each as long as a save
 _NOT_RENAMED = {errno.EBUSY, errno.EXDEV}
+_AT_ONCE = 8  # files that are waited for
 
 
 @contextmanager
@@ -81,7 +83,7 @@ def recover_folder(folder: Path, written: Callable[[Path], Collection[str]]) -> 
         return
     if folder.exists():
         _move_rest(old, folder, written(old))
-        shutil.rmtree(old)
+        _remove(old)
     else:
         old.rename(folder)
 
@@ -243,10 +245,26 @@ def _real(folder: Path) -> Path:
 
 
 def _flush(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file() and path.stat().st_nlink == 1:  # a linked file is on disk already
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+    written = (path for path in folder.rglob("*") if path.is_file())
+    _for_each(_flush_file, (path for path in written if path.stat().st_nlink == 1))  # a linked one is on disk already
+
+
+def _flush_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, first the many that a tree has in one of its folders."""
+    _for_each(shutil.rmtree, (path for path in folder.glob("*/*") if path.is_dir() and not path.is_symlink()))
+    shutil.rmtree(folder)
+
+
+def _for_each(action: Callable[[Path], None], paths: Iterable[Path]) -> None:
+    """Do something that waits for the disk with each path, a few at once: one by one, a thousand take many seconds."""
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        for _ in pool.map(action, paths):
+            pass  # the first error is raised here
 
 
 def _umask() -> int:

@@ -10,24 +10,20 @@ metrics.json                scores, the norm and drift of each layer, which merg
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
-from ..state import Phase, SubspaceState, TaskInfo, sketch_of
-from ..subspace import LARGEST_NORM, rank_in_layer
+from ..state import SubspaceState
 from .basis_file import SUBSPACE_FILE, StoredBasis
-from .coefficients import coefficient_tensors, rank_of_coefficients, with_plain_coefficients
-from .files import check_tensors, expect_tensor, json_bytes, read_json, read_tensors
-from .index import INDEX_FILE, TreeIndex, check_file
+from .coefficients import coefficient_tensors
+from .files import check_tensors, json_bytes, read_json
+from .index import TreeIndex, check_file
 from .lora import PEFT_PREFIX, adapter_files, check_head_names, read_target
-from .patterns import without_slow_patterns
 from .saved_modules import saved_names
 
 
@@ -39,9 +35,6 @@ FINGERPRINT = "share_fingerprint"
 
 # What a task's metrics hold of each layer, in this order.
 CERTIFICATE_COLUMNS = ("norm", "rank_error", "drift_bound", "drift_estimate")
-
-# Of a task in one layer: (ε_out, ε_in, certificate).
-StoredTask = tuple[Tensor, Tensor, list[float]]
 
 
 def task_folder(task: str) -> str:
@@ -80,7 +73,7 @@ def task_files(state: SubspaceState, task: str, bases: Mapping[str, StoredBasis]
     config = share_adapter_config(state, task)
     place = Path(task_folder(task))
     # By the rules of the reader: what is written is read again.
-    _check_kept(place / SAFETENSORS_WEIGHTS_NAME, info.head, read_target(place / CONFIG_NAME, config))
+    check_kept(place / SAFETENSORS_WEIGHTS_NAME, info.head, read_target(place / CONFIG_NAME, config))
     check_tensors(place / SAFETENSORS_WEIGHTS_NAME, info.head)  # merges have seen to the rest
     files = adapter_files(config, share_adapter_tensors(state, task, bases))
     certificate = {module: layer.records.rows[layer.index(task)] for module, layer in state.layers_of(task).items()}
@@ -106,67 +99,19 @@ def check_task_files(folder: Path, index: TreeIndex, task: str) -> None:
     place = task_folder(task)
     metrics_file = f"{place}/{METRICS_FILE}"
     check_file(folder, index.sha256, metrics_file)
-    noted = read_json(folder / metrics_file).get("sha256")
-    sha256 = {f"{place}/{name}": checksum for name, checksum in noted.items()} if isinstance(noted, dict) else {}
+    sha256 = noted_checksums(task, read_json(folder / metrics_file))
     for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
         check_file(folder, sha256, f"{place}/{name}", listed_in=metrics_file)
 
 
-def read_task(
-    folder: Path, index: TreeIndex, task: str, bases: Mapping[str, StoredBasis]
-) -> tuple[TaskInfo, dict[str, StoredTask]]:
-    """What is known of a task, and its (ε_out, ε_in, certificate) by module."""
-    place = folder / task_folder(task)
-    config_path, weights_path, metrics_path = (
-        place / name for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, METRICS_FILE)
-    )
-    config, metrics = read_json(config_path), read_json(metrics_path)
-    tensors = with_plain_coefficients(weights_path, read_tensors(weights_path), index.settings.coefficient_dtype)
-    stored: dict[str, StoredTask] = {}
-    coefficients: set[str] = set()
-    try:
-        if metrics["certificate_columns"] != list(CERTIFICATE_COLUMNS):
-            raise ValueError(
-                f"{metrics_path}: certificate_columns is {metrics['certificate_columns']!r}, expected "
-                f"{list(CERTIFICATE_COLUMNS)}"
-            )
-        for module, values in metrics["certificate"].items():
-            if module not in bases:
-                raise ValueError(f"{metrics_path}: {module!r} is not in {SUBSPACE_FILE}, expected one of its modules")
-            prefix = f"{PEFT_PREFIX}{module}.share_coefficients"
-            coefficients |= {f"{prefix}_out", f"{prefix}_in"}
-            if index.has_fingerprints:
-                fingerprint = f"{PEFT_PREFIX}{module}.{FINGERPRINT}"
-                coefficients.add(fingerprint)
-                check_fingerprint(weights_path, tensors.get(fingerprint), fingerprint, bases[module])
-            k_out, k_in = index.modules[module].num_components
-            p = rank_in_layer(index.settings.pseudo_rank, index.modules[module].shape)
-            rank = p
-            if index.settings.has_ranks:
-                rank = rank_of_coefficients(weights_path, tensors, prefix, p)
-            out = expect_tensor(weights_path, tensors, f"{prefix}_out", (k_out, rank))
-            in_ = expect_tensor(weights_path, tensors, f"{prefix}_in", (k_in, rank))
-            filled = (torch.nn.functional.pad(side, (0, p - rank)) for side in (out, in_))
-            stored[module] = (*filled, _certificate(metrics_path, module, values))
-        head = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items() if name not in coefficients}
-        try:
-            info = _task_info(config_path, config, metrics_path, metrics, head)
-        except ValueError as error:
-            raise ValueError(str(error) if str(place) in str(error) else f"{metrics_path}: {error}") from error
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{metrics_path}: a field is missing or of the wrong type ({error!r})") from error
-    if odd := [name for name in info.head if ".share_coefficients_" in name]:
-        raise ValueError(f"{weights_path}: {odd[0]!r} is unexpected, {metrics_path} has no certificate of its module")
-    if (base := config.get("base_model_name_or_path")) != index.base_model_name_or_path:
-        raise ValueError(
-            f"{config_path}: base_model_name_or_path is {base!r}, expected {index.base_model_name_or_path!r} as in "
-            f"{INDEX_FILE}"
-        )
-    check_task_files(folder, index, task)
-    return info, stored
+def noted_checksums(task: str, metrics: Mapping[str, Any]) -> dict[str, str]:
+    """By path in the tree, the checksums of a task's other files that its metrics note."""
+    noted = metrics.get("sha256")
+    place = task_folder(task)
+    return {f"{place}/{name}": checksum for name, checksum in noted.items()} if isinstance(noted, dict) else {}
 
 
-def check_fingerprint(path: Path, found: Tensor | None, name: str, basis: StoredBasis) -> None:
+def check_fingerprint(path: Path | str, found: Tensor | None, name: str, basis: StoredBasis) -> None:
     """Compare the fingerprint of this name in a file of coefficients with the basis that is beside it.
 
     Raises:
@@ -181,46 +126,10 @@ def check_fingerprint(path: Path, found: Tensor | None, name: str, basis: Stored
         )
 
 
-def _task_info(
-    config_path: Path,
-    config: Mapping[str, Any],
-    metrics_path: Path,
-    metrics: Mapping[str, Any],
-    head: dict[str, Tensor],
-) -> TaskInfo:
-    target = without_slow_patterns(read_target(config_path, config), metrics["certificate"])
-    _check_kept(config_path.parent / SAFETENSORS_WEIGHTS_NAME, head, target)
-    labels, dataset, initialization = metrics["labels"], metrics["dataset"], metrics["initialization"]
-    for name, value in (("dataset", dataset), ("initialization", initialization)):
-        if not isinstance(value, (str, NoneType)):
-            raise ValueError(f"{metrics_path}: {name} is {value!r}, expected text or null")
-    info = TaskInfo(
-        learned_by=Phase(metrics["learned_by"]),
-        target=target,
-        head=head,
-        scores={name: _finite_score(metrics_path, name, score) for name, score in metrics["scores"].items()},
-        labels=None if labels is None else tuple(str(label) for label in labels),
-        dataset=dataset,
-        initialization=initialization,
-    )
-    sketch_of(info)
-    return info
+def check_kept(path: Path | str, head: Iterable[str], target: Mapping[str, Any]) -> None:
+    """Refuse a head that a configuration does not say to be kept: its loader would not find it.
 
-
-def _finite_score(path: Path, name: str, score: Any) -> float:
-    if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
-        raise ValueError(f"{path}: score {name!r} is {score!r}, expected a finite number")
-    return float(score)
-
-
-def _check_kept(path: Path, head: Iterable[str], target: Mapping[str, Any]) -> None:
+    Raises:
+        ValueError: Naming the first of its weights.
+    """
     check_head_names(path, head, saved_names(target.get("modules_to_save"), target.get("task_type")))
-
-
-def _certificate(path: Path, module: str, values: Sequence[Any]) -> list[float]:
-    if len(values) != len(CERTIFICATE_COLUMNS):
-        raise ValueError(f"{path}: certificate of {module!r} is {values!r}, expected {list(CERTIFICATE_COLUMNS)}")
-    for name, value in zip(CERTIFICATE_COLUMNS, values, strict=True):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < LARGEST_NORM:
-            raise ValueError(f"{path}: {name} of {module!r} is {value!r}, expected a number of 0 or more")
-    return [float(value) for value in values]

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from torch import Tensor
 
 from ..state import ContinualMetrics, SubspaceState
 from ..subspace import LayerSubspace, SubspaceSettings, TaskRecords, rank_in_layer
@@ -40,7 +39,8 @@ from .index import (
 )
 from .lora import LoraAdapter, lora_files
 from .replacing import reading_whole, replacing_folder
-from .task_files import METRICS_FILE, TASKS_FOLDER, StoredTask, read_task, task_files, task_folder
+from .task_files import CERTIFICATE_COLUMNS, METRICS_FILE, TASKS_FOLDER, task_files, task_folder
+from .task_reader import StoredTask, TaskReader
 
 
 CARD_FILE = "README.md"
@@ -192,11 +192,14 @@ def _read_whole(folder: Path, wanted: Collection[str] | None) -> SubspaceState:
     expect_tree(folder, index)
     bases = read_bases(folder / SUBSPACE_FILE)
     check_bases(folder / SUBSPACE_FILE, bases, index)
-    tasks, stored = {}, {}
-    for task in index.tasks:
-        if wanted is None or task in wanted:
-            tasks[task], stored[task] = read_task(folder, index, task, bases)
-    layers = {module: _layer(module, basis, index.settings, stored) for module, basis in bases.items()}
+    names = [task for task in index.tasks if wanted is None or task in wanted]
+    reader, tasks = TaskReader(folder, index, bases), {}
+    rows = {module: _LayerRows(basis, index.settings, len(names)) for module, basis in bases.items()}
+    for task in names:
+        tasks[task], stored = reader.read(task)
+        for module, of_task in stored.items():
+            rows[module].add(task, of_task)
+    layers = {module: of_layer.layer() for module, of_layer in rows.items()}
     metrics: Mapping[str, Any] = {}
     if wanted is None:
         content = read_json(folder / METRICS_FILE)
@@ -270,28 +273,42 @@ def _metrics(path: Path, metrics: Mapping[str, Any]) -> Mapping[str, Any]:
         raise ValueError(f"{path}: a field is missing or of the wrong type ({error!r})") from error
 
 
-def _layer(
-    module: str,
-    basis: StoredBasis,
-    settings: SubspaceSettings,
-    stored: Mapping[str, dict[str, StoredTask]],
-) -> LayerSubspace:
-    present = [task for task, modules in stored.items() if module in modules]
-    certificate = torch.tensor([stored[task][module][2] for task in present], dtype=torch.float64).reshape(-1, 4)
-    k_out, k_in = basis.num_components
-    p = rank_in_layer(settings.pseudo_rank, basis.shape)
-    return LayerSubspace(
-        tasks=tuple(present),
-        basis_out=basis.beta,
-        basis_in=basis.alpha,
-        coefficients_out=_stack([stored[task][module][0] for task in present], k_out, p),
-        coefficients_in=_stack([stored[task][module][1] for task in present], k_in, p),
-        records=TaskRecords(*certificate.unbind(1)),
-        spectrum_out=basis.spectrum_out.double(),
-        spectrum_in=basis.spectrum_in.double(),
-        explained_by_basis=basis.explained_variance,
-    )
+class _LayerRows:
+    """The tasks of one layer while they are read, each copied to its place at once: memory has them once.
 
+    Args:
+        basis: Of the layer.
+        settings: Of the subspace.
+        most: How many tasks there may be.
+    """
 
-def _stack(coefficients: list[Tensor], k: int, p: int) -> Tensor:
-    return torch.stack(coefficients) if coefficients else torch.zeros(0, k, p)
+    def __init__(self, basis: StoredBasis, settings: SubspaceSettings, most: int) -> None:
+        self._basis, self._tasks, self._certificates = basis, [], []
+        p = rank_in_layer(settings.pseudo_rank, basis.shape)
+        self._sides = tuple(torch.empty(most, k, p) for k in basis.num_components)
+        self._arrays = tuple(side.numpy() for side in self._sides)  # of the same memory, and quicker to write to
+
+    def add(self, task: str, stored: StoredTask) -> None:
+        """Put a task behind the others."""
+        coefficients, certificate = stored
+        for array, side in zip(self._arrays, coefficients, strict=True):
+            array[len(self._tasks)] = side
+        self._tasks.append(task)
+        self._certificates.append(certificate)
+
+    def layer(self) -> LayerSubspace:
+        """The layer with the tasks that were added."""
+        count, basis = len(self._tasks), self._basis
+        out, in_ = (side if len(side) == count else side[:count].clone() for side in self._sides)
+        certificates = torch.tensor(self._certificates, dtype=torch.float64).reshape(-1, len(CERTIFICATE_COLUMNS))
+        return LayerSubspace(
+            tasks=tuple(self._tasks),
+            basis_out=basis.beta,
+            basis_in=basis.alpha,
+            coefficients_out=out,
+            coefficients_in=in_,
+            records=TaskRecords(*certificates.unbind(1)),
+            spectrum_out=basis.spectrum_out.double(),
+            spectrum_in=basis.spectrum_in.double(),
+            explained_by_basis=basis.explained_variance,
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from share_hf import SharedSubspace
 from share_hf.format.files import MAX_JSON_BYTES
-from tests.trees import assert_same_state, edit_index, edit_json, edit_tensors, files_of
+from tests.trees import assert_same_state, edit_index, edit_json, edit_tensors, files_of, sign_anew
 
 
 BASIS = "subspace.safetensors"
@@ -249,17 +248,6 @@ def test_two_trees_cannot_be_mixed(
 # ---- Edited tensors -------------------------------------------------------------------------------------------------
 
 
-def _signed(tree: Path, name: str) -> None:
-    """Give a file that was changed the checksum it now has, as somebody would who knows of it."""
-    path = tree / name
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if path.parent.parent.name == "tasks" and path.name != "metrics.json":
-        edit_json(path.parent / "metrics.json", lambda metrics: metrics["sha256"].update({path.name: digest}))
-        _signed(tree, f"tasks/{path.parent.name}/metrics.json")
-    else:
-        edit_index(tree, lambda index: index["sha256"].update({name: digest}))
-
-
 def _set(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Tensor]], None]:
     return lambda tensors: tensors.update({name: change(tensors[name])})
 
@@ -306,7 +294,7 @@ def test_tensors_that_do_not_belong_are_refused_by_name(
 ) -> None:
     edit_tensors(tree / name, change)
     if signed:
-        _signed(tree, name)
+        sign_anew(tree, name)
     refused(f"{name}: .*({message})")
 
 
@@ -332,7 +320,7 @@ def test_a_certificate_that_no_version_wrote_is_refused(
     name = "tasks/mrpc/metrics.json"
     edit_json(tree / name, change)
     if signed:
-        _signed(tree, name)
+        sign_anew(tree, name)
     refused(f"{name}: .*{message}")
 
 

@@ -298,6 +298,22 @@ def test_many_coordinates_give_what_the_full_decomposition_gives(monkeypatch: py
         assert vars(approximate)[name] == pytest.approx(value, rel=0.01)
 
 
+@pytest.mark.parametrize("alike", [0.0, 0.5])
+def test_directions_that_are_found_in_a_few_steps_explain_what_the_best_do(
+    alike: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With as many updates as a layer has features or more, alike or not, and k where no step is exact."""
+    generator = torch.Generator().manual_seed(3)
+    shared = [alike * torch.randn(side, 16, generator=generator) for side in (400, 360)]
+    updates = [
+        LowRankUpdate(*(part + torch.randn(part.shape, generator=generator) for part in shared)) for _ in range(30)
+    ]
+    found = explained_variance(updates, 16, 14)
+    monkeypatch.setattr(audit, "_DENSE_COORDINATES", 1000)
+    for name, value in vars(explained_variance(updates, 16, 14)).items():
+        assert vars(found)[name] == pytest.approx(value, abs=1e-3)
+
+
 def test_independent_adapters_explain_no_more_than_chance() -> None:
     layers = {
         f"layers.{i}": named(random_directions(10, (64, 48), torch.tensor([3.0, 2.0, 1.0, 0.5]).double(), i))
