@@ -61,26 +61,18 @@ def split_places(
     there, here = {}, {}
     for task, lora in loras.items():
         place = places[task]
-        reference = None if isinstance(place, Path) or Path(place).exists() else Reference.parse(place)
-        if reference is None:
+        reference = None if isinstance(place, Path) else Reference.parse(place)
+        commit = None if reference is None else _commit_of(lora.file, reference.repo_id)
+        if commit is None:  # what is not in the cache of the hub may be a folder that is called like a repository
             here[task] = LocalOriginal(os.path.abspath(place), lora.component)
-        else:
-            there[task] = _on_hub(reference, lora)
+            continue
+        noted = {"place": str(replace(reference, revision=None)), "commit": commit, "sha256": sha256_of(lora.file)}
+        there[task] = noted if lora.component is None else {**noted, "component": lora.component}
     return there, here
 
 
-def _on_hub(reference: Reference, lora: LoraAdapter) -> dict[str, Any]:
-    """Place, commit and checksum of an adapter whose files are in the cache of the hub."""
-    noted = {
-        "place": str(replace(reference, revision=None)),
-        "commit": _commit_of(lora.file, reference.repo_id),
-        "sha256": sha256_of(lora.file),
-    }
-    return noted if lora.component is None else {**noted, "component": lora.component}
-
-
 def _commit_of(path: Path, repo_id: str) -> str | None:
-    """The commit that a file in the cache is of: it is in `models--org--repo/snapshots/<commit>`."""
+    """The commit that a file is of, which is in `models--org--repo/snapshots/<commit>` of a cache; None elsewhere."""
     folder = repo_folder_name(repo_id=repo_id, repo_type="model")
     parts = path.parts
     places = [i for i in range(2, len(parts)) if parts[i - 2 : i] == (folder, "snapshots")]

@@ -365,6 +365,18 @@ def test_adapters_that_call_their_base_by_other_names_are_refitted(tmp_path: Pat
     assert made.base_model_name_or_path == "org/base"
 
 
+def test_a_folder_that_is_called_like_a_repository_is_never_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "adapters").mkdir()
+    small_lora(tmp_path / "adapters" / "mrpc", 0, 1.0)
+    monkeypatch.chdir(tmp_path)
+    made = SharedSubspace.from_adapters(["adapters/mrpc"], **QUIET)
+    made.save_pretrained("tree", keep_originals=True)
+    assert hub_originals(made.state.lineage) == {}
+    assert read_originals(tmp_path / "tree") == {"mrpc": LocalOriginal(str(tmp_path / "adapters" / "mrpc"))}
+
+
 def test_a_step_back_knows_the_folders_of_before(tmp_path: Path) -> None:
     folders = [small_lora(tmp_path / f"lora{i}", i, 1.0)[0] for i in range(3)]
     tree = tmp_path / "tree"
