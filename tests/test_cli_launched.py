@@ -36,7 +36,7 @@ def test_the_first_process_alone_does_what_is_not_divided(
     assert share("init", tree, *places, *SMALL)[0] == 0
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    for argv, says in ((["info", tree], f"{tree}: 1 tasks"), (["rename", tree, "task0", "other"], tree)):
+    for argv, says in ((["info", tree], f"{tree}: 1 task"), (["rename", tree, "task0", "other"], tree)):
         code, out, err = share(*argv)
         assert (code, err) == (0, "")
         assert out.startswith(says) if speaks else not out

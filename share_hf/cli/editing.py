@@ -93,7 +93,8 @@ def replace_task(args: Namespace) -> Outcome:
 def refit(args: Namespace) -> Outcome | None:
     """`share-hf refit`: bases built anew from the adapters that tasks came from."""
     originals = dict(args.originals)
-    with building(args, {**read_originals(args.folder), **originals}) as build:
+    known = {task: of.place for task, of in read_originals(args.folder).items()}
+    with building(args, {**known, **originals}) as build:
         subspace = SharedSubspace.from_pretrained(args.folder)
         before = {task.name: task.drift for task in subspace.report().tasks}
         with naming_what_is_missing(originals.values(), CONFIG_NAME):
