@@ -88,7 +88,7 @@ def find_adapter(location: str | Path, *, revision: str | None = None, **downloa
 
     Args:
         location: A folder, a file of weights, or a place on the hub.
-        revision: Of the repository, where the place names none.
+        revision: Revision of the repository, where the place names none.
         **download_options: As for `hf_hub_download`.
 
     Raises:

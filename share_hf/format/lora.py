@@ -113,7 +113,7 @@ class StoredUpdates(Mapping[str, LowRankUpdate]):
 
     Args:
         factors: By module, the factors in the file.
-        stamp: Of the file, where it is mapped into memory: an update is refused when the file was written to since.
+        stamp: State of the file, where it is mapped into memory: updates are refused once it was written to.
     """
 
     def __init__(self, factors: Mapping[str, ScaledFactors], stamp: Stamp | None = None) -> None:
@@ -155,7 +155,7 @@ def read_lora(
     Args:
         location: A folder, a file, or `org/repo@revision:subfolder`, where the subfolder may be a file too.
         component: Which model of a pipeline is meant, such as `unet`, where a file has LoRAs of several.
-        revision: Of a repository, where the location names none.
+        revision: Revision of a repository, where the location names none.
         token: For the hub.
         cache_dir: Where to keep downloads.
 

@@ -277,8 +277,8 @@ class _LayerRows:
     """The tasks of one layer while they are read, each copied to its place at once: memory has them once.
 
     Args:
-        basis: Of the layer.
-        settings: Of the subspace.
+        basis: The basis of the layer.
+        settings: The settings of the subspace.
         most: How many tasks there may be.
     """
 

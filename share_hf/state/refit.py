@@ -23,7 +23,7 @@ def check_original(state: SubspaceState, task: str, updates: Mapping[str, LowRan
     Args:
         state: Holds the task.
         task: Its name.
-        updates: Of the adapter, by module.
+        updates: Updates of the adapter, by module.
 
     Raises:
         ValueError: If it adapts other modules, or the norm of an update is another one.

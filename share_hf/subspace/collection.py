@@ -55,7 +55,7 @@ class Advice:
         num_components: k; None if no k of the curve reaches it.
         pseudo_rank: p.
         error: The error there.
-        bytes: Of all bases and coefficients in float32.
+        bytes: Bytes of all bases and coefficients in float32.
     """
 
     target_error: float

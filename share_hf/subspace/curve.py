@@ -110,7 +110,7 @@ def _power_step(rows: Tensor, weights: Tensor, basis: Tensor) -> Tensor:
 
 
 def _explained_and_errors(kept: Tensor) -> tuple[float, tuple[float, ...]]:
-    """Of the energies (tasks, r) of updates of norm 1, in descending order."""
+    """The mean energy kept, and the mean error by rank, from energies (tasks, r) of updates of norm 1, descending."""
     left = (1 - kept.cumsum(1)).clamp_min(0).sqrt().mean(0)
     return float(kept.sum(1).mean()), tuple(left.tolist())
 

@@ -147,7 +147,7 @@ class ChosenDimensions:
 
 @dataclass(frozen=True)
 class _Curves:
-    """Of a module or more, by k and p from 1 to the largest k.
+    """Errors and sizes of one or more modules, by k and p from 1 to the largest k.
 
     Args:
         errors: (K, K) float64, sum of the relative errors of all updates.

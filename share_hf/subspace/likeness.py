@@ -132,5 +132,5 @@ def _inner(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> float
 
 
 def _distance_squared(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> float:
-    """Of a product: a difference of squares would have lost half the digits."""
+    """The squared distance as the norm of one product: a difference of squares would lose half the digits."""
     return float(product_norm(torch.cat([first[0], second[0]], 1), torch.cat([first[1], -second[1]], 1)).square())

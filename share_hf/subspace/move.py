@@ -193,7 +193,7 @@ def rounding_bound(rounding: Rounding, slack: Tensor) -> Tensor:
     little; not the `changes` of coefficients in fewer bits.
 
     Args:
-        rounding: Of the coefficients.
+        rounding: The rounding of the coefficients.
         slack: (2,), spectral norms of the rounding errors of the bases.
     """
     sizes, roundings = rounding.sizes, rounding.roundings

@@ -291,7 +291,7 @@ class ShareLayer(BaseTunerLayer):
 
         Args:
             adapter_names: One for each sample.
-            like: Of the device and dtype that they are to have.
+            like: A tensor of the device and dtype that they are to have.
         """
         present = [name for name in dict.fromkeys(adapter_names) if self.has_task(name)]
         for name in present:

@@ -37,7 +37,7 @@ def base_model_for(base: str | Path, info: TaskInfo, *, token: str | bool | None
 
     Args:
         base: Folder or hub id of the base model.
-        info: Of the task. Where it names no task type, the class is the one that the model was saved as.
+        info: What is known of the task. Where it names no task type, the class is the one that the model was saved as.
         token: For the hub.
 
     Raises:
