@@ -1,7 +1,7 @@
 """Which k and p reach a target: the error and the size of every candidate, from one pass over the modules.
 
 A module is decomposed once, for the largest k that comes into question. Smaller bases follow from larger ones, each by
-one more alternation inside the leading directions of the last, so that no candidate costs a build.
+a few alternations inside the leading directions of the last, so that no candidate costs a build.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .basis import Directions, choose_directions
+from .basis import JOINT_ITERATIONS, Directions, choose_directions
 from .batch import Scratch, batch_of_few, batch_of_many
 from .coordinates import EXACT_COLUMNS, OVERSAMPLING, exact_coordinates, found_coordinates
 from .factors import LowRankUpdate, inverse_norms, truncated_balanced_factors
@@ -38,6 +38,9 @@ _SIZES_AN_OCTAVE = 4
 # directions of many updates, it does so with less room, see `coordinates`.
 _OTHER_START = 1.002
 _LESS_ROOM = 1.01
+
+# Where an alternation holds hardly more than the one before, it has ended.
+_NOTABLE_GAIN = 1e-3
 
 _TASKS_PER_CHUNK = 64
 _K_OF_ROUNDING = BLOCK
@@ -332,11 +335,18 @@ def _held_energies(
     for size in reversed(sizes):
         k_out, k_in = min(size, kept[0]), min(size, kept[1])
         if settings.basis == "joint" and size < sizes[-1] and size < max(kept):
-            room = 2 * size + OVERSAMPLING
-            weights = stack.new_weights
-            out = _turned(out[..., :room], in_[..., :k_in], weights)
-            in_ = _turned(in_[..., :room], out[..., :k_out], weights)
-        held.append(_energies(out[..., :k_out], in_[..., :k_in]))
+            room, weights, before = 2 * size + OVERSAMPLING, stack.new_weights, 0.0
+            for _ in range(JOINT_ITERATIONS):
+                out = _turned(out[..., :room], in_[..., :k_in], weights)
+                in_ = _turned(in_[..., :room], out[..., :k_out], weights)
+                energies = _energies(out[..., :k_out], in_[..., :k_in])
+                inside = float(energies[:, -1:].sum(1) @ weights.square())
+                if inside <= before * (1 + _NOTABLE_GAIN):
+                    break
+                before = inside
+        else:
+            energies = _energies(out[..., :k_out], in_[..., :k_in])
+        held.append(energies)
     return kept, torch.stack(held[::-1])
 
 

@@ -222,6 +222,7 @@ parts = [gpu.tests_of(Path({str(file)!r}), 60), gpu.benchmark("merge.py", (), 60
 gpu.run_parts(parts, Path({str(out)!r}), seconds=120, device="cpu")
 """
     process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(FOLDER)})
+    children: list[psutil.Process] = []
     try:
         wait_for(lambda: out.is_file() and "test_passes" in out.read_text() and not broken_off(out, "test_is_skipped"))
         children = psutil.Process(process.pid).children(recursive=True)

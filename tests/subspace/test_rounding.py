@@ -79,8 +79,8 @@ def test_a_4_bit_block_is_no_worse_than_with_the_scale_of_its_largest_number(row
         block = rows[:, start : start + BLOCK]
         step = block.abs().amax(1, keepdim=True) / 15
         naive = (step.unsqueeze(-1) * levels - block.unsqueeze(-1)).abs().amin(-1).square().sum()
-        # The scale itself has 8 bits.
-        assert found[:, start : start + BLOCK].sum() <= naive * 1.02 + (0.004 * block).square().sum()
+        # The scale itself has 8 bits, which moves each number that it is a part of.
+        assert found[:, start : start + BLOCK].sum().sqrt() <= naive.sqrt() + 0.004 * block.norm()
 
 
 def test_numbers_that_are_not_of_4_bits_are_not_packed() -> None:
