@@ -169,6 +169,10 @@ def _add_scores(folder: Path) -> None:
         (folder / name).write_bytes(content)
 
 
+# What reading JSON that an earlier change has broken may raise, the nesting of which may be too deep.
+UNREADABLE = (ValueError, RecursionError, KeyError, TypeError, AttributeError)
+
+
 def sign(tree: Tree, saved: Tree) -> None:
     """Give every file of a tree the checksum that it now has, and the index its digest.
 
@@ -183,7 +187,7 @@ def sign(tree: Tree, saved: Tree) -> None:
         folder = name.removesuffix(METRICS)
         _replace_checksums(tree, saved, name, [folder + CONFIG, folder + WEIGHTS])
     _replace_checksums(tree, saved, INDEX, [BASIS, METRICS, CONFIG, WEIGHTS, *of_tasks])
-    with suppress(ValueError, RecursionError, KeyError, TypeError, AttributeError):
+    with suppress(*UNREADABLE):
         index = json.loads(tree[INDEX])
         digest = index.pop("digest")
         new = hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
@@ -352,7 +356,7 @@ class FieldSet:
     value: Any
 
     def __call__(self, tree: Tree) -> None:
-        with suppress(ValueError, RecursionError, KeyError, IndexError, TypeError, AttributeError):
+        with suppress(*UNREADABLE, IndexError):
             content = json.loads(tree[self.file])
             node = content
             for step in self.path[:-1]:
@@ -448,7 +452,7 @@ class Reinterpreted:
         if not isinstance(content, bytes):
             return
         # Another change may have left no tensor, hence the division by zero.
-        with suppress(ValueError, KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError):
+        with suppress(*UNREADABLE, IndexError, ZeroDivisionError):
             end = 8 + int.from_bytes(content[:8], "little")
             header = json.loads(content[8:end])
             name = sorted(header)[self.which % len(header)]
@@ -501,7 +505,7 @@ class TaskRenamed:
         old, new = f"tasks/{self.old}/", f"tasks/{self.new}/"
         for name in [name for name in tree if name.startswith(old)]:
             tree[new + name.removeprefix(old)] = tree.pop(name)
-        with suppress(ValueError, KeyError, TypeError, AttributeError):
+        with suppress(*UNREADABLE):
             index = json.loads(tree[INDEX])
             index["tasks"] = [self.new if task == self.old else task for task in index["tasks"]]
             index["sha256"] = {name.replace(old, new): checksum for name, checksum in index["sha256"].items()}
@@ -516,7 +520,7 @@ class Resized:
     columns: int
 
     def __call__(self, tree: Tree) -> None:
-        with suppress(ValueError, KeyError, TypeError, AttributeError, RuntimeError, safetensors.SafetensorError):
+        with suppress(*UNREADABLE, RuntimeError, safetensors.SafetensorError):
             index, bases = json.loads(tree[INDEX]), safetensors.torch.load(tree[BASIS])
             index["modules"][V_PROJ] = {"shape": [self.rows, 64], "num_components": [self.columns, 3]}
             basis = torch.eye(self.rows, self.columns) if self.columns else torch.empty(self.rows, 0)
