@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from io import FileIO
 from pathlib import Path
 
 
@@ -38,16 +39,15 @@ def holding(folder: Path) -> Iterator[None]:
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     path = folder.with_name(f".{folder.name}.share_hf.lock")
-    descriptor = _locked(path)
-    token = _HELD.set(_HELD.get() | {folder})
-    try:
-        yield
-    finally:
-        _HELD.reset(token)
-        with suppress(OSError):
-            if not os.fstat(descriptor).st_size:  # one that has content is not ours
-                path.unlink()
-        os.close(descriptor)
+    with _locked(path) as file:
+        token = _HELD.set(_HELD.get() | {folder})
+        try:
+            yield
+        finally:
+            _HELD.reset(token)
+            with suppress(OSError):
+                if not os.fstat(file.fileno()).st_size:  # one that has content is not ours
+                    path.unlink()
 
 
 def lock(descriptor: int, *, wait: bool) -> bool:
@@ -74,17 +74,20 @@ def lock(descriptor: int, *, wait: bool) -> bool:
     return True
 
 
-def _locked(path: Path) -> int:
-    """A descriptor of the file that is there now, locked; its last holder may have removed the one waited for."""
+def _locked(path: Path) -> FileIO:
+    """The file that is there now, locked; its last holder may have removed the one waited for.
+
+    An object and no descriptor: whatever an interruption leaves of it is closed, and does not keep the lock.
+    """
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        file = FileIO(path, "a+")
         try:
-            if not lock(descriptor, wait=True):
-                return descriptor
+            if not lock(file.fileno(), wait=True):
+                return file
         except OSError:
-            os.close(descriptor)
+            file.close()
             raise
         with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(descriptor), path.stat()):
-                return descriptor
-        os.close(descriptor)
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()
