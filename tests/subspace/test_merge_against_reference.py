@@ -62,7 +62,8 @@ def test_factor_merges_follow_the_reference(stream: Stream) -> None:
 @examples(80)
 @given(streams("factor", center=True, kinds=KINDS_TO_CENTER, wider_than_pseudo_rank=False))
 def test_centered_merges_follow_the_reference(stream: Stream) -> None:
-    assert_follows_reference(stream, torch.float64, least_gap=1e-2, tolerance=1e-8)
+    # A mean with columns of very different sizes costs the small ones some of their digits.
+    assert_follows_reference(stream, torch.float64, least_gap=1e-2, tolerance=1e-7)
 
 
 @examples(80)
