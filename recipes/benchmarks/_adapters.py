@@ -24,7 +24,7 @@ class Sizes:
     Args:
         modules: How many modules they adapt.
         features: Outputs and inputs of each.
-        rank: Of each LoRA.
+        rank: Rank of each LoRA.
     """
 
     modules: int = 24
@@ -32,7 +32,7 @@ class Sizes:
     rank: int = 16
 
     def names(self) -> list[str]:
-        """Of the modules."""
+        """Names of the modules."""
         return [f"model.layers.{i // 4}.self_attn.{'qkvo'[i % 4]}_proj" for i in range(self.modules)]
 
 

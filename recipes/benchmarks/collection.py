@@ -58,7 +58,7 @@ class Scale:
     """How large everything is.
 
     Args:
-        sizes: Of the adapters.
+        sizes: Sizes of the adapters.
         compared: Numbers of adapters that all packages build from, and how many times faster ours should be.
         grown: Numbers of adapters that ours is built from alone, the first and the last compared.
         added: A small and a large subspace that an adapter is added to.
