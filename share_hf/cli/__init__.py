@@ -36,7 +36,7 @@ from .editing_arguments import (
 
 
 FAILED, INTERRUPTED = 1, 130
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a quota, a limit on the length of files
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a quota, a limit on the length of files
 
 # Commands that the processes of a launcher do together; others are done by the first alone.
 DIVIDED = ("init", "add", "refit")
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         message = _told(error)
-        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
             message += "; nothing has changed, make room there, and run the command again"
         return _fail(message, FAILED, as_json=args.json)
     if is_first():

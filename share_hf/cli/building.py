@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 from argparse import Namespace
@@ -26,7 +25,7 @@ from share_hf.format.unchanged import Stamp
 from share_hf.format.unfinished import UnfinishedBuild
 from share_hf.subspace import Purpose, RunHere, working_by
 
-from . import is_launched
+from . import NO_ROOM, is_launched
 from .outcome import Outcome
 
 
@@ -34,7 +33,6 @@ Result = TypeVar("Result")
 
 _NOT_INPUTS = ("debug", "folder", "from_file", "history", "json", "keep_originals", "progress", "quiet", "token")
 _UNREADABLE = (ValueError, OSError, HfHubHTTPError, HFValidationError)
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Build:
@@ -61,7 +59,7 @@ class Build:
             try:
                 save()
             except OSError as error:
-                if error.errno not in _NO_ROOM or not self._unfinished.place.exists():
+                if error.errno not in NO_ROOM or not self._unfinished.place.exists():
                     raise
                 self._unfinished.remove()
                 save()

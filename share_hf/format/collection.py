@@ -17,7 +17,7 @@ from transformers.utils import logging
 from ..state import Layout, SubspaceState, TaskInfo, initializations_of
 from ..state.layout import named as named_layout
 from ..subspace import LayerSubspace, LowRankUpdate
-from .base_model import base_name, common_base, of_another_base
+from .base_model import base_name, check_base_name, common_base, of_another_base
 from .lora import LoraAdapter, StoredUpdates, read_lora
 from .pipelines import of_other_components
 from .places import NamedPlaces
@@ -129,8 +129,7 @@ def read_collection(
             kinds of layers;
             where several cannot be used, naming each of them and what ails it. Also if none can be used.
     """
-    if base_model is not None and (not isinstance(base_model, str) or base_name(base_model) is None):
-        raise ValueError(f"base_model is {base_model!r}, expected an id on the hub or a folder")
+    check_base_name(base_model)
     places = named.places
     layers, layouts, base = (
         ({}, {}, None) if into is None else (into.layers, into.layouts, into.base_model_name_or_path)

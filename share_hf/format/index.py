@@ -118,19 +118,19 @@ class TreeIndex:
         return 4 * matrices + _BYTES_BESIDE_MATRICES
 
 
-def format_version_for(settings: SubspaceSettings) -> int:
-    """The oldest format version that has all that these settings ask for."""
-    return FORMAT_VERSION if settings.is_plain else NEWEST_FORMAT_VERSION
-
-
 def index_bytes(index: TreeIndex) -> bytes:
-    """`share_config.json`, with the digest of its content."""
-    content = {**asdict(index), "settings": index.settings.to_dict(), "share_hf_version": __version__}
+    """`share_config.json` of the oldest format version that has all that is in it, with the digest of its content."""
+    plain = index.settings.is_plain and not any(entry.layout for entry in index.modules.values())
+    content = {
+        **asdict(index),
+        "settings": index.settings.to_dict(),
+        "format_version": FORMAT_VERSION if plain else NEWEST_FORMAT_VERSION,
+        "share_hf_version": __version__,
+    }
     for module, entry in index.modules.items():
         del content["modules"][module]["layout"]
         if entry.layout is not None:
             content["modules"][module]["layout"] = as_json(entry.layout)
-            content["format_version"] = NEWEST_FORMAT_VERSION
     content["digest"] = _digest(content)
     return json_bytes(content)
 

@@ -33,7 +33,6 @@ from .index import (
     ModuleEntry,
     TreeIndex,
     check_file,
-    format_version_for,
     index_bytes,
     read_index,
 )
@@ -157,7 +156,6 @@ def write_root(
         replaced=dict(branches.replaced),
         sha256={**{name: writer.sha256[name] for name in rest}, **adapter},
         fingerprint=fingerprint,
-        format_version=format_version_for(state.settings),
     )
     writer.put(INDEX_FILE, index_bytes(index))
 

@@ -17,7 +17,7 @@ from peft.utils import CONFIG_NAME
 from ..format.basis_file import SUBSPACE_FILE, StoredBasis, basis_tensors, fingerprint_of_all, read_bases
 from ..format.download import download
 from ..format.files import MAX_JSON_BYTES, FolderWriter, read_json, tensor_bytes
-from ..format.index import INDEX_FILE, ModuleEntry, TreeIndex, format_version_for, index_bytes, read_index
+from ..format.index import INDEX_FILE, ModuleEntry, TreeIndex, index_bytes, read_index
 from ..format.names import listing
 from ..format.replacing import standing_at
 from ..format.task_files import TASKS_FOLDER
@@ -99,7 +99,6 @@ def write_bases(
         tasks=(),
         sha256=dict(writer.sha256),
         fingerprint=fingerprint_of_all(bases),
-        format_version=format_version_for(config.subspace_settings()),
     )
     writer.put(INDEX_FILE, index_bytes(index))
 
