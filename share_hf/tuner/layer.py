@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate.hooks import AlignDevicesHook, SequentialHook
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import quantization_extra_repr
 from peft.utils.other import transpose
 from torch import Tensor, nn
@@ -24,6 +22,7 @@ from ..subspace.factors import without_autocast
 from .config import ShareConfig
 from .folding import FOLDED_TASKS, FoldedFactors, with_product
 from .kinds import layout_of, matrix_shape
+from .merging import MergingLayer, offload_hook_of
 from .quantization import quantization_backend_of
 from .ranks import make_room, stacked
 
@@ -311,7 +310,7 @@ class ShareLayer(BaseTunerLayer):
         return True
 
 
-class Linear(nn.Module, ShareLayer):
+class Linear(nn.Module, MergingLayer, ShareLayer):
     """Share on a dense layer: `nn.Linear`, `Conv1D`, or a quantized one that PEFT knows."""
 
     def __init__(
@@ -361,40 +360,6 @@ class Linear(nn.Module, ShareLayer):
         if bias is not None and self.get_base_layer().bias is None:  # PEFT's layer of HQQ is a new one, without it
             self.get_base_layer().bias = bias
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """
-        Merge the active adapter weights into the base weights.
-
-        Args:
-            safe_merge (`bool`, *optional*):
-                Whether to check the merged weights for NaN and infinity first, and leave the layer as it is if there
-                are any.
-            adapter_names (`list[str]`, *optional*):
-                The adapters to merge; the active ones if not given.
-        """
-        adapters = [name for name in check_adapters_to_merge(self, adapter_names) if self.has_task(name)]
-        if not adapters:
-            return
-        weight = self.get_base_weight()
-        merged = weight.to(torch.promote_types(weight.dtype, torch.float32))  # to be rounded once
-        for adapter in adapters:
-            merged = merged + self.get_delta_weight(adapter).to(merged)
-            if safe_merge and not torch.isfinite(merged.to(weight.dtype)).all():
-                raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
-        self.set_base_weight(merged.to(weight.dtype))
-        self.merged_adapters.extend(adapters)
-
-    def unmerge(self) -> None:
-        """Take all merged adapter weights out of the base weights again."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        weight = self.get_base_weight()
-        unmerged = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        while self.merged_adapters:
-            unmerged = unmerged - self.get_delta_weight(self.merged_adapters.pop()).to(unmerged)
-        self.set_base_weight(unmerged.to(weight.dtype))
-
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self._check_forward_args(x, *args, **kwargs)
         adapter_names = kwargs.pop("adapter_names", None)
@@ -441,10 +406,3 @@ class Linear(nn.Module, ShareLayer):
 
     def __repr__(self) -> str:
         return "share." + super().__repr__()
-
-
-def offload_hook_of(layer: nn.Module) -> AlignDevicesHook | None:
-    """What fetches the weights of a layer for each forward, if accelerate keeps them in memory or on disk."""
-    hook = getattr(layer, "_hf_hook", None)
-    hooks = hook.hooks if isinstance(hook, SequentialHook) else [hook]
-    return next((each for each in hooks if isinstance(each, AlignDevicesHook) and each.offload), None)
