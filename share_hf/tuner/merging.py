@@ -74,7 +74,10 @@ class KeptBase:
 
 
 class MergingLayer(BaseTunerLayer):
-    """What merges tasks into the weight of a layer, and takes them out again."""
+    """What merges tasks into the weight of a layer, and takes them out again.
+
+    Nothing of this is differentiated: a weight that is quantized anew would else hold on to the task's parameters.
+    """
 
     _kept_base: KeptBase | None = None
 
@@ -136,6 +139,7 @@ class MergingLayer(BaseTunerLayer):
         names = self.active_adapters if adapter_names is None else adapter_names
         self.merged_weight(self._adapters_in(names), safe=True)
 
+    @torch.no_grad()
     def merged_weight(self, adapters: list[str], *, safe: bool) -> Tensor:
         """The base weight, dequantized, with the updates of adapters; rounded once to the type that it has.
 
@@ -151,6 +155,7 @@ class MergingLayer(BaseTunerLayer):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
         return merged.to(weight.dtype)
 
+    @torch.no_grad()
     def unmerge(self) -> None:
         """Take all merged adapters out of the base weight again.
 
