@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from accelerate.hooks import AlignDevicesHook, SequentialHook
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -20,6 +19,7 @@ from .config import ShareConfig
 from .fingerprints import Fingerprints
 from .folding import FOLDED_TASKS, FoldedFactors
 from .kinds import layout_of, matrix_shape
+from .merging import offload_hook_of
 from .quantization import quantization_backend_of
 from .ranks import stacked
 from .rows import BatchCoefficients, MixedBatch, Rows
@@ -367,10 +367,3 @@ class ShareLayer(BaseTunerLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
-
-
-def offload_hook_of(layer: nn.Module) -> AlignDevicesHook | None:
-    """What fetches the weights of a layer for each forward, if accelerate keeps them in memory or on disk."""
-    hook = getattr(layer, "_hf_hook", None)
-    hooks = hook.hooks if isinstance(hook, SequentialHook) else [hook]
-    return next((each for each in hooks if isinstance(each, AlignDevicesHook) and each.offload), None)

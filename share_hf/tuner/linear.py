@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils import quantization_extra_repr
 from peft.utils.other import transpose
 from torch import Tensor, nn
@@ -16,11 +14,12 @@ from torch import Tensor, nn
 from .config import ShareConfig
 from .folding import with_product
 from .layer import ShareLayer
+from .merging import MergingLayer
 from .ranks import make_room
 from .rows import MixedBatch
 
 
-class Linear(nn.Module, ShareLayer):
+class Linear(nn.Module, MergingLayer, ShareLayer):
     """Share on a dense layer: `nn.Linear`, `Conv1D`, or a quantized one that PEFT knows."""
 
     def __init__(
@@ -69,40 +68,6 @@ class Linear(nn.Module, ShareLayer):
         super().set_base_weight(weight_data)
         if bias is not None and self.get_base_layer().bias is None:  # PEFT's layer of HQQ is a new one, without it
             self.get_base_layer().bias = bias
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """
-        Merge the active adapter weights into the base weights.
-
-        Args:
-            safe_merge (`bool`, *optional*):
-                Whether to check the merged weights for NaN and infinity first, and leave the layer as it is if there
-                are any.
-            adapter_names (`list[str]`, *optional*):
-                The adapters to merge; the active ones if not given.
-        """
-        adapters = [name for name in check_adapters_to_merge(self, adapter_names) if self.has_task(name)]
-        if not adapters:
-            return
-        weight = self.get_base_weight()
-        merged = weight.to(torch.promote_types(weight.dtype, torch.float32))  # to be rounded once
-        for adapter in adapters:
-            merged = merged + self.get_delta_weight(adapter).to(merged)
-            if safe_merge and not torch.isfinite(merged.to(weight.dtype)).all():
-                raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
-        self.set_base_weight(merged.to(weight.dtype))
-        self.merged_adapters.extend(adapters)
-
-    def unmerge(self) -> None:
-        """Take all merged adapter weights out of the base weights again."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        weight = self.get_base_weight()
-        unmerged = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        while self.merged_adapters:
-            unmerged = unmerged - self.get_delta_weight(self.merged_adapters.pop()).to(unmerged)
-        self.set_base_weight(unmerged.to(weight.dtype))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         batch = self._mixed_batch(kwargs.pop("adapter_names", None))

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from torch import Tensor, nn
 from transformers.utils import logging
@@ -29,14 +29,15 @@ from .embedding import Embedding
 from .experts import Expert, adapt_experts, parameters_adapted, remove_new_layers
 from .head import check_apart, check_head
 from .kinds import ExpertWeight, check_experts, layout_of, matrix_shape
-from .layer import ShareLayer, offload_hook_of
+from .layer import ShareLayer
 from .linear import Linear
 from .loading import StoredAdapter, keep_weights, stored_adapter
 from .lora_only import check_options
+from .merging import MergingTuner, offload_hook_of
 from .mixed_heads import mix_heads
 from .mixing import mixed_batch
 from .placeholder import placeholder_basis
-from .placement import call_layers_of, check_held_once, check_reached
+from .placement import call_layers_of, check_reached
 from .quantization import check_supported, keep_4bit_weights_differentiable
 from .ranks import make_room_in
 from .renaming import adapter_named_as_in
@@ -55,7 +56,7 @@ _OTHER_BASIS = (
 )
 
 
-class ShareModel(BaseTuner):
+class ShareModel(MergingTuner):
     """
     Tuner of a shared subspace.
 
@@ -377,23 +378,6 @@ class ShareModel(BaseTuner):
         for layer in layers.values():
             if layer.has_task(adapter_name):
                 layer.set_coefficients(adapter_name, *combined_coefficients(layer, of_tasks))
-
-    def _check_merge_allowed(self) -> None:
-        """Refuse to merge into layers that cannot be dequantized or are tied, before any layer has been merged."""
-        super()._check_merge_allowed()
-        check_held_once(self.model, share_layers(self.model).items())
-        tried = set()
-        for name, layer in share_layers(self.model).items():
-            base_layer = layer.get_base_layer()
-            kind = type(base_layer), type(getattr(base_layer, "weight", None))
-            if layer.quantization_backend is None or kind in tried:
-                continue
-            try:
-                with onload_layer(layer):
-                    layer.get_base_weight()
-            except (TypeError, NotImplementedError) as error:
-                raise TypeError(f"{name!r} cannot be merged into: {error}") from error
-            tried.add(kind)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
