@@ -21,6 +21,7 @@ from .base_model import base_name, check_base_name, common_base, of_another_base
 from .lora import LoraAdapter, StoredUpdates, read_lora
 from .pipelines import of_other_components
 from .places import NamedPlaces
+from .whole_trees import expect_no_tree
 
 
 logger = logging.get_logger(__name__)
@@ -125,8 +126,8 @@ def read_collection(
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: As for `read_lora`, or if an adapter has another base model, another component, other shapes or
-            kinds of layers;
+        ValueError: As for `read_lora`, or if a place is a whole subspace, or if an adapter has another base model,
+            another component, other shapes or kinds of layers;
             where several cannot be used, naming each of them and what ails it. Also if none can be used.
     """
     check_base_name(base_model)
@@ -140,7 +141,9 @@ def read_collection(
         places.items(), desc="Reading adapters", unit="adapter", leave=False, disable=not progress
     ):
         try:
-            loras[name] = read_lora(place, component=component, token=token)
+            lora = read_lora(place, component=component, token=token)
+            expect_no_tree(place, token=token)
+            loras[name] = lora
         except _BROKEN as error:
             if isinstance(error, LocalEntryNotFoundError) and not is_offline_mode():
                 raise  # of the network: it would be wrong with all of them, after a while each
