@@ -133,7 +133,13 @@ class SharedSubspace(Editing, Exporting):
         wanted.check_beside(settings)
         named = named_places(adapters)
         collection = read_collection(
-            named, base_model=base_model, component=component, skip_bad=skip_bad, token=token, progress=progress
+            named,
+            base_model=base_model,
+            component=component,
+            basis=basis,
+            skip_bad=skip_bad,
+            token=token,
+            progress=progress,
         )
         settings, chosen = settled(settings, wanted, collection.updates, progress=progress)
         if chosen is not None:

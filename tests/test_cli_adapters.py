@@ -20,7 +20,7 @@ from tests.continual.test_full_disk import Disk, disk
 from tests.facade.test_bad_adapters import truncate, write_adapter
 from tests.format.test_pipelines import TEXT, UNET, factors_of, in_style_of_kohya, write
 from tests.test_cli import SMALL, Output, as_before, column, share, share_json
-from tests.trees import files_of
+from tests.trees import edit_json, files_of
 
 
 @pytest.fixture
@@ -139,6 +139,29 @@ def test_bad_adapters_are_left_out_when_asked_for_and_all_named_when_not(
     again = {f"{name}2={place}" for name, place in folders.items()}
     facts = share_json("add", "sub", *sorted(again), "--skip-bad")
     assert (facts["new_tasks"], list(facts["skipped"])) == (["a2", "c2"], ["b2", "d2"])
+
+
+def test_adapters_that_only_a_merge_refuses_are_left_out_when_asked_for(
+    share: Callable[..., Output], share_json: Callable[..., Any], folders: dict[str, Path]
+) -> None:
+    places = [str(folder) for folder in folders.values()]
+    edit_json(folders["b"] / "adapter_config.json", lambda config: config.update(lora_alpha=1e60))
+    edit_json(folders["d"] / "adapter_config.json", lambda config: config.update(lora_alpha=1e308))
+    for argv in (["init", "sub", *SMALL], ["audit"]):
+        code, out, _ = share(*argv, *places)
+        assert (code, out) == (1, "")
+        code, out, _ = share(*argv, *places, "--skip-bad")
+        assert code == 0
+        assert out.startswith(
+            "2 adapters were left out:\n  b: 'model.layers.0.self_attn.q_proj': task 'b': its update"
+        )
+    assert SharedSubspace.from_pretrained("sub").tasks == ("a", "c")
+    before = files_of(Path("sub"))
+    code, out, err = share("add", "sub", places[1], places[3], "--skip-bad")
+    assert (code, out) == (1, "")
+    assert "2 of 2 adapters cannot be used" in err
+    assert files_of(Path("sub")) == before
+    assert sorted(path.name for path in Path().iterdir()) == ["loras", "sub"]
 
 
 def test_a_component_of_a_pipeline_is_named(

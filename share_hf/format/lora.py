@@ -316,7 +316,7 @@ def _plain(value: Any) -> Any:
 
 def _check_plain_lora(path: Path, config: Mapping[str, Any]) -> None:
     if (kind := config.get("peft_type")) != "LORA":
-        advice = ", a task of a subspace: export it as a LoRA first (`share-hf export`)" if kind == "SHARE" else ""
+        advice = ", export its tasks as LoRAs first (`share-hf export`)" if kind == "SHARE" else ""
         raise ValueError(f"{path}: peft_type is {kind!r}, expected 'LORA'{advice}")
     for name in _VARIANTS:
         if config.get(name):

@@ -177,6 +177,68 @@ def test_skipping_reads_what_it_keeps_as_without(
     assert build({**loras, "pissa": pissa}, skip_bad=True).tasks == tuple(loras)
 
 
+def overflowing(config: dict[str, object]) -> None:
+    config.update(lora_alpha=1e308)
+
+
+def loud(config: dict[str, object]) -> None:
+    config.update(lora_alpha=1e60)
+
+
+def under_another_name(tensors: dict[str, torch.Tensor]) -> None:
+    for name in list(tensors):
+        tensors[name.replace("base_model.model.", "base_model.model.language_model.")] = tensors.pop(name)
+
+
+@pytest.fixture
+def refused_by_merges(tmp_path: Path) -> dict[str, Path]:
+    """Adapters that are read without an error, and merged with none."""
+    adapters = {name: write_adapter(tmp_path / name, 10 + i) for i, name in enumerate(("infinite", "loud", "other"))}
+    edit_json(adapters["infinite"] / CONFIG, overflowing)
+    edit_tensors(adapters["infinite"] / WEIGHTS, lambda tensors: tensors[max(tensors)].mul_(1000))
+    edit_json(adapters["loud"] / CONFIG, loud)
+    edit_tensors(adapters["other"] / WEIGHTS, under_another_name)
+    return adapters
+
+
+@pytest.mark.parametrize("basis", ["joint", "factor"])
+def test_adapters_that_only_a_merge_refuses_are_left_out_too(
+    basis: str,
+    tmp_path: Path,
+    refused_by_merges: dict[str, Path],
+    build: Callable[..., SharedSubspace],
+    told: list[str],
+) -> None:
+    good = {name: write_adapter(tmp_path / name, seed) for seed, name in enumerate("ab")}
+    adapters = {"a": good["a"], **refused_by_merges, "b": good["b"]}
+    for name in refused_by_merges:
+        with pytest.raises(ValueError, match=f"task '{name}'"):
+            build({"a": good["a"], name: refused_by_merges[name]}, basis=basis)
+    subspace = build(adapters, skip_bad=True, basis=basis)
+    assert_same_state(subspace.state, build(good, basis=basis).state)
+    skipped = subspace.reading.skipped
+    assert list(skipped) == list(refused_by_merges)
+    assert skipped["infinite"].startswith(f"'{MODULE}': task 'infinite': out_factor has NaN or infinite entries")
+    assert f"'{MODULE}': task 'loud': its update has norm" in skipped["loud"]
+    assert "one layer as two classes or versions of transformers call it" in skipped["other"]
+    assert told[0] == "3 adapters were left out:"
+
+
+def test_adding_leaves_them_out_and_changes_nothing_where_all_are_refused(
+    tmp_path: Path, refused_by_merges: dict[str, Path], build: Callable[..., SharedSubspace]
+) -> None:
+    subspace = build({"a": write_adapter(tmp_path / "a", 0)})
+    before = subspace.state
+    with pytest.raises(ValueError, match="3 of 3 adapters cannot be used:\n") as caught:
+        subspace.add_adapters(refused_by_merges, skip_bad=True, progress=False)
+    assert all(f"\n  {name}: " in str(caught.value) for name in refused_by_merges)
+    assert subspace.state is before
+    good = write_adapter(tmp_path / "b", 1)
+    subspace.add_adapters({**refused_by_merges, "b": good}, skip_bad=True, progress=False)
+    assert subspace.tasks == ("a", "b")
+    assert list(subspace.reading.skipped) == list(refused_by_merges)
+
+
 # ---- The same -------------------------------------------------------------------------------------------------------
 
 

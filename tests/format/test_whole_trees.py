@@ -52,7 +52,7 @@ def test_the_root_lora_of_a_tree_is_taken_where_its_file_is_named(tree: Path) ->
 
 
 def test_a_task_of_a_tree_is_refused_with_what_to_do(tree: Path) -> None:
-    with pytest.raises(ValueError, match=r"peft_type is 'SHARE'.*export it as a LoRA first \(`share-hf export`\)"):
+    with pytest.raises(ValueError, match=r"peft_type is 'SHARE'.*export its tasks as LoRAs first \(`share-hf exp"):
         built(tree / "tasks" / "mrpc")
 
 
@@ -96,7 +96,7 @@ def test_a_repository_with_a_tree_is_no_adapter_but_the_branch_of_a_task_is(
                 ValueError, match=f"{place}: {TOLD}.*name {place}:{WEIGHTS} for its default task 'sst2'"
             ):
                 built(place)
-        with pytest.raises(ValueError, match="peft_type is 'SHARE', expected 'LORA', a task of a subspace"):
+        with pytest.raises(ValueError, match="peft_type is 'SHARE', expected 'LORA', export its tasks"):
             built(f"{REPO}:tasks/mrpc")
         assert built(f"{REPO}@mrpc", f"{REPO}:plain").tasks == ("share-subspace", "plain")
         assert built(f"{REPO}:{WEIGHTS}").tasks == ("share-subspace",)
