@@ -207,7 +207,7 @@ class SharedSubspace(Editing, Exporting):
     ) -> MergeReport:
         state = replace(self.state, base_model_name_or_path=collection.base)
         added = with_collection(state, collection, named, tolerance=tolerance, progress=progress)
-        self._held, self._reading = added.state, collection.reading
+        self._held, self._reading = added.state, added.reading
         self._originals |= added.folders
         shapes = {module: layer.shape for module, layer in self._held.layers.items() if module not in state.layers}
         if (line := smaller_layers(shapes, self.settings.num_components)) is not None:

@@ -116,6 +116,16 @@ def test_mended_names_and_adapters_that_are_the_same_are_shown(
     assert (facts["mended"], facts["duplicates"]) == ({"v1-0": "v1.0"}, [["a", "v1-0"]])
 
 
+def test_an_adapter_that_is_there_already_is_shown(
+    share: Callable[..., Output], share_json: Callable[..., Any], folders: dict[str, Path]
+) -> None:
+    assert share("init", "sub", "loras/a", "loras/b", *SMALL)[0] == 0
+    code, out, err = share("add", "sub", "again=loras/b", "loras/c")
+    assert (code, err) == (0, "")
+    assert out.startswith("again is the same adapter as b, which is there already\n\nsub: added again, c")
+    assert share_json("replace", "sub", "c=loras/a")["known"] == {"c": "a"}
+
+
 def test_bad_adapters_are_left_out_when_asked_for_and_all_named_when_not(
     share: Callable[..., Output], share_json: Callable[..., Any], folders: dict[str, Path]
 ) -> None:

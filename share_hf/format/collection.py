@@ -42,11 +42,13 @@ class Reading:
         skipped: By name, why an adapter was left out.
         duplicates: Names of adapters that are the same.
         mended: By task name, what its place is called, where no task can be called that.
+        known: By task name, the task that was there already with the same updates and head.
     """
 
     skipped: dict[str, str] = field(default_factory=dict)
     duplicates: list[list[str]] = field(default_factory=list)
     mended: dict[str, str] = field(default_factory=dict)
+    known: dict[str, str] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
         """What a person should know of it: which adapters were left out and why, and what stands out in others."""
@@ -54,6 +56,11 @@ class Reading:
         lines += _more(len(self.mended))
         for names in self.duplicates:
             lines.append(f"{', '.join(_some(names))} are the same adapter" + "".join(_more(len(names), ", ")))
+        lines += [
+            f"{name} is the same adapter as {other}, which is there already"
+            for name, other in _some(self.known.items())
+        ]
+        lines += _more(len(self.known))
         if self.skipped:
             were = "adapter was" if len(self.skipped) == 1 else "adapters were"
             lines.append(f"{len(self.skipped)} {were} left out:")

@@ -278,6 +278,84 @@ def test_classifiers_with_other_heads_are_not_the_same(
     assert build([first, second]).reading.duplicates == []
 
 
+def refactored(tensors: dict[str, torch.Tensor]) -> None:
+    """The same update from other factors, to float32's rounding."""
+    mixing = torch.tensor([[2.0, 0.3], [-0.7, 1.1]])
+    for name in [name for name in tensors if "lora_A" in name]:
+        other = name.replace("lora_A", "lora_B")
+        tensors[name] = torch.linalg.solve(mixing, tensors[name])
+        tensors[other] = (tensors[other] @ mixing).contiguous()
+
+
+@pytest.mark.parametrize("num_components", [4, 12])
+@pytest.mark.parametrize("dtype", ["float32", "4bit"])
+def test_a_task_that_is_there_already_is_told_whatever_a_merge_cut_of_it(
+    dtype: str, num_components: int, tmp_path: Path, told: list[str]
+) -> None:
+    adapters = {name: write_adapter(tmp_path / name, seed) for seed, name in enumerate("abcde")}
+    options = {"num_components": num_components, "coefficient_dtype": dtype}
+    subspace = SharedSubspace.from_adapters(adapters, pseudo_rank=RANK, progress=False, **options)
+    again = Path(shutil.copytree(adapters["b"], tmp_path / "again"))
+    edit_tensors(again / WEIGHTS, refactored)
+    assert told == []
+    subspace.add_adapters({"new": write_adapter(tmp_path / "new", 9), "again": again}, progress=False)
+    assert subspace.tasks == (*adapters, "new", "again")
+    assert subspace.reading.known == {"again": "b"}
+    assert told == ["again is the same adapter as b, which is there already"]
+    subspace.add_adapters([write_adapter(tmp_path / "other", 10)], progress=False)
+    assert subspace.reading.known == {}
+
+
+@pytest.mark.parametrize("num_components", [4, 12])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors: tensors[max(tensors)].mul_(-1),
+        lambda tensors: tensors[max(tensors)].mul_(1.001),
+        lambda tensors: tensors[max(tensors)].copy_(tensors[max(tensors)].flip(0)),
+    ],
+    ids=["negated", "scaled", "permuted"],
+)
+def test_adapters_that_are_alike_are_not_told_to_be_the_same(
+    change: Callable[[dict[str, torch.Tensor]], object], num_components: int, tmp_path: Path, told: list[str]
+) -> None:
+    adapters = {name: write_adapter(tmp_path / name, seed) for seed, name in enumerate("abcde")}
+    options = {"num_components": num_components, "pseudo_rank": RANK, "progress": False}
+    subspace = SharedSubspace.from_adapters(adapters, **options)
+    other = Path(shutil.copytree(adapters["b"], tmp_path / "other"))
+    edit_tensors(other / WEIGHTS, change)
+    subspace.add_adapters([other], progress=False)
+    assert (subspace.reading.known, told) == ({}, [])
+
+
+def test_a_task_with_another_head_is_another_one(
+    save_classifier: SaveLora, build: Callable[..., SharedSubspace]
+) -> None:
+    first, second = save_classifier("first", 2), save_classifier("second", 2)
+    subspace = build([first])
+    subspace.add_adapters({"same": second}, progress=False)
+    assert subspace.reading.known == {"same": "first"}
+    edit_tensors(second / WEIGHTS, lambda tensors: tensors["base_model.model.classifier.bias"].add_(1))
+    subspace.add_adapters({"other": second}, progress=False)
+    assert subspace.reading.known == {}
+
+
+def test_the_one_of_many_tasks_that_is_the_same_is_found_after_a_removal_and_a_rename(
+    tmp_path: Path, build: Callable[..., SharedSubspace]
+) -> None:
+    adapters = {f"t{i}": write_adapter(tmp_path / f"t{i}", i) for i in range(60)}
+    subspace = build(adapters)
+    subspace.remove_task("t3")
+    subspace.rename_task("t41", "other")
+    subspace.save_pretrained(tmp_path / "tree")
+    subspace = SharedSubspace.from_pretrained(tmp_path / "tree")
+    again = {"x": adapters["t3"], "y": adapters["t41"], "z": adapters["t59"]}
+    subspace.add_adapters(again, progress=False)
+    assert subspace.reading.known == {"y": "other", "z": "t59"}
+    subspace.replace_task("z", adapters["t17"], progress=False)
+    assert subspace.reading.known == {"z": "t17"}
+
+
 # ---- Names ----------------------------------------------------------------------------------------------------------
 
 
