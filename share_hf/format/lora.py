@@ -304,8 +304,12 @@ def lora_files(adapter: LoraAdapter) -> dict[str, bytes]:
 
 def adapter_files(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
     """The files of an adapter as PEFT lays it out, with bytes that depend only on the content."""
-    text = json.dumps(config, indent=2, sort_keys=True, default=_plain) + "\n"
-    return {CONFIG_NAME: text.encode(), SAFETENSORS_WEIGHTS_NAME: tensor_bytes(tensors)}
+    return {CONFIG_NAME: config_bytes(config), SAFETENSORS_WEIGHTS_NAME: tensor_bytes(tensors)}
+
+
+def config_bytes(config: Mapping[str, Any]) -> bytes:
+    """The configuration of an adapter as PEFT writes it, with sorted names."""
+    return (json.dumps(config, indent=2, sort_keys=True, default=_plain) + "\n").encode()
 
 
 def _plain(value: Any) -> Any:
