@@ -112,7 +112,8 @@ class SharedSubspace(Editing, Exporting):
             component (`str`, *optional*):
                 The model of a pipeline that is meant, such as `"unet"`, where files have LoRAs of several.
             skip_bad (`bool`, *optional*, defaults to `False`):
-                Whether adapters that cannot be used are left out; [`~SharedSubspace.reading`] says which, and why.
+                Whether adapters that cannot be used, and those that a merge refuses for their own numbers, are left
+                out; [`~SharedSubspace.reading`] says which, and why.
             token (`str` or `bool`, *optional*): User access token of the hub.
             progress (`bool`, *optional*, defaults to `True`): Whether to show progress bars.
 
