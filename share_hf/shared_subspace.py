@@ -109,7 +109,8 @@ class SharedSubspace(Applying, Editing, Exporting):
             component (`str`, *optional*):
                 The model of a pipeline that is meant, such as `"unet"`, where files have LoRAs of several.
             skip_bad (`bool`, *optional*, defaults to `False`):
-                Whether adapters that cannot be used are left out; [`~SharedSubspace.reading`] says which, and why.
+                Whether adapters that cannot be used, and those that a merge refuses for their own numbers, are left
+                out; [`~SharedSubspace.reading`] says which, and why.
             token (`str` or `bool`, *optional*): User access token of the hub.
             progress (`bool`, *optional*, defaults to `True`): Whether to show progress bars.
 
@@ -130,7 +131,13 @@ class SharedSubspace(Applying, Editing, Exporting):
         wanted.check_beside(settings)
         named = named_places(adapters)
         collection = read_collection(
-            named, base_model=base_model, component=component, skip_bad=skip_bad, token=token, progress=progress
+            named,
+            base_model=base_model,
+            component=component,
+            basis=basis,
+            skip_bad=skip_bad,
+            token=token,
+            progress=progress,
         )
         settings, chosen = settled(settings, wanted, collection.updates, progress=progress)
         if chosen is not None:
@@ -198,7 +205,7 @@ class SharedSubspace(Applying, Editing, Exporting):
     ) -> MergeReport:
         state = replace(self.state, base_model_name_or_path=collection.base)
         added = with_collection(state, collection, named, tolerance=tolerance, progress=progress)
-        self._held, self._reading = added.state, collection.reading
+        self._held, self._reading = added.state, added.reading
         self._originals |= added.folders
         shapes = {module: layer.shape for module, layer in self._held.layers.items() if module not in state.layers}
         if (line := smaller_layers(shapes, self.settings.num_components)) is not None:
