@@ -18,7 +18,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal, get_args
 
+import torch
 from huggingface_hub import cached_assets_path
 from transformers.utils import logging
 
@@ -33,6 +35,7 @@ from ..format.replacing import holds, reading_whole, replacing_folder
 from ..format.task_files import task_folder
 from ..format.tree import ADAPTER_FILES, expect_tree, lora_of, read_tree
 from ..hub.fetch import RemoteTree, is_local
+from ..subspace import LowRankUpdate
 
 
 logger = logging.get_logger(__name__)
@@ -40,6 +43,9 @@ logger = logging.get_logger(__name__)
 SUBSPACE_VARIABLE = "SHARE_HF_SUBSPACE"
 CACHE_VARIABLE = "SHARE_HF_SERVING_CACHE"
 BASE_MODEL_VARIABLE = "SHARE_HF_BASE_MODEL"
+DTYPE_VARIABLE = "SHARE_HF_SERVING_DTYPE"
+
+ServingDtype = Literal["float32", "bfloat16", "float16"]
 
 # Says in the folder of a LoRA what it is, and what it lacks. It is written with the LoRA, in one step.
 _NOTE_FILE = "share_hf.json"
@@ -66,11 +72,21 @@ class LoraCache:
         base_model (`str`, *optional*):
             Name of the base model as a server calls it, where that is not what the subspace calls it, such as that of
             a quantized copy. Not checked.
+        dtype (`Literal["float32", "bfloat16", "float16"]`, *optional*, defaults to `"float32"`):
+            Type of the factors on disk. A server that computes in a smaller type rounds them to it in any case.
+
+    Raises:
+        ValueError: If there is no such type.
     """
 
     subspace: str
     folder: Path
     base_model: str | None = None
+    dtype: ServingDtype = "float32"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in get_args(ServingDtype):
+            raise ValueError(f"dtype is {self.dtype!r}, expected one of {list(get_args(ServingDtype))}")
 
     @classmethod
     def from_environment(cls) -> LoraCache | None:
@@ -78,10 +94,10 @@ class LoraCache:
         The cache that the environment asks for; None where `SHARE_HF_SUBSPACE` is not set.
 
         `SHARE_HF_SERVING_CACHE` is its folder (`share_hf/loras` in the assets cache of huggingface_hub if not set),
-        `SHARE_HF_BASE_MODEL` its `base_model`.
+        `SHARE_HF_BASE_MODEL` its `base_model`, `SHARE_HF_SERVING_DTYPE` its `dtype`.
 
         Raises:
-            ValueError: If the subspace is a folder that holds none.
+            ValueError: If the subspace is a folder that holds none, or there is no such type.
         """
         subspace = os.path.expanduser(os.environ.get(SUBSPACE_VARIABLE, "").strip())
         if not subspace:
@@ -94,8 +110,9 @@ class LoraCache:
         folder = os.environ.get(CACHE_VARIABLE, "").strip()
         return cls(
             subspace,
-            Path(folder).expanduser() if folder else cached_assets_path("share_hf", namespace="loras"),
+            Path(folder).expanduser().absolute() if folder else cached_assets_path("share_hf", namespace="loras"),
             os.environ.get(BASE_MODEL_VARIABLE, "").strip() or None,
+            os.environ.get(DTYPE_VARIABLE, "").strip() or "float32",
         )
 
     def folder_of(self, name: str, base_model: str) -> Path | None:
@@ -112,7 +129,7 @@ class LoraCache:
 
         Raises:
             ValueError: If the subspace belongs to another base model, there is no such revision, a file of the
-                subspace is damaged, or the task adapts a convolution.
+                subspace is damaged, or the task adapts a convolution or has entries that the type cannot hold.
             OSError: If the hub cannot be reached, or the folder cannot be written.
         """
         asked = _NAME.fullmatch(name)
@@ -145,7 +162,7 @@ class LoraCache:
             for name, checksum in index.sha256.items()
             if name == SUBSPACE_FILE or name.startswith(f"{task_folder(task)}/")
         }
-        content = json.dumps([_WRITING, index.base_model_name_or_path, sorted(parts.items())])
+        content = json.dumps([_WRITING, self.dtype, index.base_model_name_or_path, sorted(parts.items())])
         return self.folder / f"{task}-{hashlib.sha256(content.encode()).hexdigest()[:32]}"
 
     def _check_base(self, index: TreeIndex, served: str) -> None:
@@ -161,7 +178,7 @@ class LoraCache:
 
     def _write(self, place: Path, name: str, adapter: LoraAdapter) -> None:
         files: Mapping[str, bytes] = {
-            **lora_files(_without_head(adapter)),
+            **lora_files(_without_head(adapter, self.dtype)),
             _NOTE_FILE: json_bytes({"subspace": self.subspace, "task": name, "left_out": sorted(adapter.head)}),
         }
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -196,9 +213,16 @@ def _read(tree: RemoteTree | Path, index: TreeIndex, task: str) -> tuple[TreeInd
     return index, adapter
 
 
-def _without_head(adapter: LoraAdapter) -> LoraAdapter:
+def _without_head(adapter: LoraAdapter, dtype: ServingDtype) -> LoraAdapter:
+    """The LoRA alone, its factors in this type."""
     target = {name: value for name, value in adapter.target.items() if name != "modules_to_save"}
-    return replace(adapter, head={}, target=target)
+    updates = {}
+    for module, update in adapter.updates.items():
+        factors = [factor.to(getattr(torch, dtype)) for factor in (update.out_factor, update.in_factor)]
+        if not all(factor.isfinite().all() for factor in factors):
+            raise ValueError(f"{module!r} has factors with entries that are too large for {dtype}")
+        updates[module] = LowRankUpdate(*factors)
+    return replace(adapter, head={}, target=target, updates=updates)
 
 
 def _warn_of_what_is_left_out(place: Path, name: str) -> None:

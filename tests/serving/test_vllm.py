@@ -20,17 +20,18 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from share_hf import SharedSubspace
 from share_hf.format.files import FolderWriter
 from share_hf.serving import LoraCache
-from share_hf.serving.lora_cache import BASE_MODEL_VARIABLE, CACHE_VARIABLE, SUBSPACE_VARIABLE
+from share_hf.serving.lora_cache import BASE_MODEL_VARIABLE, CACHE_VARIABLE, DTYPE_VARIABLE, SUBSPACE_VARIABLE
 from share_hf.state import Layout
 from tests.hub_server.fixtures import Hub
 from tests.serving import stand_in
 from tests.tree_fixtures import SaveLora
-from tests.trees import BASE_NAME, assert_close, files_of, logits, plain_logits
+from tests.trees import BASE_NAME, assert_close, assert_same_tensor, files_of, logits, plain_logits
 
 
 MODULE = "share_hf.serving.vllm_resolver"
@@ -93,6 +94,29 @@ class TestAFolder:
         monkeypatch.setattr("share_hf.serving.lora_cache._read", None)
         assert serve(tree)("mrpc") == first  # in another process, the same place and the same number
         assert files_of(tmp_path / "cache") == before
+
+    def test_a_smaller_type_is_that_of_the_factors(
+        self, serve: Callable[..., Any], subspace: SharedSubspace, tree: Path
+    ) -> None:
+        whole, half = (
+            load_file(Path(serve(tree, **{DTYPE_VARIABLE: dtype})("mrpc").lora_path) / "adapter_model.safetensors")
+            for dtype in ("float32", "bfloat16")
+        )
+        assert whole.keys() == half.keys()
+        for name, factor in whole.items():
+            assert_same_tensor(half[name], factor.to(torch.bfloat16))
+
+    def test_entries_that_a_type_cannot_hold_are_refused(
+        self, serve: Callable[..., Any], save_lora: SaveLora, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        loud = {"loud": save_lora("loud", lora_alpha=1e13)}
+        SharedSubspace.from_adapters(loud, num_components=8, pseudo_rank=4, progress=False).save_pretrained(
+            tmp_path / "loud"
+        )
+        assert serve(tmp_path / "loud", **{DTYPE_VARIABLE: "float16"})("loud") is None
+        assert "has factors with entries that are too large for float16" in caplog.text
+        with pytest.raises(ValueError, match=r"dtype is 'int8', expected one of \['float32', 'bfloat16', 'float16'\]"):
+            serve(tmp_path / "loud", **{DTYPE_VARIABLE: "int8"})
 
     def test_reads_nothing_of_other_tasks(self, serve: Callable[..., Any], tree: Path) -> None:
         for file in (tree / "tasks" / "sst2").iterdir():
