@@ -37,7 +37,7 @@ install_requires = [
 extras_require = {
     "quantization": ["bitsandbytes>=0.45"],
     "deepspeed": ["deepspeed>=0.16"],
-    "gguf": ["gguf>=0.17"],
+    "gguf": ["gguf>=0.18"],
     "plots": ["matplotlib>=3.8"],
     "trl": ["trl>=1.0"],
 }

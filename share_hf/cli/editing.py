@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from share_hf import SharedSubspace
 from share_hf.format.lock import holding
 from share_hf.format.originals import read_originals
-from share_hf.serving import export_gguf
+from share_hf.serving import GgufBase, export_gguf
 from share_hf.subspace import MergeReport
 
 from .building import building, save
@@ -51,7 +51,8 @@ def export(args: Namespace) -> Outcome:
 
 
 def _export_gguf(subspace: SharedSubspace, args: Namespace) -> Outcome:
-    write = partial(export_gguf, subspace, base_model=args.base_model, dtype=args.dtype or "float32", token=args.token)
+    base = GgufBase.of(args.base_model or subspace.base_model_name_or_path, token=args.token)
+    write = partial(export_gguf, subspace, base_model=base, dtype=args.dtype or "float32")
     if args.weights is not None:
         error = write(args.weights, args.out, rank=args.rank)
         facts = {"combined": args.weights, "exported": str(args.out), "error": error}

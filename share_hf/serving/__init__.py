@@ -3,8 +3,8 @@
 `vllm_resolver` is loaded by vLLM alone, and needs it; it is not imported here.
 """
 
-from .gguf_lora import GgufDtype, export_gguf
+from .gguf_lora import GgufBase, GgufDtype, export_gguf
 from .lora_cache import LoraCache
 
 
-__all__ = ["GgufDtype", "LoraCache", "export_gguf"]
+__all__ = ["GgufBase", "GgufDtype", "LoraCache", "export_gguf"]

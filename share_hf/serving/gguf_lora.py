@@ -73,7 +73,7 @@ def export_gguf(
     tasks: str | Mapping[str, float],
     file: str | os.PathLike,
     *,
-    base_model: str | os.PathLike | None = None,
+    base_model: str | os.PathLike | GgufBase | None = None,
     rank: int | None = None,
     dtype: GgufDtype = "float32",
     token: str | bool | None = None,
@@ -85,8 +85,9 @@ def export_gguf(
         subspace ([`SharedSubspace`]): Holds the tasks.
         tasks (`str` or `Mapping[str, float]`): A task, or weights as [`~SharedSubspace.export_combined`] takes them.
         file (`str`): Where to write; there must be none yet. A crash leaves no half of it there.
-        base_model (`str`, *optional*):
-            Folder or hub id of the base model, of which `config.json` alone is read; the subspace's if not given.
+        base_model (`str` or [`GgufBase`], *optional*):
+            Folder or hub id of the base model, of which `config.json` alone is read; the subspace's if not given. Who
+            writes many files has it read once, by [`GgufBase.of`].
         rank (`int`, *optional*): Largest rank of a layer of a sum; the pseudo rank p of the subspace if not given.
         dtype (`Literal["float32", "float16"]`, *optional*, defaults to `"float32"`): Type of the factors in the file.
         token (`str` or `bool`, *optional*): For a private base model.
@@ -104,18 +105,17 @@ def export_gguf(
     path = Path(file)
     if path.exists():
         raise ValueError(f"{path}: is there already, expected the name of a new file")
-    base_model = base_model or subspace.base_model_name_or_path
-    if base_model is None:
-        raise ValueError("the subspace names no base model, expected base_model= (share-hf: --base-model)")
     gguf = _gguf()
-    base = _Base.of(base_model, gguf, token=token)
+    known = isinstance(base_model, GgufBase)
+    base = base_model if known else GgufBase.of(base_model or subspace.base_model_name_or_path, token=token)
     combined = subspace.as_lora(tasks, rank=rank)
     tensors = {name: _in_dtype(name, factor, dtype) for name, factor in _named_factors(combined.adapter, base)}
     label = tasks if isinstance(tasks, str) else " + ".join(f"{weight:g} {task}" for task, weight in tasks.items())
-    largest = max(update.out_factor.shape[1] for update in combined.adapter.updates.values())
     with _new_file(path) as scratch:
         writer = gguf.GGUFWriter(scratch, base.architecture)
-        _write_metadata(writer, gguf, label, largest, published_name(subspace.base_model_name_or_path), dtype)
+        _write_metadata(
+            writer, gguf, label, _rank_of(combined.adapter), published_name(subspace.base_model_name_or_path), dtype
+        )
         for name, tensor in tensors.items():
             writer.add_tensor(name, tensor.numpy())
         with closing(writer):
@@ -134,8 +134,8 @@ def _gguf() -> ModuleType:
 
 
 @dataclass(frozen=True)
-class _Base:
-    """What is known of a base model: its modules without their weights, and its names in llama.cpp.
+class GgufBase:
+    """What an export needs to know of a base model: its modules without their weights, and their names in llama.cpp.
 
     Args:
         place: Its folder or hub id.
@@ -154,8 +154,21 @@ class _Base:
     heads: Mapping[str, int]
 
     @classmethod
-    def of(cls, place: str | os.PathLike, gguf: ModuleType, *, token: str | bool | None) -> _Base:
-        place = os.fspath(place)
+    def of(cls, place: str | os.PathLike | None, *, token: str | bool | None = None) -> GgufBase:
+        """
+        Read the `config.json` of a base model.
+
+        Args:
+            place (`str`): Its folder or hub id.
+            token (`str` or `bool`, *optional*): For a private one.
+
+        Raises:
+            ValueError: If there is none, it is of another architecture than those in `ARCHITECTURES`, or gguf is not
+                installed.
+        """
+        if place is None:
+            raise ValueError("the subspace names no base model, expected base_model= (share-hf: --base-model)")
+        gguf, place = _gguf(), os.fspath(place)
         try:
             config = AutoConfig.from_pretrained(place, token=token)
         except (OSError, ValueError) as error:
@@ -219,14 +232,14 @@ class _Base:
         return out_factor.reshape(heads, 2, n // (2 * heads), r).transpose(1, 2).reshape(n, r)
 
 
-def _named_factors(adapter: LoraAdapter, base: _Base) -> Iterator[tuple[str, Tensor]]:
+def _named_factors(adapter: LoraAdapter, base: GgufBase) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a LoRA of one rank, filled up with zeros: llama.cpp scales each by alpha over its own rank."""
     if adapter.head:
         raise ValueError(
             f"the task has weights of its own for {listing(adapter.head)}, which GGUF has no place for, expected a "
             "task without modules_to_save"
         )
-    rank = max((update.out_factor.shape[1] for update in adapter.updates.values()), default=0)
+    rank = _rank_of(adapter)
     for module, update in adapter.updates.items():
         layout = adapter.layouts.get(module)
         name = base.tensor_name(module, (len(update.out_factor), len(update.in_factor)), layout)
@@ -234,6 +247,10 @@ def _named_factors(adapter: LoraAdapter, base: _Base) -> Iterator[tuple[str, Ten
         # Of an embedding, llama.cpp looks up rows of A.
         yield f"{name}.lora_a", a.contiguous() if layout is not None else a.T.contiguous()
         yield f"{name}.lora_b", b.contiguous()
+
+
+def _rank_of(adapter: LoraAdapter) -> int:
+    return max((update.out_factor.shape[1] for update in adapter.updates.values()), default=1)
 
 
 def _filled_up(factor: Tensor, rank: int) -> Tensor:

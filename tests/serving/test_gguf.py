@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -357,6 +358,9 @@ class TestWhatIsRefused:
     ) -> None:
         with pytest.raises(ValueError, match="dtype is 'int8', expected one of"):
             export_gguf(subspace, "mrpc", tmp_path / "a.gguf", base_model=llama, dtype="int8")
+        unnamed = SharedSubspace(replace(subspace.state, base_model_name_or_path=None))
+        with pytest.raises(ValueError, match=r"the subspace names no base model, expected base_model="):
+            export_gguf(unnamed, "mrpc", tmp_path / "a.gguf")
         with pytest.raises(ValueError, match=r"no task 'mprc' in the subspace.*did you mean 'mrpc'"):
             export_gguf(subspace, "mprc", tmp_path / "a.gguf", base_model=llama)
 
@@ -378,6 +382,14 @@ def test_a_crash_leaves_no_half_of_a_file(
     with pytest.raises(OSError, match=r"mrpc\.gguf"):
         export_gguf(adapted, "mrpc", tmp_path / "out" / "mrpc.gguf", base_model=llama)
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_without_gguf_it_is_told_how_to_get_it(
+    subspace: SharedSubspace, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ValueError, match=r"GGUF files need the package gguf .*`pip install share-hf\[gguf\]`"):
+        export_gguf(subspace, "mrpc", tmp_path / "mrpc.gguf", base_model=llama)
 
 
 class TestTheCommand:
