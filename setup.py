@@ -37,6 +37,7 @@ install_requires = [
 extras_require = {
     "quantization": ["bitsandbytes>=0.45"],
     "deepspeed": ["deepspeed>=0.16"],
+    "gguf": ["gguf>=0.18"],
     "plots": ["matplotlib>=3.8"],
     "trl": ["trl>=1.0"],
 }
@@ -69,7 +70,11 @@ setup(
         "share_hf_cli",
     ],
     package_dir={"share_hf": "share_hf", "share_hf.model_cards": "model_cards", "share_hf_cli": "share_hf/cli"},
-    entry_points={"console_scripts": ["share-hf = share_hf_cli:main"]},
+    entry_points={
+        "console_scripts": ["share-hf = share_hf_cli:main"],
+        # It does nothing unless SHARE_HF_SUBSPACE is set.
+        "vllm.general_plugins": ["share_hf_resolver = share_hf_cli.vllm_plugin:register_resolver"],
+    },
     package_data={"share_hf": ["py.typed"], "share_hf.model_cards": ["*.jinja"]},
     zip_safe=False,  # type checkers look for py.typed on disk
     python_requires=">=3.10",

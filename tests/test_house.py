@@ -30,7 +30,8 @@ ARROWS: dict[str, set[str]] = {
     "facade": BELOW_THE_FACADE,
     "shared_subspace": {*BELOW_THE_FACADE, "facade"},
     "continual": {*BELOW_THE_FACADE, "engines", "shared_subspace"},
-    "cli": {*BELOW_THE_FACADE, "engines", "shared_subspace", "continual", "version", "share_hf"},
+    "serving": {"shared_subspace", "hub", "format", "state", "subspace"},
+    "cli": {*BELOW_THE_FACADE, "engines", "shared_subspace", "continual", "serving", "version", "share_hf"},
     "share_hf": {"tuner", "version", "continual", "shared_subspace"},
 }
 LONGEST = 450

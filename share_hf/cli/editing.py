@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from share_hf import SharedSubspace
 from share_hf.format.lock import holding
 from share_hf.format.originals import read_originals
+from share_hf.serving import GgufBase, export_gguf
 from share_hf.subspace import MergeReport
 
 from .adapters import with_reading
@@ -31,6 +32,8 @@ def export(args: Namespace) -> Outcome:
         subspace.export_merged(args.weights or args.task, args.merge_into, args.out, token=args.token)
         facts = {"merged": args.weights or {args.task: 1.0}, "base_model": args.merge_into, "model": str(args.out)}
         return Outcome(f"{args.out}: {args.merge_into} with {_sum(facts['merged'])} in its weights", facts)
+    if args.gguf:
+        return _export_gguf(subspace, args)
     style = {"style": args.style, "component": args.component}
     if args.weights is not None:
         expect_no_adapter(args.out)
@@ -45,6 +48,24 @@ def export(args: Namespace) -> Outcome:
     for task in tqdm(folders, desc="Exporting", unit="task", leave=False, disable=not args.progress):
         subspace.export_lora(task, folders[task], **style)
     written = {task: str(folder) for task, folder in folders.items()}
+    return Outcome(table(("task", "LoRA"), written.items()), {"exported": written})
+
+
+def _export_gguf(subspace: SharedSubspace, args: Namespace) -> Outcome:
+    base = GgufBase.of(args.base_model or subspace.base_model_name_or_path, token=args.token)
+    write = partial(export_gguf, subspace, base_model=base, dtype=args.dtype or "float32")
+    if args.weights is not None:
+        error = write(args.weights, args.out, rank=args.rank)
+        facts = {"combined": args.weights, "exported": str(args.out), "error": error}
+        return Outcome(f"{args.out}: {_sum(args.weights)}; its rank costs {drift(error)} of the sum", facts)
+    files = {task: args.out / f"{task}.gguf" for task in subspace.tasks} if args.all else {args.task: args.out}
+    if not files:
+        raise ValueError(f"{args.place}: has no tasks, expected at least one to export")
+    if there := next((file for file in files.values() if file.exists()), None):
+        raise ValueError(f"{there}: is there already, expected the name of a new file")
+    for task in tqdm(files, desc="Exporting", unit="task", leave=False, disable=not args.progress):
+        write(task, files[task])
+    written = {task: str(file) for task, file in files.items()}
     return Outcome(table(("task", "LoRA"), written.items()), {"exported": written})
 
 

@@ -36,6 +36,10 @@ def add_export(command: argparse.ArgumentParser) -> None:
         metavar="BASE",
         help="Base model, a folder or hub id, to write with the task or the sum in its weights",
     )
+    of_gguf = command.add_argument_group("LoRAs for llama.cpp and Ollama").add_argument
+    of_gguf("--gguf", action="store_true", help="Write a file OUT in GGUF, with --all OUT/TASK.gguf")
+    of_gguf("--base-model", metavar="BASE", help="Folder or hub id of the base model, for its config.json")
+    of_gguf("--dtype", choices=("float32", "float16"), help="Type of the factors in the file (float32)")
 
 
 def add_tolerance(command: argparse.ArgumentParser) -> None:
@@ -114,6 +118,10 @@ def check_export(args: argparse.Namespace, command: argparse.ArgumentParser) -> 
         command.error("--rank is the rank of the sum that --weights makes, expected both")
     if args.component is not None and args.style != "diffusers":
         command.error("--component is for --style diffusers, expected both")
+    if args.gguf and (args.merge_into is not None or args.style != "peft"):
+        command.error("--gguf writes another kind of file, expected no --merge-into or --style with it")
+    if not args.gguf and (args.base_model or args.dtype):
+        command.error(f"{'--base-model' if args.base_model else '--dtype'} is for --gguf, expected both")
 
 
 def task_weights(text: str) -> dict[str, float]:

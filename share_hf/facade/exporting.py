@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from peft.utils import CONFIG_NAME
 
-from ..format.exports import DIFFUSERS_WEIGHTS, check_weights, combined_lora, diffusers_files
+from ..format.exports import DIFFUSERS_WEIGHTS, CombinedLora, check_weights, combined_lora, diffusers_files
 from ..format.files import FolderWriter
 from ..format.index import INDEX_FILE
 from ..format.lora import LoraAdapter, lora_files
@@ -24,6 +24,27 @@ ExportStyle = Literal["peft", "diffusers"]
 
 class Exporting(HeldSubspace):
     """Tasks in the forms that other tools read."""
+
+    def as_lora(self, tasks: str | Mapping[str, float], *, rank: int | None = None) -> CombinedLora:
+        """
+        A task, or the weighted sum of tasks, as one plain LoRA in memory, for writers of other formats.
+
+        Args:
+            tasks (`str` or `Mapping[str, float]`): A task, or weights as for [`~SharedSubspace.export_combined`].
+            rank (`int`, *optional*): Largest rank of a layer of a sum; the pseudo rank p of the subspace if not given.
+
+        Returns:
+            [`~share_hf.format.exports.CombinedLora`]: The LoRA, and the relative error that its rank costs.
+
+        Raises:
+            ValueError: If a task is unknown, or there is no such sum.
+        """
+        if isinstance(tasks, str):
+            self._check_known(tasks)
+            return CombinedLora(lora_of(self._holding([tasks]), tasks), 0.0)
+        check_weights(tasks, self.tasks)
+        rank = self.settings.pseudo_rank if rank is None else rank
+        return combined_lora(self._holding(list(tasks)), tasks, rank)
 
     def export_lora(
         self,
@@ -48,8 +69,7 @@ class Exporting(HeldSubspace):
         Raises:
             ValueError: If the task is unknown, the folder holds something else, or the style has no such adapter.
         """
-        self._check_known(task)
-        self._write(lora_of(self._holding([task]), task), Path(folder), style, component)
+        self._write(self.as_lora(task).adapter, Path(folder), style, component)
 
     def export_combined(
         self,
@@ -74,9 +94,7 @@ class Exporting(HeldSubspace):
         Raises:
             ValueError: If there is no such sum; naming the task.
         """
-        check_weights(weights, self.tasks)
-        rank = self.settings.pseudo_rank if rank is None else rank
-        combined = combined_lora(self._holding(list(weights)), weights, rank)
+        combined = self.as_lora(weights, rank=rank)
         self._write(combined.adapter, Path(folder), style, component)
         return combined.error
 

@@ -228,7 +228,7 @@ def test_the_model_carries_the_tasks_of_the_subspace(finished: Finished) -> None
     model, state = finished.trainer.model, finished.trainer.subspace.state
     assert isinstance(model, PeftModel)
     assert list(model.peft_config) == TASKS
-    parameters = dict(model.get_base_model().named_parameters())
+    parameters = model.get_base_model().state_dict()
     for module, layer in state.layers.items():
         for i, task in enumerate(layer.tasks):
             assert torch.equal(parameters[f"{module}.share_coefficients_out.{task}"], layer.coefficients_out[i])

@@ -152,9 +152,7 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"adapter_names has \['typo'\], expected names among \['one', 'two'\]"):
             logits(model, LLAMA.batch(), adapter_names=["one", "two", "typo", "__base__"])
 
-    def test_unknown_names_with_those_that_may_be_meant(
-        self, tiny_model: Callable[[str], PreTrainedModel]
-    ) -> None:
+    def test_unknown_names_with_those_that_may_be_meant(self, tiny_model: Callable[[str], PreTrainedModel]) -> None:
         model = with_tasks(tiny_model("llama"), LLAMA, "one", "two", "something_else")
         with pytest.raises(ValueError, match=r"has \['on', 'too'\], expected names among \['one', 'two'\]"):
             logits(model, LLAMA.batch(), adapter_names=["on", "two", "too", "on"])

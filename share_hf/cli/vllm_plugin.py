@@ -1,0 +1,15 @@
+"""The entry point that vLLM calls in each of its processes; it needs the standard library alone.
+
+`import share_hf` takes about 3 s, most of it for PEFT, which servers without a subspace should not wait for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+
+
+def register_resolver() -> None:
+    """Register the resolver of `share_hf.serving.vllm_resolver` with vLLM, if `SHARE_HF_SUBSPACE` is set."""
+    if os.environ.get("SHARE_HF_SUBSPACE"):
+        importlib.import_module("share_hf.serving.vllm_resolver").register_resolver()

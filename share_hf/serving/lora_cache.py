@@ -1,0 +1,234 @@
+"""Tasks of a subspace as plain LoRAs in a folder, written when they are asked for by name.
+
+A LoRA is in `<task>-<key>`, where the key depends on the checksums of the basis and of the task: a subspace that has
+changed gives new places, and what a server has open stays as it is. A task that a merge left alone keeps its place.
+
+**The cache is not bounded.** A server keeps the places that it was told, and reads them again whenever its own memory
+of LoRAs has dropped one, so nothing may be removed while a server runs. There is at most one folder for each task and
+state of it that was asked for; remove the whole folder when no server uses it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from huggingface_hub import cached_assets_path
+from transformers.utils import logging
+
+from ..format.base_model import base_name, is_same_model
+from ..format.basis_file import SUBSPACE_FILE
+from ..format.files import FolderWriter, json_bytes, read_json
+from ..format.index import INDEX_FILE, TreeIndex, read_index
+from ..format.lock import holding
+from ..format.lora import LoraAdapter, lora_files
+from ..format.names import listing
+from ..format.replacing import holds, reading_whole, replacing_folder
+from ..format.task_files import task_folder
+from ..format.tree import ADAPTER_FILES, expect_tree, lora_of, read_tree
+from ..hub.fetch import RemoteTree, is_local
+from ..subspace import LowRankUpdate
+
+
+logger = logging.get_logger(__name__)
+
+SUBSPACE_VARIABLE = "SHARE_HF_SUBSPACE"
+CACHE_VARIABLE = "SHARE_HF_SERVING_CACHE"
+BASE_MODEL_VARIABLE = "SHARE_HF_BASE_MODEL"
+DTYPE_VARIABLE = "SHARE_HF_SERVING_DTYPE"
+
+ServingDtype = Literal["float32", "bfloat16", "float16"]
+
+# Says in the folder of a LoRA what it is, and what it lacks. It is written with the LoRA, in one step.
+_NOTE_FILE = "share_hf.json"
+# Part of every key: a LoRA that is written in another way has another place.
+_WRITING = "1"
+
+# A task of the subspace, or of a revision of its repository. Whatever else is asked for is somebody else's.
+_NAME = re.compile(r"(?P<task>[A-Za-z0-9][A-Za-z0-9_-]{0,63})(?:@(?P<revision>[A-Za-z0-9](?:[\w-]|\.(?!\.)){0,127}))?")
+
+_same_model = lru_cache(maxsize=64)(is_same_model)  # it may compare the weights of two folders
+
+
+@dataclass(frozen=True)
+class LoraCache:
+    """
+    The tasks of one subspace as plain LoRAs in a folder. Any number of threads and processes may use it at once.
+
+    The first request for a task reads the bases of all layers and the coefficients of this one task, and nothing of
+    the other tasks; a later one reads the index. Nothing stays in memory in between.
+
+    Args:
+        subspace (`str`): Folder or hub id of the subspace.
+        folder (`Path`): Where to write the LoRAs.
+        base_model (`str`, *optional*):
+            Name of the base model as a server calls it, where that is not what the subspace calls it, such as that of
+            a quantized copy. Not checked.
+        dtype (`Literal["float32", "bfloat16", "float16"]`, *optional*, defaults to `"float32"`):
+            Type of the factors on disk. A server that computes in a smaller type rounds them to it in any case.
+
+    Raises:
+        ValueError: If there is no such type.
+    """
+
+    subspace: str
+    folder: Path
+    base_model: str | None = None
+    dtype: ServingDtype = "float32"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in get_args(ServingDtype):
+            raise ValueError(f"dtype is {self.dtype!r}, expected one of {list(get_args(ServingDtype))}")
+
+    @classmethod
+    def from_environment(cls) -> LoraCache | None:
+        """
+        The cache that the environment asks for; None where `SHARE_HF_SUBSPACE` is not set.
+
+        `SHARE_HF_SERVING_CACHE` is its folder (`share_hf/loras` in the assets cache of huggingface_hub if not set),
+        `SHARE_HF_BASE_MODEL` its `base_model`, `SHARE_HF_SERVING_DTYPE` its `dtype`.
+
+        Raises:
+            ValueError: If the subspace is a folder that holds none, or there is no such type.
+        """
+        subspace = os.path.expanduser(os.environ.get(SUBSPACE_VARIABLE, "").strip())
+        if not subspace:
+            return None
+        if is_local(subspace) and not holds(Path(subspace), INDEX_FILE):
+            raise ValueError(
+                f"{SUBSPACE_VARIABLE} is {subspace!r}, which has no {INDEX_FILE}, expected the folder of a shared "
+                "subspace, or the id of a repository"
+            )
+        folder = os.environ.get(CACHE_VARIABLE, "").strip()
+        return cls(
+            subspace,
+            Path(folder).expanduser().absolute() if folder else cached_assets_path("share_hf", namespace="loras"),
+            os.environ.get(BASE_MODEL_VARIABLE, "").strip() or None,
+            os.environ.get(DTYPE_VARIABLE, "").strip() or "float32",
+        )
+
+    def folder_of(self, name: str, base_model: str) -> Path | None:
+        """
+        The folder of a task's LoRA, written if it is not there yet. Heads are left out, with a warning.
+
+        Args:
+            name (`str`): A task, or `task@revision` for one of a revision of the repository, such as
+                `mrpc@step-0007-mrpc`.
+            base_model (`str`): Name or folder of the base model that is served.
+
+        Returns:
+            `Path`: The folder; None where the name is no task of this subspace.
+
+        Raises:
+            ValueError: If the subspace belongs to another base model, there is no such revision, a file of the
+                subspace is damaged, or the task adapts a convolution or has entries that the type cannot hold.
+            OSError: If the hub cannot be reached, or the folder cannot be written.
+        """
+        asked = _NAME.fullmatch(name)
+        if asked is None:
+            return None
+        task, revision = asked["task"], asked["revision"]
+        tree = self._tree(revision)
+        index = tree.index if isinstance(tree, RemoteTree) else _index_in(tree)
+        if task not in index.tasks:
+            return None
+        self._check_base(index, base_model)
+        if not (place := self._place(task, index)).is_dir():
+            index, adapter = _read(tree, index, task)
+            self._write(place := self._place(task, index), name, adapter)
+        _warn_of_what_is_left_out(place, name)
+        return place
+
+    def _tree(self, revision: str | None) -> RemoteTree | Path:
+        if not is_local(self.subspace):
+            return RemoteTree.open(self.subspace, revision)
+        if revision is not None:
+            raise ValueError(
+                f"revision {revision!r} was asked for, but {self.subspace} is a local folder, which has no revisions"
+            )
+        return Path(self.subspace)
+
+    def _place(self, task: str, index: TreeIndex) -> Path:
+        parts = {
+            name: checksum
+            for name, checksum in index.sha256.items()
+            if name == SUBSPACE_FILE or name.startswith(f"{task_folder(task)}/")
+        }
+        content = json.dumps([_WRITING, self.dtype, index.base_model_name_or_path, sorted(parts.items())])
+        return self.folder / f"{task}-{hashlib.sha256(content.encode()).hexdigest()[:32]}"
+
+    def _check_base(self, index: TreeIndex, served: str) -> None:
+        if self.base_model is not None:
+            ours = self.base_model
+        elif (ours := base_name(index.base_model_name_or_path)) is None:
+            return
+        if not _same_model(base_name(ours) or "", base_name(served) or ""):
+            raise ValueError(
+                f"{self.subspace} belongs to base model {ours!r}, but {served!r} is served; if both are one model, "
+                f"set {BASE_MODEL_VARIABLE}={served}"
+            )
+
+    def _write(self, place: Path, name: str, adapter: LoraAdapter) -> None:
+        files: Mapping[str, bytes] = {
+            **lora_files(_without_head(adapter, self.dtype)),
+            _NOTE_FILE: json_bytes({"subspace": self.subspace, "task": name, "left_out": sorted(adapter.head)}),
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with holding(place):
+            if place.is_dir():  # another worker was faster
+                return
+            with replacing_folder(place, lambda _: (*ADAPTER_FILES, _NOTE_FILE)) as scratch:
+                writer = FolderWriter(scratch)
+                for file, content in files.items():
+                    writer.put(file, content)
+
+
+def _index_in(folder: Path) -> TreeIndex:
+    index = reading_whole(folder, INDEX_FILE, read_index)
+    expect_tree(folder, index)
+    return index
+
+
+def _read(tree: RemoteTree | Path, index: TreeIndex, task: str) -> tuple[TreeIndex, LoraAdapter]:
+    """A task's LoRA, and the index of the very tree that it is from: a folder may have been replaced since."""
+    if isinstance(tree, RemoteTree):
+        tree.fetch([task])
+        state = tree.read([task])
+    else:
+        index, state = reading_whole(tree, INDEX_FILE, lambda at: (read_index(at), read_tree(at, [task])))
+    if task not in state.tasks:
+        raise ValueError(f"{tree}: task {task!r} was removed while it was read")
+    adapter = lora_of(state, task)
+    for module in adapter.updates:
+        if (layout := adapter.layouts.get(module)) is not None and layout.kind == "convolution":
+            raise ValueError(f"task {task!r} adapts {module!r}, a {layout}, which no server of LoRAs loads")
+    return index, adapter
+
+
+def _without_head(adapter: LoraAdapter, dtype: ServingDtype) -> LoraAdapter:
+    """The LoRA alone, its factors in this type."""
+    target = {name: value for name, value in adapter.target.items() if name != "modules_to_save"}
+    updates = {}
+    for module, update in adapter.updates.items():
+        factors = [factor.to(getattr(torch, dtype)) for factor in (update.out_factor, update.in_factor)]
+        if not all(factor.isfinite().all() for factor in factors):
+            raise ValueError(f"{module!r} has factors with entries that are too large for {dtype}")
+        updates[module] = LowRankUpdate(*factors)
+    return replace(adapter, head={}, target=target, updates=updates)
+
+
+def _warn_of_what_is_left_out(place: Path, name: str) -> None:
+    if left_out := read_json(place / _NOTE_FILE)["left_out"]:
+        logger.warning(
+            "%s: the task has weights of its own for %s, which are left out: the base model's are served.",
+            name,
+            listing(left_out),
+        )

@@ -1,0 +1,1 @@
+from tests.tree_fixtures import without_figures  # noqa: F401
