@@ -166,9 +166,12 @@ def _stacked(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Factors (updates, r, n) and (updates, r, d), transposed, and ranks (updates,)."""
     ranks = [update.out_factor.shape[1] for update in updates]
-    sides = (layer.basis_out, [update.out_factor for update in updates]), (
-        layer.basis_in,
-        [update.in_factor for update in updates],
+    sides = (
+        (layer.basis_out, [update.out_factor for update in updates]),
+        (
+            layer.basis_in,
+            [update.in_factor for update in updates],
+        ),
     )
     stacks = []
     for name, (basis, factors) in zip(("out", "in"), sides, strict=True):

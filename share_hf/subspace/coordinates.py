@@ -189,7 +189,7 @@ def _rounding_of_single(batch: LargeBatch, seen: Coordinates, outside: Tensor) -
 
 
 def _outside(batch: LargeBatch, some: Tensor | slice, seen: Coordinates) -> tuple[Tensor, Tensor]:
-    """``‖ΔW_j‖² - ‖X_j^T Y_j‖²`` of factors in the coordinates, rounded up, and its rounding error, of some of them."""
+    """``‖ΔW_j‖² - ‖X_j^T Y_j‖²`` of factors in the coordinates, rounded up, and its rounding error, of some."""
     gram_out, gram_in = (gram[some] for gram in batch.grams)
     seen_out, seen_in = (of[some] for of in seen)
     gram_seen = seen_out @ seen_out.mT

@@ -57,12 +57,12 @@ class Side:
         updates, rank, _ = self._rows.shape
         mixing = _random(updates * rank, self._room).view(updates, rank, self._room).to(self._rows.device)
         sizes = weights.diagonal(dim1=1, dim2=2).sum(1).sqrt().float()
-        self._look_along(_rough_sum(self._rows, mixing * sizes[:, None, None]))
+        self._look_along(rough_sum(self._rows, mixing * sizes[:, None, None]))
 
     def turn(self, weights: Tensor) -> None:
         """One step of the power iteration with G (updates, r, r), in as few digits as it needs."""
         if not self._is_whole:
-            self._look_along(_rough_sum(self._rows, self._weighted(weights)))
+            self._look_along(rough_sum(self._rows, self._weighted(weights)))
 
     def settle(self, weights: Tensor) -> None:
         """The last step, with all digits of the factors: `coordinates`, and what is seen along them."""
@@ -82,10 +82,10 @@ class Side:
 
     def _look_along(self, block: Tensor) -> None:
         directions = torch.linalg.qr(torch.cat([self._basis.float(), block], dim=1)).Q
-        self.seen = _rough_product(self._rows, directions)
+        self.seen = rough_product(self._rows, directions)
 
 
-def _rough_sum(rows: Tensor, weights: Tensor) -> Tensor:
+def rough_sum(rows: Tensor, weights: Tensor) -> Tensor:
     """``Σ X_i W_i`` (n, q) float32 of W (updates, r, q), in few digits."""
     dtype = _rough_dtype(rows.device)
     total = rows.new_zeros(weights.shape[2], rows.shape[2])
@@ -94,7 +94,7 @@ def _rough_sum(rows: Tensor, weights: Tensor) -> Tensor:
     return total.T
 
 
-def _rough_product(rows: Tensor, directions: Tensor) -> Tensor:
+def rough_product(rows: Tensor, directions: Tensor) -> Tensor:
     """``X_i^T Q`` (updates, r, q) float32 of Q (n, q), in few digits."""
     dtype = _rough_dtype(rows.device)
     seen, directions = rows.new_empty(*rows.shape[:2], directions.shape[1]), directions.to(dtype)
