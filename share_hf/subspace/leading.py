@@ -114,6 +114,7 @@ def _multiplies_bfloat16() -> bool:
     return bool(known.get("avx512_bf16") or known.get("amx_bf16")) and torch.backends.mkldnn.is_available()
 
 
+@lru_cache(maxsize=2)  # the modules of a collection take the same ones
 def _random(rows: int, columns: int) -> Tensor:
     """Normal numbers (rows, columns) float32, the same on every device."""
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
