@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
@@ -11,11 +11,14 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, parse_flag_from_env
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
-from transformers import Trainer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..tuner.experts import Experts
 from .fsdp import check_fsdp
+
+
+if TYPE_CHECKING:  # datasets and pandas come along, which no command but `train` needs
+    from transformers import Trainer
 
 
 def check_engine(trainer: Trainer) -> None:

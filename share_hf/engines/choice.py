@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import nn
-from transformers import Trainer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from .checks import check_engine
@@ -15,6 +15,10 @@ from .deepspeed import DeepSpeedEngine, ZeRO3Engine, make_adapters_whole, traine
 from .engine import Engine
 from .fsdp import FSDPEngine
 from .local import LocalEngine
+
+
+if TYPE_CHECKING:  # datasets and pandas come along, which no command but `train` needs
+    from transformers import Trainer
 
 
 def engine_for(trainer: Trainer) -> Engine:

@@ -10,9 +10,13 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING
 
 from torch import Tensor
-from transformers import Trainer
+
+
+if TYPE_CHECKING:  # datasets and pandas come along, which no command but `train` needs
+    from transformers import Trainer
 
 
 # What other libraries say of each other at every step, and no user can change.

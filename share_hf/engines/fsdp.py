@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import accelerate
 import torch
@@ -18,10 +19,13 @@ from accelerate.utils import FullyShardedDataParallelPlugin, fsdp2_prepare_model
 from peft import PeftModel
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from transformers import Trainer
 
 from ..tuner.model import share_layers
 from .engine import Engine
+
+
+if TYPE_CHECKING:  # datasets and pandas come along, which no command but `train` needs
+    from transformers import Trainer
 
 
 class FSDPEngine(Engine):

@@ -101,11 +101,12 @@ class ScaledFactors:
     scale: float
 
     def update(self) -> LowRankUpdate:
-        """The update, in memory of its own: a mapped file may become shorter."""
+        """The update; of float32 factors, in the memory of the file as far as the scale leaves them as they are."""
         # A power of two rounds nothing in float32; what another scale would round, no drift bound would know of.
         rounds = math.frexp(self.scale)[0] != 0.5 or torch.float64 in (self.a.dtype, self.b.dtype)
         dtype = torch.float64 if rounds else torch.float32
-        return LowRankUpdate(out_factor=self.scale * self.b.to(dtype), in_factor=self.a.T.to(dtype))
+        b = self.b.to(dtype)
+        return LowRankUpdate(out_factor=b if self.scale == 1 else self.scale * b, in_factor=self.a.T.to(dtype))
 
 
 class StoredUpdates(Mapping[str, LowRankUpdate]):

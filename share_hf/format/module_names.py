@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,25 @@ _BASE_COPY = re.compile(r"((?:.*\.)?)original_module\.(.+)")
 # transformers 5 keeps the experts of a layer in one parameter; those of version 4 were linear layers, one by one.
 _EXPERT = re.compile(r"(?:.*\.)?experts\.\d+\..+")
 
+# The adapters of a collection have the same names, a few thousand at most.
+_NAMES_KEPT = 2**14
 
+
+@lru_cache(maxsize=_NAMES_KEPT)
 def without_wrappers(name: str) -> str:
     """The name of a module or tensor as it is when the model is not compiled, sharded or checkpointed."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS) if "_" in name else name
+
+
+@lru_cache(maxsize=_NAMES_KEPT)
+def _parsed(key: str) -> tuple[str, str | None, bool]:
+    """A tensor's name in the base model, the adapter that it names, and whether it is a copy of the base model's."""
+    name = _ABOVE_BASE.sub("", without_wrappers(key))
+    if match := _OF_LORA.fullmatch(name) or _OF_LORA_OF_EMBEDDING.fullmatch(name) or _OF_HEAD.fullmatch(name):
+        return match["before"] + match["after"], match["adapter"], False
+    if match := _BASE_COPY.fullmatch(name):
+        return match[1] + match[2], None, True
+    return name, None, False
 
 
 def named_as_in_base(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -47,12 +63,11 @@ def named_as_in_base(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Ten
     adapters: set[str] = set()
     copies: set[str] = set()
     for key, tensor in tensors.items():
-        name = _ABOVE_BASE.sub("", without_wrappers(key))
-        if match := _OF_LORA.fullmatch(name) or _OF_LORA_OF_EMBEDDING.fullmatch(name) or _OF_HEAD.fullmatch(name):
-            adapters.add(match["adapter"])
-            name = match["before"] + match["after"]
-        elif match := _BASE_COPY.fullmatch(name):
-            copies.add(match[1] + match[2])
+        name, adapter, is_copy = _parsed(key)
+        if adapter is not None:
+            adapters.add(adapter)
+        if is_copy:
+            copies.add(name)
             continue
         if name in named:
             raise ValueError(f"{path}: {key!r} is a second tensor called {name!r}, expected one")

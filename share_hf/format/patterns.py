@@ -65,6 +65,8 @@ def values_by_module(
     Raises:
         ValueError: If that might take longer than seconds.
     """
+    if not patterns:
+        return {}
     order = {pattern: number for number, pattern in enumerate(patterns)}
     values = list(patterns.values())
     expressions = {number: rf"(.*\.)?({pattern})$" for pattern, number in order.items() if not is_name(pattern)}

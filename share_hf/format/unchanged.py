@@ -42,8 +42,12 @@ class Stamp:
         Raises:
             ValueError: Naming it.
         """
-        now = self._now()
-        if now is not None and now.inode == self.inode and now.content != self.content:
+        try:
+            found = os.stat(self.path)
+        except OSError:
+            return
+        # Asked for every tensor, so without another stamp.
+        if (found.st_size, found.st_mtime_ns) != self.content and (found.st_dev, found.st_ino) == self.inode:
             raise self._changed()
 
     def _now(self) -> Stamp | None:

@@ -166,13 +166,27 @@ def _stacked(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Factors (updates, r, n) and (updates, r, d), transposed, and ranks (updates,)."""
     ranks = [update.out_factor.shape[1] for update in updates]
-    out, in_ = (
-        scratch.empty(name, (len(updates), max(ranks, default=0), len(basis)), dtype, basis.device)
-        for name, basis in (("out", layer.basis_out), ("in", layer.basis_in))
+    sides = (
+        (layer.basis_out, [update.out_factor for update in updates]),
+        (
+            layer.basis_in,
+            [update.in_factor for update in updates],
+        ),
     )
-    for j, update in enumerate(updates):
-        _fill(out[j], in_[j], update)
-    return out, in_, torch.tensor(ranks, dtype=torch.long, device=out.device)
+    stacks = []
+    for name, (basis, factors) in zip(("out", "in"), sides, strict=True):
+        stack = scratch.empty(name, (len(updates), max(ranks, default=0), len(basis)), dtype, basis.device)
+        if factors:
+            torch.stack([_row_of(factor, stack) for factor in factors], out=stack)
+        stacks.append(stack)
+    return *stacks, torch.tensor(ranks, dtype=torch.long, device=layer.basis_out.device)
+
+
+def _row_of(factor: Tensor, stack: Tensor) -> Tensor:
+    """A factor as a row of a stack (updates, r, n), with zeros behind it."""
+    missing = stack.shape[1] - factor.shape[1]
+    row = factor.T.to(stack)
+    return torch.nn.functional.pad(row, (0, 0, 0, missing)) if missing else row
 
 
 def _fill(out: Tensor, in_: Tensor, update: LowRankUpdate) -> None:

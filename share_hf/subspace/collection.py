@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 
 import torch
 from torch import Tensor
@@ -17,11 +16,11 @@ from .audit import Explained, ModuleAudit
 from .curve import SAMPLE_FROM, Served, curve_sizes, served_by
 from .factors import LowRankUpdate, inverse_norms
 from .layer import LayerSubspace
-from .likeness import Alike, UpdateSketches, alike, groups_of
+from .likeness import Alike, UpdateSketches, alike, groups_of, sketches_of
 from .model import merge_into_layers
 from .null import NEGLIGIBLE, flattest_singular_values, normalized_updates, padded, random_orthonormal
 from .settings import SubspaceSettings
-from .threads import tasks_by_module
+from .threads import for_each_module, tasks_by_module
 
 
 # Where there are `SAMPLE_FROM` adapters.
@@ -137,22 +136,26 @@ def survey_updates(
         seed: Seed of the null.
         progress: Wraps the iteration over modules, as `tqdm` does.
     """
-    by_module = tasks_by_module(updates)
-    sampled = _sample(list(by_module), len(updates))
-    most = _most_adapters(len(updates))
-    sketches, survey = UpdateSketches(updates), _Survey(num_components, seed)
-    waiting = iter(progress(list(by_module)))
-    # As many stacks in memory as there are threads to merge them.
-    while chunk := list(islice(waiting, torch.get_num_threads())):
-        taken = {module: {task: updates[task][module] for task in by_module[module]} for module in chunk}
-        for module, of_module in taken.items():
-            sketches.add(module, of_module)
-        for module, layer in _built(taken, num_components).items():
-            survey.add_errors(layer)
-            survey.add_size(layer.shape)
-            if module in sampled:
-                kept = _evenly([*taken[module].values()], most)
-                survey.add_curve(module, *_balanced_rows(kept), layer.shape)
+    by_module, most = tasks_by_module(updates), _most_adapters(len(updates))
+    seeds = {module: seed + i for i, module in enumerate(_sample(list(by_module), len(updates)))}
+    # Those of the sample first, as they take longer: the others fill up what time they leave.
+    by_module = {module: by_module[module] for module in (*seeds, *by_module)}
+    sketches, survey = UpdateSketches(updates), _Survey(num_components)
+
+    def look_at(module: str) -> tuple[dict[str, Tensor], LayerSubspace, _ModuleCurve | None]:
+        taken = {task: updates[task][module] for task in by_module[module]}
+        layer, curve = _built(module, taken, num_components), None
+        if module in seeds:
+            rows = _balanced_rows(_evenly([*taken.values()], most))
+            curve = _curve_of(module, *rows, layer.shape, (num_components, 2), seeds[module])
+        return sketches_of(module, taken), layer, curve
+
+    looked_at = for_each_module(look_at, by_module)
+    for (images, layer, curve), _ in zip(looked_at, progress(list(by_module)), strict=True):
+        sketches.add(images)
+        survey.add_errors(layer)
+        survey.add_size(layer.shape)
+        survey.add_curve(curve)
     pairs = alike(sketches.candidates(), lambda task: updates[task])
     return survey.report(list(updates), pairs, target_errors)
 
@@ -181,12 +184,13 @@ def survey_layers(
         for module, layer in layers.items()
         if all(layer.num_components) and not wanted.isdisjoint(layer.tasks)
     }
-    sampled = _sample(list(used), len(tasks))
+    sampled = {module: seed + i for i, module in enumerate(_sample(list(used), len(tasks)))}
     largest = max((max(layer.num_components) for layer in used.values()), default=1)
-    sketches, survey = UpdateSketches(tasks), _Survey(largest, seed, beyond=1)
+    sketches, survey = UpdateSketches(tasks), _Survey(largest)
     for module in progress(list(used)):
         layer = used[module]
-        sketches.add(module, {task: LowRankUpdate(*layer.coefficients_of(task)) for task in layer.tasks})
+        stored_updates = {task: LowRankUpdate(*layer.coefficients_of(task)) for task in layer.tasks}
+        sketches.add(sketches_of(module, stored_updates))
         survey.add_errors(layer)
         survey.add_size(layer.shape)
         if module in sampled:
@@ -194,7 +198,8 @@ def survey_layers(
             weights = inverse_norms(few.records.norms).cpu()
             out, in_ = (side.double().mT.cpu() for side in (few.coefficients_out, few.coefficients_in))
             values = flattest_singular_values(few) * weights.unsqueeze(1)
-            survey.add_curve(module, out * weights[:, None, None], in_, values, layer.shape)
+            weighted = out * weights[:, None, None]
+            survey.add_curve(_curve_of(module, weighted, in_, values, layer.shape, (largest, 1), sampled[module]))
 
     def stored(task: str) -> dict[str, LowRankUpdate]:
         return {m: LowRankUpdate(*layer.coefficients_of(task)) for m, layer in used.items() if layer.has(task)}
@@ -202,17 +207,62 @@ def survey_layers(
     return survey.report(list(tasks), alike(sketches.candidates(), stored), target_errors)
 
 
+@dataclass(frozen=True)
+class _ModuleCurve:
+    """What is kept of a module's updates and of random ones, by k, and what k directions explain of them."""
+
+    observed: list[Served]
+    null: list[Served]
+    row: ModuleAudit
+
+
+def _curve_of(
+    module: str,
+    out: Tensor,
+    in_: Tensor,
+    values: Tensor,
+    shape: tuple[int, int],
+    directions: tuple[int, int],
+    seed: int,
+) -> _ModuleCurve | None:
+    """A module's curve and its null; None without updates.
+
+    Args:
+        module: Its name.
+        out: (tasks, r, q_out), factors of updates of norm 1.
+        in_: (tasks, r, q_in).
+        values: (tasks, any), singular values of the null, of norm 1.
+        shape: (n, d).
+        directions: k of the row, and at how many times as many the curve ends.
+        seed: Of the null.
+    """
+    if not len(out):
+        return None
+    num_components, beyond = directions
+    largest = min(beyond * num_components, *shape, out.shape[0] * out.shape[1])
+    at = min(num_components, largest)
+    sizes = sorted({*curve_sizes(largest), at})
+    values = values[:, : min(shape)]
+    generator = torch.Generator().manual_seed(seed)
+    root = values.sqrt().unsqueeze(1)
+    random = [(random_orthonormal(len(values), side, values.shape[1], generator) * root).mT for side in shape]
+    curves = served_by(out, in_, sizes), served_by(*random, sizes)
+    observed, null = (Explained(points[sizes.index(at)].explained) for points in curves)
+    room = min(num_components, shape[0]), min(num_components, shape[1])
+    ranks = int((values > NEGLIGIBLE * values[:, :1]).sum())
+    trivial = all(k >= min(side, ranks) for k, side in zip(room, shape, strict=True))
+    return _ModuleCurve(*curves, ModuleAudit(module, len(out), room, observed, null, trivial))
+
+
 class _Survey:
     """What is known after some of the modules."""
 
-    def __init__(self, num_components: int, seed: int, beyond: int = 2) -> None:
-        self.num_components, self.seed, self.beyond = num_components, seed, beyond
+    def __init__(self, num_components: int) -> None:
+        self.num_components = num_components
         self.lost: dict[str, float] = {}
         self.energy: dict[str, float] = {}
-        self.curves: dict[str, tuple[list[Served], list[Served]]] = {}
+        self.curves: list[_ModuleCurve] = []
         self.shapes: list[tuple[int, int]] = []
-        self.curve_tasks = 0
-        self.rows: list[ModuleAudit] = []
 
     def add_size(self, shape: tuple[int, int]) -> None:
         self.shapes.append(shape)
@@ -224,34 +274,9 @@ class _Survey:
             self.energy[task] = self.energy.get(task, 0.0) + energy
             self.lost[task] = self.lost.get(task, 0.0) + loss
 
-    def add_curve(self, module: str, out: Tensor, in_: Tensor, values: Tensor, shape: tuple[int, int]) -> None:
-        """Add a module's curve and its null.
-
-        Args:
-            module: Its name.
-            out: (tasks, r, q_out), factors of updates of norm 1.
-            in_: (tasks, r, q_in).
-            values: (tasks, any), singular values of the null, of norm 1.
-            shape: (n, d).
-        """
-        if not len(out):
-            return
-        largest = min(self.beyond * self.num_components, *shape, out.shape[0] * out.shape[1])
-        at = min(self.num_components, largest)
-        sizes = sorted({*curve_sizes(largest), at})
-        values = values[:, : min(shape)]
-        generator = torch.Generator().manual_seed(self.seed + len(self.curves))
-        root = values.sqrt().unsqueeze(1)
-        random = [(random_orthonormal(len(values), side, values.shape[1], generator) * root).mT for side in shape]
-        self.curves[module] = served_by(out, in_, sizes), served_by(*random, sizes)
-        observed, null = (
-            Explained(of.explained) for of in (points[sizes.index(at)] for points in self.curves[module])
-        )
-        room = min(self.num_components, shape[0]), min(self.num_components, shape[1])
-        ranks = int((values > NEGLIGIBLE * values[:, :1]).sum())
-        trivial = all(k >= min(side, ranks) for k, side in zip(room, shape, strict=True))
-        self.rows.append(ModuleAudit(module, len(out), room, observed, null, trivial))
-        self.curve_tasks = max(self.curve_tasks, len(out))
+    def add_curve(self, curve: _ModuleCurve | None) -> None:
+        if curve is not None:
+            self.curves.append(curve)
 
     def report(
         self, tasks: Sequence[str], pairs: tuple[Alike, ...], target_errors: Sequence[float]
@@ -259,15 +284,15 @@ class _Survey:
         errors = {
             task: (self.lost[task] / self.energy[task]) ** 0.5 if self.energy.get(task) else 0.0 for task in tasks
         }
-        curve = _mean_curve(list(self.curves.values()))
+        curve = _mean_curve([(of.observed, of.null) for of in self.curves])
         return CollectionReport(
             tasks=len(tasks),
             modules=len(self.shapes),
             num_components=self.num_components,
             curve=curve,
-            rows=tuple(self.rows),
-            curve_tasks=self.curve_tasks,
-            curve_modules=tuple(self.curves),
+            rows=tuple(of.row for of in self.curves),
+            curve_tasks=max((of.row.tasks for of in self.curves), default=0),
+            curve_modules=tuple(of.row.module for of in self.curves),
             errors=errors,
             badly_served=_badly_served(errors),
             alike=pairs,
@@ -275,15 +300,11 @@ class _Survey:
         )
 
 
-def _built(taken: Mapping[str, Mapping[str, LowRankUpdate]], num_components: int) -> dict[str, LayerSubspace]:
-    """The layers of a subspace of these updates, at ranks that cut nothing but what k does."""
-    by_task: dict[str, dict[str, LowRankUpdate]] = {}
-    for module, updates in taken.items():
-        for task, update in updates.items():
-            by_task.setdefault(task, {})[module] = update
-    rank = max((update.out_factor.shape[1] for of in taken.values() for update in of.values()), default=1)
+def _built(module: str, updates: Mapping[str, LowRankUpdate], num_components: int) -> LayerSubspace:
+    """The layer of a subspace of these updates, at a rank that cuts nothing but what k does."""
+    rank = max(update.out_factor.shape[1] for update in updates.values())
     settings = SubspaceSettings(num_components=num_components, pseudo_rank=min(rank, num_components))
-    return merge_into_layers({}, by_task, settings)[0]
+    return merge_into_layers({}, {task: {module: update} for task, update in updates.items()}, settings)[0][module]
 
 
 def _balanced_rows(updates: Sequence[LowRankUpdate]) -> tuple[Tensor, Tensor, Tensor]:
@@ -297,8 +318,8 @@ def _balanced_rows(updates: Sequence[LowRankUpdate]) -> tuple[Tensor, Tensor, Te
     return out, in_, values
 
 
-def _sample(modules: Sequence[str], tasks: int) -> frozenset[str]:
-    return frozenset(_evenly(modules, SAMPLED_MODULES) if tasks >= SAMPLE_FROM else modules)
+def _sample(modules: Sequence[str], tasks: int) -> list[str]:
+    return _evenly(modules, SAMPLED_MODULES) if tasks >= SAMPLE_FROM else list(modules)
 
 
 def _most_adapters(tasks: int) -> int:

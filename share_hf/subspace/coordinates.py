@@ -4,12 +4,11 @@ All old updates lie in the span of the basis. Beside a few new ones, one QR of `
 merge is exact. Many new ones, as of a build from a folder of adapters, span more than can be decomposed; a merge of
 them takes the leading directions, `OVERSAMPLING` more than it may keep, and knows exactly what of each update lies
 outside of them. So its certificate is as rigorous, and its basis explains nearly what the best one does: in the tests,
-the error of the updates is within 1 % of it. They are the best of a small block Krylov space (Halko, Martinsson &
-Tropp 2011, Sec. 4.5; Musco & Musco 2015): random combinations of the columns, and what a power step finds beside
-them, through the thin factors, never from a matrix as large as the layer.
+the error of the updates is within 1 % of it.
 
-Finding directions needs no more than float32. What is certified, norms, coordinates and what lies outside of them, is
-computed in float64.
+Finding directions needs no more than float32, and neither does what is seen along them, as the bound on its rounding
+is part of the certificate. An update for which that bound would matter, as nearly all of it lies in the coordinates,
+is seen along them in float64. Norms and coordinates are computed in float64.
 """
 
 from __future__ import annotations
@@ -17,8 +16,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .batch import LargeBatch, UpdateBatch, in_chunks
+from .batch import TASKS_PER_CHUNK, LargeBatch, UpdateBatch
+from .factors import without_autocast
 from .layer import LayerSubspace
+from .leading import ROUGH_STEPS, Side
+from .products import product_rounding, rounding_is_known
 from .stack import UpdateStack
 
 
@@ -26,12 +28,10 @@ from .stack import UpdateStack
 EXACT_COLUMNS = 256
 
 OVERSAMPLING = 16
-# Power steps of each side. A second one takes a fifth more time and the error from 0.6 % above the best to 0.03 %.
-_ROUNDS = 1
-# Mixed columns for each direction that is looked for: a few times as many are as good as all of them.
-_MIXED_COLUMNS = 3
 # A difference of squares that is so many times its own rounding error is known well enough for a bound.
 _KNOWN_DIGITS = 1e3
+# What the rounding of float32 may add to the bound of an update, relative to what lies outside the coordinates.
+_MOST_ROUNDING = 0.02
 
 # A layer's coordinates, (n, q_out) and (d, q_in).
 Coordinates = tuple[Tensor, Tensor]
@@ -59,7 +59,7 @@ def exact_coordinates(layer: LayerSubspace, batch: UpdateBatch, weights: Tensor)
 
 def found_coordinates(
     layer: LayerSubspace, batch: LargeBatch, weights: Tensor, room: int, *, joint: bool
-) -> tuple[Coordinates, UpdateStack]:
+) -> tuple[Coordinates, UpdateStack, Tensor]:
     """The basis and `room` leading directions a side of what the new updates have beside it.
 
     Args:
@@ -68,17 +68,16 @@ def found_coordinates(
         weights: (tasks + new tasks,), of all updates.
         room: How many directions to find.
         joint: Whether they are to be the best for the updates, or for the columns of the factors.
+
+    Returns:
+        The coordinates, all updates in them, and a bound (new tasks,) on what rounding changed of each new one there.
     """
-    find = _joint_directions if joint else _factor_directions
-    sides = [
-        _orthonormal(basis, directions)
-        for basis, directions in zip(
-            (layer.basis_out, layer.basis_in), find(layer, batch, weights[len(layer.tasks) :], room), strict=True
-        )
-    ]
-    seen = [_seen_along(rows, side) for rows, (side, _) in zip((batch.out, batch.in_), sides, strict=True)]
-    outside = _outside(batch, sides[0][0], sides[1][0], *seen)
-    return _stack(layer, batch, weights, sides, seen, outside)
+    find = _joint_sides if joint else _factor_sides
+    with without_autocast(layer.basis_out.device):
+        sides = find(layer, batch, weights[len(layer.tasks) :], room)
+        seen, outside, rounding = _seen_and_outside(batch, sides)
+    known = [(side.coordinates, side.rotation) for side in sides]
+    return *_stack(layer, batch, weights, known, list(seen), outside), rounding
 
 
 def _stack(
@@ -106,40 +105,36 @@ def _stack(
     return (coordinates_out, coordinates_in), stack
 
 
-def _orthonormal(basis: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
-    """Float64 coordinates (n, q) whose first ones span the basis (n, k), and the basis in them (q, k)."""
-    coordinates, triangle = torch.linalg.qr(torch.cat([basis, directions], dim=1).double())
-    return coordinates, triangle[:, : basis.shape[1]]
-
-
-def _joint_directions(layer: LayerSubspace, batch: LargeBatch, weights: Tensor, room: int) -> tuple[Tensor, Tensor]:
-    """Leading directions (n, room), (d, room) float32 of weighted updates, alternating between both sides."""
+def _joint_sides(layer: LayerSubspace, batch: LargeBatch, weights: Tensor, room: int) -> tuple[Side, Side]:
+    """Both sides along leading directions of weighted updates, alternating between them."""
     (rows_out, scales_out), (rows_in, scales_in) = (_in_single(rows) for rows in (batch.out, batch.in_))
-    side_out, side_in = _Side(rows_out, layer.basis_out, room), _Side(rows_in, layer.basis_in, room)
+    out, in_ = Side(rows_out, layer.basis_out, room), Side(rows_in, layer.basis_in, room)
     # What each update's Gram matrices are to be multiplied with, for updates of norm 1.
     energies = (weights / scales_out / scales_in).square()[:, None, None]
-    gram_in = batch.grams[1] * scales_in.square()[:, None, None]
-    side_out.start(energies * gram_in)
-    side_in.start(energies * side_out.gram)
-    for _ in range(_ROUNDS):
-        side_out.turn(energies * side_in.gram)
-        side_in.turn(energies * side_out.gram)
-    return side_out.directions, side_in.directions
+    out.start(energies * batch.grams[1] * scales_in.square()[:, None, None])
+    in_.start(energies * out.gram)
+    for _ in range(ROUGH_STEPS):
+        out.turn(energies * in_.gram)
+        in_.turn(energies * out.gram)
+    out.settle(energies * in_.gram)
+    in_.settle(energies * out.gram)
+    return out, in_
 
 
-def _factor_directions(layer: LayerSubspace, batch: LargeBatch, weights: Tensor, room: int) -> tuple[Tensor, Tensor]:
-    """Leading directions of the columns of the factors, as they are, on each side alone."""
+def _factor_sides(layer: LayerSubspace, batch: LargeBatch, weights: Tensor, room: int) -> tuple[Side, Side]:
+    """Each side alone along leading directions of the columns of the factors, as they are."""
     found = []
     for rows, basis in ((batch.out, layer.basis_out), (batch.in_, layer.basis_in)):
         if rows.dtype == torch.float64:
             largest = rows.abs().amax()
             rows = (rows / torch.where(largest > 0, largest, 1.0)).float()
-        side = _Side(rows, basis, room)
+        side = Side(rows, basis, room)
         as_they_are = torch.eye(rows.shape[1], dtype=torch.float64, device=rows.device).expand(len(rows), -1, -1)
         side.start(as_they_are)
-        for _ in range(1 + _ROUNDS):
+        for _ in range(1 + ROUGH_STEPS):
             side.turn(as_they_are)
-        found.append(side.directions)
+        side.settle(as_they_are)
+        found.append(side)
     return found[0], found[1]
 
 
@@ -152,103 +147,78 @@ def _in_single(rows: Tensor) -> tuple[Tensor, Tensor]:
     return (rows * scales[:, None, None]).float(), scales
 
 
-class _Side:
-    """Directions of one side that turn towards the leading ones of ``Σ X_i G_i X_i^T``, beside the basis.
+def _seen_and_outside(batch: LargeBatch, sides: tuple[Side, Side]) -> tuple[Coordinates, Tensor, Tensor]:
+    """Factors (updates, r, q) float64 in the coordinates, what lies outside, and a bound on their rounding (updates,).
 
-    Args:
-        rows: (updates, r, n) float32, the factors X, transposed.
-        basis: (n, k), which the directions are orthogonal to.
-        room: How many directions; all there are if the layer has no more.
-
-    Attributes:
-        directions: (n, room) float32.
+    An update along the coordinates is the product of the factors there, so what rounding changed of these is a change
+    inside of the coordinates, and counts on its own.
     """
-
-    def __init__(self, rows: Tensor, basis: Tensor, room: int) -> None:
-        self._rows, self._basis, self._room = rows, basis.float(), room
-        features = rows.shape[2]
-        self._is_whole = basis.shape[1] + room >= features
-        if self._is_whole:
-            self.directions = torch.eye(features, dtype=torch.float32, device=rows.device)
-            self._seen, self._gram_of_basis = rows, rows.new_zeros(1)
-            return
-        seen_by_basis = rows @ self._basis
-        self._gram_of_basis = seen_by_basis @ seen_by_basis.mT
-
-    @property
-    def gram(self) -> Tensor:
-        """``X_i^T P P^T X_i`` (updates, r, r) float64, with P the basis and the directions."""
-        return (self._gram_of_basis + self._seen @ self._seen.mT).double()
-
-    def start(self, weights: Tensor) -> None:
-        """Directions of random combinations of the columns, those of each update as large as G (updates, r, r)."""
-        if self._is_whole:
-            return
-        generator = torch.Generator().manual_seed(0)  # the same numbers on every device
-        updates, rank, features = self._rows.shape
-        # Updates are mixed first, as that is one product with few rows, and the columns of the mixtures after.
-        mixtures = -(-_MIXED_COLUMNS * self._room // rank)
-        mixing = torch.randn(mixtures, updates, generator=generator).to(self._rows.device)
-        sizes = weights.diagonal(dim1=1, dim2=2).sum(1).sqrt().float()
-        mixed = (mixing * sizes) @ self._rows.flatten(1)
-        combining = torch.randn(mixtures * rank, self._room, generator=generator).to(self._rows.device)
-        self.directions = self._beside([self._basis], mixed.view(-1, features).T @ combining)
-        self._seen = self._rows @ self.directions
-
-    def turn(self, weights: Tensor) -> None:
-        """One step of the power iteration with G (updates, r, r): the best of what it finds and what there was."""
-        if self._is_whole:
-            return
-        single = weights.float()
-        block = self._rows.flatten(0, 1).T @ (single @ self._seen).flatten(0, 1)
-        found = self._beside([self._basis, self.directions], block)
-        seen = torch.cat([self._seen, self._rows @ found], dim=2)
-        moment = seen.flatten(0, 1).T @ (single @ seen).flatten(0, 1)
-        best = torch.linalg.eigh(moment.double()).eigenvectors[:, -self._room :].float()
-        self.directions, self._seen = torch.cat([self.directions, found], dim=1) @ best, seen @ best
-
-    @staticmethod
-    def _beside(known: list[Tensor], block: Tensor) -> Tensor:
-        """Orthonormal directions that a block has beside those that are known already."""
-        columns = sum(side.shape[1] for side in known)
-        return torch.linalg.qr(torch.cat([*known, block], dim=1)).Q[:, columns:]
+    seen = sides[0].seen.double(), sides[1].seen.double()
+    if batch.out.dtype == torch.float32 and rounding_is_known(batch.out.device):
+        outside = _outside(batch, slice(None), seen)[0].sqrt()
+        rounding = _rounding_of_single(batch, seen, outside)
+        doubtful = (rounding > _MOST_ROUNDING * outside).nonzero().flatten()
+    else:
+        outside, rounding = torch.zeros_like(batch.norms), torch.zeros_like(batch.norms)
+        doubtful = torch.arange(len(outside), device=outside.device)
+    coordinates = sides[0].coordinates, sides[1].coordinates
+    for some in doubtful.split(TASKS_PER_CHUNK):
+        for rows, of, along in zip((batch.out, batch.in_), seen, coordinates, strict=True):
+            of[some] = rows[some].double() @ along
+        outside[some], rounding[some] = _outside_exactly(batch, some, coordinates, seen), 0.0
+    return seen, outside, rounding
 
 
-def _seen_along(rows: Tensor, coordinates: Tensor) -> Tensor:
-    """``X_j^T Q`` (updates, r, q) float64 of factors (updates, r, n) in coordinates (n, q)."""
-    seen = coordinates.new_empty(*rows.shape[:2], coordinates.shape[1])
-    for span, part in in_chunks(rows):
-        torch.matmul(part, coordinates, out=seen[span])
-    return seen
+def _rounding_of_single(batch: LargeBatch, seen: Coordinates, outside: Tensor) -> Tensor:
+    """Bound (updates,) on what float32 products with the coordinates changed, and hid of what lies outside of them.
+
+    ``‖X̂^T Ŷ - X^T Y‖ <= ‖X̂ - X‖_F ‖Ŷ‖_2 + ‖X‖_2 ‖Ŷ - Y‖_F`` of both sides' factors there. The largest singular value
+    of one is at most the root of the norm of its Gram matrix.
+    """
+    sizes = [gram.diagonal(dim1=1, dim2=2).sum(1).sqrt() for gram in batch.grams]
+    errors = [
+        product_rounding(rows.shape[2]) * of.shape[2] ** 0.5 * size
+        for rows, of, size in zip((batch.out, batch.in_), seen, sizes, strict=True)
+    ]
+    grams = [of @ of.mT for of in seen]
+    largest = [torch.linalg.matrix_norm(gram).sqrt() for gram in grams]
+    changed = errors[0] * largest[1] + (largest[0] + errors[0]) * errors[1]
+    inside = _inner(*grams).clamp_min(0).sqrt()
+    # What lies outside has the energy that is not inside, of which as much may have been a change.
+    return changed + (outside.square() + 2 * changed * inside).sqrt() - outside
 
 
-def _outside(batch: LargeBatch, out: Tensor, in_: Tensor, seen_out: Tensor, seen_in: Tensor) -> Tensor:
-    """``‖ΔW_j - QQ^T ΔW_j Q'Q'^T‖`` (updates,), rounded up, of coordinates Q (n, q) and Q' (d, q')."""
-    gram_out, gram_in = batch.grams
+def _outside(batch: LargeBatch, some: Tensor | slice, seen: Coordinates) -> tuple[Tensor, Tensor]:
+    """``‖ΔW_j‖² - ‖X_j^T Y_j‖²`` of factors in the coordinates, rounded up, and its rounding error, of some."""
+    gram_out, gram_in = (gram[some] for gram in batch.grams)
+    seen_out, seen_in = (of[some] for of in seen)
     gram_seen = seen_out @ seen_out.mT
     squared = _inner(gram_out - gram_seen, gram_in) + _inner(gram_seen, gram_in - seen_in @ seen_in.mT)
     # Each sum over the features rounds, and so do the q products with the coordinates.
     rounding = 8 * max(seen_out.shape[2], seen_in.shape[2]) ** 0.5 * _rounding(batch, gram_out, gram_in)
+    return squared.clamp_min(0) + rounding, rounding
+
+
+def _outside_exactly(batch: LargeBatch, some: Tensor, coordinates: Coordinates, seen: Coordinates) -> Tensor:
+    """``‖ΔW_j - QQ^T ΔW_j Q'Q'^T‖``, rounded up, of some updates (some,) that were seen in float64."""
+    squared, rounding = _outside(batch, some, seen)
     # Where little lies outside, a difference has lost the digits that the residuals of the factors have.
-    for j in (squared < _KNOWN_DIGITS * rounding).nonzero().flatten().tolist():
-        squared[j], rounding[j] = _outside_of_one(batch, j, (out, in_), (seen_out[j], seen_in[j]))
-    return (squared.clamp_min(0) + rounding).sqrt()
+    for i in (squared < _KNOWN_DIGITS * rounding).nonzero().flatten().tolist():
+        squared[i] = _outside_of_one(batch, int(some[i]), coordinates, seen)
+    return squared.sqrt()
 
 
-def _outside_of_one(
-    batch: LargeBatch, j: int, coordinates: Coordinates, seen: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """The square of `_outside` of one update, from the residuals of its factors, and the square of its rounding."""
+def _outside_of_one(batch: LargeBatch, j: int, coordinates: Coordinates, seen: Coordinates) -> Tensor:
+    """The square of `_outside_exactly` of one update, from the residuals of its factors."""
     rows_out, rows_in = batch.out[j].double(), batch.in_[j].double()
     left_out, left_in = (
-        rows - part @ side.T for rows, part, side in zip((rows_out, rows_in), seen, coordinates, strict=True)
+        rows - of[j] @ side.T for rows, of, side in zip((rows_out, rows_in), seen, coordinates, strict=True)
     )
-    squared, rounding = torch.zeros_like(batch.norms[j]), torch.zeros_like(batch.norms[j])
-    for first, second in ((left_out, rows_in), (seen[0], left_in)):
+    squared = torch.zeros_like(batch.norms[j])
+    for first, second in ((left_out, rows_in), (seen[0][j], left_in)):
         grams = first @ first.T, second @ second.T
-        squared += _inner(*grams).clamp_min(0)
-        rounding += _rounding(batch, *grams)
-    return squared, rounding
+        squared += _inner(*grams).clamp_min(0) + _rounding(batch, *grams)
+    return squared
 
 
 def _inner(first: Tensor, second: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .basis import JOINT_ITERATIONS
+from .leading import rough_product, rough_sum
 
 
 # Half-steps on each side at the largest k, and at each smaller one, which begins within the one before.
@@ -83,7 +84,7 @@ def _exact_bases(out: Tensor, in_: Tensor, sizes: Sequence[int]) -> Iterator[tup
 
 
 def _power_bases(out: Tensor, in_: Tensor, sizes: Sequence[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """By k, the same from power steps in single precision, which is enough to tell directions by."""
+    """By k, the same from power steps in few digits, which are enough to tell directions by."""
     single_out, single_in = out.float(), in_.float()
     generator = torch.Generator().manual_seed(0)
     basis_out, basis_in = (
@@ -96,15 +97,15 @@ def _power_bases(out: Tensor, in_: Tensor, sizes: Sequence[int]) -> Iterator[tup
     for k in reversed(sizes):
         basis_out, basis_in = basis_out[:, -k:], basis_in[:, -k:]
         for _ in range(_STEPS if found else _FIRST_STEPS):
-            basis_out = _power_step(single_out, _seen(single_in, basis_in), basis_out)
-            basis_in = _power_step(single_in, _seen(single_out, basis_out), basis_in)
+            basis_out = _power_step(single_out, _roughly_seen(single_in, basis_in), basis_out)
+            basis_in = _power_step(single_in, _roughly_seen(single_out, basis_out), basis_in)
         found.append((k, basis_out.double(), basis_in.double()))
     yield from reversed(found)
 
 
 def _power_step(rows: Tensor, weights: Tensor, basis: Tensor) -> Tensor:
     """A step towards the leading directions (q, k) of ``Σ X_i^T G_i X_i``, the leading one last."""
-    times = rows.flatten(0, 1).T @ (weights @ (rows @ basis)).flatten(0, 1)
+    times = rough_sum(rows, weights @ rough_product(rows, basis))
     inside = torch.linalg.eigh(basis.T @ times).eigenvectors
     return torch.linalg.qr((times @ inside).flip(1)).Q.flip(1)
 
@@ -132,6 +133,12 @@ def in_coordinates(rows: Tensor) -> Tensor:
 def _seen(rows: Tensor, directions: Tensor) -> Tensor:
     """``X_i P P^T X_i^T`` (tasks, r, r)."""
     seen = rows @ directions
+    return seen @ seen.mT
+
+
+def _roughly_seen(rows: Tensor, directions: Tensor) -> Tensor:
+    """`_seen` in as few digits as a power step needs."""
+    seen = rough_product(rows, directions)
     return seen @ seen.mT
 
 

@@ -299,7 +299,7 @@ def _stack_of(updates: Mapping[str, LowRankUpdate], settings: SubspaceSettings) 
         _, stack = exact_coordinates(layer, batch, inverse_norms(batch.norms))
         return stack, batch.norms, _OTHER_START if joint else 1.0
     batch = batch_of_many(layer, updates, Scratch(), as_they_are=not joint)
-    _, stack = found_coordinates(layer, batch, inverse_norms(batch.norms), room, joint=joint)
+    _, stack, _ = found_coordinates(layer, batch, inverse_norms(batch.norms), room, joint=joint)
     return stack, batch.norms, _LESS_ROOM
 
 

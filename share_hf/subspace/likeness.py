@@ -51,18 +51,10 @@ class UpdateSketches:
     def __init__(self, tasks: Iterable[str]) -> None:
         self._sketches = {task: torch.zeros(_SIDE * _SIDE, dtype=torch.float64) for task in tasks}
 
-    def add(self, module: str, updates: Mapping[str, LowRankUpdate]) -> None:
-        """Add the updates of one module, by task."""
-        if not updates:
-            return
-        n, d = next(iter(updates.values())).shape
-        seed = int.from_bytes(hashlib.sha256(module.encode()).digest()[:4], "little")
-        generator = torch.Generator().manual_seed(seed)
-        out, in_ = (torch.randn(_SIDE, side, generator=generator) / _SIDE**0.5 for side in (n, d))
-        for task, update in updates.items():
-            sides = (update.out_factor.detach().cpu().float(), update.in_factor.detach().cpu().float())
-            image = (out @ sides[0]).double() @ (in_ @ sides[1]).double().T
-            self._sketches[task] += image.flatten()
+    def add(self, images: Mapping[str, Tensor]) -> None:
+        """Add the `sketches_of` one module."""
+        for task, image in images.items():
+            self._sketches[task] += image
 
     def candidates(self) -> dict[str, str]:
         """By task, the earlier one that it is most like, where they may be alike."""
@@ -76,6 +68,21 @@ class UpdateSketches:
         nearest = (cosines >= best - 1e-6).int().argmax(1).tolist()
         pairs = [(i, j) for i, j in enumerate(nearest) if cosines[i, j] > _MAY_BE_ALIKE]
         return {tasks[i]: tasks[j] for i, j in pairs}
+
+
+def sketches_of(module: str, updates: Mapping[str, LowRankUpdate]) -> dict[str, Tensor]:
+    """``Ω_out^T ΔW Ω_in`` (32²,) float64 of the updates of one module, by task."""
+    if not updates:
+        return {}
+    n, d = next(iter(updates.values())).shape
+    seed = int.from_bytes(hashlib.sha256(module.encode()).digest()[:4], "little")
+    generator = torch.Generator().manual_seed(seed)
+    out, in_ = (torch.randn(_SIDE, side, generator=generator) / _SIDE**0.5 for side in (n, d))
+    images = {}
+    for task, update in updates.items():
+        sides = (update.out_factor.detach().cpu().float(), update.in_factor.detach().cpu().float())
+        images[task] = ((out @ sides[0]).double() @ (in_ @ sides[1]).double().T).flatten()
+    return images
 
 
 def alike(

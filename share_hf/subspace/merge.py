@@ -69,7 +69,7 @@ class _Merge:
         layer: As it was.
         new_tasks: Names of the new tasks.
         norms: (tasks + new tasks,), of all updates as learned.
-        noise: (new tasks,), relative size of what the float64 decomposition of a new update may have missed.
+        noise: (new tasks,), relative size of what rounding may have changed of a new update, or hidden of its drift.
         coordinates: (n, q_out) and (d, q_in), orthonormal.
         stack: All updates in these coordinates.
         unbalanced: Whether the factors of the new updates are still to get equal shares of them.
@@ -216,10 +216,11 @@ def _prepared(
     norms = torch.cat([layer.records.norms, batch.norms])
     weights = inverse_norms(norms)
     if isinstance(batch, LargeBatch):
-        coordinates, stack = found_coordinates(layer, batch, weights, room, joint=joint)
+        coordinates, stack, rounding = found_coordinates(layer, batch, weights, room, joint=joint)
     else:
         coordinates, stack = exact_coordinates(layer, batch, weights)
-    noise = batch.noise * stack.new_weights
+        rounding = torch.zeros_like(batch.norms)
+    noise = (batch.noise + rounding) * stack.new_weights
     return _Merge(
         layer,
         tuple(updates),

@@ -60,7 +60,7 @@ def _module_sketches(module: str, adapters: Sequence[Mapping[str, LowRankUpdate]
             hashes = _entry_hashes(module, len(entries))
             # Entries that are added, and behind them those that are taken off.
             places = hashes % SKETCH_BUCKETS + (1 - (hashes >> 32 & 1)) * SKETCH_BUCKETS
-        sums.index_add_(0, places[: len(entries)], entries)
+        sums.scatter_add_(0, places[: len(entries)], entries)
     return signed[:, 0] - signed[:, 1]
 
 

@@ -99,6 +99,8 @@ def for_each_module(
 
 def _side_by_side(work: Callable[[str], _Result], modules: Sequence[str]) -> Iterator[_Result]:
     threads = torch.get_num_threads()
+    # Whoever takes the results has one thread meanwhile: threads of its own would wait for it beside those that work.
+    torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             # No more than are worked on: results that nobody has taken yet would pile up, and errors would wait.

@@ -13,7 +13,7 @@ from share_hf.subspace import curve as curves
 from share_hf.subspace.audit import explained_variance
 from share_hf.subspace.collection import CollectionReport, survey_layers, survey_updates
 from share_hf.subspace.curve import SAMPLE_FROM, curve_sizes, served_by
-from share_hf.subspace.likeness import UpdateSketches, alike, groups_of
+from share_hf.subspace.likeness import UpdateSketches, alike, groups_of, sketches_of
 from share_hf.subspace.survey_text import survey_sentences
 
 
@@ -162,7 +162,7 @@ class TestLikeness:
         adapters = {f"copy{i}": next(iter(collection(1).values())) for i in range(30)}
         sketches = UpdateSketches(adapters)
         for module in ("layers.0.q", "layers.1.q"):
-            sketches.add(module, {task: of[module] for task, of in adapters.items()})
+            sketches.add(sketches_of(module, {task: of[module] for task, of in adapters.items()}))
         candidates = sketches.candidates()
         assert candidates == {f"copy{i}": "copy0" for i in range(1, 30)}
         assert groups_of(alike(candidates, adapters.__getitem__)) == (tuple(adapters),)
