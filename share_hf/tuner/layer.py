@@ -26,6 +26,7 @@ from .folding import FOLDED_TASKS, FoldedFactors, with_product
 from .kinds import layout_of, matrix_shape
 from .quantization import quantization_backend_of
 from .ranks import make_room, stacked
+from .together import dropped_inputs
 
 
 class _Fingerprints(BufferDict):
@@ -287,11 +288,9 @@ class ShareLayer(BaseTunerLayer):
             raise ValueError("adapter_names cannot be mixed while adapters are merged, call unmerge_adapter() first")
 
     def _coefficients_of_samples(self, adapter_names: list[str], like: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Coefficients (samples, k_out, p), (samples, k_in, p) of the task of each; None if none adapts this layer.
+        """Coefficients (samples, k_out, p), (samples, k_in, p) of the task of each, in the device and dtype of `like`.
 
-        Args:
-            adapter_names: One for each sample.
-            like: A tensor of the device and dtype that they are to have.
+        They are differentiable, for the tasks that are present; None if none of these adapts this layer.
         """
         present = [name for name in dict.fromkeys(adapter_names) if self.has_task(name)]
         for name in present:
@@ -411,7 +410,7 @@ class Linear(nn.Module, ShareLayer):
                 )
             result = self.quantization_backend.maybe_clone_base_result(result)
         if adapter_names is not None:
-            update = self._mixed_batch_update(x, adapter_names)
+            update = self._mixed_batch_update(dropped_inputs(self, x, adapter_names), adapter_names)
             return result if update is None else result + update.to(result.dtype)
         for adapter in self.active_adapters:
             if self.has_task(adapter):

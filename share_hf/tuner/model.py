@@ -39,6 +39,7 @@ from .placement import call_layers_of, check_held_once, check_reached
 from .quantization import check_supported, keep_4bit_weights_differentiable
 from .ranks import make_room_in
 from .renaming import adapter_named_as_in
+from .together import activate_together, check_trained, train_heads
 
 
 logger = logging.get_logger(__name__)
@@ -297,6 +298,14 @@ class ShareModel(BaseTuner):
                     selected.setdefault(f"{name}.{FINGERPRINT}.{adapter_name}", fingerprint)
         return selected
 
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make one task active, or several that are trained together, each with its own head."""
+        train_heads(self.model, self.active_adapters, trained=False)
+        several = not isinstance(adapter_name, str) and len(adapter_name) > 1
+        super().set_adapter(adapter_name[:1] if several else adapter_name, inference_mode)
+        if several:
+            activate_together(self, list(adapter_name), inference_mode)
+
     def take_basis(self, adapter_name: str, origin: AdapterOrigin) -> None:
         """Make the model's bases those of an adapter that is to be loaded in place of one that is there.
 
@@ -380,8 +389,7 @@ class ShareModel(BaseTuner):
         if adapter_names is None:
             yield
             return
-        if self.training:
-            raise ValueError("adapter_names mixes tasks in inference only, call model.eval() first")
+        check_trained(adapter_names, self)
         if any(isinstance(module, Experts) for module in self.modules()):
             raise ValueError("adapter_names cannot mix tasks of experts in one parameter, as PEFT's LoRA cannot")
         unknown = sorted(set(adapter_names) - set(self.peft_config) - {"__base__"})
