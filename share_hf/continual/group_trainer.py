@@ -26,6 +26,7 @@ from .group_steps import (
     schedule_of,
 )
 from .phase_trainer import PhaseTrainer
+from .together import check_optimizer
 
 
 # Past this number, the curves of single tasks are no longer logged: `metrics` and the tree have them.
@@ -198,6 +199,7 @@ class GroupTrainer(PhaseTrainer):
         is_made = self.optimizer is not None
         optimizer = super().create_optimizer(model)
         if self._group is not None and not is_made:
+            check_optimizer(optimizer)
             self._group.parameters = trained_by_task(self.model, self._group.tasks)
             divide_among_tasks(optimizer, self._group.parameters)
         return optimizer

@@ -7,6 +7,7 @@ A phase is one optimizer run. `init` trains free factors, `adapt` temporary fact
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 
 import torch
 from peft import PeftModel, TaskType, get_peft_model
@@ -99,6 +100,17 @@ def with_adapters(model: nn.Module, state: SubspaceState, share_config: ShareCon
     return peft_model
 
 
+def begin_group(
+    model: PeftModel, state: SubspaceState, tasks: Sequence[str], phase: Phase, config: ShareConfig
+) -> None:
+    """Make `tasks` the adapters of the model that are trained, together; the rest as for `begin_phase`."""
+    for task in tasks:
+        begin_phase(model, state, task, phase, config)
+    if len(tasks) > 1:
+        model.set_adapter(tasks[0])
+        model.base_model.set_adapter(list(tasks))
+
+
 def begin_phase(model: PeftModel, state: SubspaceState, task: str, phase: Phase, config: ShareConfig) -> None:
     """Make `task` the one adapter of the model that is trained, in this phase.
 
@@ -164,22 +176,21 @@ def take_merged(
 
 
 def take_coefficients(
-    model: PeftModel, state: SubspaceState, task: str, info: TaskInfo, *, held: SubspaceState | None = None
+    model: PeftModel, state: SubspaceState, infos: Mapping[str, TaskInfo], *, held: SubspaceState | None = None
 ) -> SubspaceState:
     """Take coefficients that were trained in the basis of the subspace as they are, and give the model the result.
 
     Args:
-        model: Was trained on the task.
+        model: Was trained on the tasks.
         state: The subspace so far.
-        task: Name of the task.
-        info: What is known of it.
+        infos: What is known of each task.
         held: As for `load_tasks`.
 
     Raises:
         ValueError: If what was trained is not finite; naming the task. State and model are as before.
     """
-    learned = with_learned_coefficients(state, task, coefficients_of(model, task), info)
-    load_tasks(model, learned, held=held, trained=task)
+    learned = with_learned_coefficients(state, {task: coefficients_of(model, task) for task in infos}, infos)
+    load_tasks(model, learned, held=held, trained=infos)
     return learned
 
 

@@ -73,7 +73,7 @@ def load_tasks(
     tasks: Collection[str] | None = None,
     *,
     held: SubspaceState | None = None,
-    trained: str | None = None,
+    trained: Collection[str] = (),
 ) -> None:
     """Give tasks of a subspace to a model that has their adapters: bases, coefficients and heads.
 
@@ -83,13 +83,13 @@ def load_tasks(
         tasks: The tasks; all of the subspace if not given.
         held: The subspace that the model holds now, to the bit: what is the same there is not loaded again. A model
             that was cast since, as for an evaluation in bfloat16, is loaded whole.
-        trained: A task of `held` whose adapter was trained since.
+        trained: Tasks of `held` whose adapters were trained since.
     """
     if held is not None and _was_cast(model):
         held = None
     load_bases(model, state, held=held)
     wanted = state.tasks.keys() if tasks is None else set(tasks)
-    known = set() if held is None else held.tasks.keys() - {trained}
+    known = set() if held is None else held.tasks.keys() - set(trained)
     for module, layer in share_layers(model).items():
         if (stored := state.layers.get(module)) is None:
             continue
