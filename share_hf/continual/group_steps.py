@@ -145,33 +145,33 @@ class TaskLosses:
     """
 
     def __init__(self, tasks: int) -> None:
-        self._sums, self._items = torch.zeros(tasks, dtype=torch.float64), torch.zeros(tasks, dtype=torch.float64)
+        self._sums_and_items = torch.zeros(2, tasks)
 
-    def add(self, logits: Tensor, labels: Tensor, numbers: Tensor, items: Tensor, *, are_shifted: bool) -> None:
+    def add(self, logits: Tensor, labels: Tensor, numbers: Sequence[int], items: Tensor, *, are_shifted: bool) -> None:
         """Count the samples of a batch.
 
         Args:
             logits: (samples, ..., labels).
             labels: (samples, ...), integers or numbers.
-            numbers: (samples,), the task of each.
+            numbers: The task of each sample.
             items: (samples,), as of `items_of_samples`.
             are_shifted: Whether each label is that of the position before it.
         """
+        self._sums_and_items = self._sums_and_items.to(logits.device)  # nothing waits for the device until a log
         with torch.no_grad():
-            for number in numbers.unique().tolist():
-                rows = numbers == number
-                self._sums[number] += _summed_loss(logits[rows], labels[rows], are_shifted=are_shifted).cpu()
-                self._items[number] += items[rows].sum().cpu()
+            for number in dict.fromkeys(numbers):
+                rows = [row for row, other in enumerate(numbers) if other == number]
+                self._sums_and_items[0, number] += _summed_loss(logits[rows], labels[rows], are_shifted=are_shifted)
+                self._sums_and_items[1, number] += items[rows].sum()
 
     def take(self, reduce: Callable[[Tensor], Tensor]) -> list[float | None]:
         """The mean of each task, None where it had no sample; counting begins anew.
 
         Args:
-            reduce: Adds up a tensor over all processes.
+            reduce: Adds up a tensor over all processes, or takes its mean.
         """
-        sums, items = reduce(torch.stack([self._sums, self._items])).cpu().tolist()
-        self._sums.zero_()
-        self._items.zero_()
+        sums, items = reduce(self._sums_and_items).tolist()
+        self._sums_and_items = torch.zeros_like(self._sums_and_items)
         return [total / count if count else None for total, count in zip(sums, items, strict=True)]
 
 

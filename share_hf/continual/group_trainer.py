@@ -41,7 +41,7 @@ class _Group:
 
     Attributes:
         parameters (`dict[str, list[Parameter]]`): By task, what is trained.
-        names (`list[str]`): The tasks of the samples of the batch at work.
+        numbers (`list[int]`): The tasks of the samples of the batch at work, by their place in `tasks`.
         items (`Tensor`): (tasks,), what the losses of a step count of each task, over all processes.
         sampler (`GroupSampler`): The order of the examples, when the phase has begun.
     """
@@ -53,8 +53,13 @@ class _Group:
         self.data = data
         self.tasks = data.tasks
         self.losses = TaskLosses(len(self.tasks))
-        self.names: list[str] = []
+        self.numbers: list[int] = []
         self.items = torch.ones(len(self.tasks))
+
+    @property
+    def names(self) -> list[str]:
+        """The tasks of the samples of the batch at work."""
+        return [self.tasks[number] for number in self.numbers]
 
 
 class GroupTrainer(PhaseTrainer):
@@ -141,7 +146,7 @@ class GroupTrainer(PhaseTrainer):
         group = self._group
         if group is None:
             return super().training_step(model, inputs, num_items_in_batch)
-        group.names = [group.tasks[number] for number in inputs[TASK_NUMBERS].tolist()]
+        group.numbers = inputs[TASK_NUMBERS].tolist()
         # Around the backward too: what is checkpointed runs forward again in it.
         with self.model.base_model._enable_peft_forward_hooks(adapter_names=group.names):
             return super().training_step(model, inputs, num_items_in_batch)
@@ -166,7 +171,7 @@ class GroupTrainer(PhaseTrainer):
             loss = loss * self.accelerator.num_processes  # of which DDP takes the mean
         if labels is not None and self.compute_loss_func is None:
             logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[1]
-            group.losses.add(logits.detach(), labels, numbers, items, are_shifted=self._loss_shifts_labels)
+            group.losses.add(logits.detach(), labels, group.numbers, items, are_shifted=self._loss_shifts_labels)
         return (loss, outputs) if return_outputs else loss
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
@@ -229,7 +234,7 @@ class GroupTrainer(PhaseTrainer):
 
     def log(self, logs: Mapping[str, float], start_time: float | None = None) -> None:
         if self._group is not None and "loss" in logs:
-            losses = self._group.losses.take(self.accelerator.reduce)
+            losses = self._group.losses.take(lambda sums: self.accelerator.reduce(sums.to(self.args.device)))
             logs = {**logs, **_logged(self._group.tasks, losses)}
         super().log(logs, start_time)
 

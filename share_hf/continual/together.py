@@ -138,6 +138,11 @@ def check_can_train_together(trainer: Trainer) -> None:
             f"together is given, and one process has {trainer.args.n_gpu} GPUs, expected one, or a process for each "
             "by accelerate launch or torchrun"
         )
+    if trainer.args.world_size > 1 and trainer.args.ddp_find_unused_parameters is False:
+        raise ValueError(
+            "together is given and ddp_find_unused_parameters is False, expected None or True: a task without a sample "
+            "in a process has no gradients there"
+        )
     if name := next((name for name, module in trainer.model.named_modules() if isinstance(module, Experts)), None):
         raise ValueError(
             f"together is given, and {name!r} has adapted experts in one parameter, expected other target_parameters: "
