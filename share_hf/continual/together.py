@@ -11,7 +11,7 @@ from transformers.trainer_utils import SaveStrategy
 from ..engines.local import LocalEngine
 from ..tuner.experts import Experts
 from .arguments import ShareTrainingArguments
-from .data import TaskSplits, is_streamed
+from .data import Data, TaskSplits, is_streamed
 from .group_steps import schedule_of
 
 
@@ -119,15 +119,19 @@ def _check_arguments(args: ShareTrainingArguments) -> None:
     schedule_of(args, 1)
 
 
-def check_can_train_together(trainer: Trainer) -> None:
+def check_can_train_together(trainer: Trainer, groups: Iterable[Unit], tasks: Mapping[str, TaskSplits]) -> None:
     """Refuse what no tasks can be trained together with.
 
     Args:
         trainer: Its engine and its model.
+        groups: The tasks that are learned together.
+        tasks: The tasks of the stream.
 
     Raises:
         ValueError: Naming it, and what works instead.
     """
+    for group in groups:
+        _check_columns(trainer, {name: tasks[name].train for name in group})
     if not isinstance(trainer.engine, LocalEngine):
         raise ValueError(
             f"together is given, and {trainer.accelerator.distributed_type.value} divides gradients among processes, "
@@ -140,14 +144,35 @@ def check_can_train_together(trainer: Trainer) -> None:
         )
     if trainer.args.world_size > 1 and trainer.args.ddp_find_unused_parameters is False:
         raise ValueError(
-            "together is given and ddp_find_unused_parameters is False, expected None or True: a task without a sample "
-            "in a process has no gradients there"
+            "together is given and ddp_find_unused_parameters is False, expected None or True: a task without a "
+            "sample in a process has no gradients there"
         )
     if name := next((name for name, module in trainer.model.named_modules() if isinstance(module, Experts)), None):
         raise ValueError(
             f"together is given, and {name!r} has adapted experts in one parameter, expected other target_parameters: "
             "the samples that an expert sees are not known apart"
         )
+
+
+def _check_columns(trainer: Trainer, data: Mapping[str, Data]) -> None:
+    """Refuse examples of different columns: a collator takes those of the first one in a batch for all.
+
+    Raises:
+        ValueError: Naming two tasks and their columns.
+    """
+    trainer._set_signature_columns_if_needed()
+    columns: dict[str, list[str]] = {}
+    for task, examples in data.items():
+        if isinstance(example := examples[0], Mapping):
+            removed = set(example) - set(trainer._signature_columns) if trainer.args.remove_unused_columns else set()
+            columns[task] = sorted(set(example) - removed)
+    for task, found in columns.items():
+        first, expected = next(iter(columns.items()))
+        if found != expected:
+            raise ValueError(
+                f"together has {task!r}, whose examples have {found}, and {first!r} with {expected}, expected the "
+                "same columns: a batch mixes them"
+            )
 
 
 def check_optimizer(optimizer: Any) -> None:

@@ -176,7 +176,7 @@ class ShareTrainer(TaskTrainer):
             **kwargs,
         )
         if groups:
-            check_can_train_together(self)
+            check_can_train_together(self, groups, splits)
         if self._selects:
             self.eval_dataset = None  # until there is a task
         if is_classifier:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,8 +16,11 @@ from transformers.trainer_utils import HubStrategy
 
 from share_hf import SharedSubspace, ShareTrainer
 from share_hf.continual.group_steps import schedule_of
+from share_hf.continual.together import check_can_train_together
+from share_hf.engines.local import LocalEngine
 
 from .cases import (
+    LENGTH,
     LLAMA_TARGETS,
     At,
     Interruption,
@@ -282,6 +286,32 @@ class TestRefusals:
         tasks["sizes"] = {"train": classification_task(1, 2, names=("a", "b"))["train"].to_iterable_dataset()}
         with pytest.raises(ValueError, match=r"together has \['sizes'\], whose training data is streamed"):
             make(tiny_model, tmp_path, max_steps=3, trainer={"tasks": tasks})
+
+    def test_examples_of_different_columns(self, tiny_model: Model, tmp_path: Path) -> None:
+        tasks = stream()
+        train = tasks["shapes"]["train"]
+        tasks["colors"]["train"] = tasks["colors"]["train"].add_column(
+            "note", ["unused"] * len(tasks["colors"]["train"])
+        )
+        tasks["shapes"]["train"] = train.add_column("token_type_ids", [[0] * LENGTH] * len(train))
+        message = r"'shapes', whose examples have \['input_ids', 'labels', 'token_type_ids'\], and 'colors' with"
+        with pytest.raises(ValueError, match=message):
+            make(tiny_model, tmp_path, trainer={"tasks": tasks})
+
+    @pytest.mark.parametrize(
+        ("values", "message"),
+        [
+            ({"n_gpu": 2, "world_size": 1}, "one process has 2 GPUs, expected one"),
+            ({"n_gpu": 1, "world_size": 2}, "ddp_find_unused_parameters is False, expected None or True"),
+        ],
+        ids=["data-parallel", "ddp"],
+    )
+    def test_ways_to_use_several_devices(self, values: dict[str, int], message: str) -> None:
+        args = SimpleNamespace(**values, ddp_find_unused_parameters=False)
+        trainer = SimpleNamespace(args=args, model=torch.nn.Linear(2, 2))
+        trainer.engine = LocalEngine(trainer)
+        with pytest.raises(ValueError, match=message):
+            check_can_train_together(trainer, [], {})
 
     def test_optimizers_that_count_steps_for_all(self, tiny_model: Model, tmp_path: Path) -> None:
         class Free(torch.optim.SGD):
