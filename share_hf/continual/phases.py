@@ -104,11 +104,13 @@ def begin_group(
     model: PeftModel, state: SubspaceState, tasks: Sequence[str], phase: Phase, config: ShareConfig
 ) -> None:
     """Make `tasks` the adapters of the model that are trained, together; the rest as for `begin_phase`."""
+    if len(tasks) == 1:
+        begin_phase(model, state, tasks[0], phase, config)
+        return
     for task in tasks:
-        begin_phase(model, state, task, phase, config)
-    if len(tasks) > 1:
-        model.set_adapter(tasks[0])
-        model.base_model.set_adapter(list(tasks))
+        _prepare(model, state, task, phase, config)
+    model.set_adapter(tasks[0])
+    model.base_model.set_adapter(list(tasks))
 
 
 def begin_phase(model: PeftModel, state: SubspaceState, task: str, phase: Phase, config: ShareConfig) -> None:
@@ -121,6 +123,15 @@ def begin_phase(model: PeftModel, state: SubspaceState, task: str, phase: Phase,
         phase: What of the task is trained.
         config: What new tasks are configured by.
     """
+    _prepare(model, state, task, phase, config)
+    model.set_adapter(task)
+    if PLACEHOLDER in model.peft_config and task != PLACEHOLDER:
+        model.delete_adapter(PLACEHOLDER)
+        model.set_adapter(task)
+
+
+def _prepare(model: PeftModel, state: SubspaceState, task: str, phase: Phase, config: ShareConfig) -> None:
+    """Give the model what a phase trains of a task, as of `begin_phase`."""
     if phase == Phase.FINETUNE:
         for module, layer in share_layers(model).items():
             if state.layers[module].has(task):
@@ -130,16 +141,16 @@ def begin_phase(model: PeftModel, state: SubspaceState, task: str, phase: Phase,
             if len(model.peft_config) == 1:  # a first task that was broken off; PEFT cannot be without any
                 with torch.random.fork_rng(devices=[]):
                     model.add_adapter(PLACEHOLDER, copy.deepcopy(config))
+            if (
+                len(model.active_adapters) > 1
+            ):  # a group that was broken off; PEFT deletes none of several active heads
+                model.set_adapter(model.active_adapters[0])
             model.delete_adapter(task)
         task_config = copy.deepcopy(config)
         task_config.phase, task_config.inference_mode = phase, False
         if state.layers:
             task_config.origin = GivenBases(bases_of(state.layers))
         model.add_adapter(task, task_config)
-    model.set_adapter(task)
-    if PLACEHOLDER in model.peft_config and task != PLACEHOLDER:
-        model.delete_adapter(PLACEHOLDER)
-        model.set_adapter(task)
 
 
 def take_merged(

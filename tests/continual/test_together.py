@@ -159,6 +159,25 @@ def test_a_group_that_was_killed_goes_on_where_it_was(tiny_model: Model, tmp_pat
     assert resumed.metrics["matrix"] == whole.metrics["matrix"]
 
 
+def test_a_trainer_whose_group_was_broken_off_begins_it_anew(tiny_model: Model, tmp_path: Path) -> None:
+    whole = make(tiny_model, tmp_path / "whole")
+    whole.train()
+    broken = []
+
+    def interrupt(args: Any, state: Any, **_: Any) -> None:
+        if "colors" in args.output_dir and not broken:
+            broken.append(state.global_step)
+            raise Interruption
+
+    trainer = make(tiny_model, tmp_path / "broken", trainer={"callbacks": [At("on_step_end", interrupt)]})
+    with pytest.raises(Interruption):
+        trainer.train()
+    scores = trainer.evaluate_tasks()
+    assert list(scores) == ["first"]
+    trainer.train(resume_from_checkpoint=True)
+    assert_same_tasks(trainer.subspace, whole.subspace)
+
+
 @pytest.mark.parametrize("stage", ["learn", "evaluate"])
 def test_a_group_that_was_killed_after_its_training_is_finished(
     stage: str, tiny_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
