@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import CommitInfo
-from peft import PeftModel
 from peft.utils import CONFIG_NAME
-from torch import nn
 from transformers.utils import logging
 
 from .card import CardOptions, write_tree
-from .facade import Editing, Exporting
+from .facade import Applying, Editing, Exporting
 from .facade.adding import with_collection
 from .format.base_model import named_alike
 from .format.collection import Collection as AdapterCollection
@@ -29,17 +27,16 @@ from .format.saved_since import with_saved
 from .format.tree import read_tree
 from .hub.fetch import RemoteTree, is_local
 from .hub.push import MAX_ATTEMPTS, BranchChoice, PushOptions, push_state
-from .state import SubspaceReport, SubspaceState, component_of, reconcile, report_of
+from .state import SubspaceReport, SubspaceState, reconcile, report_of
 from .subspace import BasisKind, CoefficientDtype, MergeReport, SubspaceSettings, smaller_layers
 from .subspace.dimensions import Auto, WantedDimensions, settled
 from .subspace.settings import check_tolerance
-from .tuner.transfer import inject_tasks
 
 
 logger = logging.get_logger(__name__)
 
 
-class SharedSubspace(Editing, Exporting):
+class SharedSubspace(Applying, Editing, Exporting):
     """
     One low-rank subspace a layer, and the coefficients of any number of tasks in it.
 
@@ -112,7 +109,8 @@ class SharedSubspace(Editing, Exporting):
             component (`str`, *optional*):
                 The model of a pipeline that is meant, such as `"unet"`, where files have LoRAs of several.
             skip_bad (`bool`, *optional*, defaults to `False`):
-                Whether adapters that cannot be used are left out; [`~SharedSubspace.reading`] says which, and why.
+                Whether adapters that cannot be used, and those that a merge refuses for their own numbers, are left
+                out; [`~SharedSubspace.reading`] says which, and why.
             token (`str` or `bool`, *optional*): User access token of the hub.
             progress (`bool`, *optional*, defaults to `True`): Whether to show progress bars.
 
@@ -133,7 +131,13 @@ class SharedSubspace(Editing, Exporting):
         wanted.check_beside(settings)
         named = named_places(adapters)
         collection = read_collection(
-            named, base_model=base_model, component=component, skip_bad=skip_bad, token=token, progress=progress
+            named,
+            base_model=base_model,
+            component=component,
+            basis=basis,
+            skip_bad=skip_bad,
+            token=token,
+            progress=progress,
         )
         settings, chosen = settled(settings, wanted, collection.updates, progress=progress)
         if chosen is not None:
@@ -201,7 +205,7 @@ class SharedSubspace(Editing, Exporting):
     ) -> MergeReport:
         state = replace(self.state, base_model_name_or_path=collection.base)
         added = with_collection(state, collection, named, tolerance=tolerance, progress=progress)
-        self._held, self._reading = added.state, collection.reading
+        self._held, self._reading = added.state, added.reading
         self._originals |= added.folders
         shapes = {module: layer.shape for module, layer in self._held.layers.items() if module not in state.layers}
         if (line := smaller_layers(shapes, self.settings.num_components)) is not None:
@@ -221,44 +225,6 @@ class SharedSubspace(Editing, Exporting):
                 the subspace is as before.
         """
         self._hold_merged(reconcile(*named_alike(self.state, other.state, base_model)), other._originals)
-
-    def apply(
-        self,
-        model: nn.Module,
-        tasks: Sequence[str] | None = None,
-        *,
-        trainable: bool = False,
-        prefix: str | None = None,
-    ) -> PeftModel:
-        """
-        Inject tasks into their base model.
-
-        Args:
-            model (`torch.nn.Module`): The base model, without adapters.
-            tasks (`Sequence[str]`, *optional*): The tasks to load; all of them if not given. The first is active.
-            trainable (`bool`, *optional*, defaults to `False`): Whether the active task's coefficients are trained.
-            prefix (`str`, *optional*):
-                The component of a pipeline that `model` is, such as "unet" where modules are called `unet.…`. Tasks
-                that adapt nothing in it are left out, unless they are asked for.
-
-        Returns:
-            `PeftModel`: With one adapter a task and one basis a layer.
-
-        Raises:
-            ValueError: If a task is unknown, or a layer of the model has another shape or is of another kind; the
-                model is as it was.
-        """
-        names = list(self.tasks if tasks is None else tasks)
-        if not names:
-            raise ValueError("no tasks to apply, expected at least one")
-        for name in names:
-            self._check_known(name)
-        state = self._holding(names)
-        if prefix is not None:
-            state = component_of(state, prefix, tasks or ())
-            names = [name for name in names if name in state.tasks]
-        peft_model = inject_tasks(model, state, names, trainable=trainable)
-        return peft_model if trainable else peft_model.eval()
 
     def report(self) -> SubspaceReport:
         """Sizes, k, explained variance and drift."""

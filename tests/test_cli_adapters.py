@@ -16,11 +16,12 @@ import pytest
 
 from share_hf import SharedSubspace
 from share_hf.cli import main
+from share_hf.subspace import merge_into_layer
 from tests.continual.test_full_disk import Disk, disk
-from tests.facade.test_bad_adapters import truncate, write_adapter
+from tests.facade.test_bad_adapters import rewrite_in_place, truncate, write_adapter
 from tests.format.test_pipelines import TEXT, UNET, factors_of, in_style_of_kohya, write
 from tests.test_cli import SMALL, Output, as_before, column, share, share_json
-from tests.trees import files_of
+from tests.trees import edit_json, files_of
 
 
 @pytest.fixture
@@ -116,6 +117,16 @@ def test_mended_names_and_adapters_that_are_the_same_are_shown(
     assert (facts["mended"], facts["duplicates"]) == ({"v1-0": "v1.0"}, [["a", "v1-0"]])
 
 
+def test_an_adapter_that_is_there_already_is_shown(
+    share: Callable[..., Output], share_json: Callable[..., Any], folders: dict[str, Path]
+) -> None:
+    assert share("init", "sub", "loras/a", "loras/b", *SMALL)[0] == 0
+    code, out, err = share("add", "sub", "again=loras/b", "loras/c")
+    assert (code, err) == (0, "")
+    assert out.startswith("again is the same adapter as b, which is there already\n\nsub: added again, c")
+    assert share_json("replace", "sub", "c=loras/a")["known"] == {"c": "a"}
+
+
 def test_bad_adapters_are_left_out_when_asked_for_and_all_named_when_not(
     share: Callable[..., Output], share_json: Callable[..., Any], folders: dict[str, Path]
 ) -> None:
@@ -139,6 +150,29 @@ def test_bad_adapters_are_left_out_when_asked_for_and_all_named_when_not(
     again = {f"{name}2={place}" for name, place in folders.items()}
     facts = share_json("add", "sub", *sorted(again), "--skip-bad")
     assert (facts["new_tasks"], list(facts["skipped"])) == (["a2", "c2"], ["b2", "d2"])
+
+
+def test_adapters_that_only_a_merge_refuses_are_left_out_when_asked_for(
+    share: Callable[..., Output], share_json: Callable[..., Any], folders: dict[str, Path]
+) -> None:
+    places = [str(folder) for folder in folders.values()]
+    edit_json(folders["b"] / "adapter_config.json", lambda config: config.update(lora_alpha=1e60))
+    edit_json(folders["d"] / "adapter_config.json", lambda config: config.update(lora_alpha=1e308))
+    for argv in (["init", "sub", *SMALL], ["audit"]):
+        code, out, _ = share(*argv, *places)
+        assert (code, out) == (1, "")
+        code, out, _ = share(*argv, *places, "--skip-bad")
+        assert code == 0
+        assert out.startswith(
+            "2 adapters were left out:\n  b: 'model.layers.0.self_attn.q_proj': task 'b': its update"
+        )
+    assert SharedSubspace.from_pretrained("sub").tasks == ("a", "c")
+    before = files_of(Path("sub"))
+    code, out, err = share("add", "sub", places[1], places[3], "--skip-bad")
+    assert (code, out) == (1, "")
+    assert "2 of 2 adapters cannot be used" in err
+    assert files_of(Path("sub")) == before
+    assert sorted(path.name for path in Path().iterdir()) == ["loras", "sub"]
 
 
 def test_a_component_of_a_pipeline_is_named(
@@ -210,6 +244,47 @@ def test_an_interruption_leaves_the_old_tree_or_a_whole_new_one(
             # The last calls are those that say what was done.
             assert unchanged or len(SharedSubspace.from_pretrained(argv[1]).tasks) >= len(adapters)
         assert interrupted >= 6
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.5])
+def test_an_adapter_that_changes_during_the_merge_leaves_the_old_tree_or_none(
+    keep: float, share: Callable[..., Output], folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert share("init", "old", "loras/a", *SMALL)[0] == 0
+    before = files_of(Path("old"))
+
+    def merged_while_it_changes(*arguments: Any, **options: Any) -> Any:
+        merged = merge_into_layer(*arguments, **options)
+        rewrite_in_place(folders["c"], keep=keep)
+        return merged
+
+    monkeypatch.setattr("share_hf.subspace.model.merge_into_layer", merged_while_it_changes)
+    for argv in (["init", "new", *SMALL], ["add", "old"]):
+        shutil.rmtree(folders["c"])
+        write_adapter(folders["c"], 2)
+        code, out, err = share(*argv, "loras/b", "loras/c", "loras/d")
+        assert (code, out) == (1, "")
+        assert "loras/c/adapter_model.safetensors: changed while it was read" in err
+        assert "wait until it is written, and try again" in err
+    assert files_of(Path("old")) == before
+    assert sorted(path.name for path in Path().iterdir()) == ["loras", "old"]
+
+
+def test_a_folder_that_holds_no_adapter_leaves_the_old_tree_or_none(
+    share: Callable[..., Output], folders: dict[str, Path]
+) -> None:
+    assert share("init", "old", "loras/a", *SMALL)[0] == 0
+    before = files_of(Path("old"))
+    Path("loras/empty").mkdir()
+    advice = {"loras/empty": "expected the folder of a PEFT adapter", "loras": "name the adapters in it instead: a, b"}
+    for place, told in advice.items():
+        for argv in (["init", "new", *SMALL], ["add", "old"], ["audit", "loras/b"]):
+            code, out, err = share(*argv, place)
+            assert (code, out) == (1, "")
+            assert f"{place}: no adapter_config.json in it" in err
+            assert told in err
+    assert files_of(Path("old")) == before
+    assert sorted(path.name for path in Path().iterdir()) == ["loras", "old"]
 
 
 def test_a_full_disk_leaves_the_old_tree_or_none(disk: Disk, share: Callable[..., Output], tmp_path: Path) -> None:

@@ -233,8 +233,8 @@ def _places(job: Mapping[str, Any]) -> list[Path]:
 
 def _measure(work: Callable[[], object]) -> dict[str, float]:
     """Wall-clock and processor seconds of work, and by how many bytes anonymous memory rose in it at most."""
-    before = _anonymous_bytes()
-    with _highest(_anonymous_bytes) as highest:
+    before = anonymous_bytes()
+    with highest_of(anonymous_bytes) as highest:
         start, cpu = time.perf_counter(), time.process_time()
         work()
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
@@ -242,7 +242,7 @@ def _measure(work: Callable[[], object]) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def _highest(read: Callable[[], int]) -> Iterator[list[int]]:
+def highest_of(read: Callable[[], int]) -> Iterator[list[int]]:
     """The largest value seen meanwhile, in a list of one."""
     highest, over = [read()], threading.Event()
 
@@ -260,7 +260,7 @@ def _highest(read: Callable[[], int]) -> Iterator[list[int]]:
         highest[0] = max(highest[0], read())
 
 
-def _anonymous_bytes() -> int:
+def anonymous_bytes() -> int:
     with open("/proc/self/status", encoding="ascii") as file:
         line = next(line for line in file if line.startswith("RssAnon:"))
     return 1024 * int(line.split()[1])

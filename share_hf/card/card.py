@@ -249,8 +249,18 @@ def _facts(state: SubspaceState, folder: Path, options: CardOptions) -> dict[str
         "num_components": state.settings.num_components,
         "pseudo_rank": state.settings.pseudo_rank,
         "basis": state.settings.basis,
+        "coefficient_dtype": state.settings.coefficient_dtype,
+        "ranks": _ranks(state),
         "version": __version__,
     }
+
+
+def _ranks(state: SubspaceState) -> dict[str, str] | None:
+    """The tolerance by which tasks have ranks of their own, and what these are on average; None where all are p."""
+    if not state.settings.has_ranks:
+        return None
+    ranks = [rank for layer in state.layers.values() for rank in layer.ranks.tolist()]
+    return {"tolerance": f"{state.settings.tolerance:g}", "mean": f"{sum(ranks) / max(1, len(ranks)):.2g}"}
 
 
 def _task_row(state: SubspaceState, task: str, score: TaskScore, drift: float, size: int) -> dict[str, Any]:

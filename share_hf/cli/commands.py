@@ -162,7 +162,7 @@ _COMMANDS = {
     "pull": pull,
     "upgrade": upgrade,
 }
-_PRINTED = ("share_hf.format.collection", "share_hf.shared_subspace")  # loggers
+_PRINTED = ("share_hf.facade.adding", "share_hf.format.collection", "share_hf.shared_subspace")  # loggers
 _MEANS = ("average", "forgetting", "backward_transfer", "forward_transfer")
 
 

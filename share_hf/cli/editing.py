@@ -17,6 +17,7 @@ from share_hf.format.lock import holding
 from share_hf.format.originals import read_originals
 from share_hf.subspace import MergeReport
 
+from .adapters import with_reading
 from .building import building, save
 from .opening import expect_no_adapter, load, naming_what_is_missing
 from .outcome import Outcome
@@ -87,7 +88,7 @@ def replace_task(args: Namespace) -> Outcome:
                 progress=args.progress,
             )
         subspace.save_pretrained(args.folder)
-    return added(subspace, merge, args.folder, verb="replaced")
+    return with_reading(added(subspace, merge, args.folder, verb="replaced"), subspace.reading)
 
 
 def refit(args: Namespace) -> Outcome | None:

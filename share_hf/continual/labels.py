@@ -7,7 +7,7 @@ rules it out by itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.trainer_pt_utils import LabelSmoother
 
 from ..tuner.head import layer_of_labels, shape_of
+from ..tuner.mixed_heads import MixedHead
 
 
 class LabelMask:
@@ -48,7 +49,7 @@ class LabelMask:
                 if layer_of_labels(shapes, config.num_labels) is not None:
                     self._masked = module
         if self._masked is not None:
-            self._masked.register_forward_hook(self._mask, with_kwargs=True)
+            self._masked.register_forward_hook(self._mask)
 
     @contextmanager
     def of_task(self, task: str) -> Iterator[None]:
@@ -63,17 +64,21 @@ class LabelMask:
         """Number of labels that are not masked while this adapter is active, None if none is masked."""
         return self._num_labels_of(self._task or adapter)
 
-    def _mask(
-        self, module: ModulesToSaveWrapper, args: tuple[Any, ...], kwargs: Mapping[str, Any], logits: Tensor
-    ) -> Tensor:
+    def _mask(self, module: ModulesToSaveWrapper, args: tuple[Any, ...], logits: Tensor) -> Tensor:
         of_model = logits.shape[-1]
-        names = kwargs.get("adapter_names") or module.active_adapters[:1] or [""]
+        names = _names_of_samples(module, len(logits)) or module.active_adapters[:1] or [""]
         limits = [of_model if (own := self.num_labels_of(name)) is None else own for name in names]
         if min(limits) >= of_model:
             return logits
         limit = torch.tensor(limits, device=logits.device).view(-1, *[1] * (logits.ndim - 1))
         beyond = torch.arange(of_model, device=logits.device) >= limit
         return logits.masked_fill(beyond, torch.finfo(logits.dtype).min)
+
+
+def _names_of_samples(module: ModulesToSaveWrapper, samples: int) -> list[str]:
+    """The task of each sample in a mixed batch; none where there is one task for all."""
+    batch = module.share_rows.current() if isinstance(module, MixedHead) else None
+    return [] if batch is None else batch.names_of(samples)
 
 
 class LabelSmootherOfTask:

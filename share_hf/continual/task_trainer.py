@@ -21,7 +21,8 @@ from ..state import Phase, SubspaceState, TaskInfo, measured
 from ..subspace import DriftToleranceError, MergeReport
 from ..tuner import ShareConfig
 from ..tuner.head import layer_of_labels, rule_out_labels
-from ..tuner.transfer import load_bases, load_tasks, share_config_for
+from ..tuner.injection import add_adapters
+from ..tuner.transfer import load_bases, load_tasks
 from .arguments import ShareTrainingArguments, arguments_of_phase
 from .checkpoints import empty_phase
 from .data import TaskDetails, TaskSplits, is_streamed, naming_used_up_streams, used_up
@@ -195,9 +196,7 @@ class TaskTrainer(GroupTrainer):
     def _load_subspace(self, state: SubspaceState) -> None:
         """Make a subspace the stream's, and its tasks the adapters of the model."""
         load_bases(self.model, state)
-        for task in state.tasks:
-            if task not in self.model.peft_config:
-                self.model.add_adapter(task, share_config_for(state, task, trainable=True))
+        add_adapters(self.model, state, list(state.tasks), trainable=True)
         load_tasks(self.model, state)
         if state.tasks:
             self.model.set_adapter(next(iter(state.tasks)))

@@ -1,7 +1,8 @@
-"""What a `SharedSubspace` consists of: what it holds, how its tasks are exported, and how they are edited."""
+"""What a `SharedSubspace` consists of: what it holds, and how its tasks are applied, exported and edited."""
 
+from .applying import Applying
 from .editing import Editing
 from .exporting import Exporting
 
 
-__all__ = ["Editing", "Exporting"]
+__all__ = ["Applying", "Editing", "Exporting"]

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from ..format.collection import Collection
+from transformers.utils import logging
+
+from ..format.collection import Collection, Reading
 from ..format.originals import LocalOriginal, split_places
 from ..format.places import NamedPlaces
-from ..state import SubspaceState, merge_tasks
+from ..state import SubspaceState, earlier_names, merge_tasks
 from ..subspace import MergeReport
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -19,11 +24,13 @@ class Added:
         state: With the new tasks.
         report: The drift of every task.
         folders: By new task, the adapter on this machine that it came from.
+        reading: What came of reading the adapters, and which of them were there already.
     """
 
     state: SubspaceState
     report: MergeReport
     folders: dict[str, LocalOriginal]
+    reading: Reading
 
 
 def with_collection(
@@ -58,4 +65,7 @@ def with_collection(
         progress=progress,
     )
     collection.expect_unchanged()
-    return Added(merged, report, folders)
+    known = Reading(known=earlier_names(merged, report.new_tasks))
+    for line in known.lines():
+        logger.warning(line)
+    return Added(merged, report, folders, replace(collection.reading, known=known.known))

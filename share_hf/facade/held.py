@@ -45,7 +45,7 @@ class HeldSubspace:
 
     @property
     def reading(self) -> Reading:
-        """What came of reading the adapters added last: which were left out, are the same, or have another name."""
+        """What came of reading the adapters added last: which were left out, are the same as others, or renamed."""
         return self._reading
 
     @property

@@ -15,12 +15,15 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..state import Layout, SubspaceState, TaskInfo, initializations_of
+from ..state.belonging import check_one_model, prefixes
 from ..state.layout import named as named_layout
-from ..subspace import LayerSubspace, LowRankUpdate
+from ..subspace import BasisKind, LayerSubspace, LowRankUpdate
+from ..subspace.refused import refused_updates
 from .base_model import base_name, check_base_name, common_base, of_another_base
 from .lora import LoraAdapter, StoredUpdates, read_lora
 from .pipelines import of_other_components
 from .places import NamedPlaces
+from .whole_trees import expect_no_tree
 
 
 logger = logging.get_logger(__name__)
@@ -39,11 +42,13 @@ class Reading:
         skipped: By name, why an adapter was left out.
         duplicates: Names of adapters that are the same.
         mended: By task name, what its place is called, where no task can be called that.
+        known: By task name, the task that was there already with the same updates and head.
     """
 
     skipped: dict[str, str] = field(default_factory=dict)
     duplicates: list[list[str]] = field(default_factory=list)
     mended: dict[str, str] = field(default_factory=dict)
+    known: dict[str, str] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
         """What a person should know of it: which adapters were left out and why, and what stands out in others."""
@@ -51,6 +56,11 @@ class Reading:
         lines += _more(len(self.mended))
         for names in self.duplicates:
             lines.append(f"{', '.join(_some(names))} are the same adapter" + "".join(_more(len(names), ", ")))
+        lines += [
+            f"{name} is the same adapter as {other}, which is there already"
+            for name, other in _some(self.known.items())
+        ]
+        lines += _more(len(self.known))
         if self.skipped:
             were = "adapter was" if len(self.skipped) == 1 else "adapters were"
             lines.append(f"{len(self.skipped)} {were} left out:")
@@ -108,6 +118,7 @@ def read_collection(
     into: SubspaceState | None = None,
     base_model: str | None = None,
     component: str | None = None,
+    basis: BasisKind = "joint",
     skip_bad: bool = False,
     token: str | bool | None = None,
     progress: bool = True,
@@ -120,13 +131,15 @@ def read_collection(
             those of the first if not given.
         base_model: Name of their base model, whatever they call it; not checked.
         component: Which model of a pipeline is meant, as for `read_lora`.
-        skip_bad: Whether those that cannot be used are left out; else one is enough for an error.
+        basis: The kind of basis that they are for, if not `into` one.
+        skip_bad: Whether those that cannot be used are left out, and those that a merge would refuse; else one is
+            enough for an error.
         token: For the hub.
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: As for `read_lora`, or if an adapter has another base model, another component, other shapes or
-            kinds of layers;
+        ValueError: As for `read_lora`, or if a place is a whole subspace, or if an adapter has another base model,
+            another component, other shapes or kinds of layers;
             where several cannot be used, naming each of them and what ails it. Also if none can be used.
     """
     check_base_name(base_model)
@@ -140,7 +153,9 @@ def read_collection(
         places.items(), desc="Reading adapters", unit="adapter", leave=False, disable=not progress
     ):
         try:
-            loras[name] = read_lora(place, component=component, token=token)
+            lora = read_lora(place, component=component, token=token)
+            expect_no_tree(place, token=token)
+            loras[name] = lora
         except _BROKEN as error:
             if isinstance(error, LocalEntryNotFoundError) and not is_offline_mode():
                 raise  # of the network: it would be wrong with all of them, after a while each
@@ -149,6 +164,11 @@ def read_collection(
     broken |= _of_other_layers(_without(loras, broken), layers, layouts)
     if base_model is None:
         broken |= _of_other_bases(_without(loras, broken), base)
+    if skip_bad:  # else the merge says it, without another look at all of them
+        broken |= _under_other_names(_without(loras, broken), layers)
+        kind = basis if into is None else into.settings.basis
+        fitting = {name: lora.updates for name, lora in _without(loras, broken).items()}
+        broken |= refused_updates(fitting, kind, progress=progress)
     if broken and (not skip_bad or len(broken) == len(places)):
         raise _cannot_be_used([name for name in places if name in broken], broken, len(places))
     loras = _without(loras, broken)
@@ -248,6 +268,24 @@ def _of_other_layers(
             kinds = named_layout(kind), named_layout(expected_kind)
             message = f"{other!r} is a {kinds[0]} for task {name!r}, expected a {kinds[1]} as for the others"
         wrong[name] = ValueError(message)
+    return wrong
+
+
+def _under_other_names(loras: Mapping[str, LoraAdapter], layers: Mapping[str, LayerSubspace]) -> dict[str, Exception]:
+    """Adapters that have other names for the layers than the subspace, or than the first."""
+    alike: dict[frozenset[str], list[str]] = {}
+    for name, lora in loras.items():
+        alike.setdefault(prefixes(lora.updates), []).append(name)
+    wrong: dict[str, Exception] = {}
+    fits: dict[str, Mapping[str, LowRankUpdate]] = {}
+    for names in alike.values():
+        updates = {**fits, **{name: loras[name].updates for name in names}}
+        try:
+            check_one_model(layers, updates)
+        except ValueError as error:
+            wrong |= dict.fromkeys(names, error)
+        else:
+            fits = updates
     return wrong
 
 

@@ -83,6 +83,11 @@ def last_part(place: str | Path) -> str:
     return path.name if path.name not in ("", "..") else Path(place).resolve().name
 
 
+def is_weights_file(path: str) -> bool:
+    """Whether a path in a repository is the name of a file of weights, rather than of a folder."""
+    return PurePosixPath(path).suffix in _SUFFIXES
+
+
 def find_adapter(location: str | Path, *, revision: str | None = None, **download_options: Any) -> AdapterFiles:
     """The files of an adapter, downloaded where they are not at hand.
 
@@ -153,7 +158,7 @@ def _config_beside(weights: Path) -> Path | None:
 
 def _on_hub(location: str, reference: Reference, options: dict[str, Any]) -> AdapterFiles:
     path = PurePosixPath(reference.path)
-    if path.suffix in _SUFFIXES:
+    if is_weights_file(reference.path):
         weights = _first(location, reference, [path.as_posix()], options, path.name)
         required = path.name in _PEFT_WEIGHTS
         return AdapterFiles(weights, _config_on_hub(location, reference, path.parent, options, required=required))

@@ -304,8 +304,12 @@ def lora_files(adapter: LoraAdapter) -> dict[str, bytes]:
 
 def adapter_files(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
     """The files of an adapter as PEFT lays it out, with bytes that depend only on the content."""
-    text = json.dumps(config, indent=2, sort_keys=True, default=_plain) + "\n"
-    return {CONFIG_NAME: text.encode(), SAFETENSORS_WEIGHTS_NAME: tensor_bytes(tensors)}
+    return {CONFIG_NAME: config_bytes(config), SAFETENSORS_WEIGHTS_NAME: tensor_bytes(tensors)}
+
+
+def config_bytes(config: Mapping[str, Any]) -> bytes:
+    """The configuration of an adapter as PEFT writes it, with sorted names."""
+    return (json.dumps(config, indent=2, sort_keys=True, default=_plain) + "\n").encode()
 
 
 def _plain(value: Any) -> Any:
@@ -316,7 +320,7 @@ def _plain(value: Any) -> Any:
 
 def _check_plain_lora(path: Path, config: Mapping[str, Any]) -> None:
     if (kind := config.get("peft_type")) != "LORA":
-        advice = ", export its tasks as LoRAs first" if kind == "SHARE" else ""
+        advice = ", export its tasks as LoRAs first (`share-hf export`)" if kind == "SHARE" else ""
         raise ValueError(f"{path}: peft_type is {kind!r}, expected 'LORA'{advice}")
     for name in _VARIANTS:
         if config.get(name):

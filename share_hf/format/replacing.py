@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TypeVar
 
 from .files import flush_folder, naming
@@ -176,13 +176,25 @@ def _check_not_in_the_way(scratch: Path, folder: Path, written: Callable[[Path],
     if not folder.exists():
         return
     ours = set(written(folder))
-    for path in scratch.rglob("*"):
-        name = path.relative_to(scratch).as_posix()
-        if path.is_file() and name not in ours and os.path.lexists(folder / name):
+    for name, entry in _entries_in(scratch):
+        if name not in ours and entry.is_file() and os.path.lexists(folder / name):
             raise ValueError(
                 f"{folder / name} is in the way and was not written by share_hf, expected another folder, or that "
                 "file elsewhere"
             )
+
+
+def _entries_in(folder: Path) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """What is in a folder and in those in it, by relative path; links are not followed."""
+    waiting = [""]
+    while waiting:
+        within = waiting.pop()
+        with os.scandir(folder / within) as entries:
+            for entry in entries:
+                name = f"{within}{entry.name}"
+                yield name, entry
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append(f"{name}/")
 
 
 def _set_aside(folder: Path) -> None:
@@ -196,18 +208,22 @@ def _set_aside(folder: Path) -> None:
 
 def _move_rest(old: Path, new: Path, ours: Collection[str]) -> None:
     """Move what is not ours from the old folder to the new one."""
-    ours = set(ours)
-    mixed = {str(parent) for name in ours for parent in PurePosixPath(name).parents}
-    folders = [old]
-    while folders:
-        for path in list(folders.pop().iterdir()):
-            name = path.relative_to(old).as_posix()
-            place = new / name
-            if path.is_dir() and not path.is_symlink() and (name in mixed or place.is_dir()):
-                folders.append(path)
-            elif name not in ours and not os.path.lexists(place):
-                place.parent.mkdir(parents=True, exist_ok=True)
-                path.rename(place)
+    ours, mixed = set(ours), set()
+    for name in ours:
+        while (name := name.rpartition("/")[0]) and name not in mixed:
+            mixed.add(name)
+    waiting = [""]
+    while waiting:
+        within = waiting.pop()
+        with os.scandir(old / within) as entries:
+            found = list(entries)
+        for entry in found:
+            name = f"{within}{entry.name}"
+            if entry.is_dir(follow_symlinks=False) and (name in mixed or (new / name).is_dir()):
+                waiting.append(f"{name}/")
+            elif name not in ours and not os.path.lexists(new / name):
+                (new / name).parent.mkdir(parents=True, exist_ok=True)
+                Path(entry.path).rename(new / name)
 
 
 @contextmanager
@@ -245,8 +261,9 @@ def _real(folder: Path) -> Path:
 
 
 def _flush(folder: Path) -> None:
-    written = (path for path in folder.rglob("*") if path.is_file())
-    _for_each(_flush_file, (path for path in written if path.stat().st_nlink == 1))  # a linked one is on disk already
+    written = (entry for _, entry in _entries_in(folder) if entry.is_file(follow_symlinks=False))
+    # A linked one is on disk already.
+    _for_each(_flush_file, [path for entry in written if (path := Path(entry.path)).stat().st_nlink == 1])
 
 
 def _flush_file(path: Path) -> None:

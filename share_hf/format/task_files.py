@@ -21,9 +21,9 @@ from torch import Tensor
 from ..state import SubspaceState
 from .basis_file import SUBSPACE_FILE, StoredBasis
 from .coefficients import coefficient_tensors
-from .files import check_tensors, json_bytes, read_json
+from .files import TensorFiles, check_tensors, json_bytes, read_json
 from .index import TreeIndex, check_file
-from .lora import PEFT_PREFIX, adapter_files, check_head_names, read_target
+from .lora import PEFT_PREFIX, check_head_names, config_bytes, read_target
 from .saved_modules import saved_names
 
 
@@ -63,31 +63,49 @@ def share_adapter_config(state: SubspaceState, task: str) -> dict[str, Any]:
     }
 
 
-def task_files(state: SubspaceState, task: str, bases: Mapping[str, StoredBasis]) -> dict[str, bytes]:
-    """The files of a task by name; `bases` are those of the subspace.
+class TaskFiles:
+    """Makes the files of one task of a subspace after another; what many have in common is made once.
 
-    Raises:
-        ValueError: If they could not be read again; naming file and tensor.
+    Args:
+        state: The subspace.
+        bases: Its bases by module.
     """
-    info = state.tasks[task]
-    config = share_adapter_config(state, task)
-    place = Path(task_folder(task))
-    # By the rules of the reader: what is written is read again.
-    check_kept(place / SAFETENSORS_WEIGHTS_NAME, info.head, read_target(place / CONFIG_NAME, config))
-    check_tensors(place / SAFETENSORS_WEIGHTS_NAME, info.head)  # merges have seen to the rest
-    files = adapter_files(config, share_adapter_tensors(state, task, bases))
-    certificate = {module: layer.records.rows[layer.index(task)] for module, layer in state.layers_of(task).items()}
-    content = {
-        "learned_by": info.learned_by,
-        "scores": dict(info.scores),
-        "labels": None if info.labels is None else list(info.labels),
-        "dataset": info.dataset,
-        "initialization": info.initialization,
-        "certificate": certificate,
-        "certificate_columns": list(CERTIFICATE_COLUMNS),
-        "sha256": {name: hashlib.sha256(file).hexdigest() for name, file in files.items()},
-    }
-    return {**files, METRICS_FILE: json_bytes(content)}
+
+    def __init__(self, state: SubspaceState, bases: Mapping[str, StoredBasis]) -> None:
+        self._state, self._bases = state, bases
+        self._weights = TensorFiles()
+        self._target: Mapping[str, Any] | None = None  # of the task before
+        self._read: Mapping[str, Any] = {}
+        self._config = b""
+
+    def of(self, task: str) -> dict[str, bytes]:
+        """The files of a task by name.
+
+        Raises:
+            ValueError: If they could not be read again; naming file and tensor.
+        """
+        info, place = self._state.tasks[task], Path(task_folder(task))
+        if info.target != self._target:
+            config = share_adapter_config(self._state, task)
+            self._read, self._config = read_target(place / CONFIG_NAME, config), config_bytes(config)
+            self._target = info.target
+        # By the rules of the reader: what is written is read again.
+        check_kept(place / SAFETENSORS_WEIGHTS_NAME, info.head, self._read)
+        check_tensors(place / SAFETENSORS_WEIGHTS_NAME, info.head)  # merges have seen to the rest
+        tensors = share_adapter_tensors(self._state, task, self._bases)
+        files = {CONFIG_NAME: self._config, SAFETENSORS_WEIGHTS_NAME: self._weights.content(tensors)}
+        layers = self._state.layers_of(task)
+        content = {
+            "learned_by": info.learned_by,
+            "scores": dict(info.scores),
+            "labels": None if info.labels is None else list(info.labels),
+            "dataset": info.dataset,
+            "initialization": info.initialization,
+            "certificate": {module: layer.records.rows[layer.index(task)] for module, layer in layers.items()},
+            "certificate_columns": list(CERTIFICATE_COLUMNS),
+            "sha256": {name: hashlib.sha256(file).hexdigest() for name, file in files.items()},
+        }
+        return {**files, METRICS_FILE: json_bytes(content)}
 
 
 def check_task_files(folder: Path, index: TreeIndex, task: str) -> None:

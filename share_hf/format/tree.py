@@ -38,7 +38,7 @@ from .index import (
 )
 from .lora import LoraAdapter, lora_files
 from .replacing import reading_whole, replacing_folder
-from .task_files import CERTIFICATE_COLUMNS, METRICS_FILE, TASKS_FOLDER, task_files, task_folder
+from .task_files import CERTIFICATE_COLUMNS, METRICS_FILE, TASKS_FOLDER, TaskFiles, task_folder
 from .task_reader import StoredTask, TaskReader
 
 
@@ -89,8 +89,9 @@ def writing_tree(
         writer = FolderWriter(scratch, folder, known)
         bases = bases_of(state.layers)
         writer.put(SUBSPACE_FILE, tensor_bytes(basis_tensors(bases)))
+        files = TaskFiles(state, bases)
         for task in state.tasks:
-            for name, content in task_files(state, task, bases).items():
+            for name, content in files.of(task).items():
                 writer.put(f"{task_folder(task)}/{name}", content)
         writer.put(METRICS_FILE, json_bytes(state.metrics))
         write_root(state, writer, fingerprint=fingerprint_of_all(bases), branches=branches, there=there)

@@ -16,14 +16,12 @@ import torch
 
 from ..subspace import rank_in_layer
 from .basis_file import StoredBasis
-from .files import tensor_bytes
+from .files import LENGTH_BYTES, tensor_bytes
 from .index import TreeIndex
 
 
 # Coefficients of a task in one layer, (k_out, p) and (k_in, p) float32: arrays, of which many are stacked quickly.
 Coefficients = tuple[np.ndarray, np.ndarray]
-
-_LENGTH_BYTES = 8  # in front of the header of a safetensors file, its length
 
 
 class UsualWeights:
@@ -46,8 +44,8 @@ class UsualWeights:
             tensors[out], tensors[in_] = torch.zeros(k_out, p), torch.zeros(k_in, p)
             tensors[fingerprint] = bases[module].fingerprint
         content = tensor_bytes(tensors)
-        start = _LENGTH_BYTES + int.from_bytes(content[:_LENGTH_BYTES], "little")
-        header = json.loads(content[_LENGTH_BYTES:start])
+        start = LENGTH_BYTES + int.from_bytes(content[:LENGTH_BYTES], "little")
+        header = json.loads(content[LENGTH_BYTES:start])
         # safetensors puts larger types first, so the float32 numbers are together, and the bytes behind them.
         self._numbers = sum(k * p for sides in self._shapes.values() for k, p in sides)
         self._start = content[:start]

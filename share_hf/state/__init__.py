@@ -8,6 +8,7 @@ from .phase import Phase
 from .reconcile import extends, reconcile
 from .refit import check_original, refitted
 from .report import SubspaceReport, TaskReport, report_of
+from .same_tasks import earlier_names
 from .scores import ContinualMetrics, TaskScore, combined_metrics, mean_score, measured, row_names
 from .state import (
     SubspaceState,
@@ -35,6 +36,7 @@ __all__ = [
     "check_original",
     "combined_metrics",
     "component_of",
+    "earlier_names",
     "extends",
     "hub_originals",
     "initialization_of",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from itertools import combinations
 
@@ -45,6 +45,11 @@ def check_one_model(layers: Mapping[str, LayerSubspace], updates: Mapping[str, M
                 f"{_latest(of_second, updates)!r} '{second}.{rest}', one layer as two classes or versions of "
                 "transformers call it: expected adapters of one, load one and save it again as the other"
             )
+
+
+def prefixes(modules: Iterable[str]) -> frozenset[str]:
+    """What is before the numbers of layers in the names of modules, which tells how a class calls them."""
+    return frozenset(_split(module)[0] for module in modules)
 
 
 @lru_cache(maxsize=2**16)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from .layer import Linear
+from .linear import Linear
+from .rows import MixedBatch
 
 
 class Convolution(Linear):
@@ -42,13 +43,11 @@ class Convolution(Linear):
         inputs = F.dropout(x, self.share_dropout[adapter], self.training)
         return result + _at_each_place(self._convolved(inputs, down), up, self._places).to(result.dtype)
 
-    def _mixed_batch_update(self, x: Tensor, adapter_names: list[str]) -> Tensor | None:
-        stacked = self._coefficients_of_samples(adapter_names, x)
-        if stacked is None:
-            return None
+    def _with_mixed(self, result: Tensor, x: Tensor, batch: MixedBatch) -> Tensor:
+        coefficients_out, coefficients_in = self.coefficients_of_batch(batch, len(x), x).of_samples()
         z = self._convolved(x, self.share_basis_in.T.to(x.dtype))
-        y = stacked[0] @ (stacked[1].mT @ z.flatten(2))
-        return _at_each_place(y.view(*y.shape[:2], *z.shape[2:]), self.share_basis_out.to(x.dtype), self._places)
+        y = (coefficients_out @ (coefficients_in.mT @ z.flatten(2))).view(*z.shape)
+        return result + _at_each_place(y, self.share_basis_out.to(x.dtype), self._places).to(result.dtype)
 
 
 def _at_each_place(z: Tensor, up: Tensor, places: int) -> Tensor:

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..subspace.factors import without_autocast
-from .layer import Linear
+from .linear import Linear
+from .rows import MixedBatch
 
 
 class Embedding(Linear):
@@ -40,17 +41,14 @@ class Embedding(Linear):
     def _with_update(self, result: Tensor, x: Tensor, adapter: str) -> Tensor:
         with without_autocast(result.device):
             z, up = self._looked_up(x, self._columns(adapter, "in")).float(), self._columns(adapter, "out").float()
-            if adapter in self.share_coefficients_in:
-                z = z @ self.share_coefficients_in[adapter].float()
-                up = up @ self.share_coefficients_out[adapter].float()
+            if (of_in := self._coefficients(adapter, "in")) is not None:
+                z = z @ of_in.float()
+                up = up @ self._coefficients(adapter, "out").float()
             return result + self._scaled(z.to(result.dtype) @ up.T.to(result.dtype), result)
 
-    def _mixed_batch_update(self, x: Tensor, adapter_names: list[str]) -> Tensor | None:
-        stacked = self._coefficients_of_samples(adapter_names, self.share_basis_in)
-        if stacked is None:
-            return None
+    def _with_mixed(self, result: Tensor, x: Tensor, batch: MixedBatch) -> Tensor:
+        coefficients_out, coefficients_in = self.coefficients_of_batch(batch, len(x), self.share_basis_in).of_samples()
         looked_up = self._looked_up(x, self.share_basis_in)
         z = looked_up.flatten(1, -2) if x.ndim > 1 else looked_up.unsqueeze(1)
-        y = z @ stacked[1] @ stacked[0].mT
-        update = F.linear(y, self.share_basis_out).reshape(*x.shape, self.out_features)
-        return self._scaled(update, update)
+        y = z @ coefficients_in @ coefficients_out.mT
+        return result + self._scaled(F.linear(y, self.share_basis_out).reshape(result.shape), result)

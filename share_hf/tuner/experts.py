@@ -13,7 +13,8 @@ from ..format.experts import parameter_of
 from ..subspace.factors import without_autocast
 from .config import ShareConfig
 from .kinds import ExpertWeight
-from .layer import Linear, ShareLayer
+from .layer import ShareLayer
+from .linear import Linear
 
 
 class Expert(Linear):

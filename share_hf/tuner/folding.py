@@ -77,5 +77,5 @@ def with_product(result: Tensor, z: Tensor, up: Tensor) -> Tensor:
     """``result + z up^T``, if dtypes allow in one product, without the update as a tensor of its own."""
     if z.dtype != result.dtype:
         return result + F.linear(z, up).to(result.dtype)
-    rows = torch.addmm(result.reshape(-1, result.shape[-1]), z.reshape(-1, z.shape[-1]), up.T)
+    rows = torch.addmm(result.flatten(0, -2), z.flatten(0, -2), up.T)
     return rows.view(result.shape)

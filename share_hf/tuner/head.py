@@ -70,6 +70,17 @@ def check_head(
     """
     saved = list(saved)
     expected = {name: shape_of(tensor) for name, tensor in saved_tensors(model, saved).items()}
+    check_shapes(saved, head, expected, may_lack_labels=may_lack_labels)
+
+
+def check_shapes(
+    saved: Collection[str],
+    head: Mapping[str, _Shape],
+    expected: Mapping[str, _Shape],
+    *,
+    may_lack_labels: bool = False,
+) -> None:
+    """Refuse what is kept with a task, as `check_head` does; `expected` are the shapes of the base model's tensors."""
     for name in expected:
         if name not in head:
             raise ValueError(
@@ -88,11 +99,16 @@ def check_head(
         raise ValueError(f"{name!r} is stored with shape {shape}, the model's is {expected[name]}: {advice}")
 
 
-def with_labels_of(model: nn.Module, saved: Iterable[str], head: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A task's head with all labels of a model, those that it lacks ruled out: PEFT keeps one shape for all tasks."""
+def with_labels_of(of_model: Mapping[str, _Shape], head: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A task's head with all labels of a model, those that it lacks ruled out: PEFT keeps one shape for all tasks.
+
+    Args:
+        of_model: Shapes of the model's own tensors of the head, by name.
+        head: The task's, by name.
+    """
     fitting = dict(head)
-    for name, tensor in saved_tensors(model, saved).items():
-        if name.endswith(".weight") and head[name].shape != (shape := shape_of(tensor)):
+    for name, shape in of_model.items():
+        if name.endswith(".weight") and tuple(head[name].shape) != shape:
             fitting |= rule_out_labels(head, name.removesuffix(".weight"), head[name].shape[0], shape[0])
     return fitting
 

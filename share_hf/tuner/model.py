@@ -5,14 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.utils import logging
 
@@ -28,18 +26,24 @@ from .combining import combined_coefficients, combined_config
 from .config import AdapterOrigin, ShareConfig
 from .convolution import Convolution
 from .embedding import Embedding
-from .experts import Expert, Experts, adapt_experts, parameters_adapted, remove_new_layers
+from .experts import Expert, adapt_experts, parameters_adapted, remove_new_layers
 from .head import check_apart, check_head
 from .kinds import ExpertWeight, check_experts, layout_of, matrix_shape
-from .layer import Linear, ShareLayer, offload_hook_of
+from .layer import ShareLayer
+from .linear import Linear
 from .loading import StoredAdapter, keep_weights, stored_adapter
 from .lora_only import check_options
+from .merging import MergingTuner, offload_hook_of
+from .mixed_heads import mix_heads
+from .mixing import mixed_batch
 from .placeholder import placeholder_basis
-from .placement import call_layers_of, check_held_once, check_reached
+from .placement import call_layers_of, check_reached
 from .quantization import check_supported, keep_4bit_weights_differentiable
 from .ranks import make_room_in
 from .renaming import adapter_named_as_in
-from .together import activate_together, check_trained, train_heads
+from .rows import Rows
+from .stacked import StackedParameters
+from .together import activate_together, train_heads
 
 
 logger = logging.get_logger(__name__)
@@ -53,7 +57,7 @@ _OTHER_BASIS = (
 )
 
 
-class ShareModel(BaseTuner):
+class ShareModel(MergingTuner):
     """
     Tuner of a shared subspace.
 
@@ -83,13 +87,23 @@ class ShareModel(BaseTuner):
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     _stored = StoredAdapter()  # of the adapter that is being injected
+    _share_layers: Sequence[ShareLayer] | None = None
+
+    @property
+    def rows(self) -> Rows:
+        """The rows of all tasks in the stacks of the layers."""
+        if "_rows" not in vars(self):
+            layers = share_layers(self.model).values()  # of a model that transformers gave adapters to
+            self._rows = next((layer.rows for layer in layers), None) or Rows()
+        return self._rows
 
     def _check_new_adapter_config(self, config: ShareConfig) -> None:
         super()._check_new_adapter_config(config)
         check_options(ShareConfig, vars(config))
         # The newest, as one object may configure several adapters.
         name = next(name for name in reversed(self.peft_config) if self.peft_config[name] is config)
-        if not name or "." in name or hasattr(nn.ParameterDict, name) or hasattr(nn.ParameterDict(), name):
+        ours = name.startswith("_") and hasattr(StackedParameters(Rows(), 0), name)
+        if not name or "." in name or ours or hasattr(nn.ParameterDict(), name):
             raise ValueError(f"adapter name {name!r} cannot be a key of torch.nn.ParameterDict, expected another name")
         for other_name, other in self.peft_config.items():
             if not isinstance(other, ShareConfig):
@@ -109,10 +123,13 @@ class ShareModel(BaseTuner):
         except Exception:
             self.peft_config.pop(adapter_name, None)
             remove_new_layers(model, adapter_name, layers_before)
+            self.rows.give_back(adapter_name)
             for parameter, requires_grad in requires_grad_before:
                 parameter.requires_grad = requires_grad
             raise
         else:
+            self._share_layers = None
+            mix_heads(model, self.rows)
             self._tell_smaller_layers(model, self.peft_config[adapter_name], layers_before)
         finally:
             self._stored = StoredAdapter()
@@ -203,7 +220,7 @@ class ShareModel(BaseTuner):
         fingerprint = self._stored.fingerprints.get(module_name)
         if isinstance(target, ShareLayer):
             if fingerprint is not None:
-                target.check_fingerprint(fingerprint, f"{module_name}.{FINGERPRINT}")
+                target.share_fingerprint.check(fingerprint, f"{module_name}.{FINGERPRINT}")
             target.update_layer(adapter_name, peft_config, inference_mode=peft_config.inference_mode)
             make_room_in(target, adapter_name, self._stored.ranks.get(module_name))
             return
@@ -212,10 +229,16 @@ class ShareModel(BaseTuner):
         check_reached(parent, target_name, module_name)
         basis_out, basis_in = self._basis_for(peft_config, base_layer, module_name)
         new_module = _CLASSES[None if (layout := layout_of(base_layer)) is None else layout.kind](
-            target, adapter_name, peft_config, basis_out, basis_in, **get_quantization_kwargs(self.model)
+            target,
+            adapter_name,
+            peft_config,
+            basis_out,
+            basis_in,
+            rows=self.rows,
+            **get_quantization_kwargs(self.model),
         )
         if fingerprint is not None:
-            new_module.check_fingerprint(fingerprint, f"{module_name}.{FINGERPRINT}")
+            new_module.share_fingerprint.check(fingerprint, f"{module_name}.{FINGERPRINT}")
         make_room_in(new_module, adapter_name, self._stored.ranks.get(module_name))
         new_module.basis_file = self._stored.basis_file
         if adapter_name not in self.active_adapters:
@@ -236,14 +259,14 @@ class ShareModel(BaseTuner):
             check_has_basis(self._stored, module_name := f"{name}.{number}")
             if isinstance(expert, ExpertWeight):
                 bases = self._basis_for(config, expert, module_name)
-                expert = Expert(expert, adapter_name, config, *bases)
+                expert = Expert(expert, adapter_name, config, *bases, rows=self.rows)
                 expert.basis_file = self._stored.basis_file
                 if adapter_name not in self.active_adapters:
                     expert.requires_grad_(False)
             else:
                 expert.update_layer(adapter_name, config, inference_mode=config.inference_mode)
             if (fingerprint := self._stored.fingerprints.get(module_name)) is not None:
-                expert.check_fingerprint(fingerprint, f"{module_name}.{FINGERPRINT}")
+                expert.share_fingerprint.check(fingerprint, f"{module_name}.{FINGERPRINT}")
             make_room_in(expert, adapter_name, self._stored.ranks.get(module_name))
             return expert
 
@@ -297,14 +320,6 @@ class ShareModel(BaseTuner):
                     fingerprint = module.share_fingerprint[adapter_name]
                     selected.setdefault(f"{name}.{FINGERPRINT}.{adapter_name}", fingerprint)
         return selected
-
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Make one task active, or several that are trained together, each with its own head."""
-        train_heads(self.model, self.active_adapters, trained=False)
-        several = not isinstance(adapter_name, str) and len(adapter_name) > 1
-        super().set_adapter(adapter_name[:1] if several else adapter_name, inference_mode)
-        if several:
-            activate_together(self, list(adapter_name), inference_mode)
 
     def take_basis(self, adapter_name: str, origin: AdapterOrigin) -> None:
         """Make the model's bases those of an adapter that is to be loaded in place of one that is there.
@@ -365,23 +380,6 @@ class ShareModel(BaseTuner):
             if layer.has_task(adapter_name):
                 layer.set_coefficients(adapter_name, *combined_coefficients(layer, of_tasks))
 
-    def _check_merge_allowed(self) -> None:
-        """Refuse to merge into layers that cannot be dequantized or are tied, before any layer has been merged."""
-        super()._check_merge_allowed()
-        check_held_once(self.model, share_layers(self.model).items())
-        tried = set()
-        for name, layer in share_layers(self.model).items():
-            base_layer = layer.get_base_layer()
-            kind = type(base_layer), type(getattr(base_layer, "weight", None))
-            if layer.quantization_backend is None or kind in tried:
-                continue
-            try:
-                with onload_layer(layer):
-                    layer.get_base_weight()
-            except (TypeError, NotImplementedError) as error:
-                raise TypeError(f"{name!r} cannot be merged into: {error}") from error
-            tried.add(kind)
-
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Hand `adapter_names`, one for each sample, to all layers for the length of a forward or generate call."""
@@ -389,29 +387,26 @@ class ShareModel(BaseTuner):
         if adapter_names is None:
             yield
             return
-        check_trained(adapter_names, self)
-        if any(isinstance(module, Experts) for module in self.modules()):
-            raise ValueError("adapter_names cannot mix tasks of experts in one parameter, as PEFT's LoRA cannot")
-        unknown = sorted(set(adapter_names) - set(self.peft_config) - {"__base__"})
-        if unknown:
-            raise ValueError(f"adapter_names has {unknown}, expected names among {sorted(self.peft_config)}")
-        beams = kwargs.get("num_beams") or 1
-        for_beams = [name for name in adapter_names for _ in range(beams)]
-        # The encoder of an encoder-decoder model runs before samples are repeated for the beams.
-        has_encoder = beams > 1 and getattr(self.model.config, "is_encoder_decoder", False)
-        encoder = self.model.get_encoder() if has_encoder else None
-        in_encoder = {id(module) for module in encoder.modules()} if encoder is not None else set()
-        handles = []
-        try:
-            for module in self.modules():
-                if isinstance(module, (ShareLayer, AuxiliaryTrainingWrapper)):
-                    names = list(adapter_names) if id(module) in in_encoder else for_beams
-                    hook = partial(_pass_adapter_names, adapter_names=names)
-                    handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        with self.rows.mixing(mixed_batch(self, adapter_names, kwargs), training=self.training):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
+
+    def layers(self) -> Sequence[ShareLayer]:
+        """The layers, looked for once: a model with a head for each of many tasks has many modules."""
+        if self._share_layers is None:
+            self._share_layers = tuple(share_layers(self.model).values())
+        return self._share_layers
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make one task active, or several that are trained together, each with its own head."""
+        train_heads(self.model, self.active_adapters, trained=False)
+        several = not isinstance(adapter_name, str) and len(adapter_name) > 1
+        super().set_adapter(adapter_name[:1] if several else adapter_name, inference_mode)
+        if several:
+            activate_together(self, list(adapter_name), inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.rows.give_back(adapter_name)
 
 
 def share_layers(model: nn.Module) -> dict[str, ShareLayer]:
@@ -442,9 +437,3 @@ def stored_bases(model: nn.Module) -> dict[str, StoredBasis]:
         )
         for name, layer in share_layers(model).items()
     }
-
-
-def _pass_adapter_names(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], adapter_names: list[str]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return args, {**kwargs, "adapter_names": adapter_names}

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 
@@ -46,9 +45,6 @@ def activate_together(tuner: BaseTuner, tasks: list[str], inference_mode: bool) 
     for module in tuner.model.modules():
         if isinstance(module, tuner.tuner_layer_cls):
             module.set_adapter(tasks, inference_mode)
-        elif isinstance(module, ModulesToSaveWrapper):
-            # PEFT mixes linear layers, embeddings and convolutions; the head of a RoBERTa, say, is none of these.
-            module._mixed_batch_forward = partial(_mixed_head, module)
     train_heads(tuner.model, tasks, trained=not inference_mode)
     tuner.active_adapter = tasks
 
@@ -64,29 +60,6 @@ def train_heads(model: nn.Module, tasks: Sequence[str], *, trained: bool) -> Non
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):
             module.set_requires_grad(tasks, trained)
-
-
-def _mixed_head(
-    wrapper: AuxiliaryTrainingWrapper, batch: Tensor, *args: Any, adapter_names: Sequence[str], **kwargs: Any
-) -> Tensor:
-    """The outputs of a batch, of which each sample has the head of its own task. Differentiable.
-
-    Args:
-        wrapper: Has a head for each task.
-        batch: (samples, ...).
-        *args: The head's other arguments, which are not divided among tasks.
-        adapter_names: A task or `"__base__"` for each sample.
-        **kwargs: Likewise.
-    """
-    rows: dict[str, list[int]] = {}
-    for row, name in enumerate(adapter_names):
-        rows.setdefault(name, []).append(row)
-    heads, outputs = dict(wrapper.modules_to_save.items()), []
-    for name, of_task in rows.items():
-        head = heads.get(name, wrapper.original_module)
-        outputs.append(head(batch[torch.tensor(of_task, device=batch.device)], *args, **kwargs))
-    order = torch.tensor([row for of_task in rows.values() for row in of_task], device=batch.device)
-    return torch.cat(outputs)[order.argsort()]
 
 
 def dropped_inputs(layer: ShareLayer, x: Tensor, adapter_names: Sequence[str]) -> Tensor:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel
+from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from ..format.base_model import base_name
@@ -22,11 +22,11 @@ from ..state import SubspaceState, TaskInfo
 from ..state.layout import named
 from ..subspace import LayerSubspace, LowRankUpdate
 from .config import GivenBases, ShareConfig
-from .head import check_apart, check_head, saved_tensors, with_labels_of
+from .head import check_apart, check_shapes, saved_tensors, shape_of, with_labels_of
 from .kinds import layer_named, layout_of, matrix_shape
 from .layer import ShareLayer
+from .mixed_heads import head_wrappers
 from .model import ShareModel, layouts_of, share_layers
-from .renaming import named_as_in
 
 
 def share_config_for(state: SubspaceState, task: str, *, trainable: bool = False) -> ShareConfig:
@@ -36,35 +36,6 @@ def share_config_for(state: SubspaceState, task: str, *, trainable: bool = False
     config = ShareConfig(**values)
     config.origin = GivenBases(bases_of(state.layers), adapted=frozenset(state.layers_of(task)))
     return config
-
-
-def inject_tasks(
-    model: nn.Module, state: SubspaceState, tasks: Sequence[str], *, trainable: bool = False
-) -> PeftModel:
-    """A base model with tasks of a subspace, one adapter each; the first is active.
-
-    Args:
-        model: The base model, without adapters.
-        state: The subspace.
-        tasks: At least one of its tasks.
-        trainable: Whether the active task's coefficients are trained.
-
-    Raises:
-        ValueError: If a task does not fit the model, which is as it was then.
-    """
-    state = named_as_in(model, state)
-    _check_fits(model, state, tasks)
-    base = getattr(model, "name_or_path", None) or state.base_model_name_or_path
-    peft_model = None
-    for name in tasks:
-        config = share_config_for(state, name, trainable=trainable)
-        config.base_model_name_or_path = base
-        if peft_model is None:
-            peft_model = get_peft_model(model, config, adapter_name=name)
-        else:
-            peft_model.add_adapter(name, config)
-    load_tasks(peft_model, state, tasks)
-    return peft_model
 
 
 def load_tasks(
@@ -89,20 +60,65 @@ def load_tasks(
         held = None
     load_bases(model, state, held=held)
     wanted = state.tasks.keys() if tasks is None else set(tasks)
+    load_coefficients(model, state, wanted, held=held, trained=trained)
+
+
+def load_coefficients(
+    model: PeftModel,
+    state: SubspaceState,
+    wanted: Collection[str],
+    *,
+    held: SubspaceState | None = None,
+    trained: Collection[str] = (),
+) -> None:
+    """Give tasks of a subspace, whose bases the model has, their coefficients and heads; see `load_tasks`."""
     known = set() if held is None else held.tasks.keys() - set(trained)
     for module, layer in share_layers(model).items():
         if (stored := state.layers.get(module)) is None:
             continue
         before = held.layers.get(module) if held is not None else None
         unmoved = before is not None and _same_basis(before, stored)
-        for task in stored.tasks:
-            if task in wanted and not (unmoved and task in known):
-                coefficients = stored.coefficients_of(task, trimmed=state.settings.has_ranks)
-                layer.set_coefficients(task, *coefficients)
-    for task in wanted:
-        head = state.tasks[task].head
-        if head and not (task in known and held.tasks[task].head is head):
-            set_peft_model_state_dict(model, _fitting_head(model, state, task), adapter_name=task)
+        _load_coefficients(
+            layer,
+            stored,
+            [task for task in stored.tasks if task in wanted and not (unmoved and task in known)],
+            has_ranks=state.settings.has_ranks,
+        )
+    heads = {
+        task: state.tasks[task].head
+        for task in wanted
+        if state.tasks[task].head and not (task in known and held.tasks[task].head is state.tasks[task].head)
+    }
+    _load_heads(model, state, heads)
+
+
+def _load_coefficients(layer: ShareLayer, stored: LayerSubspace, tasks: Sequence[str], *, has_ranks: bool) -> None:
+    if not tasks:
+        return
+    places = [stored.index(task) for task in tasks]
+    ranks = stored.ranks[places].tolist() if has_ranks else [stored.pseudo_rank] * len(tasks)
+    sides = stored.coefficients_out, stored.coefficients_in
+    if len(tasks) < len(stored.tasks):
+        sides = (side[places] for side in sides)
+    layer.set_all_coefficients(*sides, dict(zip(tasks, ranks, strict=True)))
+
+
+def _load_heads(model: PeftModel, state: SubspaceState, heads: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Give tasks their heads, with all labels of the model, in one pass over it."""
+    if not heads:
+        return
+    wrappers = head_wrappers(model)
+    shapes: dict[tuple[str, ...], dict[str, tuple[int, ...]]] = {}
+    for task, head in heads.items():
+        saved = tuple(saved_by(state, task))
+        if saved not in shapes:
+            shapes[saved] = {name: shape_of(tensor) for name, tensor in saved_tensors(model, saved).items()}
+        fitting = with_labels_of(shapes[saved], head)
+        for name, wrapper in wrappers.items():
+            if task in wrapper.modules_to_save:
+                prefix = f"{name}."
+                own = {key.removeprefix(prefix): fitting[key] for key in fitting if key.startswith(prefix)}
+                wrapper.modules_to_save[task].load_state_dict(own)
 
 
 def load_bases(model: PeftModel, state: SubspaceState, *, held: SubspaceState | None = None) -> None:
@@ -124,41 +140,51 @@ def _same_basis(layer: LayerSubspace, other: LayerSubspace) -> bool:
     return layer.basis_out is other.basis_out and layer.basis_in is other.basis_in
 
 
-def _check_fits(model: nn.Module, state: SubspaceState, tasks: Sequence[str]) -> None:
-    if isinstance(model, PeftModel) or getattr(model, "peft_config", None):
-        raise ValueError("model has adapters already, expected the base model")
+def check_fits(model: nn.Module, state: SubspaceState, tasks: Sequence[str]) -> None:
+    """Refuse tasks that do not fit a base model, before it is touched.
+
+    Raises:
+        ValueError: Naming the task and what does not fit.
+    """
     modules = {without_wrappers(name): module for name, module in model.named_modules()}
+    adapted = {module: layer for module, layer in state.layers.items() if any(map(layer.has, tasks))}
+    for module, layer in adapted.items():
+        if (found := layer_named(module, modules)) is None:
+            task = next(filter(layer.has, tasks))
+            raise ValueError(f"task {task!r} adapts {module!r}, which {type(model).__name__} does not have")
+        if (shape := matrix_shape(found)) != layer.shape:
+            raise ValueError(f"{module!r} has shape {shape}, the subspace expects {layer.shape}")
+        if (layout := layout_of(found)) != (expected := state.layouts.get(module)):
+            raise ValueError(f"{module!r} is a {named(layout)}, the subspace expects a {named(expected)}")
+    of_model: dict[tuple[str, ...], dict[str, Tensor]] = {}
     for task in tasks:
-        for module, layer in state.layers_of(task).items():
-            if (found := layer_named(module, modules)) is None:
-                raise ValueError(f"task {task!r} adapts {module!r}, which {type(model).__name__} does not have")
-            if (shape := matrix_shape(found)) != layer.shape:
-                raise ValueError(f"{module!r} has shape {shape}, the subspace expects {layer.shape}")
-            if (layout := layout_of(found)) != (expected := state.layouts.get(module)):
-                raise ValueError(f"{module!r} is a {named(layout)}, the subspace expects a {named(expected)}")
+        saved = tuple(saved_by(state, task))
+        if saved not in of_model:
+            of_model[saved] = saved_tensors(model, saved)
         if head := state.tasks[task].head:
-            shapes = {name: tuple(tensor.shape) for name, tensor in head.items()}
-            try:
-                check_head(model, _saved_by(state, task), shapes, may_lack_labels=True)
-            except ValueError as error:
-                raise ValueError(f"task {task!r}: {error}") from error
-            for name, tensor in saved_tensors(model, _saved_by(state, task)).items():
-                if tensor.is_meta:
-                    raise ValueError(
-                        f"{name!r} is offloaded, and task {task!r} has its own, expected it on a device: give it one "
-                        "in device_map"
-                    )
-    saved = {name for task in tasks for name in _saved_by(state, task)}
-    check_apart({module for task in tasks for module in state.layers_of(task)}, saved)
+            _check_head_of_task(of_model[saved], saved, task, head)
+    check_apart(adapted, {name for saved in of_model for name in saved})
 
 
-def _fitting_head(model: PeftModel, state: SubspaceState, task: str) -> dict[str, Tensor]:
-    """A task's head with all labels of the model, under the names that PEFT loads it by."""
-    head = with_labels_of(model, _saved_by(state, task), state.tasks[task].head)
-    return {f"{PEFT_PREFIX}{name}": tensor for name, tensor in head.items()}
+def _check_head_of_task(
+    of_model: Mapping[str, Tensor], saved: Sequence[str], task: str, head: Mapping[str, Tensor]
+) -> None:
+    shapes = {name: tuple(tensor.shape) for name, tensor in head.items()}
+    expected = {name: shape_of(tensor) for name, tensor in of_model.items()}
+    try:
+        check_shapes(saved, shapes, expected, may_lack_labels=True)
+    except ValueError as error:
+        raise ValueError(f"task {task!r}: {error}") from error
+    for name, tensor in of_model.items():
+        if tensor.is_meta:
+            raise ValueError(
+                f"{name!r} is offloaded, and task {task!r} has its own, expected it on a device: give it one "
+                "in device_map"
+            )
 
 
-def _saved_by(state: SubspaceState, task: str) -> list[str]:
+def saved_by(state: SubspaceState, task: str) -> list[str]:
+    """What a task keeps whole, as PEFT names it."""
     target = state.tasks[task].target
     return saved_names(target.get("modules_to_save"), target.get("task_type"))
 

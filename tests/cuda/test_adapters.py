@@ -104,6 +104,19 @@ def test_merged_and_unloaded_weights_compute_what_the_adapters_did(model_on_devi
     assert_close(logits(merged, LLAMA.batch()), expected)
 
 
+@pytest.mark.parametrize("keep_base", [True, "cpu"])
+def test_a_copy_of_the_weights_restores_them_to_the_bit(keep_base: bool | str, model_on_device: MakeModel) -> None:
+    model = with_tasks(model_on_device("llama"), LLAMA, *TASKS)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.merge_adapter(["one"], keep_base=keep_base)
+    model.merge_adapter(["two"])
+    assert not all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    model.unmerge_adapter()
+    for name, tensor in model.state_dict().items():
+        assert tensor.device == before[name].device
+        assert torch.equal(tensor, before[name])
+
+
 def test_a_task_saved_on_the_device_is_the_same_on_the_cpu(
     model_on_device: MakeModel, tiny_model: MakeModel, tmp_path: Path
 ) -> None:

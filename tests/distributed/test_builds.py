@@ -65,13 +65,14 @@ def test_two_processes_make_the_tree_of_one_and_fail_together(built: Any, tmp_pa
         [[here, here], init],
         [[here, here], ["add", tree, names[-1]]],
         [[here, here], ["info", tree]],
+        [[str(loud), str(loud)], ["init", str(tmp_path / "skipped"), *names[:-1], *SMALL, "--skip-bad"]],
     ]
     options = {"report": str(tmp_path), "commands": commands}
     result = run([*launcher("ddp"), str(HERE / "builds.py"), json.dumps(options)])
 
     assert result.returncode == 0, result.stdout[-4000:]
     for rank in (0, 1):
-        assert json.loads((tmp_path / f"codes{rank}.json").read_text()) == [1, 1, 0, 0, 0, 0]
+        assert json.loads((tmp_path / f"codes{rank}.json").read_text()) == [1, 1, 0, 0, 0, 0, 0]
     errors = [line for line in result.stdout.splitlines() if line.startswith("error: ")]
     assert len(errors) == 2, errors
     assert errors[0].startswith("error: rank 1: loras/task3/adapter_model.safetensors: not a readable safetensors")
@@ -80,6 +81,11 @@ def test_two_processes_make_the_tree_of_one_and_fail_together(built: Any, tmp_pa
     assert result.stdout.count('"base_model": "org/base"') == 1
     assert without_figures_of(files_of(tmp_path / "two-parts")) == without_figures_of(after_init)
     assert without_figures_of(files_of(Path(tree))) == without_figures_of(after_add)
+    expected = [f"task{i}" for i in range(COUNT - 1) if i != 5]
+    assert json.loads((tmp_path / "skipped" / "share_config.json").read_text())["tasks"] == expected
+    assert (
+        result.stdout.count("1 adapter was left out:\n  task5: 'model.layers.01.self_attn.q_proj': task 'task5'") == 1
+    )
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 

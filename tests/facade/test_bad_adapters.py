@@ -92,8 +92,9 @@ def thousand(tmp_path: Path) -> dict[str, Path]:
 
 
 def test_all_of_a_thousand_that_are_broken_are_named_at_once(
-    thousand: dict[str, Path], build: Callable[..., SharedSubspace]
+    thousand: dict[str, Path], build: Callable[..., SharedSubspace], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("share_hf.shared_subspace.with_collection", lambda *_, **__: pytest.fail("work was begun"))
     with pytest.raises(ValueError, match="3 of 1000 adapters cannot be used, skip_bad=True") as caught:
         build(thousand)
     lines = [line.strip() for line in str(caught.value).splitlines()[1:]]
@@ -177,6 +178,68 @@ def test_skipping_reads_what_it_keeps_as_without(
     assert build({**loras, "pissa": pissa}, skip_bad=True).tasks == tuple(loras)
 
 
+def overflowing(config: dict[str, object]) -> None:
+    config.update(lora_alpha=1e308)
+
+
+def loud(config: dict[str, object]) -> None:
+    config.update(lora_alpha=1e60)
+
+
+def under_another_name(tensors: dict[str, torch.Tensor]) -> None:
+    for name in list(tensors):
+        tensors[name.replace("base_model.model.", "base_model.model.language_model.")] = tensors.pop(name)
+
+
+@pytest.fixture
+def refused_by_merges(tmp_path: Path) -> dict[str, Path]:
+    """Adapters that are read without an error, and merged with none."""
+    adapters = {name: write_adapter(tmp_path / name, 10 + i) for i, name in enumerate(("infinite", "loud", "other"))}
+    edit_json(adapters["infinite"] / CONFIG, overflowing)
+    edit_tensors(adapters["infinite"] / WEIGHTS, lambda tensors: tensors[max(tensors)].mul_(1000))
+    edit_json(adapters["loud"] / CONFIG, loud)
+    edit_tensors(adapters["other"] / WEIGHTS, under_another_name)
+    return adapters
+
+
+@pytest.mark.parametrize("basis", ["joint", "factor"])
+def test_adapters_that_only_a_merge_refuses_are_left_out_too(
+    basis: str,
+    tmp_path: Path,
+    refused_by_merges: dict[str, Path],
+    build: Callable[..., SharedSubspace],
+    told: list[str],
+) -> None:
+    good = {name: write_adapter(tmp_path / name, seed) for seed, name in enumerate("ab")}
+    adapters = {"a": good["a"], **refused_by_merges, "b": good["b"]}
+    for name in refused_by_merges:
+        with pytest.raises(ValueError, match=f"task '{name}'"):
+            build({"a": good["a"], name: refused_by_merges[name]}, basis=basis)
+    subspace = build(adapters, skip_bad=True, basis=basis)
+    assert_same_state(subspace.state, build(good, basis=basis).state)
+    skipped = subspace.reading.skipped
+    assert list(skipped) == list(refused_by_merges)
+    assert skipped["infinite"].startswith(f"'{MODULE}': task 'infinite': out_factor has NaN or infinite entries")
+    assert f"'{MODULE}': task 'loud': its update has norm" in skipped["loud"]
+    assert "one layer as two classes or versions of transformers call it" in skipped["other"]
+    assert told[0] == "3 adapters were left out:"
+
+
+def test_adding_leaves_them_out_and_changes_nothing_where_all_are_refused(
+    tmp_path: Path, refused_by_merges: dict[str, Path], build: Callable[..., SharedSubspace]
+) -> None:
+    subspace = build({"a": write_adapter(tmp_path / "a", 0)})
+    before = subspace.state
+    with pytest.raises(ValueError, match="3 of 3 adapters cannot be used:\n") as caught:
+        subspace.add_adapters(refused_by_merges, skip_bad=True, progress=False)
+    assert all(f"\n  {name}: " in str(caught.value) for name in refused_by_merges)
+    assert subspace.state is before
+    good = write_adapter(tmp_path / "b", 1)
+    subspace.add_adapters({**refused_by_merges, "b": good}, skip_bad=True, progress=False)
+    assert subspace.tasks == ("a", "b")
+    assert list(subspace.reading.skipped) == list(refused_by_merges)
+
+
 # ---- The same -------------------------------------------------------------------------------------------------------
 
 
@@ -214,6 +277,84 @@ def test_classifiers_with_other_heads_are_not_the_same(
     assert build([first, second]).reading.duplicates == [["first", "second"]]
     edit_tensors(second / WEIGHTS, lambda tensors: tensors["base_model.model.classifier.bias"].add_(1))
     assert build([first, second]).reading.duplicates == []
+
+
+def refactored(tensors: dict[str, torch.Tensor]) -> None:
+    """The same update from other factors, to float32's rounding."""
+    mixing = torch.tensor([[2.0, 0.3], [-0.7, 1.1]])
+    for name in [name for name in tensors if "lora_A" in name]:
+        other = name.replace("lora_A", "lora_B")
+        tensors[name] = torch.linalg.solve(mixing, tensors[name])
+        tensors[other] = (tensors[other] @ mixing).contiguous()
+
+
+@pytest.mark.parametrize("num_components", [4, 12])
+@pytest.mark.parametrize("dtype", ["float32", "4bit"])
+def test_a_task_that_is_there_already_is_told_whatever_a_merge_cut_of_it(
+    dtype: str, num_components: int, tmp_path: Path, told: list[str]
+) -> None:
+    adapters = {name: write_adapter(tmp_path / name, seed) for seed, name in enumerate("abcde")}
+    options = {"num_components": num_components, "coefficient_dtype": dtype}
+    subspace = SharedSubspace.from_adapters(adapters, pseudo_rank=RANK, progress=False, **options)
+    again = Path(shutil.copytree(adapters["b"], tmp_path / "again"))
+    edit_tensors(again / WEIGHTS, refactored)
+    assert told == []
+    subspace.add_adapters({"new": write_adapter(tmp_path / "new", 9), "again": again}, progress=False)
+    assert subspace.tasks == (*adapters, "new", "again")
+    assert subspace.reading.known == {"again": "b"}
+    assert told == ["again is the same adapter as b, which is there already"]
+    subspace.add_adapters([write_adapter(tmp_path / "other", 10)], progress=False)
+    assert subspace.reading.known == {}
+
+
+@pytest.mark.parametrize("num_components", [4, 12])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors: tensors[max(tensors)].mul_(-1),
+        lambda tensors: tensors[max(tensors)].mul_(1.001),
+        lambda tensors: tensors[max(tensors)].copy_(tensors[max(tensors)].flip(0)),
+    ],
+    ids=["negated", "scaled", "permuted"],
+)
+def test_adapters_that_are_alike_are_not_told_to_be_the_same(
+    change: Callable[[dict[str, torch.Tensor]], object], num_components: int, tmp_path: Path, told: list[str]
+) -> None:
+    adapters = {name: write_adapter(tmp_path / name, seed) for seed, name in enumerate("abcde")}
+    options = {"num_components": num_components, "pseudo_rank": RANK, "progress": False}
+    subspace = SharedSubspace.from_adapters(adapters, **options)
+    other = Path(shutil.copytree(adapters["b"], tmp_path / "other"))
+    edit_tensors(other / WEIGHTS, change)
+    subspace.add_adapters([other], progress=False)
+    assert (subspace.reading.known, told) == ({}, [])
+
+
+def test_a_task_with_another_head_is_another_one(
+    save_classifier: SaveLora, build: Callable[..., SharedSubspace]
+) -> None:
+    first, second = save_classifier("first", 2), save_classifier("second", 2)
+    subspace = build([first])
+    subspace.add_adapters({"same": second}, progress=False)
+    assert subspace.reading.known == {"same": "first"}
+    edit_tensors(second / WEIGHTS, lambda tensors: tensors["base_model.model.classifier.bias"].add_(1))
+    subspace.add_adapters({"other": second}, progress=False)
+    assert subspace.reading.known == {}
+
+
+def test_the_one_of_many_tasks_that_is_the_same_is_found_after_a_removal_and_a_rename(
+    tmp_path: Path, build: Callable[..., SharedSubspace]
+) -> None:
+    adapters = {f"t{i}": write_adapter(tmp_path / f"t{i}", i) for i in range(60)}
+    subspace = build(adapters)
+    subspace.remove_task("t3")
+    subspace.rename_task("t41", "other")
+    subspace.save_pretrained(tmp_path / "tree")
+    subspace = SharedSubspace.from_pretrained(tmp_path / "tree")
+    again = {"x": adapters["t3"], "y": adapters["t41"], "z": adapters["t59"]}
+    subspace.add_adapters(again, progress=False)
+    assert subspace.reading.known == {"y": "other", "z": "t59"}
+    subspace.replace_task("z", adapters["t17"], progress=False)
+    assert subspace.reading.known == {"z": "t17"}
 
 
 # ---- Names ----------------------------------------------------------------------------------------------------------

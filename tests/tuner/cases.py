@@ -93,11 +93,13 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
 
 
 def task_parameters(model: nn.Module, task: str) -> dict[str, nn.Parameter]:
-    """A task's parameters in Share layers by full name."""
+    """A task's parameters in Share layers by full name; those of a frozen task show what the layer's stack has."""
     return {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if ".share_" in name and name.endswith(f".{task}")
+        f"{module_name}.{name}.{task}": getattr(module, name)[task]
+        for module_name, module in model.named_modules()
+        if isinstance(module, ShareLayer)
+        for name in module.adapter_layer_names
+        if task in getattr(module, name)
     }
 
 

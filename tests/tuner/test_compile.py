@@ -124,6 +124,18 @@ def test_a_compiled_model_takes_a_mixed_batch(names: list[str]) -> None:
         assert_close(compiled(x, adapter_names=names), model(x, adapter_names=names), tolerance=1e-6)
 
 
+def test_other_tasks_in_a_mixed_batch_are_no_reason_to_compile_again() -> None:
+    model = small_network("one", "two", "three")
+    compiled = torch.compile(model, backend="eager")
+    x = torch.randn(4, 12)
+    batches = [["one", "two", "__base__", "one"], ["three"] * 4, ["two", "one", "three", "__base__"], ["one"] * 4]
+    with torch.no_grad():
+        compiled(x, adapter_names=batches[0])
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for names in batches:
+                assert_close(compiled(x, adapter_names=names), model(x, adapter_names=names), tolerance=1e-6)
+
+
 @pytest.mark.parametrize(
     "case",
     [BERT, pytest.param(LLAMA, marks=pytest.mark.slow), pytest.param(GPT2, marks=pytest.mark.slow)],

@@ -196,6 +196,22 @@ def test_a_merge_is_taken_back(safe_merge: bool, base: Callable[[], nn.Module], 
     assert torch.equal(logits(subspace.apply(base()).unload()), logits(base()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_copy_restores_the_weights_to_the_bit(
+    dtype: torch.dtype, base: Callable[[], nn.Module], subspace: SharedSubspace
+) -> None:
+    model = subspace.apply(base().to(dtype), ["first", "other", "one-parameter"])
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.merge_adapter(["other"], keep_base=True)
+    model.merge_adapter(["first", "one-parameter"], keep_base=True)
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert {name.rpartition(".")[2] for name in changed} >= {"gate_up_proj", "down_proj"}
+    copied = copy.deepcopy(model)
+    for each in (model, copied):
+        each.unmerge_adapter()
+        assert all(torch.equal(tensor, before[name]) for name, tensor in each.state_dict().items())
+
+
 def test_tasks_come_and_go(base: Callable[[], nn.Module], subspace: SharedSubspace) -> None:
     model = subspace.apply(base())
     expected = logits(subspace.apply(base(), ["other"]))

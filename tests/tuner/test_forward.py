@@ -180,8 +180,10 @@ def test_the_basis_is_stored_once_and_a_further_task_costs_its_coefficients(
     buffers = sum(buffer.numel() for buffer in model.buffers())
     for i in range(1, 11):
         model.add_adapter(f"task_{i}", case.config())
-    assert sum(parameter.numel() for parameter in model.parameters()) == parameters + 10 * len(layers) * 2 * K * P
-    assert sum(buffer.numel() for buffer in model.buffers()) == buffers + 10 * len(layers) * 8
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+    rows = 1 + 11 + 1  # one of zeros, and room for a further task
+    assert sum(buffer.numel() for buffer in model.buffers()) <= buffers + rows * len(layers) * 2 * K * P
+    assert {len(layer.share_coefficients_out) for layer in layers.values()} == {11}
     assert {name: layer.share_basis_out.data_ptr() for name, layer in layers.items()} == bases
 
 

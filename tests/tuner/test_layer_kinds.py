@@ -178,6 +178,20 @@ def test_a_merge_is_taken_back(safe_merge: bool, base: Reader, subspace: SharedS
     assert torch.equal(output(subspace.apply(copy.deepcopy(base)).unload()), output(base))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_copy_restores_the_weights_to_the_bit(dtype: torch.dtype, base: Reader, subspace: SharedSubspace) -> None:
+    model = subspace.apply(copy.deepcopy(base).to(dtype), ["first", "other"])
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    expected = output(model)
+    model.merge_adapter(["first"], keep_base=True)
+    model.merge_adapter(["other"])
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {f"base_model.model.{name}.base_layer.weight" for name in TARGETS}
+    model.unmerge_adapter()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(output(model), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_smaller_type_rounds_and_no_more(dtype: torch.dtype, base: Reader, subspace: SharedSubspace) -> None:
     expected = output(subspace.apply(copy.deepcopy(base)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from share_hf.tuner import share_layers
 
+from ..trees import files_of
 from .cases import (
     BERT,
     LLAMA,
@@ -46,6 +48,32 @@ def base_weights(model: torch.nn.Module) -> dict[str, Tensor]:
 
 def sum_of_updates(model: torch.nn.Module, *tasks: str) -> dict[str, Tensor]:
     return {name: sum(update_by_hand(layer, task) for task in tasks) for name, layer in share_layers(model).items()}
+
+
+def with_a_negative_zero(base: PreTrainedModel, case: Case) -> PreTrainedModel:
+    """The model with a weight that is -0 in each adapted layer: equal to 0, but not the same bits."""
+    for name, module in base.named_modules():
+        if name.endswith(case.target_modules):
+            module.weight.data[0, 0] = -0.0
+    return base
+
+
+def bits_of(model: torch.nn.Module) -> dict[str, Tensor]:
+    """All that a state dict of the model has, as bytes."""
+    return {name: tensor.flatten().view(torch.uint8).clone() for name, tensor in model.state_dict().items()}
+
+
+def is_adapted(name: str) -> bool:
+    return name.endswith(".base_layer.weight")
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+
+
+def pickled(model: PeftModel) -> PeftModel:
+    return pickle.loads(pickle.dumps(model))
 
 
 @each_architecture
@@ -217,6 +245,165 @@ def test_neither_basis_nor_coefficients_change_under_a_merged_task(
     model.unmerge_adapter()
     for name, weight in base_weights(model).items():
         assert_close(weight, before[name], tolerance=1e-6)
+
+
+class TestACopyOfTheWeights:
+    @each_architecture
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("keep_base", [True, "cpu"])
+    def test_unmerging_restores_the_base_to_the_bit_whatever_was_merged_in_how_many_steps(
+        self, case: Case, dtype: torch.dtype, keep_base: bool | str, tiny_model: Callable[[str], PreTrainedModel]
+    ) -> None:
+        model = with_tasks(with_a_negative_zero(tiny_model(case.architecture).to(dtype), case), case, "one", "two")
+        before, expected = bits_of(model), logits(model, case.batch())
+        model.merge_adapter(["two"], keep_base=keep_base)
+        with pytest.warns(UserWarning, match="additionally merging one"):
+            model.merge_adapter(["one"])
+        assert all(not torch.equal(bits, before[name]) for name, bits in bits_of(model).items() if is_adapted(name))
+        model.unmerge_adapter()
+        assert_same(bits_of(model), before)
+        assert torch.equal(logits(model, case.batch()), expected)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_without_one_the_base_comes_back_up_to_rounding(
+        self, dtype: torch.dtype, tiny_model: Callable[[str], PreTrainedModel]
+    ) -> None:
+        model = with_tasks(tiny_model("llama").to(dtype), LLAMA, "one")
+        before = base_weights(model)
+        model.merge_adapter()
+        highest = {name: weight.abs().max() for name, weight in base_weights(model).items()}
+        model.unmerge_adapter()
+        errors = {name: (weight - before[name]).abs().max() for name, weight in base_weights(model).items()}
+        assert any(errors.values())
+        assert all(errors[name] <= torch.finfo(dtype).eps * (highest[name] + 1) for name in errors)
+
+    def test_one_cannot_be_made_of_a_weight_that_has_a_task_in_it(
+        self, tiny_model: Callable[[str], PreTrainedModel]
+    ) -> None:
+        model = with_tasks(tiny_model("llama"), LLAMA, "one", "two")
+        model.add_adapter("three", LLAMA.config(target_modules=["k_proj"]))
+        model.merge_adapter(["one"])
+        before = bits_of(model)
+        with pytest.raises(ValueError, match=r"\['one'\] are merged already, without a copy .* call unmerge_adapter"):
+            model.merge_adapter(["two", "three"], keep_base=True)
+        assert_same(bits_of(model), before)
+        model.merge_adapter(["three"])
+        assert {tuple(layer.merged_adapters) for layer in share_layers(model).values()} == {("one",), ("three",)}
+
+    @pytest.mark.filterwarnings("ignore:Adapter cannot be set when the model is merged")
+    def test_what_takes_merged_tasks_out_puts_it_back(self, tiny_model: Callable[[str], PreTrainedModel]) -> None:
+        model = with_tasks(tiny_model("llama"), LLAMA, "one", "two")
+        before = bits_of(model)
+        model.merge_adapter(keep_base=True)
+        with model.disable_adapter():
+            logits(model, LLAMA.batch())
+            assert_same(bits_of(model), before)
+        model.merge_adapter(keep_base=True)
+        model.set_adapter("two")
+        assert_same(bits_of(model), before)
+        model.merge_adapter()  # of which no copy is kept: the earlier ones are gone
+        with pytest.raises(ValueError, match=r"\['two'\] are merged already, without a copy"):
+            model.merge_adapter(["one"], keep_base=True)
+
+    def test_a_task_that_is_merged_cannot_be_deleted_and_comes_out_afterwards(
+        self, tiny_model: Callable[[str], PreTrainedModel]
+    ) -> None:
+        model = with_tasks(tiny_model("llama"), LLAMA, "one", "two")
+        before = bits_of(model)
+        model.merge_adapter(["one", "two"], keep_base=True)
+        with pytest.raises(ValueError, match="Cannot delete"):
+            model.delete_adapter("two")
+        model.unmerge_adapter()
+        model.delete_adapter("two")
+        assert_same({name: bits for name, bits in before.items() if not name.endswith(".two")}, bits_of(model))
+
+    @pytest.mark.parametrize("copied", [copy.deepcopy, pickled], ids=["deepcopy", "pickle"])
+    def test_it_follows_in_a_copy_of_the_model(
+        self, copied: Callable[[PeftModel], PeftModel], tiny_model: Callable[[str], PreTrainedModel]
+    ) -> None:
+        model = with_tasks(tiny_model("llama"), LLAMA, "one")
+        before = bits_of(model)
+        model.merge_adapter(keep_base=True)
+        merged = bits_of(model)
+        other = copied(model)
+        model.unmerge_adapter()
+        assert_same(bits_of(other), merged)
+        other.unmerge_adapter()
+        assert_same(bits_of(other), before)
+        assert_same(bits_of(model), before)
+
+    def test_it_is_in_no_state_dict_and_no_file(
+        self, tiny_model: Callable[[str], PreTrainedModel], tmp_path: Path
+    ) -> None:
+        model = with_tasks(tiny_model("llama"), LLAMA, "one", "two")
+        names = set(model.state_dict()), {name for name, _ in model.named_modules()}
+        model.save_pretrained(tmp_path / "before")
+        model.merge_adapter(keep_base=True)
+        assert (set(model.state_dict()), {name for name, _ in model.named_modules()}) == names
+        assert not any("kept" in name for name, _ in [*model.named_parameters(), *model.named_buffers()])
+        model.save_pretrained(tmp_path / "merged")
+        assert files_of(tmp_path / "merged") == files_of(tmp_path / "before")
+
+    def test_it_comes_back_in_the_type_that_the_model_has_been_cast_to(
+        self, tiny_model: Callable[[str], PreTrainedModel]
+    ) -> None:
+        model = with_tasks(tiny_model("llama"), LLAMA, "one")
+        expected = {name: weight.bfloat16() for name, weight in base_weights(model).items()}
+        model.merge_adapter(keep_base=True)
+        model.bfloat16()
+        model.unmerge_adapter()
+        assert_same(base_weights(model), expected)
+
+    def test_a_model_is_unloaded_with_what_is_merged(self, tiny_model: Callable[[str], PreTrainedModel]) -> None:
+        model = with_tasks(tiny_model("llama"), LLAMA, "one", "two")
+        model.merge_adapter(["one"], keep_base=True)
+        expected = base_weights(model)
+        with pytest.warns(UserWarning, match="already merged"):
+            merged = model.merge_and_unload()
+        assert merged.state_dict().keys() == tiny_model("llama").state_dict().keys()
+        assert_same({name: merged.get_submodule(name).weight for name in expected}, expected)
+
+    @pytest.mark.parametrize("keep_base", ["cuda", None, 2])
+    def test_where_it_may_be_is_known(self, keep_base: object, tiny_model: Callable[[str], PreTrainedModel]) -> None:
+        model = with_tasks(tiny_model("llama"), LLAMA, "one")
+        with pytest.raises(ValueError, match=rf"keep_base is {keep_base!r}, expected False, True or 'cpu'"):
+            model.merge_adapter(keep_base=keep_base)
+        assert not an_adapted_layer(model).merged
+
+
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+def test_a_safe_merge_that_is_refused_by_the_last_layer_changes_none(
+    merge: str, tiny_model: Callable[[str], PreTrainedModel]
+) -> None:
+    model = with_tasks(tiny_model("llama"), LLAMA, "one")
+    name, last = list(share_layers(model).items())[-1]
+    last.share_coefficients_out["one"].data[0, 0] = torch.inf
+    before = bits_of(model)
+    with pytest.raises(ValueError, match=rf"'{name}': NaNs detected .* adapter one seems to be broken"):
+        getattr(model, merge)(safe_merge=True)
+    assert_same(bits_of(model), before)
+    assert not any(layer.merged for layer in share_layers(model).values())
+
+
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+def test_tasks_that_a_model_does_not_have_are_all_named(
+    merge: str, tiny_model: Callable[[str], PreTrainedModel]
+) -> None:
+    model = with_tasks(tiny_model("llama"), LLAMA, "one", "two")
+    before = bits_of(model)
+    with pytest.raises(ValueError, match=r"\['typo', 'three'\], expected names among \['one', 'two'\]"):
+        getattr(model, merge)(adapter_names=["one", "typo", "three"])
+    with pytest.raises(TypeError, match="should be a list of strings, got 'one'"):
+        getattr(model, merge)(adapter_names="one")
+    assert_same(bits_of(model), before)
+
+
+def test_a_task_that_is_named_twice_is_merged_once(tiny_model: Callable[[str], PreTrainedModel]) -> None:
+    model = with_tasks(tiny_model("llama"), LLAMA, "one")
+    expected = logits(model, LLAMA.batch())
+    model.merge_adapter(["one", "one"])
+    assert_close(logits(model, LLAMA.batch()), expected)
+    assert an_adapted_layer(model).merged_adapters == ["one"]
 
 
 class TestConversionToLora:

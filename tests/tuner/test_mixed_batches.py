@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from share_hf import ShareConfig
 from share_hf.tuner import ShareLayer, share_layers
+from share_hf.tuner.rows import BatchCoefficients
 
 from .cases import (
     BERT,
@@ -119,7 +120,11 @@ def test_images_of_more_dimensions_will_do() -> None:
         assert_close(model(x, adapter_names=names), expected)
 
 
-@pytest.mark.parametrize("generation", [{}, {"num_beams": 3}, {"num_beams": 2, "use_cache": False}])
+@pytest.mark.parametrize(
+    "generation",
+    [{}, {"num_beams": 3}, {"num_beams": 2, "use_cache": False}, {"num_beams": 4, "num_return_sequences": 2}],
+    ids=["greedy", "beams", "uncached", "several"],
+)
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "t5"])
 def test_generated_text_is_that_of_each_task_alone(
     architecture: str, generation: dict[str, Any], tiny_model: Callable[[str], PreTrainedModel]
@@ -146,6 +151,13 @@ class TestRefusals:
         model = with_tasks(tiny_model("llama"), LLAMA, "one", "two")
         with pytest.raises(ValueError, match=r"adapter_names has \['typo'\], expected names among \['one', 'two'\]"):
             logits(model, LLAMA.batch(), adapter_names=["one", "two", "typo", "__base__"])
+
+    def test_unknown_names_with_those_that_may_be_meant(self, tiny_model: Callable[[str], PreTrainedModel]) -> None:
+        model = with_tasks(tiny_model("llama"), LLAMA, "one", "two", "something_else")
+        with pytest.raises(ValueError, match=r"has \['on', 'too'\], expected names among \['one', 'two'\]"):
+            logits(model, LLAMA.batch(), adapter_names=["on", "two", "too", "on"])
+        with pytest.raises(ValueError, match="adapter_names is 'one', expected a list"):
+            logits(model, LLAMA.batch(), adapter_names="one")
 
     @pytest.mark.parametrize("number", [3, 5])
     def test_more_or_fewer_names_than_samples(self, number: int, tiny_model: Callable[[str], PreTrainedModel]) -> None:
@@ -216,3 +228,53 @@ def test_the_basis_is_applied_once_whatever_the_number_of_tasks(monkeypatch: pyt
     monkeypatch.setattr(ShareLayer, "factors", refuse)
     with torch.no_grad():
         assert model(torch.randn(5, 3, 64), adapter_names=tasks).shape == (5, 3, 32)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 64], ids=["step", "few", "prefill"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bases_or_folded_factors_compute_the_same(
+    tokens: int, dtype: torch.dtype, tiny_model: Callable[[str], PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = with_tasks(tiny_model("llama").to(dtype), LLAMA, "one", "two", "three")
+    ids = LLAMA.batch(size=6, length=tokens)["input_ids"]
+    chosen, found = [], []
+    original = BatchCoefficients.fold_pays
+
+    def fold_pays(coefficients: BatchCoefficients, count: int) -> bool:
+        chosen.append(original(coefficients, count))
+        return chosen[-1]
+
+    for choice in (fold_pays, lambda *_: True, lambda *_: False):
+        monkeypatch.setattr(BatchCoefficients, "fold_pays", choice)
+        found.append(logits(model, {"input_ids": ids}, adapter_names=NAMES))
+    assert set(chosen) == {tokens == 64}
+    for other in found[1:]:
+        assert_close(found[0], other, tolerance=1e-5 if dtype == torch.float32 else 0.05)
+
+
+class TestHeads:
+    """PEFT's own mixed batches leave these out."""
+
+    def model(self, tiny_model: Callable[[str], PreTrainedModel]) -> PeftModel:
+        model = with_tasks(tiny_model("bert"), BERT, "one", "two", task_type="SEQ_CLS", modules_to_save=["pooler"])
+        model.add_adapter("plain", BERT.config())
+        randomize(model, "plain", seed=5)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "modules_to_save" in name:
+                    parameter.add_(torch.randn_like(parameter))
+        return model.eval()
+
+    @pytest.mark.parametrize("active", ["one", "plain"])
+    def test_tasks_with_a_head_and_without_one(
+        self, active: str, tiny_model: Callable[[str], PreTrainedModel]
+    ) -> None:
+        model = self.model(tiny_model)
+        model.set_adapter(active)
+        names = ["one", "plain", "__base__", "two"]
+        ids = BERT.batch(size=4)["input_ids"]
+        expected = torch.cat(one_by_one(model, names, lambda model, i: logits(model, {"input_ids": ids[i : i + 1]})))
+        assert_close(logits(model, {"input_ids": ids}, adapter_names=names), expected)
+
+    def test_modules_of_more_than_one_layer(self, tiny_model: Callable[[str], PreTrainedModel]) -> None:
+        assert type(self.model(tiny_model).base_model.model.bert.pooler.original_module).__name__ == "BertPooler"

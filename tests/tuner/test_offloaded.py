@@ -82,6 +82,29 @@ def test_a_subspace_is_applied_and_merged(
     assert torch.allclose(logits(model, SCORED), expected, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:Adapter cannot be set when the model is merged")
+@pytest.mark.parametrize("keep_base", [False, True])
+def test_whatever_takes_a_merged_task_out_finds_the_weights(
+    keep_base: bool, learned: tuple[SharedSubspace, Path], offloaded: nn.Module, expected: Tensor
+) -> None:
+    """Where a forward or another task takes it out, an offloaded weight has not been fetched yet."""
+    plain = logits(offloaded, SCORED)
+    model = learned[0].apply(offloaded)
+    model.set_adapter("b")
+    tolerance = 0 if keep_base else 1e-4
+    model.merge_adapter(keep_base=keep_base)
+    merged = logits(model, SCORED)
+    assert torch.allclose(merged, expected, atol=1e-4)
+    with model.disable_adapter():
+        assert torch.allclose(logits(model, SCORED), plain, rtol=0, atol=tolerance)
+    assert torch.allclose(logits(model, SCORED), expected, rtol=0, atol=tolerance)
+    model.merge_adapter(keep_base=keep_base)
+    assert torch.allclose(logits(model, SCORED), merged, rtol=0, atol=tolerance)
+    model.set_adapter("a")
+    model.set_adapter("b")
+    assert torch.allclose(logits(model, SCORED), expected, rtol=0, atol=tolerance)
+
+
 def test_peft_loads_a_task(
     learned: tuple[SharedSubspace, Path], tiny_model: TinyModel, tmp_path: Path, expected: Tensor
 ) -> None:

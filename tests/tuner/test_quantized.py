@@ -286,6 +286,62 @@ def test_unmerging_comes_back_up_to_quantization(
 
 
 @each_merged
+@pytest.mark.parametrize("keep_base", [True, "cpu"])
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_a_copy_restores_the_very_same_packed_weights(
+    quantization: Quantization,
+    keep_base: bool | str,
+    evaluated: bool,
+    load: Callable[[Quantization], PreTrainedModel],
+) -> None:
+    model = with_tasks(load(quantization), LLAMA, "one", "two")
+    if evaluated:
+        logits(model, LLAMA.batch())
+    before = packed_weights(model)
+    dense = {name: layer.get_base_weight().clone() for name, layer in share_layers(model).items()}
+    model.merge_adapter(["one"], keep_base=keep_base)
+    expected = logits(model, LLAMA.batch())
+    with pytest.warns(UserWarning, match="additionally merging two"):
+        model.merge_adapter(["two"])
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in packed_weights(model).items())
+    copied = copy.deepcopy(model)
+    for each in (model, copied):
+        each.unmerge_adapter()
+        assert_same_tensors(packed_weights(each), before)
+        for name, layer in share_layers(each).items():
+            assert torch.equal(layer.get_base_weight(), dense[name])
+            assert kind_of(layer.base_layer) == quantization.kind
+    model.merge_adapter(["one"], keep_base=keep_base)
+    assert torch.equal(logits(model, LLAMA.batch()), expected)
+    with model.disable_adapter():
+        logits(model, LLAMA.batch())
+    assert_same_tensors(packed_weights(model), before)
+
+
+def packed_weights(model: nn.Module) -> dict[str, Tensor]:
+    """What the layers' weights are packed in, with their scales, by name."""
+    packed = {}
+    for module_name, layer in share_layers(model).items():
+        module = layer.get_base_layer()
+        match kind_of(module):
+            case ("Linear8bitLt", _):
+                scales = module.weight.SCB if module.weight.SCB is not None else module.state.SCB
+                tensors = {"weight": module.weight.data, "scales": scales}
+            case (_, "Int8Tensor" | "Float8Tensor"):
+                tensors = {"weight": module.weight.qdata, "scales": module.weight.scale}
+            case _:
+                tensors = module.state_dict()
+        of_layer = {f"{module_name}.{name}": t for name, t in tensors.items() if isinstance(t, Tensor)}
+        packed |= {name: tensor.detach().clone() for name, tensor in of_layer.items()}
+    return packed
+
+
+def assert_same_tensors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+
+
+@each_merged
 def test_a_safe_merge_of_a_broken_task_leaves_the_quantized_weights(
     quantization: Quantization, load: Callable[[Quantization], PreTrainedModel]
 ) -> None:

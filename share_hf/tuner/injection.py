@@ -1,0 +1,99 @@
+"""Tasks of a subspace put into a model: all at once, or a few more at run time."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from ..format.task_files import share_adapter_config
+from ..state import SubspaceState
+from .mixed_heads import head_wrappers
+from .model import share_layers
+from .renaming import named_as_in
+from .transfer import check_fits, load_coefficients, load_tasks, share_config_for
+
+
+def inject_tasks(
+    model: nn.Module, state: SubspaceState, tasks: Sequence[str], *, trainable: bool = False
+) -> PeftModel:
+    """A base model with tasks of a subspace, one adapter each; the first is active.
+
+    Args:
+        model: The base model, without adapters.
+        state: The subspace.
+        tasks: At least one of its tasks.
+        trainable: Whether the active task's coefficients are trained.
+
+    Raises:
+        ValueError: If a task does not fit the model, which is as it was then.
+    """
+    if isinstance(model, PeftModel) or getattr(model, "peft_config", None):
+        raise ValueError("model has adapters already, expected the base model")
+    state = named_as_in(model, state)
+    check_fits(model, state, tasks)
+    config = share_config_for(state, tasks[0], trainable=trainable)
+    config.base_model_name_or_path = getattr(model, "name_or_path", None) or state.base_model_name_or_path
+    peft_model = get_peft_model(model, config, adapter_name=tasks[0])
+    add_adapters(peft_model, state, tasks, trainable=trainable)
+    load_tasks(peft_model, state, tasks)
+    return peft_model
+
+
+def add_tasks(model: PeftModel, state: SubspaceState, tasks: Sequence[str]) -> None:
+    """Put further tasks of a subspace into a model that has some of them; those that it has stay as they are.
+
+    Raises:
+        ValueError: If a task does not fit the model, or the model has another basis; it is as it was then.
+    """
+    state = named_as_in(model, state)
+    check_fits(model.get_base_model(), state, tasks)
+    add_adapters(model, state, tasks)
+    load_coefficients(model, state, tasks)
+
+
+def add_adapters(model: PeftModel, state: SubspaceState, tasks: Sequence[str], *, trainable: bool = False) -> None:
+    """Adapters for tasks of a subspace, whose coefficients and heads are yet to be loaded.
+
+    PEFT goes over the model for each adapter that it adds. It adds one of each kind here, which most subspaces have
+    one of; the others are set up as that one was.
+
+    Args:
+        model: Has at least one adapter.
+        state: The subspace.
+        tasks: Some of its tasks, the first of which the model may have already.
+        trainable: What the configurations say of whether they are trained when they are active.
+    """
+    alike: dict[str, list[str]] = {}
+    for task in tasks:
+        alike.setdefault(_kind_of(state, task), []).append(task)
+    fresh: dict[str, list[str]] = {}
+    for first, *others in alike.values():
+        if first not in model.peft_config:
+            config = share_config_for(state, first, trainable=trainable)
+            config.base_model_name_or_path = next(iter(model.peft_config.values())).base_model_name_or_path
+            model.add_adapter(first, config)
+        if new := [task for task in others if task not in model.peft_config]:
+            fresh[first] = new
+    layers = share_layers(model)
+    wrappers = head_wrappers(model)
+    for first, new in fresh.items():
+        for layer in layers.values():
+            if layer.has_task(first):
+                layer.add_alike(new, first)
+        for task in new:
+            model.peft_config[task] = config = copy.copy(model.peft_config[first])
+            config.modules_to_save = copy.copy(config.modules_to_save)  # PEFT extends it in place
+            for wrapper in wrappers.values():
+                if first in wrapper.modules_to_save:
+                    wrapper.update(task)
+
+
+def _kind_of(state: SubspaceState, task: str) -> str:
+    """What tasks have in common whose adapters are set up alike."""
+    config = share_adapter_config(state, task)
+    modules = [module for module, layer in state.layers.items() if layer.has(task)]
+    return json.dumps([config, modules], sort_keys=True, default=str)

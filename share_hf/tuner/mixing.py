@@ -1,0 +1,58 @@
+"""What a call with `adapter_names` asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..format.names import listing
+from .experts import Expert
+from .rows import BASE, MixedBatch
+from .together import check_trained
+
+
+if TYPE_CHECKING:
+    from .model import ShareModel
+
+
+@torch.compiler.disable  # or other names would make it compile anew
+def mixed_batch(tuner: ShareModel, adapter_names: Sequence[str], arguments: Mapping[str, Any]) -> MixedBatch:
+    """The mixed batch of a call of `forward` or `generate`, which the layers' stacks have what they need for.
+
+    Args:
+        tuner: Has the adapters.
+        adapter_names: One for each sample, or `__base__`.
+        arguments: All keyword arguments of the call.
+
+    Raises:
+        ValueError: If the tuner is in training mode and tasks are not trained, or there is no adapter of a name;
+            naming all of these.
+    """
+    check_trained(adapter_names, tuner)
+    if any(isinstance(layer, Expert) for layer in tuner.layers()):
+        raise ValueError("adapter_names cannot mix tasks of experts in one parameter, as PEFT's LoRA cannot")
+    if isinstance(adapter_names, str):
+        raise ValueError(f"adapter_names is {adapter_names!r}, expected a list with a name for each sample")
+    if unknown := sorted(set(adapter_names) - tuner.peft_config.keys() - {BASE}, key=str):
+        near = [match for name in unknown for match in get_close_matches(str(name), tuner.peft_config, n=1)]
+        expected = listing(dict.fromkeys(near) or sorted(tuner.peft_config))
+        raise ValueError(f"adapter_names has {listing(unknown)}, expected names among {expected}")
+    repeats = _repeats(arguments, tuner.model)
+    for layer in tuner.layers():
+        layer.write_own()  # first: it gives them rows
+    batch = MixedBatch(adapter_names, tuner.rows, repeats)
+    for layer in tuner.layers():
+        for samples in (len(adapter_names), len(adapter_names) * repeats):
+            batch.indices(samples, layer.share_basis_out.device)
+    return batch
+
+
+def _repeats(arguments: Mapping[str, Any], model: nn.Module) -> int:
+    """How often `generate` repeats each sample; 1 for a forward."""
+    given = arguments.get("generation_config") or getattr(model, "generation_config", None)
+    names = ("num_beams", "num_return_sequences")
+    return max(1, *(arguments.get(name, getattr(given, name, None)) or 1 for name in names))
