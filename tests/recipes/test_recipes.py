@@ -110,7 +110,7 @@ def test_text_stream_learns_tasks_with_different_numbers_of_labels(tmp_path: Pat
 
 
 def test_many_tasks_learns_all_clients_in_one_run(tmp_path: Path) -> None:
-    small = ("--clients", "6", "--notes", "16", "--test_notes", "6", "--basis_examples", "32")
+    small = ("--clients", "6", "--notes", "48", "--test_notes", "6", "--basis_examples", "32")
     output = launch("many_tasks.py", *small, "--num_train_epochs", "1", cwd=tmp_path)
     assert re.search(r"6 clients, learned together: accuracy \d\.\d+, chance 0.167", output), output
     subspace = SharedSubspace.from_pretrained(tmp_path / "many-tasks" / "subspace")
