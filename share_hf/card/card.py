@@ -18,7 +18,7 @@ from ..format.basis_file import SUBSPACE_FILE
 from ..format.saved_modules import num_labels_of
 from ..format.task_files import task_folder
 from ..format.tree import CARD_FILE, FIGURES_FOLDER
-from ..state import Phase, SubspaceState, TaskScore, sketch_of, step_tags
+from ..state import Phase, SubspaceState, TaskScore, row_names, sketch_of, step_tags
 from ..subspace import AuditReport, audit_layers
 from ..version import __version__
 from .figures import CAPTIONS
@@ -285,7 +285,10 @@ def _matrix(state: SubspaceState) -> dict[str, Any] | None:
         return None
     if len(names) > MAX_MATRIX_TASKS:
         return {"tasks": names, "rows": []}
-    rows = [{"task": names[i], "scores": [_number(value) for value in row]} for i, row in enumerate(matrix)]
+    rows = [
+        {"task": name, "scores": [_number(value) for value in row]}
+        for name, row in zip(row_names(state.metrics), matrix, strict=False)
+    ]
     return {"tasks": names, "rows": rows}
 
 

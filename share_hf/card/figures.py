@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from transformers.utils import logging
 
 from ..format.tree import FIGURES
-from ..state import SubspaceState
+from ..state import SubspaceState, row_names
 
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def _draw_matrix(state: SubspaceState, figure: Figure) -> None:
                     color = "black" if value > 0.6 else "white"
                     axes.text(j, i, f"{value:.2f}", ha="center", va="center", color=color)
     _name_some(axes.xaxis, tasks, rotation=45, ha="right")
-    _name_some(axes.yaxis, tasks[: len(matrix)])
+    _name_some(axes.yaxis, row_names(state.metrics))
     # As it is: a dollar sign begins no formula.
     axes.set_xlabel(f"{state.metrics.get('score', 'score')} on task", parse_math=False)
     axes.set_ylabel("after learning")

@@ -64,6 +64,9 @@ class ShareTrainingArguments(TrainingArguments):
         finetune_num_train_epochs (`float`, *optional*, defaults to `0`):
             Epochs in which a task's coefficients are trained after its merge (Sec. 3.2.3). With `max_steps`, any
             number over 0 adds the phase, which takes these steps.
+        samples_per_task (`int`, *optional*, defaults to `4`):
+            Of tasks that are learned together, how many samples of one lie beside each other: a batch of 32 mixes 8
+            tasks, and each takes its steps as if it were trained alone in batches of 4.
         evaluate_seen_tasks (`bool`, *optional*, defaults to `True`):
             Whether all tasks learned so far are evaluated after each task.
         evaluate_before (`bool`, *optional*, defaults to `False`):
@@ -101,6 +104,9 @@ class ShareTrainingArguments(TrainingArguments):
     finetune_num_train_epochs: float = field(
         default=0.0, metadata={"help": "Epochs of training a task's coefficients after its merge."}
     )
+    samples_per_task: int = field(
+        default=4, metadata={"help": "Samples of one task beside each other where tasks are learned together."}
+    )
     evaluate_seen_tasks: bool = field(
         default=True, metadata={"help": "Evaluate all tasks learned so far after each task."}
     )
@@ -121,6 +127,8 @@ class ShareTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.num_init_tasks < 1:
             raise ValueError(f"num_init_tasks is {self.num_init_tasks}, expected at least 1: a subspace needs a task")
+        if self.samples_per_task < 1:
+            raise ValueError(f"samples_per_task is {self.samples_per_task}, expected at least 1")
         if self.finetune_num_train_epochs < 0:
             raise ValueError(f"finetune_num_train_epochs is {self.finetune_num_train_epochs}, expected 0 or more")
         if self.init_num_train_epochs is not None and self.max_steps > 0:

@@ -7,7 +7,7 @@ rules it out by itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from transformers.trainer_pt_utils import LabelSmoother
 
 from ..tuner.head import layer_of_labels, shape_of
+from ..tuner.mixed_heads import MixedHead
 
 
 class LabelMask:
     """Sets the outputs of a classification head past a task's own labels to the lowest number there is.
 
-    The task is that of the active adapter, unless `of_task` says otherwise.
+    The task is that of the active adapter, or of each sample's adapter in a mixed batch, unless `of_task` says
+    otherwise.
 
     Args:
         model: A model for classification, with adapters or not.
@@ -63,11 +65,20 @@ class LabelMask:
         return self._num_labels_of(self._task or adapter)
 
     def _mask(self, module: ModulesToSaveWrapper, args: tuple[Any, ...], logits: Tensor) -> Tensor:
-        num_labels = self.num_labels_of(next(iter(module.active_adapters), ""))
-        if num_labels is None or num_labels >= logits.shape[-1]:
+        of_model = logits.shape[-1]
+        names = _names_of_samples(module, len(logits)) or module.active_adapters[:1] or [""]
+        limits = [of_model if (own := self.num_labels_of(name)) is None else own for name in names]
+        if min(limits) >= of_model:
             return logits
-        beyond = torch.arange(logits.shape[-1], device=logits.device) >= num_labels
+        limit = torch.tensor(limits, device=logits.device).view(-1, *[1] * (logits.ndim - 1))
+        beyond = torch.arange(of_model, device=logits.device) >= limit
         return logits.masked_fill(beyond, torch.finfo(logits.dtype).min)
+
+
+def _names_of_samples(module: ModulesToSaveWrapper, samples: int) -> list[str]:
+    """The task of each sample in a mixed batch; none where there is one task for all."""
+    batch = module.share_rows.current() if isinstance(module, MixedHead) else None
+    return [] if batch is None else batch.names_of(samples)
 
 
 class LabelSmootherOfTask:
@@ -75,13 +86,21 @@ class LabelSmootherOfTask:
 
     Args:
         smoother: The Trainer's, over all labels.
-        num_labels: Called for the number of labels of the task at work; None for all.
+        num_labels: Called for the number of labels of the task at work, or of the task of each sample in a mixed
+            batch; None for all.
     """
 
-    def __init__(self, smoother: LabelSmoother, num_labels: Callable[[], int | None]) -> None:
+    def __init__(self, smoother: LabelSmoother, num_labels: Callable[[], int | Sequence[int | None] | None]) -> None:
         self._smoother = smoother
         self._num_labels = num_labels
 
     def __call__(self, model_output: Any, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         logits = model_output["logits"] if isinstance(model_output, dict) else model_output[0]
-        return self._smoother({"logits": logits[..., : self._num_labels()]}, labels, *args, **kwargs)
+        limits = self._num_labels()
+        if limits is None or isinstance(limits, int):
+            return self._smoother({"logits": logits[..., :limits]}, labels, *args, **kwargs)
+        losses = []
+        for limit in dict.fromkeys(limits):
+            rows = torch.tensor([own == limit for own in limits], device=logits.device)
+            losses.append(self._smoother({"logits": logits[rows][..., :limit]}, labels[rows], *args, **kwargs))
+        return torch.stack(losses).sum()

@@ -191,7 +191,7 @@ class PhaseTrainer(Trainer):
         folder = output_dir if output_dir is not None else self.args.output_dir
         trained = self.engine.gather()
         if self.args.should_save:
-            adapters = [self.model.active_adapter] if _internal_call else None
+            adapters = self.model.active_adapters if _internal_call else None
             state_dict = trained if _internal_call else None
             self.model.save_pretrained(folder, selected_adapters=adapters, state_dict=state_dict)
             if self.processing_class is not None:

@@ -7,6 +7,7 @@ A phase is one optimizer run. `init` trains free factors, `adapt` temporary fact
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 
 import torch
 from peft import PeftModel, TaskType, get_peft_model
@@ -99,6 +100,19 @@ def with_adapters(model: nn.Module, state: SubspaceState, share_config: ShareCon
     return peft_model
 
 
+def begin_group(
+    model: PeftModel, state: SubspaceState, tasks: Sequence[str], phase: Phase, config: ShareConfig
+) -> None:
+    """Make `tasks` the adapters of the model that are trained, together; the rest as for `begin_phase`."""
+    if len(tasks) == 1:
+        begin_phase(model, state, tasks[0], phase, config)
+        return
+    for task in tasks:
+        _prepare(model, state, task, phase, config)
+    model.set_adapter(tasks[0])
+    model.base_model.set_adapter(list(tasks))
+
+
 def begin_phase(model: PeftModel, state: SubspaceState, task: str, phase: Phase, config: ShareConfig) -> None:
     """Make `task` the one adapter of the model that is trained, in this phase.
 
@@ -109,6 +123,15 @@ def begin_phase(model: PeftModel, state: SubspaceState, task: str, phase: Phase,
         phase: What of the task is trained.
         config: What new tasks are configured by.
     """
+    _prepare(model, state, task, phase, config)
+    model.set_adapter(task)
+    if PLACEHOLDER in model.peft_config and task != PLACEHOLDER:
+        model.delete_adapter(PLACEHOLDER)
+        model.set_adapter(task)
+
+
+def _prepare(model: PeftModel, state: SubspaceState, task: str, phase: Phase, config: ShareConfig) -> None:
+    """Give the model what a phase trains of a task, as of `begin_phase`."""
     if phase == Phase.FINETUNE:
         for module, layer in share_layers(model).items():
             if state.layers[module].has(task):
@@ -118,16 +141,16 @@ def begin_phase(model: PeftModel, state: SubspaceState, task: str, phase: Phase,
             if len(model.peft_config) == 1:  # a first task that was broken off; PEFT cannot be without any
                 with torch.random.fork_rng(devices=[]):
                     model.add_adapter(PLACEHOLDER, copy.deepcopy(config))
+            if (
+                len(model.active_adapters) > 1
+            ):  # a group that was broken off; PEFT deletes none of several active heads
+                model.set_adapter(model.active_adapters[0])
             model.delete_adapter(task)
         task_config = copy.deepcopy(config)
         task_config.phase, task_config.inference_mode = phase, False
         if state.layers:
             task_config.origin = GivenBases(bases_of(state.layers))
         model.add_adapter(task, task_config)
-    model.set_adapter(task)
-    if PLACEHOLDER in model.peft_config and task != PLACEHOLDER:
-        model.delete_adapter(PLACEHOLDER)
-        model.set_adapter(task)
 
 
 def take_merged(
@@ -164,22 +187,21 @@ def take_merged(
 
 
 def take_coefficients(
-    model: PeftModel, state: SubspaceState, task: str, info: TaskInfo, *, held: SubspaceState | None = None
+    model: PeftModel, state: SubspaceState, infos: Mapping[str, TaskInfo], *, held: SubspaceState | None = None
 ) -> SubspaceState:
     """Take coefficients that were trained in the basis of the subspace as they are, and give the model the result.
 
     Args:
-        model: Was trained on the task.
+        model: Was trained on the tasks.
         state: The subspace so far.
-        task: Name of the task.
-        info: What is known of it.
+        infos: What is known of each task.
         held: As for `load_tasks`.
 
     Raises:
         ValueError: If what was trained is not finite; naming the task. State and model are as before.
     """
-    learned = with_learned_coefficients(state, task, coefficients_of(model, task), info)
-    load_tasks(model, learned, held=held, trained=task)
+    learned = with_learned_coefficients(state, {task: coefficients_of(model, task) for task in infos}, infos)
+    load_tasks(model, learned, held=held, trained=infos)
     return learned
 
 

@@ -23,7 +23,8 @@ class StreamPosition:
 
     Args:
         position: How many tasks are done.
-        task: The task in work, None between tasks.
+        task: The task in work, or the first of several; None between tasks.
+        together: The tasks in work where several are learned together.
         stage: What is being done with it.
         steps: Length of the subspace's lineage when the stage began. A saved subspace that is one step longer has the
             result of the stage in it.
@@ -36,6 +37,7 @@ class StreamPosition:
 
     position: int = 0
     task: str | None = None
+    together: list[str] = field(default_factory=list)
     stage: Stage = "learn"
     steps: int = 0
     trained_steps: int = 0
@@ -61,20 +63,29 @@ class StreamPosition:
         if not isinstance(self.marks_phases, bool):
             raise ValueError(f"marks_phases is {self.marks_phases!r}, expected true or false")
         metrics = ContinualMetrics() if self.metrics is None else ContinualMetrics.from_dict(self.metrics)
-        if len(metrics.matrix) != self.position:
+        if metrics.learned != self.position:
             raise ValueError(
-                f"position is {self.position}, but metrics has {len(metrics.matrix)} rows, expected as many"
+                f"position is {self.position}, but metrics has rows of {metrics.learned} tasks, expected as many"
             )
-        if self.task is not None and self.metrics is not None and metrics.tasks[self.position :] != [self.task]:
+        if not isinstance(self.together, list) or not all(isinstance(task, str) for task in self.together):
+            raise ValueError(f"together is {self.together!r}, expected a list of names")
+        if self.together and self.task != self.together[0]:
+            raise ValueError(f"together is {self.together}, expected {self.task!r} as the first of them")
+        if self.task is not None and self.metrics is not None and metrics.tasks[self.position :] != self.in_work:
             raise ValueError(
-                f"metrics has tasks {metrics.tasks}, expected {self.task!r} after {self.position} of them"
+                f"metrics has tasks {metrics.tasks}, expected {self.in_work} after {self.position} of them"
             )
 
     @property
     def tasks(self) -> list[str]:
         """The tasks that were learned, and the one in work, in their order."""
         learned = list((self.metrics or {}).get("tasks", ()))[: self.position]
-        return learned if self.task is None else [*learned, self.task]
+        return [*learned, *self.in_work]
+
+    @property
+    def in_work(self) -> list[str]:
+        """The task in work, or the tasks that are learned together; none between tasks."""
+        return self.together or ([] if self.task is None else [self.task])
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..state import ContinualMetrics
+from ..state import ContinualMetrics, mean_score, row_names
 
 
 class StreamProgressCallback(TrainerCallback):
@@ -49,14 +49,14 @@ class StreamProgressCallback(TrainerCallback):
             self._bar = None
 
     def task_line(self, metrics: ContinualMetrics, learned_by: str, seconds: float) -> None:
-        """Print what became of the newest task, and of those before it."""
-        j = len(metrics.matrix) - 1
-        task, row = metrics.tasks[j], metrics.matrix[j]
-        before = metrics.baseline[j] if j < len(metrics.baseline) else None
-        parts = [f"{j + 1:3d} {task:<16s} {learned_by:<12s}"]
-        if row[j] is not None:
-            parts.append(f"{metrics.score} " + (f"{before:.3f} -> " if before is not None else "") + f"{row[j]:.3f}")
-        if j and metrics.average is not None:
+        """Print what became of the newest task, or of several that were learned together, and of those before it."""
+        name, row = row_names(metrics.as_dict())[-1], metrics.matrix[-1]
+        first, done = metrics.learned - (metrics.row_sizes or [1])[-1], metrics.learned
+        before, score = (mean_score(scores[first:done]) for scores in (metrics.baseline, row))
+        parts = [f"{done:3d} {name:<16s} {learned_by:<12s}"]
+        if score is not None:
+            parts.append(f"{metrics.score} " + (f"{before:.3f} -> " if before is not None else "") + f"{score:.3f}")
+        if first and metrics.average is not None:
             parts.append(f"average {metrics.average:.3f}  forgetting {metrics.forgetting or 0.0:+.3f}")
         parts.append(f"drift {max(metrics.drift.values(), default=0.0):.3f}")
         parts.append(f"{seconds:.0f} s")

@@ -21,6 +21,7 @@ from .fingerprints import WeightsFingerprint, as_json, data_fingerprint, weights
 # Arguments that decide what a phase learns; versions of transformers differ in what they have.
 _ARGUMENTS = (
     *("method", "num_init_tasks", "score_metric", "max_steps", "seed", "data_seed", "full_determinism"),
+    "samples_per_task",
     *("learning_rate", "init_learning_rate", "finetune_learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs"),
     *("num_train_epochs", "init_num_train_epochs", "finetune_num_train_epochs", "warmup_steps", "warmup_ratio"),
     *("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),

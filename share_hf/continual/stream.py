@@ -118,7 +118,7 @@ class Stream:
 
     def is_done(self, task: str) -> bool:
         """Whether the subspace has a task, and nothing of its learning was interrupted."""
-        return task in self.state.tasks and (self._interrupted is None or self._interrupted.task != task)
+        return task in self.state.tasks and (self._interrupted is None or task not in self._interrupted.in_work)
 
     def check_next(self, task: str) -> None:
         """Refuse to learn a task while another one is merged and not finished; warn if it is not merged either.
@@ -129,6 +129,11 @@ class Stream:
         left = self._interrupted
         if left is None or left.task in (None, task):
             return
+        if left.together and left.task in self.state.tasks:
+            raise ValueError(
+                f"{self.folder}: the stream was interrupted after it had learned {left.together} together, expected "
+                f"train(resume_from_checkpoint=True) of a trainer with them before {task!r}, to finish them"
+            )
         if left.task in self.state.tasks:
             raise ValueError(
                 f"{self.folder}: the stream was interrupted after the merge of task {left.task!r}, expected "
@@ -140,24 +145,24 @@ class Stream:
                 *(self.folder, left.task, task),
             )
 
-    def take_up(self, task: str, data: TaskSplits) -> Stage | None:
-        """Begin a task, or go on with it where it was interrupted.
+    def take_up(self, data: Mapping[str, TaskSplits]) -> Stage | None:
+        """Begin a task, or several that are learned together, or go on where this was interrupted.
 
         Args:
-            task: Its name.
-            data: What it is learned from.
+            data: By task, what it is learned from.
 
         Returns:
             The stage in which it was interrupted, None for a task that begins.
         """
         interrupted, self._interrupted = self._interrupted, None
-        stage = interrupted.stage if interrupted is not None and interrupted.task == task else None
+        stage = interrupted.stage if interrupted is not None and interrupted.in_work == list(data) else None
         if stage is None:
             self._resumed = None
-        self.awaited.discard(task)
-        self.metrics.add_task(task)
+        self.awaited -= data.keys()
+        self.metrics.add_tasks(list(data))
         if stage in (None, "learn"):
-            self._record = replace(self._record, data={**self._record.data, task: data_record(data)})
+            records = {task: data_record(splits) for task, splits in data.items()}
+            self._record = replace(self._record, data={**self._record.data, **records})
         return stage
 
     def compare_data(self, task: str, data: TaskSplits) -> None:
@@ -167,20 +172,27 @@ class Stream:
             self._resumed = None
 
     def save_position(
-        self, done: int, trained_steps: int, task: str | None = None, stage: Stage = "learn", *, phase_steps: int = 0
+        self,
+        done: int,
+        trained_steps: int,
+        tasks: Sequence[str] = (),
+        stage: Stage = "learn",
+        *,
+        phase_steps: int = 0,
     ) -> None:
         """Write down how far the stream has come.
 
         Args:
             done: How many tasks are done.
             trained_steps: Steps of the optimizer in the phases that are done, that of this stage included.
-            task: The task in work.
+            tasks: The task in work, or those that are learned together.
             stage: What is being done with it.
             phase_steps: Steps of the stage's own phase, when it is trained and only has to be taken.
         """
         position = StreamPosition(
             position=done,
-            task=task,
+            task=next(iter(tasks), None),
+            together=list(tasks) if len(tasks) > 1 else [],
             stage=stage,
             steps=len(self.state.lineage),
             trained_steps=trained_steps - phase_steps,
@@ -309,10 +321,11 @@ def _check_order(folder: Path, begun: StreamPosition, order: Sequence[str]) -> N
 
     Those that are missing at the end may still be learned one by one.
     """
-    at_its_place = order[begun.position : begun.position + 1]
-    if begun.task is not None and at_its_place not in ([], [begun.task]):
+    at_their_place = order[begun.position : begun.position + len(begun.in_work)]
+    if at_their_place not in ([], begun.in_work):
+        in_work = ", ".join(map(repr, begun.in_work))
         raise ValueError(
-            f"{folder}: the stream was at task {begun.task!r}, number {begun.position + 1}, but tasks is {order}"
+            f"{folder}: the stream was at task {in_work}, number {begun.position + 1}, but tasks is {order}"
         )
     learned = begun.tasks[: begun.position]
     if learned[: len(order)] != order[: begun.position]:
@@ -338,7 +351,7 @@ def _is_changed_stream(
         for task, splits in tasks.items()
         if task in begun.record.data
     }
-    return bool(arguments) or data.get(begun.task, False)
+    return bool(arguments) or any(data.get(task, False) for task in begun.in_work)
 
 
 def _is_changed(folder: Path, task: str, found: Mapping[str, str | None], data: TaskSplits) -> bool:

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from ..engines import together
 from ..format.base_model import base_name
-from ..state import Phase, SubspaceState, measured
+from ..state import Phase, SubspaceState, TaskInfo, measured
 from ..subspace import DriftToleranceError, MergeReport
 from ..tuner import ShareConfig
 from ..tuner.head import layer_of_labels, rule_out_labels
@@ -26,12 +26,12 @@ from ..tuner.transfer import load_bases, load_tasks
 from .arguments import ShareTrainingArguments, arguments_of_phase
 from .checkpoints import empty_phase
 from .data import TaskDetails, TaskSplits, is_streamed, naming_used_up_streams, used_up
+from .group_trainer import MOST_LOGGED_TASKS, GroupTrainer
 from .labels import LabelMask, LabelSmootherOfTask
-from .phase_trainer import PhaseTrainer
 from .phases import (
     PLACEHOLDER,
     RefusedTaskError,
-    begin_phase,
+    begin_group,
     describe_task,
     put_back,
     take_coefficients,
@@ -41,17 +41,16 @@ from .position import STREAM_STATE_FILE, Stage
 from .progress import StreamProgressCallback
 from .scoring import Scorer, TaskScorer
 from .stream import Stream
+from .together import Unit, units_of
 
 
 logger = logging.get_logger(__name__)
 
-# Past this number, the curves of single tasks are no longer logged: `metrics` and the tree have them.
-MOST_LOGGED_TASKS = 50
 
-
-class TaskTrainer(PhaseTrainer):
+class TaskTrainer(GroupTrainer):
     """
-    Learns tasks: each in one or two phases, whose results are taken into the subspace and saved, and then scored.
+    Learns tasks: each, or several together, in one or two phases, whose results are taken into the subspace and saved,
+    and then scored.
 
     Args:
         model ([`~peft.PeftModel`]): With the tasks of the stream's subspace as adapters, or a placeholder.
@@ -59,6 +58,7 @@ class TaskTrainer(PhaseTrainer):
         stream ([`Stream`]): What the stream has come to.
         share_config ([`ShareConfig`]): What new tasks are configured by.
         tasks (`dict[str, TaskSplits]`): The data of the tasks.
+        groups (`list[tuple[str, ...]]`): The tasks that are learned together.
         details (`dict[str, TaskDetails]`): What else is known of them.
         dataset_ids (`Mapping[str, str]`): By task, the hub id of its data set.
         task_scorer (`Callable`, *optional*): As of [`ShareTrainer`].
@@ -75,6 +75,7 @@ class TaskTrainer(PhaseTrainer):
         stream: Stream,
         share_config: ShareConfig,
         tasks: dict[str, TaskSplits],
+        groups: list[Unit],
         details: dict[str, TaskDetails],
         dataset_ids: Mapping[str, str],
         task_scorer: TaskScorer | None,
@@ -83,65 +84,75 @@ class TaskTrainer(PhaseTrainer):
         super().__init__(model, args, **kwargs)
         self.share_config = share_config
         self.tasks = tasks
+        self._groups = groups
         self._stream = stream
         self._details = details
         self._dataset_ids = dict(dataset_ids)
         self._merge_report: MergeReport | None = None
         self._label_mask = LabelMask(model, self._num_labels_of)
         if self.label_smoother is not None:
-            self.label_smoother = LabelSmootherOfTask(
-                self.label_smoother, lambda: self._label_mask.num_labels_of(self.model.active_adapter)
-            )
+            self.label_smoother = LabelSmootherOfTask(self.label_smoother, self._labels_at_work)
         self._scorer = Scorer(self, self._label_mask, task_scorer, args.score_metric)
         self._progress = StreamProgressCallback()
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(self._progress)
 
-    def _learn(self, name: str) -> Iterator[TrainOutput]:
-        """The stages of one task: learn and merge, finetune, evaluate. Yields the outcome of each phase."""
+    @property
+    def _units(self) -> list[Unit]:
+        """The tasks in their order, those together that are learned together."""
+        return units_of(self.tasks, self._groups)
+
+    def _learn(self, tasks: Unit) -> Iterator[TrainOutput]:
+        """The stages of one task, or of several together: learn and merge, finetune, evaluate.
+
+        Yields:
+            The outcome of each phase.
+        """
         started = time.monotonic()
         self._recover()
         self._stream.begin()
-        resumed_stage = self._stream.take_up(name, self.tasks[name])
+        resumed_stage = self._stream.take_up({name: self.tasks[name] for name in tasks})
         if resumed_stage is None:
-            self._evaluate_before(name)
+            for name in tasks:
+                self._evaluate_before(name)
         if resumed_stage in (None, "learn"):
-            yield self._learn_in(self._next_phase(), name, "learn")
+            yield self._learn_in(Phase.COEFFICIENTS if len(tasks) > 1 else self._next_phase(), tasks, "learn")
         if resumed_stage != "evaluate" and self.args.finetune_num_train_epochs > 0:
-            yield self._learn_in(Phase.FINETUNE, name, "finetune")
-        position = self._position_of(name)
-        self._stream.save_position(position, self.trained_steps, name, "evaluate")
-        self._evaluate_after(name)
+            yield self._learn_in(Phase.FINETUNE, tasks, "finetune")
+        position = self._position_of(tasks)
+        self._stream.save_position(position, self.trained_steps, tasks, "evaluate")
+        self._evaluate_after(tasks)
         self._stream.save_subspace(draft=False)
-        self._stream.save_position(position + 1, self.trained_steps)
+        self._stream.save_position(position + len(tasks), self.trained_steps)
         if self.is_world_process_zero() and not self.args.disable_tqdm:
-            learned_by = self._stream.state.tasks[name].learned_by
+            learned_by = self._stream.state.tasks[tasks[0]].learned_by
             self._progress.task_line(self._stream.metrics, learned_by, time.monotonic() - started)
 
-    def _learn_in(self, phase: Phase, name: str, stage: Stage) -> TrainOutput:
-        """One phase of a task, and what it trained taken into the subspace."""
-        position = self._position_of(name)
-        self._stream.save_position(position, self.trained_steps, name, stage)
-        output = self._train_phase(name, phase)
-        self._stream.save_position(position, self.trained_steps, name, stage, phase_steps=output.global_step)
+    def _learn_in(self, phase: Phase, tasks: Unit, stage: Stage) -> TrainOutput:
+        """One phase of a task or of several together, and what it trained taken into the subspace."""
+        position = self._position_of(tasks)
+        self._stream.save_position(position, self.trained_steps, tasks, stage)
+        output = self._train_phase(tasks, phase)
+        self._stream.save_position(position, self.trained_steps, tasks, stage, phase_steps=output.global_step)
         try:
-            self._take(name, phase)
+            self._take(tasks, phase)
         except DriftToleranceError:
             raise
         except ValueError as error:
-            self._forget_phase(name, phase, stage, output.global_step)
+            self._forget_phase(tasks, phase, stage, output.global_step)
             raise RefusedTaskError(str(error)) from error
         return output
 
-    def _forget_phase(self, name: str, phase: Phase, stage: Stage, steps: int) -> None:
+    def _forget_phase(self, tasks: Unit, phase: Phase, stage: Stage, steps: int) -> None:
         """Begin a phase anew when it is resumed: what it trained is refused, and so are its checkpoints."""
-        position, stream = self._position_of(name), self._stream
-        put_back(self.model, stream.state, name, self.share_config)
-        folder = stream.phase_folder(position, name, phase)
+        position, stream = self._position_of(tasks), self._stream
+        for name in tasks:
+            put_back(self.model, stream.state, name, self.share_config)
+        folder = stream.phase_folder(position, _title(tasks), phase)
         together(lambda: self.args.should_save and empty_phase(folder))
         self.trained_steps -= steps
-        stream.save_position(position, self.trained_steps, name, stage)
+        stream.save_position(position, self.trained_steps, tasks, stage)
 
     def _recover(self) -> None:
         """Put the tasks of the model back as they are in the subspace, if a phase was broken off."""
@@ -171,6 +182,11 @@ class TaskTrainer(PhaseTrainer):
         self._load_subspace(self._stream.state)
         self.trained_steps = begun.trained_steps
         logger.info("Resuming at task %d (%s, %s)", begun.position + 1, begun.task, begun.stage)
+        if begun.in_work not in ([], *map(list, self._units)) and begun.in_work[0] in self.tasks:
+            raise ValueError(
+                f"{folder}: the stream was interrupted in {begun.in_work}, expected these learned together as before, "
+                f"but they are learned as {self._units}"
+            )
         if begun.task in self._stream.awaited and self.is_world_process_zero():
             logger.warning(
                 "%s: the stream was interrupted in task %r, which is not among tasks; learn_task(%r, ...) goes on.",
@@ -193,46 +209,43 @@ class TaskTrainer(PhaseTrainer):
             return Phase.INIT
         return Phase.ADAPT if self.args.method == "share" else Phase.COEFFICIENTS
 
-    def _train_phase(self, name: str, phase: Phase) -> TrainOutput:
-        position = self._position_of(name)
+    def _train_phase(self, tasks: Unit, phase: Phase) -> TrainOutput:
+        position = self._position_of(tasks)
         # A phase depends on the seed and its place alone, so that one that is run again runs the same.
         set_seed(self.args.seed + 2 * position + (phase == Phase.FINETUNE))
-        begin_phase(self.model, self._stream.state, name, phase, self.share_config)
+        begin_group(self.model, self._stream.state, tasks, phase, self.share_config)
         self._label_mask.attach(self.model)
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        self._stream.metrics.parameters[phase] = trained
-        self._progress.title = f"{name} [{phase}]"
-        if self._details[name].selection is not None:
-            self.eval_dataset = self._details[name].selection
-        folder = self._stream.phase_folder(position, name, phase)
-        with naming_used_up_streams(name):
-            output = self.run_phase(
-                arguments_of_phase(self.args, phase, folder),
-                self.tasks[name].train,
-                self._stream.resumed_phase(folder),
-            )
+        self._stream.metrics.parameters[phase] = trained // len(tasks)
+        title = _title(tasks)
+        self._progress.title = f"{title} [{phase}]"
+        if self._details[tasks[0]].selection is not None:
+            self.eval_dataset = self._details[tasks[0]].selection
+        folder = self._stream.phase_folder(position, title, phase)
+        args, resumed = arguments_of_phase(self.args, phase, folder), self._stream.resumed_phase(folder)
+        data = {name: self.tasks[name].train for name in tasks}
+        with naming_used_up_streams(title):
+            if len(tasks) > 1:
+                output = self.run_group(args, data, resumed)
+            else:
+                output = self.run_phase(args, data[tasks[0]], resumed)
         # With `auto_find_batch_size`, smaller than it was asked for.
         batch = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         self._stream.metrics.training["train_batch_size"] = batch
-        if output.global_step == 0 and is_streamed(self.tasks[name].train):
-            raise ValueError(used_up(name))
+        if output.global_step == 0 and is_streamed(data[tasks[0]]):
+            raise ValueError(used_up(title))
         return output
 
-    def _take(self, name: str, phase: Phase) -> None:
+    def _take(self, tasks: Unit, phase: Phase) -> None:
         """Take what a phase trained into the subspace, and save it."""
-        stream, details = self._stream, self._details[name]
+        stream = self._stream
         held = stream.state if self.engine.keeps_idle_adapters else None
-        learned_by = stream.state.tasks[name].learned_by if phase == Phase.FINETUNE else phase
-        info = describe_task(self.model, name, learned_by, details.label_names)
-        info = replace(info, dataset=self._dataset_ids.get(name))
-        if phase == Phase.FINETUNE:
-            info = replace(info, initialization=stream.state.tasks[name].initialization)
-        if details.num_labels is not None:
-            info = replace(info, head=self._with_own_labels(info.head, details.num_labels))
+        infos = {name: self._info_of(name, phase) for name in tasks}
         if phase in (Phase.COEFFICIENTS, Phase.FINETUNE):
-            stream.state = take_coefficients(self.model, stream.state, name, info, held=held)
+            stream.state = take_coefficients(self.model, stream.state, infos, held=held)
         else:
             progress = not self.args.disable_tqdm and self.is_world_process_zero()
+            ((name, info),) = infos.items()
             stream.state, report = take_merged(self.model, stream.state, name, info, held=held, progress=progress)
             self._merge_report = report
             self._log_merge(report)
@@ -240,6 +253,18 @@ class TaskTrainer(PhaseTrainer):
             base = base_name(getattr(self.model.get_base_model(), "name_or_path", None))
             stream.state = replace(stream.state, base_model_name_or_path=base)
         stream.save_subspace()
+
+    def _info_of(self, name: str, phase: Phase) -> TaskInfo:
+        """What is known of a task that a phase has trained."""
+        stream, details = self._stream, self._details[name]
+        learned_by = stream.state.tasks[name].learned_by if phase == Phase.FINETUNE else phase
+        info = describe_task(self.model, name, learned_by, details.label_names)
+        info = replace(info, dataset=self._dataset_ids.get(name))
+        if phase == Phase.FINETUNE:
+            info = replace(info, initialization=stream.state.tasks[name].initialization)
+        if details.num_labels is not None:
+            info = replace(info, head=self._with_own_labels(info.head, details.num_labels))
+        return info
 
     def _with_own_labels(self, head: Mapping[str, Tensor], num_labels: int) -> dict[str, Tensor]:
         """A head that never predicts labels past the task's own, whatever loads it."""
@@ -283,27 +308,29 @@ class TaskTrainer(PhaseTrainer):
         if not self.args.evaluate_before or self.tasks[name].evaluation is None:
             return
         newest = next(reversed(self._stream.state.tasks), PLACEHOLDER)
+        column = metrics.tasks.index(name)
         with self.model.disable_adapter():
-            metrics.baseline[-1] = self._score(name, newest)
+            metrics.baseline[column] = self._score(name, newest)
         if metrics.matrix:
-            metrics.matrix[-1][-1] = self._score(name, newest)
+            metrics.matrix[-1][column] = self._score(name, newest)
 
-    def _evaluate_after(self, name: str) -> None:
+    def _evaluate_after(self, tasks: Unit) -> None:
         """One more row of the matrix, and what else is kept of the stream."""
         stream, metrics = self._stream, self._stream.metrics
-        evaluated = metrics.tasks if self.args.evaluate_seen_tasks else [name]
+        evaluated = set(metrics.tasks if self.args.evaluate_seen_tasks else tasks)
         row = [self._score(task) if task in evaluated and self._is_scored(task) else None for task in metrics.tasks]
-        metrics.matrix.append(row)
-        own = row[metrics.tasks.index(name)]
-        if own is not None:
-            tasks = stream.state.tasks
-            scored = replace(tasks[name], scores={metrics.score: own})
-            stream.state = replace(stream.state, tasks={**tasks, name: scored})
+        metrics.add_row(row, len(tasks))
+        scores = dict(zip(metrics.tasks, row, strict=True))
+        infos = dict(stream.state.tasks)
+        for name in tasks:
+            if scores[name] is not None:
+                infos[name] = replace(infos[name], scores={metrics.score: scores[name]})
+        stream.state = replace(stream.state, tasks=infos)
         metrics.drift = stream.state.drifts()
         logs = {mean: getattr(metrics, mean) for mean in ("average", "forgetting", "backward_transfer")}
         logs["max_drift"] = max(metrics.drift.values())
         if len(metrics.tasks) <= MOST_LOGGED_TASKS:
-            logs |= {f"{metrics.score}/{task}": score for task, score in zip(metrics.tasks, row, strict=True)}
+            logs |= {f"{metrics.score}/{task}": score for task, score in scores.items()}
             logs |= {f"drift/{task}": drift for task, drift in metrics.drift.items()}
         logs |= {f"trainable_parameters/{phase}": count for phase, count in metrics.parameters.items()}
         self._log_stream({log: value for log, value in logs.items() if value is not None})
@@ -315,6 +342,17 @@ class TaskTrainer(PhaseTrainer):
     def _num_labels_of(self, task: str) -> int | None:
         return self._details[task].num_labels if task in self._details else None
 
-    def _position_of(self, name: str) -> int:
-        """How many tasks of the stream were learned before this one."""
-        return self._stream.metrics.tasks.index(name)
+    def _labels_at_work(self) -> int | list[int | None] | None:
+        """Number of labels of the active task, or of the task of each sample of a batch that mixes them."""
+        if self._group is not None:
+            return [self._label_mask.num_labels_of(name) for name in self._group.names]
+        return self._label_mask.num_labels_of(self.model.active_adapter)
+
+    def _position_of(self, tasks: Unit) -> int:
+        """How many tasks of the stream were learned before these."""
+        return self._stream.metrics.tasks.index(tasks[0])
+
+
+def _title(tasks: Unit) -> str:
+    """What a phase is called, after its task or the first of several."""
+    return tasks[0] if len(tasks) == 1 else f"{tasks[0]}+{len(tasks) - 1}"

@@ -43,6 +43,7 @@ from .record import arguments_record, doubt_of_base_model, record_of
 from .scoring import TaskScorer
 from .stream import Stream
 from .task_trainer import TaskTrainer
+from .together import Together, Unit, check_can_train_together, groups_of
 
 
 logger = logging.get_logger(__name__)
@@ -70,6 +71,10 @@ class ShareTrainer(TaskTrainer):
             split is learned; the `test` split, or else `validation` or `eval`, scores the task. With `eval_strategy`,
             `validation` or `eval`, or else `test`, is evaluated while it trains, unless `eval_dataset` is given. Data
             that is streamed needs `max_steps` and, for a classification, a `ClassLabel` that tells its labels.
+        together (`Sequence[str]` or `Sequence[Sequence[str]]`, *optional*):
+            Names of `tasks` that follow one another, or several such lists: each list is learned in one run, from
+            batches that mix its tasks, with the result that each task alone would have on the samples that it saw.
+            Needs `method="coefficients"` and a basis; see `samples_per_task`.
         subspace ([`SharedSubspace`], *optional*):
             A subspace to continue. Its tasks stay.
         adapters (`Mapping[str, str]` or `Sequence[str]`, *optional*):
@@ -94,6 +99,7 @@ class ShareTrainer(TaskTrainer):
         share_config: ShareConfig | None = None,
         tasks: Mapping[str, TaskData] | None = None,
         *,
+        together: Together | None = None,
         subspace: SharedSubspace | None = None,
         adapters: Adapters | None = None,
         dataset_ids: Mapping[str, str] | None = None,
@@ -138,6 +144,7 @@ class ShareTrainer(TaskTrainer):
         for name, data in (tasks or {}).items():
             check_task_name(name, [*state.tasks, *splits])
             splits[name], details[name] = self._read_task(name, data)
+        groups = groups_of(splits, together, args, known=len(state.tasks))
         if is_classifier and "compute_metrics" not in kwargs:
             if args.batch_eval_metrics:
                 raise ValueError(
@@ -162,11 +169,14 @@ class ShareTrainer(TaskTrainer):
             stream=stream,
             share_config=share_config,
             tasks=splits,
+            groups=groups,
             details=details,
             dataset_ids=dataset_ids or {},
             task_scorer=task_scorer,
             **kwargs,
         )
+        if groups:
+            check_can_train_together(self, groups, splits)
         if self._selects:
             self.eval_dataset = None  # until there is a task
         if is_classifier:
@@ -225,7 +235,7 @@ class ShareTrainer(TaskTrainer):
         with self._stream.at_work():
             if resume_from_checkpoint:
                 self._restore(resume_from_checkpoint)
-            outputs = [output for name in self.tasks for output in self._learn_unless_done(name)]
+            outputs = [output for unit in self._units for output in self._learn_unless_done(unit)]
             if self.args.push_to_hub:
                 self.push_to_hub()
         steps = sum(output.global_step for output in outputs)
@@ -278,12 +288,12 @@ class ShareTrainer(TaskTrainer):
                 self._learn_or_withdraw(name)
         return self._merge_report
 
-    def _learn_unless_done(self, name: str) -> list[TrainOutput]:
-        """Learn one of `tasks`; without the phases that the stream has come through already."""
-        if self._stream.is_done(name):
+    def _learn_unless_done(self, unit: Unit) -> list[TrainOutput]:
+        """Learn one or several of `tasks`; without the phases that the stream has come through already."""
+        if all(self._stream.is_done(name) for name in unit):
             return []
-        outputs = list(self._learn(name))
-        upcoming = list(self.tasks)[list(self.tasks).index(name) + 1 :]
+        outputs = list(self._learn(unit))
+        upcoming = list(self.tasks)[list(self.tasks).index(unit[-1]) + 1 :]
         if self.args.push_to_hub and self.args.hub_strategy == HubStrategy.EVERY_SAVE and upcoming:
             self._push_while_training(upcoming_tasks=upcoming)
         return outputs
@@ -292,7 +302,7 @@ class ShareTrainer(TaskTrainer):
         """Learn a task that came by itself; whatever ends this before its merge leaves the trainer without it."""
         state, metrics = self._stream.state, copy.deepcopy(self._stream.metrics)
         try:
-            for _ in self._learn(name):
+            for _ in self._learn((name,)):
                 pass
         except RefusedTaskError:
             # With a task that was merged, but did not survive its finetuning.
@@ -300,7 +310,7 @@ class ShareTrainer(TaskTrainer):
             load_tasks(self.model, state)
             self._withdraw_task(name)
             self._stream.save_subspace(draft=False)
-            self._stream.save_position(len(metrics.matrix), self.trained_steps)
+            self._stream.save_position(metrics.learned, self.trained_steps)
             raise
         except BaseException:
             if name not in self._stream.state.tasks:

@@ -9,7 +9,7 @@ from .reconcile import extends, reconcile
 from .refit import check_original, refitted
 from .report import SubspaceReport, TaskReport, report_of
 from .same_tasks import earlier_names
-from .scores import ContinualMetrics, TaskScore, combined_metrics, measured
+from .scores import ContinualMetrics, TaskScore, combined_metrics, mean_score, measured, row_names
 from .state import (
     SubspaceState,
     TaskInfo,
@@ -41,6 +41,7 @@ __all__ = [
     "hub_originals",
     "initialization_of",
     "initializations_of",
+    "mean_score",
     "measured",
     "merge_tasks",
     "of_experts",
@@ -50,6 +51,7 @@ __all__ = [
     "renamings",
     "report_of",
     "rounded",
+    "row_names",
     "shared_steps",
     "sketch_of",
     "step_tags",

@@ -21,6 +21,12 @@ def measured(score: float | None) -> float | None:
     return score if score is not None and math.isfinite(score) else None
 
 
+def mean_score(values: Sequence[float | None]) -> float | None:
+    """The mean of what was measured; None where nothing was."""
+    known = [value for value in values if value is not None]
+    return measured(sum(known) / len(known)) if known else None
+
+
 def scores_in(metrics: Mapping[str, Any]) -> dict[str, TaskScore]:
     """The scores of the tasks that a stream measured.
 
@@ -28,21 +34,50 @@ def scores_in(metrics: Mapping[str, Any]) -> dict[str, TaskScore]:
         metrics: Those of the stream, as `ContinualMetrics.as_dict` has them; may be empty.
     """
     matrix, scores = metrics.get("matrix", []), {}
+    rows = rows_of_tasks(metrics)
     for j, task in enumerate(metrics.get("tasks", [])):
-        column = [row[j] for row in matrix[j:] if j < len(row) and row[j] is not None]
+        learned = rows[j] if j < len(rows) else len(matrix)
+        column = [row[j] for row in matrix[learned:] if j < len(row) and row[j] is not None]
         if column:
             scores[task] = TaskScore(metrics.get("score", "score"), column[0], column[-1])
     return scores
+
+
+def rows_of_tasks(metrics: Mapping[str, Any]) -> list[int]:
+    """By task that was learned, in their order, the row of the matrix that was measured after it.
+
+    Args:
+        metrics: As for `scores_in`.
+    """
+    sizes = metrics.get("row_sizes") or [1] * len(metrics.get("matrix", []))
+    return [i for i, size in enumerate(sizes) for _ in range(size)]
+
+
+def row_names(metrics: Mapping[str, Any]) -> list[str]:
+    """A name for each row of the matrix: of the task that was learned then, or of the first of several and how many.
+
+    Args:
+        metrics: As for `scores_in`.
+    """
+    of_rows: dict[int, list[str]] = {}
+    for task, row in zip(metrics.get("tasks", []), rows_of_tasks(metrics), strict=False):
+        of_rows.setdefault(row, []).append(task)
+    return [tasks[0] if len(tasks) == 1 else f"{tasks[0]} +{len(tasks) - 1}" for tasks in of_rows.values()]
 
 
 @dataclass
 class ContinualMetrics:
     """The matrix ``R[i][j]``, score on task j after learning task i, and what follows from it. Higher is better.
 
+    Tasks that were learned together share a row.
+
     Args:
         score: What the scores are, such as `"accuracy"`.
         tasks: In the order they were learned.
-        matrix: One row a learned task; an entry is None where it was not measured.
+        matrix: One row a learned task, or several that were learned together; an entry is None where it was not
+            measured.
+        row_sizes: How many tasks were learned when a row was measured, since the row before it; empty where each is
+            of one task.
         baseline: Score ``b_j`` of the model before any task was learned, None where it was not measured.
         drift: By task, its estimated drift after the last step.
         parameters: By phase, how many numbers were trained.
@@ -52,48 +87,67 @@ class ContinualMetrics:
     score: str = "accuracy"
     tasks: list[str] = field(default_factory=list)
     matrix: list[list[float | None]] = field(default_factory=list)
+    row_sizes: list[int] = field(default_factory=list)
     baseline: list[float | None] = field(default_factory=list)
     drift: dict[str, float] = field(default_factory=dict)
     parameters: dict[str, int] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def learned(self) -> int:
+        """How many tasks were learned."""
+        return len(self._rows)
+
+    @property
     def average(self) -> float | None:
         """Mean score over the tasks learned so far, after the last of them."""
-        return _mean(self.matrix[-1][: len(self.matrix)]) if self.matrix else None
+        return mean_score(self.matrix[-1][: self.learned]) if self.matrix else None
 
     @property
     def backward_transfer(self) -> float | None:
         """``BWT = mean_j<T (R[T][j] - R[j][j])``: negative where tasks got worse after they were learned."""
-        last = len(self.matrix) - 1
-        return _mean([_difference(self.matrix[last][j], self.matrix[j][j]) for j in range(last)])
+        return mean_score([_difference(self.matrix[-1][j], self.matrix[row][j]) for j, row in self._earlier])
 
     @property
     def forgetting(self) -> float | None:
         """Mean over old tasks of the best score they ever had before the last step, minus the score after it."""
-        last = len(self.matrix) - 1
         losses = []
-        for j in range(last):
-            earlier = [row[j] for row in self.matrix[j:last] if row[j] is not None]
-            losses.append(_difference(max(earlier, default=None), self.matrix[last][j]))
-        return _mean(losses)
+        for j, learned in self._earlier:
+            earlier = [row[j] for row in self.matrix[learned:-1] if row[j] is not None]
+            losses.append(_difference(max(earlier, default=None), self.matrix[-1][j]))
+        return mean_score(losses)
 
     @property
     def forward_transfer(self) -> float | None:
         """``FWT = mean_j>1 (R[j-1][j] - b_j)``: what the newest task's adapter does for the next task, unseen."""
-        seen = range(1, len(self.matrix))
-        return _mean([_difference(self.matrix[j - 1][j], self.baseline[j]) for j in seen])
+        later = [(j, row) for j, row in enumerate(self._rows) if row]
+        return mean_score([_difference(self.matrix[row - 1][j], self.baseline[j]) for j, row in later])
 
-    def add_task(self, name: str) -> None:
-        """A column for the task that is learned next, in place of one that was begun and has not come to its row."""
-        done = len(self.matrix)
-        if name in self.tasks[: done + 1]:
+    @property
+    def _rows(self) -> list[int]:
+        """The row of each learned task."""
+        return rows_of_tasks({"matrix": self.matrix, "row_sizes": self.row_sizes})
+
+    @property
+    def _earlier(self) -> list[tuple[int, int]]:
+        """Column and row of each task that was learned before the last row."""
+        return [(j, row) for j, row in enumerate(self._rows) if row < len(self.matrix) - 1]
+
+    def add_tasks(self, names: Sequence[str]) -> None:
+        """Columns for the tasks that are learned next, in place of what was begun and has not come to its row."""
+        done = self.learned
+        if self.tasks[done : done + len(names)] == list(names):
             return
         for columns in (self.tasks, self.baseline, *self.matrix):
             del columns[done:]
-        self.tasks.append(name)
+        self.tasks += names
         for row in (self.baseline, *self.matrix):
-            row.append(None)
+            row += [None] * len(names)
+
+    def add_row(self, scores: list[float | None], tasks: int) -> None:
+        """What was measured after so many tasks were learned, one or several together."""
+        self.row_sizes = _unless_single([*(self.row_sizes or [1] * len(self.matrix)), tasks])
+        self.matrix.append(scores)
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as JSON."""
@@ -101,6 +155,7 @@ class ContinualMetrics:
             "score": self.score,
             "tasks": list(self.tasks),
             "matrix": [list(row) for row in self.matrix],
+            **({"row_sizes": list(self.row_sizes)} if self.row_sizes else {}),
             "baseline": list(self.baseline),
             "average": self.average,
             "forgetting": self.forgetting,
@@ -128,6 +183,7 @@ class ContinualMetrics:
             raise ValueError(f"tasks is {tasks!r}, expected different names")
         if not isinstance(matrix, list) or len(matrix) > len(tasks):
             raise ValueError(f"matrix is {matrix!r}, expected a list of at most one row for each of {tasks}")
+        sizes = _row_sizes(values.get("row_sizes"), len(matrix), len(tasks))
         for row in (*matrix, baseline):
             if not isinstance(row, list) or not all(_is_score(score) for score in row) or len(row) > len(tasks):
                 raise ValueError(f"matrix or baseline has {row!r}, expected a score or null for each of {tasks}")
@@ -138,6 +194,7 @@ class ContinualMetrics:
             score=score,
             tasks=list(tasks),
             matrix=matrix,
+            row_sizes=sizes,
             baseline=baseline,
             drift={task: _drift(task, drift) for task, drift in values.get("drift", {}).items()},
             parameters={phase: int(count) for phase, count in values.get("parameters", {}).items()},
@@ -151,32 +208,49 @@ class ContinualMetrics:
             later: Wins where both know something.
             tasks: Those that are still there; rows and columns of others are left out.
         """
-        rows: dict[str, dict[str, float | None]] = {}
+        rows: dict[tuple[str, ...], dict[str, float | None]] = {}
+        row_of: dict[str, tuple[str, ...]] = {}
         baseline: dict[str, float | None] = {}
         for metrics in (self, later):
-            for learned, row in zip(metrics.tasks, metrics.matrix, strict=False):
+            for learned, row in zip(metrics._learned_together(), metrics.matrix, strict=True):
                 known = {task: score for task, score in zip(metrics.tasks, row, strict=False) if score is not None}
                 rows[learned] = {**rows.get(learned, {}), **known}
+                row_of |= dict.fromkeys(learned, learned)
             baseline |= zip(metrics.tasks, metrics.baseline, strict=False)
-        names = [task for task in dict.fromkeys([*self.tasks, *later.tasks]) if task in tasks]
+        there = [task for task in dict.fromkeys([*self.tasks, *later.tasks]) if task in tasks]
+        together: dict[tuple[str, ...], list[str]] = {}
+        for task in there:
+            if task in row_of:
+                together.setdefault(row_of[task], []).append(task)
+        names = [task for learned in together.values() for task in learned]
+        names += [task for task in there if task not in row_of]
         return ContinualMetrics(
             score=later.score,
             tasks=names,
-            matrix=[[rows[learned].get(task) for task in names] for learned in names if learned in rows],
+            matrix=[[rows[learned].get(task) for task in names] for learned in together],
+            row_sizes=_unless_single([len(learned) for learned in together.values()]),
             baseline=[baseline.get(task) for task in names],
             drift={**self.drift, **later.drift},
             parameters={**self.parameters, **later.parameters},
             training={**self.training, **later.training},
         )
 
+    def _learned_together(self) -> list[tuple[str, ...]]:
+        """The tasks that were learned when each row was measured."""
+        of_rows: list[list[str]] = [[] for _ in self.matrix]
+        for task, row in zip(self.tasks, self._rows, strict=False):
+            of_rows[row].append(task)
+        return [tuple(tasks) for tasks in of_rows]
+
     def table(self) -> str:
         """The matrix and the summary as text."""
-        width = max([len(task) for task in self.tasks] + [6]) + 2
+        names = row_names(self.as_dict())
+        width = max([len(name) for name in (*self.tasks, *names)] + [6]) + 2
         lines = ["after".ljust(width) + "".join(task.rjust(width) for task in self.tasks)]
         if any(value is not None for value in self.baseline):
             lines.append("(before)".ljust(width) + "".join(_cell(value, width) for value in self.baseline))
-        for task, row in zip(self.tasks, self.matrix, strict=False):
-            lines.append(task.ljust(width) + "".join(_cell(value, width) for value in row))
+        for name, row in zip(names, self.matrix, strict=True):
+            lines.append(name.ljust(width) + "".join(_cell(value, width) for value in row))
         summary = [
             f"{name.replace('_', ' ')} {value:.3f}"
             for name in ("average", "forgetting", "backward_transfer", "forward_transfer")
@@ -192,6 +266,24 @@ def combined_metrics(
     if not earlier.get("matrix") or not later.get("matrix"):
         return later if later.get("matrix") else earlier
     return ContinualMetrics.from_dict(earlier).joined_by(ContinualMetrics.from_dict(later), tasks).as_dict()
+
+
+def _row_sizes(sizes: Any, rows: int, tasks: int) -> list[int]:
+    """How many tasks each row is of, one if nothing else is said.
+
+    Raises:
+        ValueError: If they are no numbers of tasks of these rows.
+    """
+    sizes = [1] * rows if sizes is None else sizes
+    if not isinstance(sizes, list) or not all(type(size) is int and size > 0 for size in sizes):
+        raise ValueError(f"row_sizes is {sizes!r}, expected a list of numbers over 0")
+    if len(sizes) != rows or sum(sizes) > tasks:
+        raise ValueError(f"row_sizes is {sizes}, expected one of each of {rows} rows, and no more than {tasks} tasks")
+    return _unless_single(sizes)
+
+
+def _unless_single(sizes: list[int]) -> list[int]:
+    return list(sizes) if any(size > 1 for size in sizes) else []
 
 
 def _is_score(value: Any) -> bool:
@@ -210,8 +302,3 @@ def _cell(value: float | None, width: int) -> str:
 
 def _difference(a: float | None, b: float | None) -> float | None:
     return None if a is None or b is None else a - b
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return measured(sum(known) / len(known)) if known else None

@@ -171,28 +171,34 @@ def merge_tasks(
 
 
 def with_learned_coefficients(
-    state: SubspaceState, task: str, coefficients: Mapping[str, tuple[Tensor, Tensor]], info: TaskInfo
+    state: SubspaceState,
+    coefficients: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]],
+    infos: Mapping[str, TaskInfo],
 ) -> SubspaceState:
-    """A state with a task that was learned, or learned further, inside the bases there are.
+    """A state with tasks that were learned, or learned further, inside the bases there are.
 
     Args:
         state: Not changed.
-        task: A new task, or one whose coefficients were trained.
-        coefficients: By module, (k_out, p) and (k_in, p).
-        info: What is known of the task.
+        coefficients: By task, a new one or one whose coefficients were trained, and by module, (k_out, p), (k_in, p).
+        infos: What is known of each task.
 
     Raises:
-        ValueError: If the task has NaN or infinite weights; naming it.
+        ValueError: If a task has NaN or infinite weights; naming it.
     """
-    _check_head(task, info)
+    for task, info in infos.items():
+        _check_head(task, info)
     layers = dict(state.layers)
     for module, layer in state.layers.items():
-        if module in coefficients:
+        learned = {task: modules[module] for task, modules in coefficients.items() if module in modules}
+        if learned:
             try:
-                layers[module] = layer.with_task(task, *coefficients[module], dtype=state.settings.coefficient_dtype)
+                layers[module] = layer.with_tasks(learned, dtype=state.settings.coefficient_dtype)
             except ValueError as error:
                 raise ValueError(f"{module!r}: {error}") from error
-    return replace(state, layers=layers, tasks={**state.tasks, task: info}).with_step(changed=[task], learned=task)
+    state = replace(state, layers=layers, tasks={**state.tasks, **infos})
+    for task in infos:
+        state = state.with_step(changed=[task], learned=task)
+    return state
 
 
 def without_task(state: SubspaceState, task: str) -> SubspaceState:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .factors import (
@@ -222,45 +223,54 @@ class LayerSubspace:
     def with_task(
         self, task: str, coefficients_out: Tensor, coefficients_in: Tensor, *, dtype: CoefficientDtype = "float32"
     ) -> LayerSubspace:
-        """The layer with a task learned inside its basis, which stays as it is; an existing one is replaced.
-
-        The coefficients count as learned: norm from now, and no drift but for what storing them in fewer bits changes.
+        """The layer with a task learned inside its basis; as `with_tasks`, for one.
 
         Args:
             task: Its name.
             coefficients_out: (k_out, p), or of a smaller rank.
             coefficients_in: (k_in, p), likewise.
             dtype: What they are stored in.
+        """
+        return self.with_tasks({task: (coefficients_out, coefficients_in)}, dtype=dtype)
+
+    def with_tasks(
+        self, learned: Mapping[str, tuple[Tensor, Tensor]], *, dtype: CoefficientDtype = "float32"
+    ) -> LayerSubspace:
+        """The layer with tasks learned inside its basis, which stays as it is; existing ones are replaced.
+
+        The coefficients count as learned: norm from now, and no drift but for what storing them in fewer bits changes.
+
+        Args:
+            learned: By task, its coefficients (k_out, p) and (k_in, p), or of a smaller rank.
+            dtype: What they are stored in.
 
         Raises:
             ValueError: If they are not finite, or the norm of their update is out of range; naming the task.
         """
-        norm = self._norm_of(task, coefficients_out, coefficients_in)
-        kept = self.without_task(task) if self.has(task) else self
+        norms = torch.stack([self._norm_of(task, *sides) for task, sides in learned.items()])
+        kept = self.select([i for i, task in enumerate(self.tasks) if task not in learned])
         exact = [
-            torch.nn.functional.pad(given.to(side), (0, self.pseudo_rank - given.shape[1])).unsqueeze(0)
-            for given, side in (
-                (coefficients_out, self.coefficients_out),
-                (coefficients_in, self.coefficients_in),
+            torch.stack([F.pad(each.to(side), (0, self.pseudo_rank - each.shape[1])) for each in given])
+            for given, side in zip(
+                zip(*learned.values(), strict=True), (self.coefficients_out, self.coefficients_in), strict=True
             )
         ]
         new_out, new_in = (torch.empty_like(side) for side in exact)
         rounding = store((exact[0].double(), exact[1].double()), (new_out, new_in), dtype, dim=-2)
-        change = _ROUNDED_BASIS * rounding.changes.to(kept.records.norms) * inverse_norms(norm.unsqueeze(0))
-        if change > MOST_ROUNDING[dtype]:
-            raise ValueError(f"task {task!r}: its update of norm {float(norm):.3g} cannot be stored in {dtype}")
-        record = TaskRecords(norm.unsqueeze(0).to(kept.records.norms), torch.zeros_like(change), change, change)
-        position = self.index(task) if self.has(task) else len(self.tasks)
+        changes = _ROUNDED_BASIS * rounding.changes.to(kept.records.norms) * inverse_norms(norms)
+        for task, norm, change in zip(learned, norms.tolist(), changes.tolist(), strict=True):
+            if change > MOST_ROUNDING[dtype]:
+                raise ValueError(f"task {task!r}: its update of norm {norm:.3g} cannot be stored in {dtype}")
+        records = TaskRecords(norms.to(kept.records.norms), torch.zeros_like(changes), changes, changes)
         added = replace(
             kept,
-            tasks=(*kept.tasks, task),
+            tasks=(*kept.tasks, *learned),
             coefficients_out=torch.cat([kept.coefficients_out, new_out]),
             coefficients_in=torch.cat([kept.coefficients_in, new_in]),
-            records=kept.records.append(record),
+            records=kept.records.append(records),
         )
-        order = list(range(len(kept.tasks)))
-        order.insert(position, len(kept.tasks))
-        return added.select(order)
+        place = {task: i for i, task in enumerate(added.tasks)}
+        return added.select([place[task] for task in dict.fromkeys([*self.tasks, *learned])])
 
     def _norm_of(self, task: str, coefficients_out: Tensor, coefficients_in: Tensor) -> Tensor:
         """``‖ΔW‖`` (0-d float64) of coefficients as they would be stored, in the basis as it is."""

@@ -17,6 +17,7 @@ from .layer import ShareLayer
 from .merging import MergingLayer
 from .ranks import make_room
 from .rows import MixedBatch
+from .together import dropped_inputs
 
 
 class Linear(nn.Module, MergingLayer, ShareLayer):
@@ -104,6 +105,8 @@ class Linear(nn.Module, MergingLayer, ShareLayer):
                 return result
             if batch.only_task is not None and not self.training:
                 return self._with_update(result, x, batch.only_task)
+            if self.training:
+                x = dropped_inputs(self, x, batch.names_of(len(x)))
         return self._with_mixed(result, x, batch)
 
     def _with_mixed(self, result: Tensor, x: Tensor, batch: MixedBatch) -> Tensor:

@@ -48,8 +48,8 @@ class MixedHead(ModulesToSaveWrapper):
 def head_wrappers(model: nn.Module) -> dict[str, ModulesToSaveWrapper]:
     """PEFT's wrappers of what tasks keep whole, by the name of the module in the base model."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    modules = base.named_modules(remove_duplicate=False)
-    return {without_wrappers(name): module for name, module in modules if isinstance(module, ModulesToSaveWrapper)}
+    wrappers = ((name, module) for name, module in base.named_modules() if isinstance(module, ModulesToSaveWrapper))
+    return {without_wrappers(name): module for name, module in wrappers}
 
 
 def mix_heads(model: nn.Module, rows: Rows) -> None:

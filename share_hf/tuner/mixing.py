@@ -12,6 +12,7 @@ from torch import nn
 from ..format.names import listing
 from .experts import Expert
 from .rows import BASE, MixedBatch
+from .together import check_trained
 
 
 if TYPE_CHECKING:
@@ -28,10 +29,10 @@ def mixed_batch(tuner: ShareModel, adapter_names: Sequence[str], arguments: Mapp
         arguments: All keyword arguments of the call.
 
     Raises:
-        ValueError: If the tuner is in training mode, or has no adapter of a name; naming all of these.
+        ValueError: If the tuner is in training mode and tasks are not trained, or there is no adapter of a name;
+            naming all of these.
     """
-    if tuner.training:
-        raise ValueError("adapter_names mixes tasks in inference only, call model.eval() first")
+    check_trained(adapter_names, tuner)
     if any(isinstance(layer, Expert) for layer in tuner.layers()):
         raise ValueError("adapter_names cannot mix tasks of experts in one parameter, as PEFT's LoRA cannot")
     if isinstance(adapter_names, str):

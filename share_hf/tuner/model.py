@@ -43,6 +43,7 @@ from .ranks import make_room_in
 from .renaming import adapter_named_as_in
 from .rows import Rows
 from .stacked import StackedParameters
+from .together import activate_together, train_heads
 
 
 logger = logging.get_logger(__name__)
@@ -394,6 +395,15 @@ class ShareModel(MergingTuner):
         if self._share_layers is None:
             self._share_layers = tuple(share_layers(self.model).values())
         return self._share_layers
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make one task active, or several that are trained together, each with its own head."""
+        if len(self.active_adapters) > 1:
+            train_heads(self.model, self.active_adapters, trained=False)
+        several = not isinstance(adapter_name, str) and len(adapter_name) > 1
+        super().set_adapter(adapter_name[:1] if several else adapter_name, inference_mode)
+        if several:
+            activate_together(self, list(adapter_name), inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)

@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from ..format.base_model import base_name
 from ..format.basis_file import bases_of
-from ..format.lora import PEFT_PREFIX, TARGET_FIELDS
+from ..format.lora import TARGET_FIELDS
 from ..format.module_names import without_wrappers
 from ..format.saved_modules import saved_names, targets_beside
 from ..format.task_files import share_adapter_config
@@ -44,7 +43,7 @@ def load_tasks(
     tasks: Collection[str] | None = None,
     *,
     held: SubspaceState | None = None,
-    trained: str | None = None,
+    trained: Collection[str] = (),
 ) -> None:
     """Give tasks of a subspace to a model that has their adapters: bases, coefficients and heads.
 
@@ -54,7 +53,7 @@ def load_tasks(
         tasks: The tasks; all of the subspace if not given.
         held: The subspace that the model holds now, to the bit: what is the same there is not loaded again. A model
             that was cast since, as for an evaluation in bfloat16, is loaded whole.
-        trained: A task of `held` whose adapter was trained since.
+        trained: Tasks of `held` whose adapters were trained since.
     """
     if held is not None and _was_cast(model):
         held = None
@@ -69,10 +68,10 @@ def load_coefficients(
     wanted: Collection[str],
     *,
     held: SubspaceState | None = None,
-    trained: str | None = None,
+    trained: Collection[str] = (),
 ) -> None:
     """Give tasks of a subspace, whose bases the model has, their coefficients and heads; see `load_tasks`."""
-    known = set() if held is None else held.tasks.keys() - {trained}
+    known = set() if held is None else held.tasks.keys() - set(trained)
     for module, layer in share_layers(model).items():
         if (stored := state.layers.get(module)) is None:
             continue
@@ -191,11 +190,11 @@ def saved_by(state: SubspaceState, task: str) -> list[str]:
 
 def head_of(model: PeftModel, task: str) -> dict[str, Tensor]:
     """Copies of a task's `modules_to_save` weights by name in the base model."""
-    tensors = get_peft_model_state_dict(model, adapter_name=task, save_embedding_layers=False)
     return {
-        without_wrappers(name).removeprefix(PEFT_PREFIX): tensor.detach().cpu().clone()
-        for name, tensor in tensors.items()
-        if f".{ShareModel.prefix}" not in name
+        f"{name}.{key}": tensor.detach().cpu().clone()
+        for name, wrapper in head_wrappers(model).items()
+        if task in wrapper.modules_to_save
+        for key, tensor in wrapper.modules_to_save[task].state_dict().items()
     }
 
 

@@ -49,7 +49,7 @@ def main() -> None:
     options = json.loads(next(argument for argument in sys.argv[1:] if argument.startswith("{")))
     folder, kind, tasks = Path(options.pop("folder")), options.pop("model"), options.pop("tasks", 3)
     resume, quantized = options.pop("resume", False), options.pop("quantized", None)
-    broken_off = options.pop("broken_off", None)
+    broken_off, together = options.pop("broken_off", None), options.pop("together", None)
     fsdp_on_cpu.allow()
     world = int(os.environ.get("WORLD_SIZE", "1"))
     values = dict(
@@ -66,7 +66,7 @@ def main() -> None:
         )
     else:
         model, share, data = _llama(folder, quantized), config(LLAMA_TARGETS), language_tasks(*"abc"[:tasks])
-    _train(model, args, share, data, resume, broken_off)
+    _train(model, args, share, data, resume, broken_off, together)
 
 
 def _llama(folder: Path, quantized: str | None) -> torch.nn.Module:
@@ -88,10 +88,12 @@ def _train(
     data: dict[str, DatasetDict],
     resume: bool,
     broken_off: bool | None,
+    together: list[str] | None,
 ) -> None:
     """The stream; or its last task by itself, after a save, and on request after a try that does not end."""
     last = list(data)[-1] if broken_off is not None else None
-    trainer = ShareTrainer(model, args, share, {name: splits for name, splits in data.items() if name != last})
+    tasks = {name: splits for name, splits in data.items() if name != last}
+    trainer = ShareTrainer(model, args, share, tasks, together=together)
     trainer.train(resume_from_checkpoint=resume or None)
     if last is not None:
         splits = list(data[last].values())

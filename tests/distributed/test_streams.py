@@ -106,6 +106,33 @@ def test_coefficients_alone_are_learned_in_two_processes(launch: Launch) -> None
     assert_close(launch("zero2", **options), launch("one", **options), 1e-3)
 
 
+@pytest.mark.parametrize("model", ["bert", "llama"])
+def test_tasks_are_learned_together_in_two_processes(model: str, launch: Launch) -> None:
+    """Each process may have samples of one task alone, and a step those of one in both."""
+    names = ["shapes", "sizes"] if model == "bert" else ["b", "c"]
+    options = {
+        "method": "coefficients",
+        "together": names,
+        "max_steps": 6,
+        "gradient_accumulation_steps": 1,
+        "samples_per_task": 4,
+        "warmup_steps": 0.3,
+        "lr_scheduler_type": "linear",
+        "max_grad_norm": 0.1,
+    }
+    assert_close(launch("ddp", model, **options), launch("one", model, **options), 1e-3)
+
+
+@pytest.mark.parametrize("engine", ["zero2", "zero3", "fsdp"])
+def test_engines_that_divide_gradients_learn_no_tasks_together(
+    engine: str, run_script: RunScript, tmp_path: Path
+) -> None:
+    options = {"method": "coefficients", "together": ["shapes", "sizes"]}
+    codes, output = run_script(engine, "stream", tmp_path / "out", model="bert", **options)
+    assert any(codes)
+    assert "divides gradients among processes, expected one process or DDP" in output
+
+
 @pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp"])
 def test_the_best_checkpoint_of_evaluations_while_a_phase_trains_is_what_is_merged(
     engine: str, launch: Launch

@@ -112,7 +112,9 @@ def test_what_is_learned_inside_the_basis_is_rounded_before_it_is_saved(small: S
         module: tuple(torch.randn(k, 4, generator=generator) for k in layer.num_components)
         for module, layer in small.state.layers.items()
     }
-    state = with_learned_coefficients(small.state, "cola", coefficients, TaskInfo(learned_by=Phase.COEFFICIENTS))
+    state = with_learned_coefficients(
+        small.state, {"cola": coefficients}, {"cola": TaskInfo(learned_by=Phase.COEFFICIENTS)}
+    )
     learned = SharedSubspace(state)
     learned.save_pretrained(tmp_path / "tree")
     assert_same_state(SharedSubspace.from_pretrained(tmp_path / "tree").state, state)

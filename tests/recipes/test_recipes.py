@@ -109,6 +109,20 @@ def test_text_stream_learns_tasks_with_different_numbers_of_labels(tmp_path: Pat
         assert subspace.state.tasks["short"].labels == ("bad", "good")
 
 
+def test_many_tasks_learns_all_clients_in_one_run(tmp_path: Path) -> None:
+    small = ("--clients", "6", "--notes", "48", "--test_notes", "6", "--basis_examples", "32")
+    output = launch("many_tasks.py", *small, "--num_train_epochs", "1", cwd=tmp_path)
+    assert re.search(r"6 clients, learned together: accuracy \d\.\d+, chance 0.167", output), output
+    subspace = SharedSubspace.from_pretrained(tmp_path / "many-tasks" / "subspace")
+    clients = [f"client00{number}" for number in range(1, 7)]
+    assert list(subspace.tasks) == ["topic", "folder", "intent", *clients]
+    assert {subspace.state.tasks[name].learned_by for name in clients} == {"coefficients"}
+    metrics = json.loads((tmp_path / "many-tasks" / "subspace" / "metrics.json").read_text())
+    assert metrics["row_sizes"] == [1, 1, 1, 6]
+    assert (tmp_path / "many-tasks" / "subspace" / "figures" / "accuracy_matrix.png").stat().st_size > 1000
+    assert "| `client001 +5` |" in (tmp_path / "many-tasks" / "subspace" / "README.md").read_text()
+
+
 def test_a_typo_in_a_task_says_what_was_expected(tmp_path: Path) -> None:
     assert "expected name=path" in refusal("llama_stream.py", "--tasks", "sst2:data/sst2", cwd=tmp_path)
 

@@ -84,7 +84,7 @@ class History:
             coefficients[module] = out, in_
             bases = layer.basis_out.double(), layer.basis_in.double()
             self.known.dense[task][module] = (bases[0] @ out.double()) @ (bases[1] @ in_.double()).T
-        return with_learned_coefficients(state, task, coefficients, TaskInfo())
+        return with_learned_coefficients(state, {task: coefficients}, {task: TaskInfo()})
 
     def renamed(self, state: SubspaceState) -> SubspaceState:
         old, new = next(iter(state.tasks)), f"t{self.count}"

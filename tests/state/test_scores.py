@@ -8,6 +8,8 @@ import math
 import pytest
 
 from share_hf.continual import ContinualMetrics
+from share_hf.state import row_names
+from share_hf.state.scores import scores_in
 
 
 MATRIX = [[0.9, 0.2, None], [0.8, 0.7, 0.4], [0.85, 0.5, 0.6]]
@@ -115,3 +117,63 @@ def test_a_drift_that_is_text_is_refused() -> None:
     metrics = {**ContinualMetrics(tasks=["a"], matrix=[[0.5]]).as_dict(), "drift": {"a": "nan"}}
     with pytest.raises(ValueError, match="drift of 'a' is 'nan', expected a number"):
         ContinualMetrics.from_dict(metrics)
+
+
+def together() -> ContinualMetrics:
+    """Task a, then b, c and d in one row, then e."""
+    matrix = [[0.9, 0.2, 0.3, 0.1, None], [0.8, 0.7, 0.6, 0.5, 0.4], [0.7, 0.6, 0.65, 0.5, 0.9]]
+    return ContinualMetrics(
+        tasks=list("abcde"), matrix=matrix, row_sizes=[1, 3, 1], baseline=[0.1, 0.1, 0.2, 0.0, 0.3]
+    )
+
+
+def test_tasks_that_were_learned_together_share_a_row() -> None:
+    shared = together()
+    assert shared.learned == 5
+    assert shared.average == pytest.approx((0.7 + 0.6 + 0.65 + 0.5 + 0.9) / 5)
+    assert shared.backward_transfer == pytest.approx((-0.2 - 0.1 + 0.05 + 0.0) / 4)
+    assert shared.forgetting == pytest.approx((0.2 + 0.1 - 0.05 + 0.0) / 4)
+    assert shared.forward_transfer == pytest.approx(((0.2 - 0.1) + (0.3 - 0.2) + 0.1 + (0.4 - 0.3)) / 4)
+    scores = scores_in(shared.as_dict())
+    assert {task: (score.learned, score.now) for task, score in scores.items()} == {
+        "a": (0.9, 0.7),
+        "b": (0.7, 0.6),
+        "c": (0.6, 0.65),
+        "d": (0.5, 0.5),
+        "e": (0.9, 0.9),
+    }
+    assert row_names(shared.as_dict()) == ["a", "b +2", "e"]
+    assert [line.split("  ")[0] for line in shared.table().splitlines()[1:5]] == ["(before)", "a", "b +2", "e"]
+
+
+def test_tasks_that_were_learned_together_survive_json_and_a_join() -> None:
+    shared = together()
+    assert ContinualMetrics.from_dict(json.loads(json.dumps(shared.as_dict()))) == shared
+    rest = shared.joined_by(shared, ["a", "c", "d", "e"])
+    assert (rest.tasks, rest.row_sizes) == (list("acde"), [1, 2, 1])
+    assert rest.matrix[1] == [0.8, 0.6, 0.5, 0.4]
+    later = ContinualMetrics(tasks=["f"], matrix=[[0.5]])
+    joined = shared.joined_by(later, "abcdef")
+    assert (joined.tasks, joined.row_sizes) == (list("abcdef"), [1, 3, 1, 1])
+    assert joined.matrix[3] == [None] * 5 + [0.5]
+
+
+def test_rows_are_added_for_one_task_or_several() -> None:
+    stream = ContinualMetrics()
+    stream.add_tasks(["a"])
+    stream.add_row([0.5], 1)
+    assert stream.row_sizes == []
+    stream.add_tasks(["b", "c"])
+    stream.add_tasks(["b", "c", "d"])  # begun anew with one more
+    stream.add_tasks(["b", "c", "d"])
+    assert (stream.tasks, stream.matrix, len(stream.baseline)) == (list("abcd"), [[0.5, None, None, None]], 4)
+    stream.add_row([0.5, 0.6, 0.7, 0.8], 3)
+    assert (stream.row_sizes, stream.learned) == ([1, 3], 4)
+    assert "row_sizes" in stream.as_dict()
+
+
+@pytest.mark.parametrize("sizes", [[1, 1], [1, 4, 1], [1, 0, 1], "abc", [1, True, 1], [2, 3, 1.0]], ids=str)
+def test_sizes_of_rows_that_no_stream_has_are_refused(sizes: object) -> None:
+    content = {**together().as_dict(), "row_sizes": sizes}
+    with pytest.raises(ValueError, match="row_sizes is"):
+        ContinualMetrics.from_dict(content)

@@ -191,3 +191,21 @@ def test_a_layer_on_another_device_has_everything_there(layer: LayerSubspace) ->
     tensors += [getattr(moved.records, field.name) for field in fields(moved.records)]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert moved.tasks == layer.tasks
+
+
+def test_tasks_that_are_learned_at_once_are_those_that_are_learned_one_by_one(layer: LayerSubspace) -> None:
+    learned = {name: (normal(4, 2) * size, normal(4, 2)) for size, name in enumerate(("new", "second", "newer"), 1)}
+    at_once, one_by_one = layer.with_tasks(learned), layer
+    for name, sides in learned.items():
+        one_by_one = one_by_one.with_task(name, *sides)
+    assert at_once.tasks == one_by_one.tasks == ("first", "second", "third", "new", "newer")
+    for name in ("coefficients_out", "coefficients_in"):
+        assert torch.equal(getattr(at_once, name), getattr(one_by_one, name))
+    for name in ("norms", "rank_errors", "drift_bounds", "drift_estimates"):
+        assert torch.equal(getattr(at_once.records, name), getattr(one_by_one.records, name))
+
+
+def test_one_of_several_learned_tasks_that_is_not_finite_is_named(layer: LayerSubspace) -> None:
+    learned = {"fine": (normal(4, 2), normal(4, 2)), "broken": (normal(4, 2) * torch.nan, normal(4, 2))}
+    with pytest.raises(ValueError, match="'broken'"):
+        layer.with_tasks(learned)

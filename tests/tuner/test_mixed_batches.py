@@ -169,8 +169,8 @@ class TestRefusals:
 
     def test_training_mode(self, tiny_model: Callable[[str], PreTrainedModel]) -> None:
         model = with_tasks(tiny_model("llama"), LLAMA, "one", "two").train()
-        with pytest.raises(ValueError, match=r"mixes tasks in inference only, call model.eval\(\) first"):
-            logits(model, LLAMA.batch(), adapter_names=["one"] * 4)
+        with pytest.raises(ValueError, match=r"\['__base__', 'two'\] in training mode.*\['one'\].*together="):
+            logits(model, LLAMA.batch(), adapter_names=["one", "two", "one", "__base__"])
 
     def test_merged_tasks(self, tiny_model: Callable[[str], PreTrainedModel]) -> None:
         model = with_tasks(tiny_model("llama"), LLAMA, "one", "two")

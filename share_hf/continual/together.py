@@ -1,0 +1,193 @@
+"""Which tasks of a stream are learned together, and what cannot be learned so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from transformers import Trainer
+from transformers.trainer_utils import SaveStrategy
+
+from ..engines.local import LocalEngine
+from ..tuner.experts import Experts
+from .arguments import ShareTrainingArguments
+from .data import Data, TaskSplits, is_streamed
+from .group_steps import schedule_of
+
+
+# One task, or several that are learned together.
+Unit = tuple[str, ...]
+Together = Sequence[str] | Sequence[Sequence[str]]
+
+# Arguments that a group cannot honour, and what is expected instead.
+_REFUSED = {
+    "eval_on_start": "False: they are evaluated when they are learned",
+    "load_best_model_at_end": "False: each of them has another best step",
+    "auto_find_batch_size": "False: the steps of each are planned ahead",
+}
+
+
+def groups_of(
+    tasks: Mapping[str, TaskSplits], together: Together | None, args: ShareTrainingArguments, known: int
+) -> list[Unit]:
+    """The tasks of a stream that are learned together.
+
+    Args:
+        tasks: The tasks of the stream, in its order.
+        together: Names of tasks that are learned together, or several such lists.
+        args: Arguments of the stream.
+        known: Number of tasks of the subspace that the stream goes on from.
+
+    Raises:
+        ValueError: If they are not tasks that follow one another, or cannot be learned together; naming them.
+    """
+    groups = [] if together is None else _groups_in(together)
+    names = [name for group in groups for name in group]
+    if unknown := [name for name in names if name not in tasks]:
+        raise ValueError(f"together has {unknown}, expected names among tasks, which are {list(tasks)}")
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"together has {twice} twice, expected each task once")
+    order = list(tasks)
+    for group in groups:
+        first = order.index(group[0])
+        if order[first : first + len(group)] != list(group):
+            raise ValueError(f"together has {list(group)}, expected tasks that follow one another in tasks, {order}")
+        if known + first < args.num_init_tasks:
+            raise ValueError(
+                f"together has {group[0]!r}, which is number {known + first + 1} in the subspace, expected a basis "
+                f"first: num_init_tasks = {args.num_init_tasks} tasks before it, or a subspace= that has them"
+            )
+        if streamed := [name for name in group if is_streamed(tasks[name].train)]:
+            raise ValueError(
+                f"together has {streamed}, whose training data is streamed, expected data with a length: batches that "
+                "mix tasks are planned ahead"
+            )
+    if groups:
+        _check_arguments(args)
+    return groups
+
+
+def units_of(tasks: Iterable[str], groups: Iterable[Unit]) -> list[Unit]:
+    """A stream as it is learned: one task after the other, some of them together.
+
+    Args:
+        tasks: Its tasks, in their order.
+        groups: Those that are learned together.
+    """
+    first_of = {group[0]: group for group in groups}
+    in_groups = {name for group in groups for name in group}
+    return [first_of.get(name, (name,)) for name in tasks if name in first_of or name not in in_groups]
+
+
+def _groups_in(together: Together) -> list[Unit]:
+    """Lists of at least two names; a list of one is a task by itself."""
+    if isinstance(together, str) or not isinstance(together, Sequence):
+        raise ValueError(f"together is {together!r}, expected a list of names, or of such lists")
+    are_names = [isinstance(entry, str) for entry in together]
+    groups = [together] if all(are_names) else together
+    if any(are_names) and not all(are_names):
+        raise ValueError(f"together is {together!r}, expected names alone or lists of names alone")
+    for group in groups:
+        if not isinstance(group, Sequence) or not all(isinstance(name, str) for name in group):
+            raise ValueError(f"together has {group!r}, expected a list of names")
+    return [tuple(group) for group in groups if len(group) > 1]
+
+
+def _check_arguments(args: ShareTrainingArguments) -> None:
+    if args.method != "coefficients":
+        raise ValueError(
+            f"together is given and method is {args.method!r}, expected 'coefficients': tasks that change the basis "
+            "are learned one after the other"
+        )
+    for name, expected in _REFUSED.items():
+        if value := getattr(args, name, None):
+            raise ValueError(f"{name} is {value!r}, expected {expected}, as some tasks are learned together")
+    if args.eval_strategy != "no" or args.save_strategy == SaveStrategy.BEST:
+        raise ValueError(
+            f"eval_strategy is {args.eval_strategy.value!r} and save_strategy {args.save_strategy.value!r}, expected "
+            "'no', and no 'best': tasks that are learned together are evaluated when they are learned"
+        )
+    strategy = getattr(args, "train_sampling_strategy", "random")
+    if strategy != "random":
+        raise ValueError(f"train_sampling_strategy is {strategy!r}, expected 'random': batches mix tasks")
+    loading = args.accelerator_config
+    if loading.split_batches or loading.dispatch_batches:
+        raise ValueError(
+            "accelerator_config has split_batches or dispatch_batches, expected neither: each process takes batches "
+            "of its own"
+        )
+    schedule_of(args, 1)
+
+
+def check_can_train_together(trainer: Trainer, groups: Iterable[Unit], tasks: Mapping[str, TaskSplits]) -> None:
+    """Refuse what no tasks can be trained together with.
+
+    Args:
+        trainer: Its engine and its model.
+        groups: The tasks that are learned together.
+        tasks: The tasks of the stream.
+
+    Raises:
+        ValueError: Naming it, and what works instead.
+    """
+    for group in groups:
+        _check_columns(trainer, {name: tasks[name].train for name in group})
+    if not isinstance(trainer.engine, LocalEngine):
+        raise ValueError(
+            f"together is given, and {trainer.accelerator.distributed_type.value} divides gradients among processes, "
+            "expected one process or DDP: each task has its own norm and its own steps"
+        )
+    if trainer.args.n_gpu > 1:
+        raise ValueError(
+            f"together is given, and one process has {trainer.args.n_gpu} GPUs, expected one, or a process for each "
+            "by accelerate launch or torchrun"
+        )
+    if trainer.args.world_size > 1 and trainer.args.ddp_find_unused_parameters is False:
+        raise ValueError(
+            "together is given and ddp_find_unused_parameters is False, expected None or True: a task without a "
+            "sample in a process has no gradients there"
+        )
+    if name := next((name for name, module in trainer.model.named_modules() if isinstance(module, Experts)), None):
+        raise ValueError(
+            f"together is given, and {name!r} has adapted experts in one parameter, expected other target_parameters: "
+            "the samples that an expert sees are not known apart"
+        )
+
+
+def _check_columns(trainer: Trainer, data: Mapping[str, Data]) -> None:
+    """Refuse examples of different columns: a collator takes those of the first one in a batch for all.
+
+    Raises:
+        ValueError: Naming two tasks and their columns.
+    """
+    trainer._set_signature_columns_if_needed()
+    columns: dict[str, list[str]] = {}
+    for task, examples in data.items():
+        if isinstance(example := examples[0], Mapping):
+            removed = set(example) - set(trainer._signature_columns) if trainer.args.remove_unused_columns else set()
+            columns[task] = sorted(set(example) - removed)
+    for task, found in columns.items():
+        first, expected = next(iter(columns.items()))
+        if found != expected:
+            raise ValueError(
+                f"together has {task!r}, whose examples have {found}, and {first!r} with {expected}, expected the "
+                "same columns: a batch mixes them"
+            )
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Refuse optimizers that do not pass over parameters without gradients, or need no step.
+
+    Args:
+        optimizer: As it was made for tasks that are learned together.
+
+    Raises:
+        ValueError: Naming it.
+    """
+    kind = type(getattr(optimizer, "optimizer", optimizer))
+    is_schedule_free = callable(getattr(optimizer, "train", None))
+    if is_schedule_free or kind.__name__ in ("LOMO", "AdaLOMO", "AdaLomo", "Lomo"):
+        raise ValueError(
+            f"the optimizer is {kind.__name__}, expected one whose steps are counted for each parameter, as of "
+            "adamw_torch or sgd: a task without a sample in a step must stay as it is"
+        )
