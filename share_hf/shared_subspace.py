@@ -14,7 +14,7 @@ from torch import nn
 from transformers.utils import logging
 
 from .card import CardOptions, write_tree
-from .facade import Editing, Exporting
+from .facade import Editing, Exporting, Routing
 from .facade.adding import with_collection
 from .format.base_model import named_alike
 from .format.collection import Collection as AdapterCollection
@@ -39,7 +39,7 @@ from .tuner.transfer import inject_tasks
 logger = logging.get_logger(__name__)
 
 
-class SharedSubspace(Editing, Exporting):
+class SharedSubspace(Editing, Exporting, Routing):
     """
     One low-rank subspace a layer, and the coefficients of any number of tasks in it.
 

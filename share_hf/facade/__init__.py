@@ -1,7 +1,8 @@
-"""What a `SharedSubspace` consists of: what it holds, how its tasks are exported, and how they are edited."""
+"""What a `SharedSubspace` consists of: what it holds, how its tasks are exported, edited, and found by their inputs."""
 
 from .editing import Editing
 from .exporting import Exporting
+from .routing import Routing
 
 
-__all__ = ["Editing", "Exporting"]
+__all__ = ["Editing", "Exporting", "Routing"]

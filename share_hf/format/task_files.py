@@ -5,6 +5,7 @@ adapter_model.safetensors   coefficients (k_out, min(p, n, d)) and (k_in, min(p,
                             task's own rank there, as `coefficients` has them; fingerprints of the bases that they
                             belong to, and the head
 metrics.json                scores, the norm and drift of each layer, which merges need, checksums of the others
+router.safetensors          the features by which inputs find the task, if it has a route, see `router_file`
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from .coefficients import coefficient_tensors
 from .files import check_tensors, json_bytes, read_json
 from .index import TreeIndex, check_file
 from .lora import PEFT_PREFIX, adapter_files, check_head_names, read_target
+from .router_file import ROUTER_FILE, route_bytes
 from .saved_modules import saved_names
 
 
@@ -76,6 +78,8 @@ def task_files(state: SubspaceState, task: str, bases: Mapping[str, StoredBasis]
     check_kept(place / SAFETENSORS_WEIGHTS_NAME, info.head, read_target(place / CONFIG_NAME, config))
     check_tensors(place / SAFETENSORS_WEIGHTS_NAME, info.head)  # merges have seen to the rest
     files = adapter_files(config, share_adapter_tensors(state, task, bases))
+    if info.route is not None:
+        files[ROUTER_FILE] = route_bytes(info.route, place / ROUTER_FILE)
     certificate = {module: layer.records.rows[layer.index(task)] for module, layer in state.layers_of(task).items()}
     content = {
         "learned_by": info.learned_by,

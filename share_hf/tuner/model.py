@@ -39,6 +39,7 @@ from .placement import call_layers_of, check_held_once, check_reached
 from .quantization import check_supported, keep_4bit_weights_differentiable
 from .ranks import make_room_in
 from .renaming import adapter_named_as_in
+from .routing import RoutingModel, routed_if_auto
 
 
 logger = logging.get_logger(__name__)
@@ -52,7 +53,7 @@ _OTHER_BASIS = (
 )
 
 
-class ShareModel(BaseTuner):
+class ShareModel(RoutingModel, BaseTuner):
     """
     Tuner of a shared subspace.
 
@@ -373,6 +374,7 @@ class ShareModel(BaseTuner):
                 raise TypeError(f"{name!r} cannot be merged into: {error}") from error
             tried.add(kind)
 
+    @routed_if_auto
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Hand `adapter_names`, one for each sample, to all layers for the length of a forward or generate call."""

@@ -27,6 +27,7 @@ from .kinds import layer_named, layout_of, matrix_shape
 from .layer import ShareLayer
 from .model import ShareModel, layouts_of, share_layers
 from .renaming import named_as_in
+from .routing import TaskRouter
 
 
 def share_config_for(state: SubspaceState, task: str, *, trainable: bool = False) -> ShareConfig:
@@ -64,7 +65,15 @@ def inject_tasks(
         else:
             peft_model.add_adapter(name, config)
     load_tasks(peft_model, state, tasks)
+    load_router(peft_model, state)
     return peft_model
+
+
+def load_router(model: PeftModel, state: SubspaceState) -> None:
+    """Give a model the routes of a subspace, if it has some."""
+    routes = {task: info.route for task, info in state.tasks.items() if info.route is not None}
+    if state.router is not None and routes:
+        model.base_model.router = TaskRouter(state.router, routes)
 
 
 def load_tasks(

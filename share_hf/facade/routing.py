@@ -1,0 +1,167 @@
+"""What a subspace learns of the inputs of its tasks, so that inputs find their task by themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from ..state import with_route
+from ..subspace.discriminants import FeatureSums
+from ..tuner.routing import RoutingModel, base_alone, default_layers, probe_of, sums_over
+from ..tuner.transfer import load_router
+from .held import HeldSubspace
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ..state import SubspaceState
+
+
+_LABELS = ("label", "labels")
+
+
+class Routing(HeldSubspace):
+    """Routes: off until the first is learned. Whatever fails leaves the subspace as it was."""
+
+    @property
+    def routed_tasks(self) -> tuple[str, ...]:
+        """The tasks that inputs can find by themselves."""
+        if self._rest is not None:
+            return self._rest.index.routed_tasks
+        return tuple(task for task, info in self._held.tasks.items() if info.route is not None)
+
+    def learn_route(
+        self,
+        task: str,
+        model: nn.Module,
+        data: Iterable[Mapping[str, Any]],
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        max_length: int | None = None,
+        batch_size: int = 32,
+        layers: Sequence[int] | None = None,
+    ) -> None:
+        """
+        Learn what the inputs of a task look like. No data of other tasks is needed, and none is kept of this one.
+
+        The task's folder gets the mean features of its classes, a few kilobytes, and the covariance that all tasks
+        share gets a part more. The order in which tasks are learned makes no difference, to the bit. A model that
+        [`~SharedSubspace.apply`] makes from then on has the route; one that was made before gets it here.
+
+        Args:
+            task (`str`): A task of the subspace.
+            model (`torch.nn.Module`):
+                The base model, or one that [`~SharedSubspace.apply`] made of it; adapters are off meanwhile.
+            data (`Iterable[Mapping[str, Any]]`):
+                The task's inputs, best all that it was trained on: batches as the model takes them, such as those of a
+                `DataLoader`; or, with a tokenizer, examples with one column of text, or two that are a pair. Labels
+                that are whole numbers, under `labels` or `label`, give each class a mean of its own.
+            tokenizer (`PreTrainedTokenizerBase`, *optional*): Tokenizer of the base model.
+            max_length (`int`, *optional*): Most tokens of a text; as many as the model takes if not given.
+            batch_size (`int`, *optional*, defaults to `32`): Examples in a batch, with a tokenizer.
+            layers (`Sequence[int]`, *optional*):
+                Hidden states that the features are means of: 0 for the embeddings, i for what layer i puts out. A
+                third and two thirds of the way up if not given. All tasks of a subspace have the same.
+
+        Raises:
+            ValueError: If there is no such task, the data is too little or unusable, or another task's route is of
+                another base model or of other layers.
+        """
+        self._check_known(task)
+        tuner = tuner_of(model)
+        state = self.state
+        layers = layers_for(state, tuner, layers)
+        batches = data if tokenizer is None else tokenized(data, tokenizer, max_length, batch_size)
+        self._held = with_learned_route(state, task, tuner, sums_over(tuner, batches, layers), layers)
+        if isinstance(model, PeftModel):
+            load_router(model, self._held)
+
+
+def tuner_of(model: nn.Module) -> nn.Module:
+    """What computes features: the tuner of a PEFT model, or a base model itself.
+
+    Raises:
+        ValueError: If the model has adapters of another kind.
+    """
+    if not isinstance(model, PeftModel):
+        if getattr(model, "peft_config", None):
+            raise ValueError("model has adapters of transformers, expected the base model, or one of apply")
+        return model
+    if not isinstance(model.base_model, RoutingModel):
+        kind = type(model.base_model).__name__
+        raise ValueError(f"model has adapters of {kind}, expected the base model, or one of SharedSubspace.apply")
+    return model.base_model
+
+
+def layers_for(state: SubspaceState, tuner: nn.Module, layers: Sequence[int] | None) -> tuple[int, ...]:
+    """The layers that features are of: those of the router there is, or else these, or the default of the model.
+
+    Raises:
+        ValueError: If both are given and differ.
+    """
+    known = state.router.layers if state.router is not None else None
+    if layers is None:
+        return known or default_layers(tuner.model if isinstance(tuner, RoutingModel) else tuner)
+    if not layers or any(type(layer) is not int or layer < 0 for layer in layers):
+        raise ValueError(f"layers is {layers!r}, expected numbers of layers, 0 for the embeddings")
+    if known is not None and tuple(layers) != known:
+        raise ValueError(f"layers is {list(layers)}, expected {list(known)} as the routes that there are")
+    return tuple(layers)
+
+
+def with_learned_route(
+    state: SubspaceState, task: str, tuner: nn.Module, sums: FeatureSums, layers: tuple[int, ...]
+) -> SubspaceState:
+    """A state with the route of a task, from the sums over its inputs."""
+    try:
+        features, scatter = sums.learned()
+    except ValueError as error:
+        raise ValueError(f"task {task!r}: {error}") from error
+    with base_alone(tuner, 1):
+        probe = probe_of(tuner.model if isinstance(tuner, RoutingModel) else tuner, layers)
+    return with_route(state, task, features, scatter, layers=layers, probe=probe)
+
+
+def tokenized(
+    examples: Iterable[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None = None,
+    batch_size: int = 32,
+) -> Iterator[dict[str, Tensor]]:
+    """Batches of examples with one text each, or a pair of texts that the tokenizer joins as a pair.
+
+    Raises:
+        ValueError: If an example has no text, or more than two.
+    """
+    numbers: dict[Any, int] = {}  # of labels, in the order they come
+    batch: list[Mapping[str, Any]] = []
+    for example in examples:
+        batch.append(example)
+        if len(batch) == batch_size:
+            yield _encoded(batch, tokenizer, max_length, numbers)
+            batch = []
+    if batch:
+        yield _encoded(batch, tokenizer, max_length, numbers)
+
+
+def _encoded(
+    batch: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    numbers: dict[Any, int],
+) -> dict[str, Tensor]:
+    columns = [name for name, value in batch[0].items() if isinstance(value, str) and name not in _LABELS]
+    if not 1 <= len(columns) <= 2:
+        raise ValueError(f"an example has columns of text {columns}, expected one, or two that are a pair")
+    texts = ([example[name] for example in batch] for name in columns)
+    encoded = dict(tokenizer(*texts, truncation=True, max_length=max_length, padding=True, return_tensors="pt"))
+    name = next((name for name in _LABELS if name in batch[0]), None)
+    labels = [] if name is None else [example[name] for example in batch]
+    if labels and all(isinstance(label, (str, int)) for label in labels):
+        encoded["labels"] = torch.tensor([numbers.setdefault(label, len(numbers)) for label in labels])
+    return encoded
