@@ -21,7 +21,7 @@ from ..state import Phase, SubspaceState, measured
 from ..subspace import DriftToleranceError, MergeReport
 from ..tuner import ShareConfig
 from ..tuner.head import layer_of_labels, rule_out_labels
-from ..tuner.transfer import load_bases, load_tasks, share_config_for
+from ..tuner.transfer import load_bases, load_router, load_tasks, share_config_for
 from .arguments import ShareTrainingArguments, arguments_of_phase
 from .checkpoints import empty_phase
 from .data import TaskDetails, TaskSplits, is_streamed, naming_used_up_streams, used_up
@@ -38,6 +38,7 @@ from .phases import (
 )
 from .position import STREAM_STATE_FILE, Stage
 from .progress import StreamProgressCallback
+from .routing import check_engine_routes, with_route_of
 from .scoring import Scorer, TaskScorer
 from .stream import Stream
 
@@ -80,6 +81,8 @@ class TaskTrainer(PhaseTrainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, args, **kwargs)
+        if args.routing:
+            check_engine_routes(self.engine)
         self.share_config = share_config
         self.tasks = tasks
         self._stream = stream
@@ -112,6 +115,9 @@ class TaskTrainer(PhaseTrainer):
         position = self._position_of(name)
         self._stream.save_position(position, self.trained_steps, name, "evaluate")
         self._evaluate_after(name)
+        if self.args.routing:
+            self._stream.state = with_route_of(self, self._stream.state, name, self.tasks[name].train)
+            load_router(self.model, self._stream.state)
         self._stream.save_subspace(draft=False)
         self._stream.save_position(position + 1, self.trained_steps)
         if self.is_world_process_zero() and not self.args.disable_tqdm:
@@ -183,6 +189,7 @@ class TaskTrainer(PhaseTrainer):
             if task not in self.model.peft_config:
                 self.model.add_adapter(task, share_config_for(state, task, trainable=True))
         load_tasks(self.model, state)
+        load_router(self.model, state)
         if state.tasks:
             self.model.set_adapter(next(iter(state.tasks)))
             if PLACEHOLDER in self.model.peft_config:

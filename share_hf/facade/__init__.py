@@ -1,4 +1,4 @@
-"""What a `SharedSubspace` consists of: what it holds, how its tasks are exported, edited, and found by their inputs."""
+"""What a `SharedSubspace` consists of: what it holds, and how its tasks are exported, edited and routed to."""
 
 from .editing import Editing
 from .exporting import Exporting

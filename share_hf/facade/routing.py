@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ..state import with_route
 from ..subspace.discriminants import FeatureSums
-from ..tuner.routing import RoutingModel, base_alone, default_layers, probe_of, sums_over
-from ..tuner.transfer import load_router
+from ..tuner.routing import Routes, RoutingModel, base_alone, default_layers, probe_of, sums_over
+from ..tuner.transfer import load_router, router_of
 from .held import HeldSubspace
 
 
@@ -80,6 +80,50 @@ class Routing(HeldSubspace):
         self._held = with_learned_route(state, task, tuner, sums_over(tuner, batches, layers), layers)
         if isinstance(model, PeftModel):
             load_router(model, self._held)
+
+    def route(
+        self,
+        texts: Sequence[str | tuple[str, str]],
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_length: int | None = None,
+        batch_size: int = 32,
+        tasks: Sequence[str] | None = None,
+        false_rejects: float | None = 0.01,
+    ) -> Routes:
+        """
+        Tell which tasks texts belong to. No adapter is needed for it.
+
+        Args:
+            texts (`Sequence[str | tuple[str, str]]`): Texts, or pairs of them.
+            model (`torch.nn.Module`): As for [`~SharedSubspace.learn_route`].
+            tokenizer (`PreTrainedTokenizerBase`): As for [`~SharedSubspace.learn_route`], as is `max_length`.
+            batch_size (`int`, *optional*, defaults to `32`): Texts in a batch.
+            tasks (`Sequence[str]`, *optional*): Tasks to choose among; all with a route if not given.
+            false_rejects (`float`, *optional*, defaults to `0.01`):
+                How many of a task's own inputs may be said to be of none of the tasks, at most; None to send each to
+                some task.
+
+        Returns:
+            [`~share_hf.tuner.routing.Routes`]: Names and scores.
+
+        Raises:
+            ValueError: If the subspace has no routes, or they were learned with another base model.
+        """
+        router, tuner = router_of(self.state), tuner_of(model)
+        if router is None:
+            raise ValueError("the subspace has no routes, expected one at least: learn_route learns it")
+        if not texts:
+            raise ValueError("texts is empty, expected one at least")
+        pairs = [(text,) if isinstance(text, str) else text for text in texts]
+        if odd := [pair for pair in pairs if len(pair) != len(pairs[0])]:
+            raise ValueError(f"texts has {odd[0]!r}, expected texts alone, or pairs alone")
+        examples = ({str(i): text for i, text in enumerate(pair)} for pair in pairs)
+        return Routes.together(
+            router.route(tuner, batch, tasks, false_rejects)
+            for batch in tokenized(examples, tokenizer, max_length, batch_size)
+        )
 
 
 def tuner_of(model: nn.Module) -> nn.Module:

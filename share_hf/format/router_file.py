@@ -1,9 +1,9 @@
 """`router.safetensors`: at the root what all tasks share for routing, and in a task's folder what is the task's own.
 
 At the root: `settled` and `part.<identity>`, the lower triangle (m (m + 1) / 2,), row by row, of a sum of scatter; the
-sum in float64 and each part in float32, which has all its digits. `probe` (m,) float32. The rest is in the index, under
-`router`: `layers`, `width` (m), `tasks` (those that have a route), `degrees` (of "settled" and of each part, those in
-the order they were learned) and `settled` (the identities of what is in that sum).
+sum in float64 and each part in float32, which has all its digits. `probe` (m,) float32. The rest is in the index,
+under `router`: `layers`, `width` (m), `tasks` (those that have a route), `degrees` (of "settled" and of each part,
+those in the order they were learned) and `settled` (the identities of what is in that sum).
 
 In a task's folder: `means` (classes, m) float32, `counts` (classes,) int64, `variances` (m,) float32, `distances` (d,)
 float32 and `measured` (1,) int64, as `TaskFeatures` has them.

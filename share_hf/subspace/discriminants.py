@@ -88,9 +88,8 @@ class TaskFeatures:
         rank = math.ceil((self.measured + 1) * (1 - false_rejects))
         if rank > self.measured:
             return math.inf
-        kept = len(self.distances)
-        # The distance at `i` is that of rank ceil((i + 1) n / kept).
-        return float(self.distances[math.ceil(rank * kept / self.measured) - 1])
+        # The distance at `i` is that of rank ceil((i + 1) n / kept): the first whose rank is no smaller.
+        return float(self.distances[(rank - 1) * len(self.distances) // self.measured])
 
 
 @dataclass
@@ -253,12 +252,13 @@ class Discriminants:
             chosen: Place of a task, for each input.
             false_rejects: As for `TaskFeatures.threshold`.
         """
-        beyond = []
-        for row, place in zip(features.double().cpu(), chosen, strict=True):
-            of = self._features[place]
-            distance = _distances(row[None], of.means.double(), _floored(of.variances.double()))
-            beyond.append(float(distance.min()) > of.threshold(false_rejects))
-        return beyond
+        places, rows = torch.tensor(chosen), features.double().cpu()
+        beyond = torch.zeros(len(rows), dtype=torch.bool)
+        for place in places.unique().tolist():
+            of, own = self._features[place], places == place
+            distances = _distances(rows[own], of.means.double(), _floored(of.variances.double()))
+            beyond[own] = distances.min(1).values > of.threshold(false_rejects)
+        return beyond.tolist()
 
 
 def _distances(rows: Tensor, means: Tensor, variances: Tensor) -> Tensor:
@@ -305,7 +305,7 @@ def _left_out_distances(
 def _evenly_spaced(ascending: Tensor) -> Tensor:
     """At most 256 of these, the last among them: those of rank ceil((i + 1) n / 256)."""
     count, kept = len(ascending), min(len(ascending), MOST_DISTANCES)
-    return ascending[[math.ceil((i + 1) * count / kept) - 1 for i in range(kept)]]
+    return ascending[[-(-(i + 1) * count // kept) - 1 for i in range(kept)]]
 
 
 def _on_grid(products: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..format.names import listing
 from ..state.routing import Router, check_same_features
 from ..subspace.discriminants import Discriminants, FeatureSums, TaskFeatures
 from ..subspace.pooling import pooled, to_the_left
@@ -61,6 +62,17 @@ class Routes:
     tasks: tuple[str, ...]
     probabilities: Tensor
 
+    @classmethod
+    def together(cls, parts: Iterable[Routes]) -> Routes:
+        """The routes of all batches of parts, at least one, of the same tasks."""
+        parts = list(parts)
+        return cls(
+            names=tuple(name for part in parts for name in part.names),
+            scores=tuple(score for part in parts for score in part.scores),
+            tasks=parts[0].tasks,
+            probabilities=torch.cat([part.probabilities for part in parts]),
+        )
+
 
 class TaskRouter:
     """Routes of the tasks of a model.
@@ -80,14 +92,42 @@ class TaskRouter:
         self._found: dict[tuple[str, ...], Discriminants] = {}
         self._is_checked = False
 
-    def check_model(self, model: nn.Module) -> None:
-        """Refuse another base model than the router was learned with; it is run once, on a few tokens.
+    def route(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        tasks: Sequence[str] | None = None,
+        false_rejects: float | EllipsisType | None = ...,
+    ) -> Routes:
+        """Tell which tasks inputs belong to.
+
+        Args:
+            model: A `ShareModel`, or the base model.
+            inputs: A batch as the model takes it.
+            tasks: As for `RoutingModel.route`, as is `false_rejects`.
 
         Raises:
-            ValueError: Saying what was found and expected.
+            ValueError: If the model is another base model, or an argument is unusable.
         """
-        if self._is_checked:
-            return
+        names = list(self.routes) if tasks is None else list(tasks)
+        if unknown := [task for task in names if task not in self.routes]:
+            raise ValueError(f"tasks has {unknown[0]!r}, expected those that have a route: {listing(self.routes)}")
+        if not names:
+            raise ValueError("no task has a route, expected one at least: SharedSubspace.learn_route learns it")
+        rejects = self.false_rejects if false_rejects is ... else false_rejects
+        if rejects is not None and not 0 < rejects < 1:
+            raise ValueError(f"false_rejects is {rejects!r}, expected None or a number above 0 and below 1")
+        count, base = count_of(inputs), model.model if isinstance(model, RoutingModel) else model
+        if not self._is_checked:
+            with base_alone(model, 1):
+                self._check_model(base)
+            self._is_checked = True
+        with base_alone(model, count):
+            features = features_of(base, inputs, self.router.layers)
+        return self.routes_of(features, names, rejects)
+
+    def _check_model(self, model: nn.Module) -> None:
+        """Refuse another base model than the router was learned with; it is run on a few tokens."""
         if max(self.router.layers) > (depth := depth_of(model)):
             raise ValueError(
                 f"{type(model).__name__} has {depth} layers, expected at least {max(self.router.layers)}, which the "
@@ -96,7 +136,6 @@ class TaskRouter:
         probe = probe_of(model, self.router.layers)
         width = self.router.width if probe is None else len(probe)
         check_same_features(self.router, self.router.layers, width, probe, f"the model ({type(model).__name__})")
-        self._is_checked = True
 
     def routes_of(self, features: Tensor, tasks: Sequence[str], false_rejects: float | None) -> Routes:
         """Where inputs of these features (n, m) go, of these tasks."""
@@ -124,7 +163,7 @@ class RoutingModel:
         inputs: Mapping[str, Tensor] | Tensor | None = None,
         *,
         tasks: Sequence[str] | None = None,
-        false_rejects: float | None | EllipsisType = ...,
+        false_rejects: float | EllipsisType | None = ...,
         **more_inputs: Tensor,
     ) -> Routes:
         """
@@ -146,34 +185,21 @@ class RoutingModel:
             ValueError: If the model has no routes, or an argument is unusable.
         """
         given = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs or {})
-        router = self._usable_router()
-        known = self._routed_tasks(router)
-        names = known if tasks is None else list(tasks)
-        if unknown := [task for task in names if task not in known]:
-            raise ValueError(f"tasks has {unknown[0]!r}, expected some of those that have a route: {known}")
-        if not names:
-            raise ValueError("no task of the model has a route, expected one at least: learn_route of SharedSubspace")
-        rejects = router.false_rejects if false_rejects is ... else false_rejects
-        if rejects is not None and not 0 < rejects < 1:
-            raise ValueError(f"false_rejects is {rejects!r}, expected None or a number above 0 and below 1")
-        everything = {**given, **more_inputs}
-        count = count_of(everything)
-        with base_alone(self, 1):
-            router.check_model(self.model)
-        with base_alone(self, count):
-            features = features_of(self.model, everything, router.router.layers)
-        return router.routes_of(features, names, rejects)
+        router = self._known_router()
+        known = [task for task in self.peft_config if task in router.routes]
+        if unknown := [task for task in tasks or () if task not in known]:
+            raise ValueError(
+                f"tasks has {unknown[0]!r}, expected some that the model has and that have a route: {listing(known)}"
+            )
+        return router.route(self, {**given, **more_inputs}, known if tasks is None else tasks, false_rejects)
 
-    def _usable_router(self) -> TaskRouter:
+    def _known_router(self) -> TaskRouter:
         if self.router is None:
             raise ValueError(
                 "the model has no router, expected one of SharedSubspace.apply, of a subspace that learn_route or "
                 "ShareTrainingArguments(routing=True) has taught the inputs of its tasks"
             )
         return self.router
-
-    def _routed_tasks(self, router: TaskRouter) -> list[str]:
-        return [task for task in self.peft_config if task in router.routes]
 
 
 def routed_if_auto(
@@ -205,7 +231,7 @@ def _routed(
     """
     if model.training:
         raise ValueError("adapter_names='auto' routes in inference only, call model.eval() first")
-    model._usable_router()
+    model._known_router()
     given = {**kwargs, **({"input_ids": args[0]} if args else {})}
     given.setdefault("input_ids", given.pop("inputs", None))
     if any(given.get(name) is not None for name in ("input_ids", "inputs_embeds", "input_features")):

@@ -69,11 +69,15 @@ def inject_tasks(
     return peft_model
 
 
-def load_router(model: PeftModel, state: SubspaceState) -> None:
-    """Give a model the routes of a subspace, if it has some."""
+def router_of(state: SubspaceState) -> TaskRouter | None:
+    """The routes of a subspace, None where there are none."""
     routes = {task: info.route for task, info in state.tasks.items() if info.route is not None}
-    if state.router is not None and routes:
-        model.base_model.router = TaskRouter(state.router, routes)
+    return TaskRouter(state.router, routes) if state.router is not None and routes else None
+
+
+def load_router(model: PeftModel, state: SubspaceState) -> None:
+    """Give a model the routes of a subspace, or none where it has none."""
+    model.base_model.router = router_of(state)
 
 
 def load_tasks(
