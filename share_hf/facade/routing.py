@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
@@ -49,7 +48,7 @@ class Routing(HeldSubspace):
         """
         Learn what the inputs of a task look like. No data of other tasks is needed, and none is kept of this one.
 
-        The task's folder gets the mean features of its classes, a few kilobytes, and the covariance that all tasks
+        The task's folder gets the mean features of its inputs, a few kilobytes, and the covariance that all tasks
         share gets a part more. The order in which tasks are learned makes no difference, to the bit. A model that
         [`~SharedSubspace.apply`] makes from then on has the route; one that was made before gets it here.
 
@@ -60,7 +59,7 @@ class Routing(HeldSubspace):
             data (`Iterable[Mapping[str, Any]]`):
                 The task's inputs, best all that it was trained on: batches as the model takes them, such as those of a
                 `DataLoader`; or, with a tokenizer, examples with one column of text, or two that are a pair. Labels
-                that are whole numbers, under `labels` or `label`, give each class a mean of its own.
+                are not looked at.
             tokenizer (`PreTrainedTokenizerBase`, *optional*): Tokenizer of the base model.
             max_length (`int`, *optional*): Most tokens of a text; as many as the model takes if not given.
             batch_size (`int`, *optional*, defaults to `32`): Examples in a batch, with a tokenizer.
@@ -182,30 +181,21 @@ def tokenized(
     Raises:
         ValueError: If an example has no text, or more than two.
     """
-    numbers: dict[Any, int] = {}  # of labels, in the order they come
     batch: list[Mapping[str, Any]] = []
     for example in examples:
         batch.append(example)
         if len(batch) == batch_size:
-            yield _encoded(batch, tokenizer, max_length, numbers)
+            yield _encoded(batch, tokenizer, max_length)
             batch = []
     if batch:
-        yield _encoded(batch, tokenizer, max_length, numbers)
+        yield _encoded(batch, tokenizer, max_length)
 
 
 def _encoded(
-    batch: Sequence[Mapping[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int | None,
-    numbers: dict[Any, int],
+    batch: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int | None
 ) -> dict[str, Tensor]:
     columns = [name for name, value in batch[0].items() if isinstance(value, str) and name not in _LABELS]
     if not 1 <= len(columns) <= 2:
         raise ValueError(f"an example has columns of text {columns}, expected one, or two that are a pair")
     texts = ([example[name] for example in batch] for name in columns)
-    encoded = dict(tokenizer(*texts, truncation=True, max_length=max_length, padding=True, return_tensors="pt"))
-    name = next((name for name in _LABELS if name in batch[0]), None)
-    labels = [] if name is None else [example[name] for example in batch]
-    if labels and all(isinstance(label, (str, int)) for label in labels):
-        encoded["labels"] = torch.tensor([numbers.setdefault(label, len(numbers)) for label in labels])
-    return encoded
+    return dict(tokenizer(*texts, truncation=True, max_length=max_length, padding=True, return_tensors="pt"))

@@ -5,8 +5,8 @@ sum in float64 and each part in float32, which has all its digits. `probe` (m,) 
 under `router`: `layers`, `width` (m), `tasks` (those that have a route), `degrees` (of "settled" and of each part,
 those in the order they were learned) and `settled` (the identities of what is in that sum).
 
-In a task's folder: `means` (classes, m) float32, `counts` (classes,) int64, `variances` (m,) float32, `distances` (d,)
-float32 and `measured` (1,) int64, as `TaskFeatures` has them.
+In a task's folder: `mean` (m,), `variances` (m,) and `distances` (d,) float32, `measured` (1,) int64, as
+`TaskFeatures` has them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..state import Router
-from ..subspace.discriminants import MOST_CLASSES, MOST_DISTANCES, FeatureScatter, TaskFeatures
+from ..subspace.discriminants import MOST_DISTANCES, FeatureScatter, TaskFeatures
 from .files import check_tensors, expect_tensor, read_tensors, tensor_bytes
 
 
@@ -146,8 +146,7 @@ def route_bytes(features: TaskFeatures, path: Path) -> bytes:
         ValueError: If it could not be read again; naming the file and the tensor.
     """
     tensors = {
-        "means": features.means,
-        "counts": features.counts,
+        "mean": features.mean,
         "variances": features.variances,
         "distances": features.distances,
         "measured": torch.tensor([features.measured]),
@@ -163,33 +162,21 @@ def read_route(path: Path | str, width: int) -> TaskFeatures:
         ValueError: If the file is damaged, or does not fit a router of so many features; naming file and tensor.
     """
     tensors = read_tensors(Path(path))
-    names = ("means", "counts", "variances", "distances", "measured")
+    names = ("mean", "variances", "distances", "measured")
     if odd := sorted(tensors.keys() ^ {*names}):
         raise ValueError(f"{path}: {odd[0]!r} is missing or unexpected, expected {', '.join(names)}")
-    classes, kept = (tensors[name].shape[0] if tensors[name].ndim else 0 for name in ("means", "distances"))
-    if not 0 < classes <= MOST_CLASSES:
-        raise ValueError(
-            f"{path}: 'means' has shape {tuple(tensors['means'].shape)}, expected 1 to {MOST_CLASSES} rows"
-        )
-    if not 0 < kept <= MOST_DISTANCES:
-        shape = tuple(tensors["distances"].shape)
-        raise ValueError(f"{path}: 'distances' has shape {shape}, expected 1 to {MOST_DISTANCES} numbers")
-    counts = _expect(path, tensors, "counts", (classes,), torch.int64)
+    mean, variances = (expect_tensor(path, tensors, name, (width,)) for name in ("mean", "variances"))
     measured = int(_expect(path, tensors, "measured", (1,), torch.int64))
-    variances = expect_tensor(path, tensors, "variances", (width,))
-    distances = expect_tensor(path, tensors, "distances", (kept,))
-    if int(counts.min()) < 1:
-        raise ValueError(f"{path}: 'counts' has {int(counts.min())}, expected at least 1 text of each class")
-    if measured < kept or (kept < measured and kept < MOST_DISTANCES):
-        raise ValueError(f"{path}: 'measured' is {measured} for {kept} distances, expected as many, or more than 256")
+    if measured < 1:
+        raise ValueError(f"{path}: 'measured' is {measured}, expected at least 1")
+    distances = expect_tensor(path, tensors, "distances", (min(measured, MOST_DISTANCES),))
     for name, values in (("variances", variances), ("distances", distances)):
         if float(values.min()) < 0:
-            raise ValueError(f"{path}: {name!r} has {float(values.min())}, expected no negative number")
+            raise ValueError(f"{path}: {name!r} has {float(values.min()):.3g}, expected no negative number")
     if bool((distances.diff() < 0).any()):
         raise ValueError(f"{path}: 'distances' are not in ascending order")
-    means = expect_tensor(path, tensors, "means", (classes, width))
     # Out of the mapped file, which may be replaced.
-    return TaskFeatures(means.clone(), counts.clone(), variances.clone(), distances.clone(), measured)
+    return TaskFeatures(mean.clone(), variances.clone(), distances.clone(), measured)
 
 
 def _triangle(width: int) -> int:

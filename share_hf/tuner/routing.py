@@ -141,7 +141,7 @@ class TaskRouter:
         """Where inputs of these features (n, m) go, of these tasks."""
         key = tuple(tasks)
         if key not in self._found:
-            of_tasks = {task: self.routes[task] for task in key}
+            of_tasks = (self.routes[task] for task in key)
             self._found = {key: Discriminants(of_tasks, self.router.scatter, shrinkage=_SHRINKAGE)}
         found = self._found[key]
         probabilities = found.log_likelihoods(features).softmax(1)
@@ -407,11 +407,11 @@ def probe_of(model: nn.Module, layers: Sequence[int]) -> Tensor | None:
 
 
 def sums_over(model: nn.Module, batches: Iterable[Mapping[str, Any]], layers: Sequence[int]) -> FeatureSums:
-    """Sums of the features of texts over batches, by their labels where those are classes.
+    """Sums over the features of inputs.
 
     Args:
         model: A `ShareModel`, or a base model.
-        batches: As the model takes them, with `labels` (b,) of whole numbers where it is a classification.
+        batches: As the model takes them.
         layers: As for `features_of`.
 
     Raises:
@@ -421,14 +421,8 @@ def sums_over(model: nn.Module, batches: Iterable[Mapping[str, Any]], layers: Se
     for batch in batches:
         with base_alone(model, count_of(batch)):
             features = features_of(base, batch, layers)
-        sums.add(features, _classes_in(batch, len(features)))
+        sums.add(features)
     return sums
-
-
-def _classes_in(batch: Mapping[str, Any], count: int) -> list[int] | None:
-    labels = next((batch[name] for name in ("labels", "label") if name in batch), None)
-    is_class = isinstance(labels, Tensor) and labels.shape == (count,) and not labels.is_floating_point()
-    return labels.tolist() if is_class else None
 
 
 def _device_of(module: nn.Module) -> torch.device:
