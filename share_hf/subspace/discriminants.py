@@ -28,6 +28,7 @@ MOST_MEASURED = 4096
 MOST_DISTANCES = 256
 # Part of a task's mean variance that is added to each: a feature that never varied must not rule.
 _LEAST_VARIANCE = 1e-2
+_LEAST_SHRINKAGE = 1e-3
 # Bits of a scatter's largest entry: what is added up is exact in float64, in any order, and one of them in float32.
 _SCATTER_BITS = 23
 
@@ -173,14 +174,11 @@ class Discriminants:
     Args:
         tasks: What is known of the tasks; at least one.
         scatter: The sum of all tasks' scatter.
-        shrinkage: Part of the covariance that is replaced by a multiple of the identity of the same trace.
     """
 
-    def __init__(self, tasks: Iterable[TaskFeatures], scatter: FeatureScatter, *, shrinkage: float) -> None:
+    def __init__(self, tasks: Iterable[TaskFeatures], scatter: FeatureScatter) -> None:
         self._tasks = list(tasks)
-        covariance = scatter.products / max(scatter.degrees, 1)
-        level = float(covariance.diagonal().mean()) or 1.0
-        covariance = (1 - shrinkage) * covariance + shrinkage * level * torch.eye(len(covariance), dtype=torch.float64)
+        covariance = shrunk_covariance(scatter)
         means = torch.stack([of.mean for of in self._tasks]).double()
         weights = torch.cholesky_solve(means.T, torch.linalg.cholesky(covariance))  # (m, tasks)
         self._weights = weights.float()
@@ -210,6 +208,23 @@ class Discriminants:
         distances = (off.square() / _floored(torch.stack([of.variances for of in tasks]))).mean(1)
         thresholds = {place: self._tasks[place].threshold(false_rejects) for place in set(chosen)}
         return [distance > thresholds[place] for distance, place in zip(distances.tolist(), chosen, strict=True)]
+
+
+def shrunk_covariance(scatter: FeatureScatter) -> Tensor:
+    """The covariance (m, m), part of it replaced by a multiple of the identity of the same trace.
+
+    The part is that of the oracle approximating shrinkage (Chen, Wiesel, Eldar & Hero 2010, Eq. 23): all of it where
+    there is next to nothing to estimate from, little where there is much. It is at least 0.001, so that there is an
+    inverse.
+    """
+    covariance = scatter.products / max(scatter.degrees, 1)
+    width = len(covariance)
+    trace, squares = float(covariance.trace()), float(covariance.square().sum())
+    above = (1 - 2 / width) * squares + trace**2
+    below = (max(scatter.degrees, 1) + 1 - 2 / width) * (squares - trace**2 / width)
+    part = min(1.0, max(_LEAST_SHRINKAGE, above / below)) if below > 0 else 1.0
+    level = trace / width or 1.0
+    return (1 - part) * covariance + part * level * torch.eye(width, dtype=covariance.dtype)
 
 
 def _floored(variances: Tensor) -> Tensor:

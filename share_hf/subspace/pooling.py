@@ -7,6 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .sketch import entry_hashes
+
+
+# More features than these are folded into as many: the covariance of all tasks has 4 MB then, whatever the model.
+MOST_FEATURES = 1024
+
 
 def pooled(hidden_states: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
     """Features of each input: of each layer the mean over its tokens, scaled to a mean square of one.
@@ -43,3 +49,17 @@ def to_the_left(values: Tensor, mask: Tensor) -> Tensor:
     """
     order = (mask == 0).to(torch.uint8).sort(dim=1, stable=True).indices
     return values.gather(1, order.reshape(*order.shape, *[1] * (values.ndim - 2)).expand_as(values))
+
+
+def folded(features: Tensor, width: int = MOST_FEATURES) -> Tensor:
+    """At most so many features (b, width): each is added to, or taken off, one of them that hashing chose.
+
+    Such a count-sketch keeps products of any two inputs, up to an error of about ``1 / sqrt(width)``. It is integer
+    arithmetic, so that every machine has the same.
+    """
+    count = features.shape[1]
+    if count <= width:
+        return features
+    hashes = entry_hashes("router", count).to(features.device)
+    signs = 1.0 - 2.0 * (hashes >> 32 & 1)
+    return features.new_zeros(len(features), width).index_add_(1, hashes % width, features * signs.to(features.dtype))

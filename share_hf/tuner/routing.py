@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..format.names import listing
 from ..state.routing import Router, check_same_features
 from ..subspace.discriminants import Discriminants, FeatureSums, TaskFeatures
-from ..subspace.pooling import pooled, to_the_left
+from ..subspace.pooling import folded, pooled, to_the_left
 from .experts import Experts
 
 
@@ -41,8 +41,6 @@ _INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "inpu
 _OF_TOKENS = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids")
 # Arguments of a model that say nothing of the input, or that the features must not depend on.
 _LEFT_OUT = {"labels", "label_ids", "label", "position_ids", "past_key_values", "use_cache", "return_dict"}
-# Part of the covariance that gives way to a multiple of the identity.
-_SHRINKAGE = 1e-3
 _PROBE_LENGTH = 16
 
 
@@ -142,7 +140,7 @@ class TaskRouter:
         key = tuple(tasks)
         if key not in self._found:
             of_tasks = (self.routes[task] for task in key)
-            self._found = {key: Discriminants(of_tasks, self.router.scatter, shrinkage=_SHRINKAGE)}
+            self._found = {key: Discriminants(of_tasks, self.router.scatter)}
         found = self._found[key]
         probabilities = found.log_likelihoods(features).softmax(1)
         scores, places = probabilities.max(1)
@@ -291,7 +289,7 @@ def _set_disabled(modules: Iterable[nn.Module], disabled: bool) -> None:
 
 
 def features_of(model: nn.Module, inputs: Mapping[str, Any], layers: Sequence[int]) -> Tensor:
-    """Features (b, layers * d) float32 of a batch, by the base model as it computes now.
+    """Features (b, m) float32 of a batch, by the base model as it computes now; m is layers * d, at most 1,024.
 
     Args:
         model: A model of transformers. Of an encoder-decoder, the encoder is run.
@@ -332,7 +330,7 @@ def features_of(model: nn.Module, inputs: Mapping[str, Any], layers: Sequence[in
         )
     chosen = [states[layer] for layer in layers]
     fits = mask is not None and mask.ndim == 2 and mask.shape == chosen[0].shape[:2]
-    return pooled(chosen, mask if fits else None)
+    return folded(pooled(chosen, mask if fits else None))
 
 
 def count_of(inputs: Mapping[str, Any]) -> int:

@@ -18,11 +18,10 @@ from share_hf.subspace.discriminants import (
     FeatureSums,
     TaskFeatures,
 )
-from share_hf.subspace.pooling import pooled, to_the_left
+from share_hf.subspace.pooling import folded, pooled, to_the_left
 
 
 WIDTH = 6
-SHRINKAGE = 1e-3
 
 
 def texts(seed: int, count: int, *, width: int = WIDTH, offset: float = 0.0) -> Tensor:
@@ -78,10 +77,16 @@ def test_an_input_is_measured_as_if_it_had_not_been_there(seed: int, count: int)
 def test_scores_are_those_of_gaussians_of_one_covariance(seed: int, tasks: int) -> None:
     learned = [sums_of(texts(seed + i, 30)).learned() for i in range(tasks)]
     scatter = sum((part for _, part in learned[1:]), start=learned[0][1])
-    found = Discriminants([of for of, _ in learned], scatter, shrinkage=SHRINKAGE)
+    found = Discriminants([of for of, _ in learned], scatter)
     inputs = texts(seed + 99, 7)
-    covariance = scatter.products / scatter.degrees
-    covariance = (1 - SHRINKAGE) * covariance + SHRINKAGE * covariance.diagonal().mean() * torch.eye(WIDTH).double()
+    plain = scatter.products / scatter.degrees
+    # Chen et al. 2010, Eq. 23, term by term.
+    ratio = float((plain @ plain).trace()), float(plain.trace()) ** 2
+    part = ((1 - 2 / WIDTH) * ratio[0] + ratio[1]) / (
+        (scatter.degrees + 1 - 2 / WIDTH) * (ratio[0] - ratio[1] / WIDTH)
+    )
+    part = min(1.0, max(1e-3, part))
+    covariance = (1 - part) * plain + part * plain.trace() / WIDTH * torch.eye(WIDTH).double()
     gaussians = [torch.distributions.MultivariateNormal(of.mean.double(), covariance) for of, _ in learned]
     expected = torch.stack([gaussian.log_prob(inputs.double()) for gaussian in gaussians], dim=1)
     torch.testing.assert_close(
@@ -118,16 +123,14 @@ def test_no_more_of_a_tasks_own_inputs_are_refused_than_is_stated(false_rejects:
     for seed in range(20):
         features = texts(seed, 1400, width=20)
         found, scatter = sums_of(features[:400]).learned()
-        beyond = Discriminants([found], scatter, shrinkage=SHRINKAGE).is_beyond(
-            features[400:], [0] * 1000, false_rejects
-        )
+        beyond = Discriminants([found], scatter).is_beyond(features[400:], [0] * 1000, false_rejects)
         rates.append(sum(beyond) / 1000)
     assert false_rejects / 2 < sum(rates) / len(rates) <= 1.15 * false_rejects
 
 
 def test_what_is_far_from_every_task_is_beyond_them() -> None:
     found, scatter = sums_of(texts(0, 300)).learned()
-    discriminants = Discriminants([found], scatter, shrinkage=SHRINKAGE)
+    discriminants = Discriminants([found], scatter)
     assert discriminants.is_beyond(texts(0, 20, offset=20.0), [0] * 20, 0.01) == [True] * 20
 
 
@@ -175,7 +178,7 @@ def test_unusable_features_are_refused(features: list[Tensor], message: str) -> 
 
 def test_features_that_do_not_vary_can_be_compared_all_the_same() -> None:
     (one, scatter), (two, other) = (sums_of(torch.full((5, 3), value)).learned() for value in (1.0, 2.0))
-    found = Discriminants([one, two], scatter + other, shrinkage=SHRINKAGE)
+    found = Discriminants([one, two], scatter + other)
     found = found.log_likelihoods(torch.tensor([[1.1] * 3, [1.9] * 3]))
     assert found.argmax(1).tolist() == [0, 1]
 
@@ -200,3 +203,12 @@ def test_padding_is_brought_behind_the_tokens() -> None:
     mask = (ids != 0).long()
     assert to_the_left(ids, mask).tolist() == [[5, 6, 0, 0], [7, 8, 0, 0], [1, 2, 3, 4]]
     assert to_the_left(ids[:, :, None].expand(-1, -1, 2), mask)[0].tolist() == [[5, 5], [6, 6], [0, 0], [0, 0]]
+
+
+def test_folded_features_keep_products_of_inputs() -> None:
+    features = torch.nn.functional.normalize(torch.randn(40, 8192), dim=1)
+    features[1::2] += 0.8 * features[::2]
+    found, expected = (rows @ rows.T for rows in (folded(features, 1024), features))
+    assert folded(features, 1024).shape == (40, 1024)
+    assert float((found - expected).abs().max()) < 6 / 1024**0.5
+    assert torch.equal(folded(features[:, :1024], 1024), features[:, :1024])
