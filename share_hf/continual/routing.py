@@ -13,10 +13,9 @@ from ..engines import of_each_process
 from ..engines.deepspeed import ZeRO3Engine
 from ..engines.engine import Engine
 from ..engines.fsdp import FSDPEngine
-from ..facade.routing import layers_for, with_learned_route
 from ..state import SubspaceState
 from ..subspace.discriminants import FeatureSums
-from ..tuner.routing import sums_over
+from ..tuner.learned_routes import layers_for, sums_over, with_learned_route
 from .data import Data, is_streamed
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..format.names import listing
 from ..state.routing import Router, check_same_features
-from ..subspace.discriminants import Discriminants, FeatureSums, TaskFeatures
+from ..subspace.discriminants import Discriminants, TaskFeatures
 from ..subspace.pooling import folded, pooled, to_the_left
 from .experts import Experts
 
@@ -402,25 +402,6 @@ def probe_of(model: nn.Module, layers: Sequence[int]) -> Tensor | None:
     ids = torch.arange(_PROBE_LENGTH) * 37 % size
     features = features_of(model, {"input_ids": ids[None], "attention_mask": torch.ones(1, _PROBE_LENGTH)}, layers)
     return features[0].cpu()
-
-
-def sums_over(model: nn.Module, batches: Iterable[Mapping[str, Any]], layers: Sequence[int]) -> FeatureSums:
-    """Sums over the features of inputs.
-
-    Args:
-        model: A `ShareModel`, or a base model.
-        batches: As the model takes them.
-        layers: As for `features_of`.
-
-    Raises:
-        ValueError: As for `features_of`; also if features are not finite.
-    """
-    sums, base = FeatureSums(), model.model if isinstance(model, RoutingModel) else model
-    for batch in batches:
-        with base_alone(model, count_of(batch)):
-            features = features_of(base, batch, layers)
-        sums.add(features)
-    return sums
 
 
 def _device_of(module: nn.Module) -> torch.device:
