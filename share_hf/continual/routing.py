@@ -9,7 +9,7 @@ import datasets
 from torch.utils.data import DataLoader, Subset
 from transformers import Trainer
 
-from ..engines import of_each_process
+from ..engines.processes import of_each_process
 from ..engines.deepspeed import ZeRO3Engine
 from ..engines.engine import Engine
 from ..engines.fsdp import FSDPEngine
