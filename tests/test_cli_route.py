@@ -20,9 +20,9 @@ Share = Callable[..., Output]
 
 
 @pytest.fixture
-def base(tiny_model_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> str:
+def base(tiny_model_folder: Callable[[str], Path], copy_of: Callable[[Path], Path]) -> str:
     """The folder of the base model, with its tokenizer."""
-    folder = tiny_model_folder("llama")
+    folder = copy_of(tiny_model_folder("llama"))
     word_tokenizer().save_pretrained(folder)
     return str(folder)
 
@@ -45,7 +45,7 @@ def test_texts_are_sent_to_their_tasks_with_scores(share: Share, routed: str, ba
     assert [route["task"] for route in routes] == ["mrpc", "mrpc", "sst2"]
     assert [route["text"] for route in routes] == [*ones, *others]
     assert all(abs(sum(route["scores"].values()) - 1) < 1e-5 for route in routes)
-    assert all(list(route["scores"])[0] == route["task"] for route in routes)
+    assert all(next(iter(route["scores"])) == route["task"] for route in routes)
     code, out, _ = share("route", routed, "--base-model", base, "--false-rejects", "0", *options)
     lines = out.splitlines()
     assert lines[0].split() == ["text", "task", "most", "likely"]

@@ -9,10 +9,10 @@ import datasets
 from torch.utils.data import DataLoader, Subset
 from transformers import Trainer
 
-from ..engines.processes import of_each_process
 from ..engines.deepspeed import ZeRO3Engine
 from ..engines.engine import Engine
 from ..engines.fsdp import FSDPEngine
+from ..engines.processes import of_each_process
 from ..state import SubspaceState
 from ..subspace.discriminants import FeatureSums
 from ..tuner.learned_routes import layers_for, sums_over, with_learned_route

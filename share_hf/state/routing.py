@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property, reduce
+from functools import reduce
 from operator import add
 from typing import TYPE_CHECKING
 
@@ -52,9 +52,10 @@ class Router:
     @property
     def width(self) -> int:
         """How many features an input has (m)."""
-        return len(self.scatter.products)
+        known = self.settled or next(iter(self.parts.values()))
+        return len(known.products)
 
-    @cached_property
+    @property
     def scatter(self) -> FeatureScatter:
         """The scatter of all tasks learned so far, removed ones included."""
         settled = [] if self.settled is None else [self.settled]

@@ -26,6 +26,7 @@ LEAST_INPUTS = 3
 # Inputs of a task whose distances are measured, and how many of these are kept.
 MOST_MEASURED = 4096
 MOST_DISTANCES = 256
+_MEASURED_AT_ONCE = 256
 # Part of a task's mean variance that is added to each: a feature that never varied must not rule.
 _LEAST_VARIANCE = 1e-2
 _LEAST_SHRINKAGE = 1e-3
@@ -99,7 +100,7 @@ class FeatureSums:
         count: How many inputs.
         total: (m,) float64, ``Σ x``; None before the first input.
         products: (m, m) float64, ``Σ x x^T``; likewise.
-        kept: Features (m,) float32 of some of the inputs, evenly spaced, to measure.
+        kept: Features (n, m) float32 of some of the inputs, evenly spaced, to measure; in a few pieces.
     """
 
     def __init__(self) -> None:
@@ -122,9 +123,9 @@ class FeatureSums:
             raise ValueError(f"features are {tuple(rows.shape)}, expected {len(self.total)} columns as before")
         first = -self.count % self._stride
         self._add_sums(len(rows), rows.sum(0), rows.T @ rows)
-        self.kept += rows[first :: self._stride].float().unbind()
-        while len(self.kept) > MOST_MEASURED:
-            self.kept, self._stride = self.kept[::2], 2 * self._stride
+        self.kept.append(rows[first :: self._stride].float())
+        while sum(map(len, self.kept)) > MOST_MEASURED:
+            self.kept, self._stride = [torch.cat(self.kept)[::2]], 2 * self._stride
 
     def _add_sums(self, count: int, total: Tensor, products: Tensor) -> None:
         self.count += count
@@ -139,7 +140,8 @@ class FeatureSums:
             if part.total is not None:
                 whole._add_sums(part.count, part.total, part.products)
                 whole.kept += part.kept
-        whole.kept = whole.kept[:: math.ceil(len(whole.kept) / MOST_MEASURED) or 1]
+        step = math.ceil(sum(map(len, whole.kept)) / MOST_MEASURED)
+        whole.kept = [torch.cat(whole.kept)[::step]] if whole.kept else []
         return whole
 
     def learned(self) -> tuple[TaskFeatures, FeatureScatter]:
@@ -155,8 +157,8 @@ class FeatureSums:
         squares = products.diagonal().clamp_min(0)
         distances = torch.cat(
             [
-                _left_out_distances(torch.stack(rows).double(), mean, squares, self.count)
-                for rows in (self.kept[start : start + 256] for start in range(0, len(self.kept), 256))
+                _left_out_distances(rows.double(), mean, squares, self.count)
+                for rows in torch.cat(self.kept).split(_MEASURED_AT_ONCE)
             ]
         )
         found = TaskFeatures(
