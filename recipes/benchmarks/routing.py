@@ -127,7 +127,7 @@ def measured(data: Path, adapters: Path, base: Path, arguments: object) -> Itera
             f"own texts said to be of none, {rate:.0%} stated",
             100 * mean(name is None for name in refused.names),
             "%",
-            100 * (rate + 2 * (rate * (1 - rate) / len(some)) ** 0.5),  # two standard errors
+            round(100 * (rate + 2 * (rate * (1 - rate) / len(some)) ** 0.5), 1),  # two standard errors
         )
     yield from timed(scale.tasks, subspace.state.router, arguments.repeats)
 
