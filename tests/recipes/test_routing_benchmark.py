@@ -26,10 +26,9 @@ def test_a_quick_run_leaves_its_rows_and_the_confusion_matrix(shared_data: Path,
         list(map(str, command)), capture_output=True, text=True, timeout=280, env={**os.environ, "HF_HUB_OFFLINE": "1"}
     )
     assert run.returncode == 0, run.stderr
-    rows = {
-        row["name"].split(",")[0]: row["value"] for row in json.loads((tmp_path / "rows.json").read_text())["rows"]
-    }
-    assert len(rows) == 8  # the two rates have one name up to the comma
+    found = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert len(found) == 9
+    rows = {row["name"].split(",")[0]: row["value"] for row in found}
     assert rows["right group of five"] > 90 and rows["right one of nine tasks"] > 80
     assert rows["beyond the forward pass"] < 1
     assert (tmp_path / "matrix.png").read_bytes().startswith(b"\x89PNG")
