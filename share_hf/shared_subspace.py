@@ -12,7 +12,7 @@ from peft.utils import CONFIG_NAME
 from transformers.utils import logging
 
 from .card import CardOptions, write_tree
-from .facade import Applying, Editing, Exporting
+from .facade import Applying, Editing, Exporting, Routing
 from .facade.adding import with_collection
 from .format.base_model import named_alike
 from .format.collection import Collection as AdapterCollection
@@ -36,7 +36,7 @@ from .subspace.settings import check_tolerance
 logger = logging.get_logger(__name__)
 
 
-class SharedSubspace(Applying, Editing, Exporting):
+class SharedSubspace(Applying, Editing, Exporting, Routing):
     """
     One low-rank subspace a layer, and the coefficients of any number of tasks in it.
 

@@ -44,7 +44,7 @@ from tests.trees import (
 
 COMMANDS = (
     *("init", "add", "info", "audit", "export", "remove", "rename", "replace", "refit", "undo"),
-    *("push", "pull", "upgrade"),
+    *("route", "push", "pull", "upgrade"),
 )
 REPO = "org/share-subspace"
 SMALL = ["--num-components", "6", "--pseudo-rank", "4"]

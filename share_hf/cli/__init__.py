@@ -22,6 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
+from .argument_types import number_or_auto, relative_error, size_in_bytes
 from .editing_arguments import (
     add_export,
     add_keeping,
@@ -33,6 +34,7 @@ from .editing_arguments import (
     add_undo,
     check_export,
 )
+from .routing_arguments import add_route
 
 
 FAILED, INTERRUPTED = 1, 130
@@ -128,31 +130,6 @@ def located_adapter(text: str) -> tuple[str, str]:
     if not equals or "/" in name or Path(text).is_dir():
         name, place = Path(text).name, text
     return name, os.path.expanduser(place)
-
-
-def number_or_auto(text: str) -> int | str:
-    """A whole number, or `"auto"`."""
-    if text != "auto" and not re.fullmatch(r"-?\d+", text):
-        raise argparse.ArgumentTypeError(f"invalid int value: {text!r}, expected a whole number or auto")
-    return text if text == "auto" else int(text)
-
-
-def size_in_bytes(text: str) -> int:
-    """Bytes from a number with or without a unit, such as `1500000` or `1.5MB`."""
-    if (match := re.fullmatch(r"([\d.]+) ?([KMG]?)B?", text, flags=re.IGNORECASE)) is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size, expected such as 1500000 or 1.5MB")
-    return int(float(match[1]) * 1000 ** ("KMG".index(match[2].upper()) + 1 if match[2] else 0))
-
-
-def relative_error(text: str) -> float:
-    """A mean relative error that is worth asking for: above 0, and below 1, which an update of zero has."""
-    try:
-        error = float(text)
-    except ValueError:
-        error = -1.0
-    if not 0 < error < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no relative error, expected a number above 0 and below 1")
-    return error
 
 
 def _check_audit(args: argparse.Namespace, command: argparse.ArgumentParser) -> None:
@@ -399,6 +376,11 @@ _COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]]
         _refit,
     ),
     "undo": ("Take back the last step, where its history is kept", "share-hf undo share-subspace", add_undo),
+    "route": (
+        "Tell which tasks texts belong to",
+        'share-hf route share-subspace --text "It never stops being fun."',
+        add_route,
+    ),
     "push": ("Publish a subspace on the hub", "share-hf push share-subspace org/share-subspace --private", _push),
     "pull": ("Get a subspace, or what is new in it", "share-hf pull org/share-subspace share-subspace", _pull),
     "upgrade": ("Rewrite a subspace in the newest format", "share-hf upgrade org/share-subspace", _add_place),

@@ -34,6 +34,7 @@ from .building import building, save
 from .editing import added, export, refit, remove, rename, replace_task, undo
 from .opening import expect_no_adapter, load, naming_what_is_missing
 from .outcome import Outcome
+from .routing import route
 from .tables import count, drift, names, percent, score, size, table
 
 
@@ -158,6 +159,7 @@ _COMMANDS = {
     "replace": replace_task,
     "refit": refit,
     "undo": undo,
+    "route": route,
     "push": push,
     "pull": pull,
     "upgrade": upgrade,

@@ -74,6 +74,10 @@ class ShareTrainingArguments(TrainingArguments):
             task before it, as forward transfer needs.
         score_metric (`str`, *optional*):
             The metric that is a task's score, higher better; `"accuracy"` if it is measured, or else minus the loss.
+        routing (`bool`, *optional*, defaults to `False`):
+            Whether each task's inputs are learned too, from one more pass over its training data with the base model,
+            so that inputs find their task, as by [`SharedSubspace.learn_route`]. Not under ZeRO-3 or FSDP, and not of
+            data that is streamed.
         hub_branches (`str` or `list[str]`, *optional*):
             Which tasks get a branch when the subspace is pushed: `"all"`, `"new"`, `"none"` or names of tasks, as for
             [`SharedSubspace.push_to_hub`].
@@ -115,6 +119,9 @@ class ShareTrainingArguments(TrainingArguments):
     )
     score_metric: str | None = field(
         default=None, metadata={"help": "The metric that is a task's score; accuracy, or minus the loss."}
+    )
+    routing: bool = field(
+        default=False, metadata={"help": "Learn what each task's inputs look like, so that inputs find their task."}
     )
     hub_branches: list[str] | None = field(
         default=None, metadata={"help": "Tasks that get a branch on the hub, or one of 'all', 'new' and 'none'."}

@@ -22,7 +22,7 @@ from ..subspace import DriftToleranceError, MergeReport
 from ..tuner import ShareConfig
 from ..tuner.head import layer_of_labels, rule_out_labels
 from ..tuner.injection import add_adapters
-from ..tuner.transfer import load_bases, load_tasks
+from ..tuner.transfer import load_bases, load_router, load_tasks
 from .arguments import ShareTrainingArguments, arguments_of_phase
 from .checkpoints import empty_phase
 from .data import TaskDetails, TaskSplits, is_streamed, naming_used_up_streams, used_up
@@ -39,6 +39,7 @@ from .phases import (
 )
 from .position import STREAM_STATE_FILE, Stage
 from .progress import StreamProgressCallback
+from .routing import check_engine_routes, with_route_of
 from .scoring import Scorer, TaskScorer
 from .stream import Stream
 from .together import Unit, units_of
@@ -82,6 +83,8 @@ class TaskTrainer(GroupTrainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, args, **kwargs)
+        if args.routing:
+            check_engine_routes(self.engine)
         self.share_config = share_config
         self.tasks = tasks
         self._groups = groups
@@ -123,6 +126,10 @@ class TaskTrainer(GroupTrainer):
         position = self._position_of(tasks)
         self._stream.save_position(position, self.trained_steps, tasks, "evaluate")
         self._evaluate_after(tasks)
+        if self.args.routing:
+            for name in tasks:
+                self._stream.state = with_route_of(self, self._stream.state, name, self.tasks[name].train)
+            load_router(self.model, self._stream.state)
         self._stream.save_subspace(draft=False)
         self._stream.save_position(position + len(tasks), self.trained_steps)
         if self.is_world_process_zero() and not self.args.disable_tqdm:
@@ -198,6 +205,7 @@ class TaskTrainer(GroupTrainer):
         load_bases(self.model, state)
         add_adapters(self.model, state, list(state.tasks), trainable=True)
         load_tasks(self.model, state)
+        load_router(self.model, state)
         if state.tasks:
             self.model.set_adapter(next(iter(state.tasks)))
             if PLACEHOLDER in self.model.peft_config:

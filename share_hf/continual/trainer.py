@@ -40,6 +40,7 @@ from .data import (
 from .phases import RefusedTaskError, config_for, put_back, with_adapters
 from .publishing import publish
 from .record import arguments_record, doubt_of_base_model, record_of
+from .routing import check_data_routes
 from .scoring import TaskScorer
 from .stream import Stream
 from .task_trainer import TaskTrainer
@@ -132,7 +133,7 @@ class ShareTrainer(TaskTrainer):
         # Within a phase, the task that is trained is evaluated, unless there is data for all of them.
         evaluates = args.eval_strategy != "no" or args.eval_on_start
         self._selects = evaluates and kwargs.get("eval_dataset") is None
-        self._max_steps = args.max_steps
+        self._max_steps, self._routes = args.max_steps, args.routing
         if self._selects:
             kwargs["eval_dataset"] = {}
         share_config = config_for(model, share_config, subspace)
@@ -386,6 +387,8 @@ class ShareTrainer(TaskTrainer):
 
     def _read_task(self, name: str, data: TaskData) -> tuple[TaskSplits, TaskDetails]:
         splits = split_data(name, data, max_steps=self._max_steps)
+        if self._routes:
+            check_data_routes(name, splits.train)
         return splits, task_details(name, data, splits, selects=self._selects, labels_of_model=self._num_labels)
 
     def _withdraw_task(self, name: str) -> None:

@@ -1,8 +1,9 @@
-"""What a `SharedSubspace` consists of: what it holds, and how its tasks are applied, exported and edited."""
+"""What a `SharedSubspace` consists of: what it holds, how its tasks are applied, exported, edited and routed to."""
 
 from .applying import Applying
 from .editing import Editing
 from .exporting import Exporting
+from .routing import Routing
 
 
-__all__ = ["Applying", "Editing", "Exporting"]
+__all__ = ["Applying", "Editing", "Exporting", "Routing"]

@@ -12,7 +12,7 @@ task, its `metrics.json`, which has the checksums of the others); `digest` (chec
 format version 2 `fingerprint` (of the bases of all layers, see `fingerprint_of_all`). Format version 3 is written only
 where there is something that version 2 does not have: a `layout` of one of the `modules`, which older versions would
 take for a dense layer; in `settings` `coefficient_dtype`, see `coefficients`, or `tolerance`, with which a task has a
-rank of its own in each layer.
+rank of its own in each layer; and `router`, where inputs find their tasks, see `router_file`.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from ..version import __version__
 from .files import json_bytes, read_json, sha256_of
 from .locating import Reference
 from .names import check_stored_names
+from .router_file import RouterEntry
 
 
 INDEX_FILE = "share_config.json"
@@ -88,6 +89,7 @@ class TreeIndex:
     replaced: Mapping[str, str] = field(default_factory=dict)
     sha256: Mapping[str, str] = field(default_factory=dict)
     fingerprint: str | None = None
+    router: RouterEntry | None = None
     format_version: int = FORMAT_VERSION
 
     @property
@@ -106,6 +108,11 @@ class TreeIndex:
         return self.kind == "tree"
 
     @property
+    def routed_tasks(self) -> tuple[str, ...]:
+        """The tasks that inputs find by themselves."""
+        return () if self.router is None else self.router.tasks
+
+    @property
     def root_task(self) -> str | None:
         """The default task, or the newest."""
         return self.default_task or next(reversed(self.tasks), None)
@@ -120,13 +127,16 @@ class TreeIndex:
 
 def index_bytes(index: TreeIndex) -> bytes:
     """`share_config.json` of the oldest format version that has all that is in it, with the digest of its content."""
-    plain = index.settings.is_plain and not any(entry.layout for entry in index.modules.values())
+    plain = index.settings.is_plain and not any(entry.layout for entry in index.modules.values()) and not index.router
     content = {
         **asdict(index),
         "settings": index.settings.to_dict(),
         "format_version": FORMAT_VERSION if plain else NEWEST_FORMAT_VERSION,
         "share_hf_version": __version__,
     }
+    del content["router"]
+    if index.router is not None:
+        content["router"] = index.router.as_json()
     for module, entry in index.modules.items():
         del content["modules"][module]["layout"]
         if entry.layout is not None:
@@ -179,6 +189,7 @@ def read_index(folder: Path) -> TreeIndex:
             replaced={task: str(commit) for task, commit in content.get("replaced", {}).items()},
             sha256={relative: str(checksum) for relative, checksum in content["sha256"].items()},
             fingerprint=str(content["fingerprint"]) if version >= 2 else None,
+            router=RouterEntry.from_json(content["router"], tuple(tasks)) if "router" in content else None,
             format_version=version,
         )
     except (KeyError, TypeError, AttributeError) as error:

@@ -5,6 +5,7 @@ adapter_model.safetensors   coefficients (k_out, min(p, n, d)) and (k_in, min(p,
                             task's own rank there, as `coefficients` has them; fingerprints of the bases that they
                             belong to, and the head
 metrics.json                scores, the norm and drift of each layer, which merges need, checksums of the others
+router.safetensors          the features by which inputs find the task, if it has a route, see `router_file`
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from .coefficients import coefficient_tensors
 from .files import TensorFiles, check_tensors, json_bytes, read_json
 from .index import TreeIndex, check_file
 from .lora import PEFT_PREFIX, check_head_names, config_bytes, read_target
+from .router_file import ROUTER_FILE, route_bytes
 from .saved_modules import saved_names
 
 
@@ -94,6 +96,8 @@ class TaskFiles:
         check_tensors(place / SAFETENSORS_WEIGHTS_NAME, info.head)  # merges have seen to the rest
         tensors = share_adapter_tensors(self._state, task, self._bases)
         files = {CONFIG_NAME: self._config, SAFETENSORS_WEIGHTS_NAME: self._weights.content(tensors)}
+        if info.route is not None:
+            files[ROUTER_FILE] = route_bytes(info.route, place / ROUTER_FILE)
         layers = self._state.layers_of(task)
         content = {
             "learned_by": info.learned_by,

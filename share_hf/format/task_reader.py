@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import NoneType
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from .files import bytes_of, expect_tensor, json_bytes_of, json_in, read_tensors
 from .index import INDEX_FILE, TreeIndex, check_file
 from .lora import PEFT_PREFIX, read_target
 from .patterns import without_slow_patterns
+from .router_file import ROUTER_FILE, read_route
 from .task_files import (
     CERTIFICATE_COLUMNS,
     FINGERPRINT,
@@ -127,6 +129,9 @@ class TaskReader:
         for name, content in of_others.items():
             relative = f"{task_folder(task)}/{name}"
             check_file(self._folder, sha256, relative, listed_in=metrics_file, content=content)
+        if task in self._index.routed_tasks:
+            info = replace(info, route=read_route(os.path.join(place, ROUTER_FILE), self._index.router.width))
+            check_file(self._folder, sha256, f"{task_folder(task)}/{ROUTER_FILE}", listed_in=metrics_file)
         return info, stored
 
     def _config(self, path: str, content: bytes) -> dict[str, Any]:

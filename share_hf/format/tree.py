@@ -3,6 +3,7 @@
 README.md                                the model card
 share_config.json                        index, settings, checksums
 subspace.safetensors                     the bases, once for all tasks
+router.safetensors                       what all tasks share by which inputs find them, if there are routes
 adapter_config.json, adapter_model.safetensors   a plain LoRA of the default task, for any PEFT
 tasks/<task>/                            one folder a task, see `task_files`
 metrics.json, figures/*.png              the stream's accuracy matrix, drift and spectra
@@ -38,6 +39,7 @@ from .index import (
 )
 from .lora import LoraAdapter, lora_files
 from .replacing import reading_whole, replacing_folder
+from .router_file import ROUTER_FILE, RouterEntry, read_router, router_bytes
 from .task_files import CERTIFICATE_COLUMNS, METRICS_FILE, TASKS_FOLDER, TaskFiles, task_folder
 from .task_reader import StoredTask, TaskReader
 
@@ -51,6 +53,7 @@ TREE_ENTRIES = (
     CARD_FILE,
     INDEX_FILE,
     SUBSPACE_FILE,
+    ROUTER_FILE,
     CONFIG_NAME,
     SAFETENSORS_WEIGHTS_NAME,
     METRICS_FILE,
@@ -63,6 +66,9 @@ ROOT_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, CARD_FILE, INDEX_FILE)
 
 # What an adapter consists of: a task, and the plain LoRA at the root of a tree.
 ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
+
+# What the metrics of a task have the checksums of.
+TASK_FILES = (*ADAPTER_FILES, ROUTER_FILE)
 
 
 @contextmanager
@@ -94,6 +100,8 @@ def writing_tree(
             for name, content in files.of(task).items():
                 writer.put(f"{task_folder(task)}/{name}", content)
         writer.put(METRICS_FILE, json_bytes(state.metrics))
+        if state.router is not None:
+            writer.put(ROUTER_FILE, router_bytes(state.router))
         write_root(state, writer, fingerprint=fingerprint_of_all(bases), branches=branches, there=there)
         yield writer
 
@@ -111,10 +119,13 @@ def written_files(folder: Path) -> set[str]:
         index = read_index(folder)
     except ValueError:
         places = [".", *(path.relative_to(folder).as_posix() for path in folder.glob(f"{TASKS_FOLDER}/*"))]
-        names = (SUBSPACE_FILE, METRICS_FILE, *ADAPTER_FILES)
+        names = (SUBSPACE_FILE, ROUTER_FILE, METRICS_FILE, *ADAPTER_FILES)
         return files | {(PurePosixPath(place) / name).as_posix() for place in places for name in names}
     return (
-        files | index.sha256.keys() | {f"{task_folder(task)}/{name}" for task in index.tasks for name in ADAPTER_FILES}
+        files
+        | index.sha256.keys()
+        | {f"{task_folder(task)}/{name}" for task in index.tasks for name in ADAPTER_FILES}
+        | {f"{task_folder(task)}/{ROUTER_FILE}" for task in index.routed_tasks}
     )
 
 
@@ -142,6 +153,11 @@ def write_root(
             writer.put(name, content)
             adapter[name] = writer.sha256[name]
     rest = [SUBSPACE_FILE, METRICS_FILE, *(f"{task_folder(task)}/{METRICS_FILE}" for task in state.tasks)]
+    router = None
+    if state.router is not None:
+        rest.append(ROUTER_FILE)
+        routed = (task for task, info in state.tasks.items() if info.route is not None)
+        router = RouterEntry.of(state.router, tuple(routed))
     index = TreeIndex(
         base_model_name_or_path=state.base_model_name_or_path,
         settings=state.settings,
@@ -157,6 +173,7 @@ def write_root(
         replaced=dict(branches.replaced),
         sha256={**{name: writer.sha256[name] for name in rest}, **adapter},
         fingerprint=fingerprint,
+        router=router,
     )
     writer.put(INDEX_FILE, index_bytes(index))
 
@@ -204,6 +221,10 @@ def _read_whole(folder: Path, wanted: Collection[str] | None) -> SubspaceState:
         content = read_json(folder / METRICS_FILE)
         check_file(folder, index.sha256, METRICS_FILE)
         metrics = _metrics(folder / METRICS_FILE, content)
+    router = None
+    if index.router is not None:
+        router = read_router(folder / ROUTER_FILE, index.router)
+        check_file(folder, index.sha256, ROUTER_FILE)
     return SubspaceState(
         settings=index.settings,
         layers=layers,
@@ -213,6 +234,7 @@ def _read_whole(folder: Path, wanted: Collection[str] | None) -> SubspaceState:
         metrics=metrics,
         lineage=index.lineage,
         layouts={name: entry.layout for name, entry in index.modules.items() if entry.layout is not None},
+        router=router,
     )
 
 

@@ -29,6 +29,7 @@ from ..format.files import MAX_JSON_BYTES
 from ..format.index import INDEX_FILE, TreeIndex, read_index
 from ..format.names import listing
 from ..format.replacing import standing_at
+from ..format.router_file import ROUTER_FILE
 from ..format.task_files import METRICS_FILE, task_folder
 from ..format.tree import CARD_FILE, expect_tree, read_tree
 from ..state import SubspaceState
@@ -131,8 +132,11 @@ class RemoteTree:
             ValueError: If a file is missing, or far larger than it should be; nothing was downloaded then.
         """
         files = [SUBSPACE_FILE] if tasks is not None else [SUBSPACE_FILE, METRICS_FILE]
+        if self.index.router is not None:
+            files.append(ROUTER_FILE)
+        routed = set(self.index.routed_tasks)
         for task in self.index.tasks if tasks is None else tasks:
-            names = (CONFIG_NAME, METRICS_FILE, SAFETENSORS_WEIGHTS_NAME)
+            names = (CONFIG_NAME, METRICS_FILE, SAFETENSORS_WEIGHTS_NAME, *([ROUTER_FILE] if task in routed else ()))
             files += [f"{task_folder(task)}/{name}" for name in names]
         missing = [name for name in files if not (self.folder / name).is_file()]
         wants_card = tasks is None and not (self.folder / CARD_FILE).is_file()
@@ -182,9 +186,14 @@ class RemoteTree:
         for name in names:
             if (size := sizes.get(name)) is None:
                 raise ValueError(f"{self.repo_id}: {name} is missing, but {INDEX_FILE} lists it")
-            limit = self.index.basis_bytes() if name == SUBSPACE_FILE else MAX_JSON_BYTES
+            limit = self._limits().get(name, MAX_JSON_BYTES)
             if size > limit and not name.endswith(SAFETENSORS_WEIGHTS_NAME):
                 raise ValueError(f"{self.repo_id}: {name} has {size} bytes, expected at most {limit}")
+
+    def _limits(self) -> dict[str, int]:
+        """Most bytes of the files whose size the index tells."""
+        router = {} if self.index.router is None else {ROUTER_FILE: self.index.router.most_bytes()}
+        return {SUBSPACE_FILE: self.index.basis_bytes(), **router}
 
 
 def _unopened(error: Exception, repo_id: str, revision: str | None, options: Mapping[str, Any]) -> Exception:

@@ -25,7 +25,7 @@ from ..format.base_model import named_alike, published_name
 from ..format.files import FolderWriter
 from ..format.index import TreeIndex, read_index
 from ..format.task_files import METRICS_FILE, task_folder
-from ..format.tree import ADAPTER_FILES, TREE_ENTRIES
+from ..format.tree import TASK_FILES, TREE_ENTRIES
 from ..state import SubspaceState, extends, reconcile, shared_steps, step_tags
 from .branches import BranchChoice, BranchWriter, check_choice, plan_branches
 from .fetch import RemoteTree
@@ -221,7 +221,7 @@ def _unchanged(index: TreeIndex, tip: Tip) -> set[str]:
     same = {name for name, checksum in index.sha256.items() if there.get(name) == checksum}
     # The metrics of a task hold the checksums of its other files.
     folders = [task_folder(task) for task in index.tasks if f"{task_folder(task)}/{METRICS_FILE}" in same]
-    same |= {f"{folder}/{name}" for folder in folders for name in ADAPTER_FILES}
+    same |= {f"{folder}/{name}" for folder in folders for name in TASK_FILES}
     return same & tip.blobs.keys()
 
 

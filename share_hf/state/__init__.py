@@ -8,6 +8,7 @@ from .phase import Phase
 from .reconcile import extends, reconcile
 from .refit import check_original, refitted
 from .report import SubspaceReport, TaskReport, report_of
+from .routing import Router, with_route
 from .same_tasks import earlier_names
 from .scores import ContinualMetrics, TaskScore, combined_metrics, mean_score, measured, row_names
 from .state import (
@@ -28,6 +29,7 @@ __all__ = [
     "Layout",
     "Lineage",
     "Phase",
+    "Router",
     "SubspaceReport",
     "SubspaceState",
     "TaskInfo",
@@ -58,6 +60,7 @@ __all__ = [
     "steps_of_tasks",
     "tasks_touched",
     "with_learned_coefficients",
+    "with_route",
     "without_scores",
     "without_task",
 ]

@@ -19,6 +19,7 @@ from ..subspace.factors import product_norm
 from .edits import renamed_task
 from .layout import named
 from .lineage import Lineage, hub_originals, renamings, shared_steps, steps_of_tasks
+from .routing import with_routes_of
 from .scores import combined_metrics
 from .state import SubspaceState, merge_tasks, without_task
 
@@ -77,6 +78,7 @@ def reconcile(ours: SubspaceState, theirs: SubspaceState) -> SubspaceState:
                 module: with_history(layer, ours.layers.get(module), added) for module, layer in merged.layers.items()
             },
         )
+    merged = with_routes_of(merged, ours)
     return replace(_named(merged, ours), metrics=combined_metrics(merged.metrics, ours.metrics, merged.tasks))
 
 

@@ -19,10 +19,12 @@ from ..subspace import (
     initialization_sketches,
     merge_into_layers,
 )
+from ..subspace.discriminants import TaskFeatures
 from .belonging import check_one_model
 from .layout import Layout, joined_layouts
 from .lineage import Lineage, extended
 from .phase import Phase
+from .routing import Router
 from .scores import TaskScore, scores_in
 
 
@@ -38,6 +40,7 @@ class TaskInfo:
         labels: Names of its labels, for a classification task.
         dataset: Hub id of the data set it was learned from.
         initialization: Sketch of the A it was trained from, see `subspace.sketch`; None where it is not known.
+        route: What is kept of the features of its texts, by which inputs find it; None where it was not learned.
     """
 
     learned_by: Phase = Phase.ADAPTER
@@ -47,6 +50,7 @@ class TaskInfo:
     labels: tuple[str, ...] | None = None
     dataset: str | None = None
     initialization: str | None = None
+    route: TaskFeatures | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class SubspaceState:
         metrics: What the trainer measured over the stream, as JSON.
         lineage: One entry for each step that changed the subspace.
         layouts: By module, how its matrix lies in its weight; without those that are dense layers.
+        router: What tasks share by which inputs find them; None before the first route is learned.
     """
 
     settings: SubspaceSettings
@@ -72,6 +77,7 @@ class SubspaceState:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     lineage: Lineage = ()
     layouts: Mapping[str, Layout] = field(default_factory=dict)
+    router: Router | None = None
 
     @property
     def root_task(self) -> str | None:

@@ -57,7 +57,7 @@ def _module_sketches(module: str, adapters: Sequence[Mapping[str, LowRankUpdate]
     for sums, updates in zip(signed.flatten(1), adapters, strict=True):
         entries = updates[module].in_factor.detach().cpu().double().T.flatten()
         if len(entries) > len(places):
-            hashes = _entry_hashes(module, len(entries))
+            hashes = entry_hashes(module, len(entries))
             # Entries that are added, and behind them those that are taken off.
             places = hashes % SKETCH_BUCKETS + (1 - (hashes >> 32 & 1)) * SKETCH_BUCKETS
         sums.scatter_add_(0, places[: len(entries)], entries)
@@ -95,7 +95,7 @@ def group_by_initialization(
     return tuple(groups)
 
 
-def _entry_hashes(module: str, count: int) -> Tensor:
+def entry_hashes(module: str, count: int) -> Tensor:
     """Hashes (count,) int64 of the places 0, 1, ... in a module: splitmix64, seeded with the module's name."""
     seed = int.from_bytes(hashlib.sha256(module.encode()).digest()[:8], "little", signed=True)
     hashes = torch.arange(count) * -0x61C8864680B583EB + seed

@@ -14,7 +14,7 @@ from ..state import SubspaceState
 from .mixed_heads import head_wrappers
 from .model import share_layers
 from .renaming import named_as_in
-from .transfer import check_fits, load_coefficients, load_tasks, share_config_for
+from .transfer import check_fits, load_coefficients, load_router, load_tasks, share_config_for
 
 
 def inject_tasks(
@@ -40,6 +40,7 @@ def inject_tasks(
     peft_model = get_peft_model(model, config, adapter_name=tasks[0])
     add_adapters(peft_model, state, tasks, trainable=trainable)
     load_tasks(peft_model, state, tasks)
+    load_router(peft_model, state)
     return peft_model
 
 
@@ -53,6 +54,7 @@ def add_tasks(model: PeftModel, state: SubspaceState, tasks: Sequence[str]) -> N
     check_fits(model.get_base_model(), state, tasks)
     add_adapters(model, state, tasks)
     load_coefficients(model, state, tasks)
+    load_router(model, state)
 
 
 def add_adapters(model: PeftModel, state: SubspaceState, tasks: Sequence[str], *, trainable: bool = False) -> None:

@@ -41,6 +41,7 @@ from .placement import call_layers_of, check_reached
 from .quantization import check_supported, keep_4bit_weights_differentiable
 from .ranks import make_room_in
 from .renaming import adapter_named_as_in
+from .routing import RoutingModel, routed_if_auto
 from .rows import Rows
 from .stacked import StackedParameters
 from .together import activate_together, train_heads
@@ -57,7 +58,7 @@ _OTHER_BASIS = (
 )
 
 
-class ShareModel(MergingTuner):
+class ShareModel(RoutingModel, MergingTuner):
     """
     Tuner of a shared subspace.
 
@@ -380,6 +381,7 @@ class ShareModel(MergingTuner):
             if layer.has_task(adapter_name):
                 layer.set_coefficients(adapter_name, *combined_coefficients(layer, of_tasks))
 
+    @routed_if_auto
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Hand `adapter_names`, one for each sample, to all layers for the length of a forward or generate call."""

@@ -57,12 +57,12 @@ class Rows:
             batch: The tasks of its samples.
             training: Whether a backward pass may compute layers once more, as with gradient checkpointing.
         """
-        token = _CURRENT.set(batch)
+        token, outer = _CURRENT.set(batch), self._latest
         self._latest, self._trained = batch, batch if training else None
         try:
             yield
         finally:
-            self._latest = None
+            self._latest = outer
             _CURRENT.reset(token)
 
     def current(self) -> MixedBatch | None:

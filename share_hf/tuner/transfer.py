@@ -26,6 +26,7 @@ from .kinds import layer_named, layout_of, matrix_shape
 from .layer import ShareLayer
 from .mixed_heads import head_wrappers
 from .model import ShareModel, layouts_of, share_layers
+from .routing import TaskRouter
 
 
 def share_config_for(state: SubspaceState, task: str, *, trainable: bool = False) -> ShareConfig:
@@ -35,6 +36,17 @@ def share_config_for(state: SubspaceState, task: str, *, trainable: bool = False
     config = ShareConfig(**values)
     config.origin = GivenBases(bases_of(state.layers), adapted=frozenset(state.layers_of(task)))
     return config
+
+
+def router_of(state: SubspaceState) -> TaskRouter | None:
+    """The routes of a subspace, None where there are none."""
+    routes = {task: info.route for task, info in state.tasks.items() if info.route is not None}
+    return TaskRouter(state.router, routes) if state.router is not None and routes else None
+
+
+def load_router(model: PeftModel, state: SubspaceState) -> None:
+    """Give a model the routes of a subspace, or none where it has none."""
+    model.base_model.router = router_of(state)
 
 
 def load_tasks(

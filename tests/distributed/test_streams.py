@@ -277,3 +277,23 @@ def test_the_recipe_runs_with_every_launch_configuration(config: str, tmp_path: 
     assert done.returncode == 0, done.stdout[-6000:]
     assert done.stdout.count("accuracy: average") == 1
     assert SharedSubspace.from_pretrained(tmp_path / "out" / "subspace").tasks == ("count", "giver")
+
+
+def test_two_processes_learn_the_routes_that_one_does(launch: Launch) -> None:
+    alone, together = launch("one", routing=True).state, launch("ddp", routing=True).state
+    assert list(together.tasks) == list(alone.tasks)
+    for task, info in together.tasks.items():
+        expected = alone.tasks[task].route
+        assert info.route.measured == expected.measured
+        torch.testing.assert_close(info.route.mean, expected.mean, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(info.route.distances, expected.distances, rtol=1e-3, atol=1e-4)
+    assert together.router.scatter.degrees == alone.router.scatter.degrees
+    torch.testing.assert_close(together.router.scatter.products, alone.router.scatter.products, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("engine", "name"), [("zero3", "ZeRO-3"), ("fsdp", "FSDP")])
+def test_engines_that_part_a_model_refuse_routing_by_name(
+    run_script: RunScript, tmp_path: Path, engine: str, name: str
+) -> None:
+    codes, output = run_script(engine, "stream", tmp_path / "out", model="bert", routing=True)
+    assert all(codes) and f"routing is True under {name}, expected one process, DDP or ZeRO-1/2" in output

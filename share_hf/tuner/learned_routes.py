@@ -1,0 +1,77 @@
+"""What is learned of a task's inputs: sums over the features that the base model has of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+
+from ..state import SubspaceState, with_route
+from ..subspace.discriminants import FeatureSums
+from .routing import RoutingModel, base_alone, count_of, default_layers, features_of, probe_of
+
+
+def tuner_of(model: nn.Module) -> nn.Module:
+    """What computes features: the tuner of a PEFT model, or a base model itself.
+
+    Raises:
+        ValueError: If the model has adapters of another kind.
+    """
+    if not isinstance(model, PeftModel):
+        if getattr(model, "peft_config", None):
+            raise ValueError("model has adapters of transformers, expected the base model, or one of apply")
+        return model
+    if not isinstance(model.base_model, RoutingModel):
+        kind = type(model.base_model).__name__
+        raise ValueError(f"model has adapters of {kind}, expected the base model, or one of SharedSubspace.apply")
+    return model.base_model
+
+
+def layers_for(state: SubspaceState, tuner: nn.Module, layers: Sequence[int] | None) -> tuple[int, ...]:
+    """The layers that features are of: those of the router there is, or else these, or the default of the model.
+
+    Raises:
+        ValueError: If both are given and differ.
+    """
+    known = state.router.layers if state.router is not None else None
+    if layers is None:
+        return known or default_layers(tuner.model if isinstance(tuner, RoutingModel) else tuner)
+    if not layers or any(type(layer) is not int or layer < 0 for layer in layers):
+        raise ValueError(f"layers is {layers!r}, expected numbers of layers, 0 for the embeddings")
+    if known is not None and tuple(layers) != known:
+        raise ValueError(f"layers is {list(layers)}, expected {list(known)} as the routes that there are")
+    return tuple(layers)
+
+
+def with_learned_route(
+    state: SubspaceState, task: str, tuner: nn.Module, sums: FeatureSums, layers: tuple[int, ...]
+) -> SubspaceState:
+    """A state with the route of a task, from the sums over its inputs."""
+    try:
+        features, scatter = sums.learned()
+    except ValueError as error:
+        raise ValueError(f"task {task!r}: {error}") from error
+    with base_alone(tuner, 1):
+        probe = probe_of(tuner.model if isinstance(tuner, RoutingModel) else tuner, layers)
+    return with_route(state, task, features, scatter, layers=layers, probe=probe)
+
+
+def sums_over(model: nn.Module, batches: Iterable[Mapping[str, Any]], layers: Sequence[int]) -> FeatureSums:
+    """Sums over the features of inputs.
+
+    Args:
+        model: A `ShareModel`, or a base model.
+        batches: As the model takes them.
+        layers: As for `features_of`.
+
+    Raises:
+        ValueError: As for `features_of`; also if features are not finite.
+    """
+    sums, base = FeatureSums(), model.model if isinstance(model, RoutingModel) else model
+    for batch in batches:
+        with base_alone(model, count_of(batch)):
+            features = features_of(base, batch, layers)
+        sums.add(features)
+    return sums
