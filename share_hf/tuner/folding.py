@@ -77,5 +77,6 @@ def with_product(result: Tensor, z: Tensor, up: Tensor) -> Tensor:
     """``result + z up^T``, if dtypes allow in one product, without the update as a tensor of its own."""
     if z.dtype != result.dtype:
         return result + F.linear(z, up).to(result.dtype)
-    rows = torch.addmm(result.flatten(0, -2), z.flatten(0, -2), up.T)
+    n = result.shape[-1]
+    rows = torch.addmm(result.reshape(-1, n), z.reshape(result.numel() // n, z.shape[-1]), up.T)
     return rows.view(result.shape)

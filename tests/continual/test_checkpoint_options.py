@@ -191,12 +191,12 @@ def test_the_best_checkpoint_of_a_phase_is_what_is_merged(
             first.clear()
             first.update(trained())
 
-    def take(self: ShareTrainer, name: str, phase: Any) -> None:
+    def take(self: ShareTrainer, tasks: tuple[str, ...], phase: Any) -> None:
         found = trained()
         assert found.keys() == first.keys()
         assert not [name for name in first if not torch.equal(found[name], first[name])]
-        taken.append(f"{name}-{phase}")
-        original(self, name, phase)
+        taken.append(f"{tasks[0]}-{phase}")
+        original(self, tasks, phase)
 
     original = ShareTrainer._take
     monkeypatch.setattr(ShareTrainer, "_take", take)

@@ -147,8 +147,8 @@ CALLS: dict[str, tuple[Callable[[PeftModel, Path], Any], str]] = {
         rf"'ensure_weight_tying', an option of LoRA: {LORA}",
     ),
     "adapter_names in training": (
-        lambda model, folder: model.train()(torch.ones(1, 3, dtype=torch.long), adapter_names=["one"]),
-        r"adapter_names mixes tasks in inference only, call model\.eval\(\) first",
+        lambda model, folder: model.train()(torch.ones(1, 3, dtype=torch.long), adapter_names=["__base__"]),
+        r"adapter_names has \['__base__'\] in training mode, expected trained tasks, as \['one'\] are",
     ),
 }
 
