@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -40,6 +42,21 @@ class _Copied:
         return tensor.device == self._content.device and torch.equal(tensor, self._content)
 
 
+class _Row:
+    """A task's row in a stack of coefficients, as it was."""
+
+    def __init__(self, stack: Tensor, row: Tensor) -> None:
+        self._row = row
+        self._was = _Copied(row) if row.device.type == "cpu" else _Held(stack)
+        self._stack = stack
+
+    def is_as(self, stack: Tensor) -> bool:
+        """Whether this is the stack, and the row there is the same."""
+        if stack is not self._stack:
+            return False
+        return self._was.is_as(self._row if self._row.device.type == "cpu" else stack)
+
+
 class FoldedFactors:
     """A task's folded factors, and what they were formed from.
 
@@ -49,11 +66,28 @@ class FoldedFactors:
     """
 
     def __init__(
-        self, factors: tuple[Tensor, Tensor], dtype: torch.dtype, parameters: list[Tensor], bases: list[Tensor]
+        self,
+        factors: tuple[Tensor, Tensor],
+        dtype: torch.dtype,
+        parameters: list[Tensor],
+        bases: list[Tensor],
+        rows: Mapping[int, Tensor],
     ) -> None:
+        """Remember what the factors were formed from.
+
+        Args:
+            factors: A (p, d) and B (n, p).
+            dtype: Theirs.
+            parameters: What the task has, with whole stacks where it has a row in one.
+            bases: The bases.
+            rows: Its rows, by the place of their stack among the parameters.
+        """
         self.factors = factors
         self._dtype = dtype
-        self._sources = [_Copied(p) if p.device.type == "cpu" else _Held(p) for p in parameters]
+        self._sources = [
+            _Row(p, rows[place]) if place in rows else _Copied(p) if p.device.type == "cpu" else _Held(p)
+            for place, p in enumerate(parameters)
+        ]
         self._sources += [_Held(basis) for basis in bases]
 
     @staticmethod

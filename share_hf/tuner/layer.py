@@ -304,23 +304,28 @@ class ShareLayer(BaseTunerLayer):
             self._folded[task] = kept  # as the last that was used
             return kept.factors
         update = self.factors(task)
-        factors = update.in_factor.T.to(dtype), update.out_factor.to(dtype)
+        # B lies in memory as B^T does, which is what is multiplied by.
+        factors = update.in_factor.T.to(dtype).contiguous(), update.out_factor.T.to(dtype).contiguous().T
         if FoldedFactors.may_keep(parameters, bases):
-            self._folded[task] = FoldedFactors(factors, dtype, parameters, bases)
+            self._folded[task] = FoldedFactors(factors, dtype, parameters, bases, self._rows_among_sources(task))
             if len(self._folded) > FOLDED_TASKS:
                 del self._folded[next(iter(self._folded))]
         return factors
 
     def _sources(self, task: str) -> list[Tensor]:
-        """What a task's factors are formed from, beside the basis."""
+        """What a task's factors are formed from, beside the basis; the stack for coefficients that are in one."""
         sources = []
         for parameters in (self.share_coefficients_out, self.share_coefficients_in):
-            row = parameters.row_of(task)
-            if row is not None and row.device.type != "cpu":
-                row = parameters.stack  # the same tensor at each call
-            sources.append(parameters.own(task) if row is None else row)
-        sources += [self.share_temporary_out.get(task), self.share_temporary_in.get(task)]
-        return [source for source in sources if source is not None]
+            own = parameters.own(task)
+            sources.append(parameters.stack if own is None else own)
+        for parameters in (self.share_temporary_out, self.share_temporary_in):
+            if task in parameters:
+                sources.append(parameters[task])
+        return sources
+
+    def _rows_among_sources(self, task: str) -> dict[int, Tensor]:
+        rows = (side.row_of(task) for side in (self.share_coefficients_out, self.share_coefficients_in))
+        return {place: row for place, row in enumerate(rows) if row is not None}
 
     def _mixed_batch(self, adapter_names: Sequence[str] | None) -> MixedBatch | None:
         """The mixed batch that a forward is to compute: that of the call, or the one that the model is given."""

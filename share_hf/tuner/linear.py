@@ -94,7 +94,7 @@ class Linear(nn.Module, MergingLayer, ShareLayer):
     def _with_update(self, result: Tensor, x: Tensor, adapter: str) -> Tensor:
         """The output of the layer with that of the update of a task."""
         down, up = self.folded_factors(adapter, x.dtype)
-        inputs = F.dropout(x, self.share_dropout[adapter], self.training)
+        inputs = F.dropout(x, self.share_dropout[adapter]) if self.training else x
         return with_product(result, F.linear(inputs, down), up)
 
     def _with_updates(self, result: Tensor, x: Tensor, batch: MixedBatch) -> Tensor:

@@ -38,7 +38,7 @@ class StackedParameters(nn.ParameterDict):
     @property
     def stack(self) -> Tensor:
         """(rows, k, p), with the coefficients of all tasks but those that have a parameter of their own."""
-        return self._stack
+        return self._buffers["_stack"]  # in each forward: a lookup as an attribute takes longer
 
     def own(self, task: str) -> nn.Parameter | None:
         """The parameter that a task has of its own, if it has one."""
