@@ -198,7 +198,7 @@ class Discriminants:
         return torch.addmm(self._offsets, features.float().cpu(), self._weights)
 
     def is_beyond(self, features: Tensor, chosen: Sequence[int], false_rejects: float) -> list[bool]:
-        """Of each input, whether it is farther from its task than that task's own inputs are.
+        """Whether each input is farther from its task than that task's own inputs are.
 
         Args:
             features: (n, m).
@@ -236,7 +236,7 @@ def _floored(variances: Tensor) -> Tensor:
 
 
 def _left_out_distances(rows: Tensor, mean: Tensor, squares: Tensor, count: int) -> Tensor:
-    """Of each input the distance that it would have, had mean and variances been found without it: in closed form.
+    """The distance that each input would have, had mean and variances been found without it: in closed form.
 
     Args:
         rows: (n, m) float64.
