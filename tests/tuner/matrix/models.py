@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from share_hf.tuner import share_layers
 
-from ..cases import update_by_hand, with_updates_in_weights
+from ..cases import task_parameters, update_by_hand, with_updates_in_weights
 from .architectures import Architecture
 
 
@@ -48,11 +48,8 @@ def fill(model: nn.Module, task: str, seed: int = 0) -> None:
 
 def parameters_of(model: nn.Module, task: str) -> dict[str, nn.Parameter]:
     """A task's parameters, in Share layers and in heads, by full name."""
-    return {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if (".share_" in name and name.endswith(f".{task}")) or f".modules_to_save.{task}." in name
-    }
+    heads = {name: p for name, p in model.named_parameters() if f".modules_to_save.{task}." in name}
+    return task_parameters(model, task) | heads
 
 
 def with_task_in_weights(base: nn.Module, model: nn.Module, task: str) -> nn.Module:
