@@ -42,7 +42,9 @@ class StackedParameters(nn.ParameterDict):
 
     def own(self, task: str) -> nn.Parameter | None:
         """The parameter that a task has of its own, if it has one."""
-        return self._parameters.get(task)
+        if task not in self._parameters:
+            return None
+        return self._parameters[task]  # not by `get`: ZeRO-3 of DeepSpeed gathers what is asked for by its key
 
     def row_of(self, task: str) -> Tensor | None:
         """A view of a task's coefficients (k, p_i) in the stack; None if they are not there."""
@@ -123,7 +125,7 @@ class StackedParameters(nn.ParameterDict):
             value: The coefficients, which nothing else uses.
             trained: Whether a parameter that is made for it is trained.
         """
-        own = self._parameters.get(task)
+        own = self.own(task)
         if own is not None and own.shape == value.shape and own.dtype == torch.float32:
             own.data.copy_(value)
         else:
