@@ -52,7 +52,7 @@ class GroupSampler(torch.utils.data.Sampler[int]):
     Args:
         data: What is learned.
         samples_per_task: Length of a run.
-        seed: Of the order.
+        seed: Seed of the order.
         epoch: Tells the epoch that begins, from 0.
     """
 

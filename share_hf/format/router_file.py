@@ -38,7 +38,7 @@ class RouterEntry:
         layers: As of `Router`.
         width: How many features an input has (m).
         tasks: The tasks that have a route.
-        degrees: Of each sum of scatter in the file; "settled" is the one of older tasks.
+        degrees: Degrees of freedom of each sum of scatter in the file; "settled" is the one of older tasks.
         settled: Identities of what is in that one.
     """
 

@@ -234,7 +234,7 @@ def _curve_of(
         values: (tasks, any), singular values of the null, of norm 1.
         shape: (n, d).
         directions: k of the row, and at how many times as many the curve ends.
-        seed: Of the null.
+        seed: Seed of the null distribution.
     """
     if not len(out):
         return None

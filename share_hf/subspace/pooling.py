@@ -20,7 +20,7 @@ def pooled(hidden_states: Sequence[Tensor], mask: Tensor | None = None) -> Tenso
     The scale makes layers comparable, and keeps the features of any model in the range that float32 is made for.
 
     Args:
-        hidden_states: Of each layer, (b, t, d).
+        hidden_states: Those of each layer, (b, t, d).
         mask: (b, t), nonzero at the tokens that count; all of them if not given.
 
     Returns:

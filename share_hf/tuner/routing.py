@@ -50,7 +50,7 @@ class Routes:
 
     Args:
         names: The task of each input, or None for one of none of the tasks.
-        scores: Of each input, the probability of its most likely task among the tasks, all as likely before.
+        scores: For each input, the probability of its most likely task, with all tasks as likely before.
         tasks: The tasks that were asked about.
         probabilities: (inputs, tasks) float32.
     """

@@ -21,7 +21,7 @@ def check_trained(adapter_names: Iterable[str], tuner: BaseTuner) -> None:
 
     Args:
         adapter_names: A task or `"__base__"` for each sample.
-        tuner: Of a model, in training mode or not.
+        tuner: The tuner of a model, in training mode or not.
 
     Raises:
         ValueError: Naming the others, and what trains several tasks.
@@ -38,7 +38,7 @@ def activate_together(tuner: BaseTuner, tasks: list[str], inference_mode: bool) 
     """Make several tasks the active ones of all layers, and train their heads; the head of the first is active.
 
     Args:
-        tuner: Of a model with these tasks.
+        tuner: The tuner of a model with these tasks.
         tasks: At least two.
         inference_mode: Whether they stay frozen.
     """
