@@ -46,15 +46,13 @@ class _Row:
     """A task's row in a stack of coefficients, as it was."""
 
     def __init__(self, stack: Tensor, row: Tensor) -> None:
-        self._row = row
-        self._was = _Copied(row) if row.device.type == "cpu" else _Held(stack)
         self._stack = stack
+        self._compared = row if row.device.type == "cpu" else stack
+        self._was = _Copied(row) if row.device.type == "cpu" else _Held(stack)
 
     def is_as(self, stack: Tensor) -> bool:
         """Whether this is the stack, and the row there is the same."""
-        if stack is not self._stack:
-            return False
-        return self._was.is_as(self._row if self._row.device.type == "cpu" else stack)
+        return stack is self._stack and self._was.is_as(self._compared)
 
 
 class FoldedFactors:

@@ -158,11 +158,7 @@ class ShareLayer(BaseTunerLayer):
 
     def set_coefficients(self, task: str, coefficients_out: Tensor, coefficients_in: Tensor) -> None:
         """Give a task its coefficients (k_out, p), (k_in, p) in the current basis; temporary factors are dropped."""
-        if task in self.merged_adapters:
-            raise ValueError(f"coefficients of {task!r} cannot change while merged, call unmerge_adapter() first")
-        for name in ("share_temporary_out", "share_temporary_in"):
-            if task in getattr(self, name):
-                del getattr(self, name)[task]
+        self._end_adaptation([task])
         self._set(task, "coefficients", coefficients_out, coefficients_in)
         self.share_fingerprint.mark([task])
 
@@ -179,17 +175,25 @@ class ShareLayer(BaseTunerLayer):
         Raises:
             ValueError: If one of the tasks is merged.
         """
-        for task in self.merged_adapters:
-            if task in ranks:
-                raise ValueError(f"coefficients of {task!r} cannot change while merged, call unmerge_adapter() first")
-        for parameters in (self.share_temporary_out, self.share_temporary_in):
-            for task in [task for task in parameters if task in ranks]:
-                del parameters[task]
+        self._end_adaptation(ranks)
         trained = () if self.disable_adapters else self.active_adapters
         self.share_coefficients_out.set_all(coefficients_out, ranks, trained, self._device())
         self.share_coefficients_in.set_all(coefficients_in, ranks, trained, self._device())
         self.share_fingerprint.mark(ranks)
         self._folded.clear()
+
+    def _end_adaptation(self, tasks: Collection[str]) -> None:
+        """Drop the temporary factors of tasks that are about to get coefficients in the basis.
+
+        Raises:
+            ValueError: If one of them is merged.
+        """
+        for task in self.merged_adapters:
+            if task in tasks:
+                raise ValueError(f"coefficients of {task!r} cannot change while merged, call unmerge_adapter() first")
+        for parameters in (self.share_temporary_out, self.share_temporary_in):
+            for task in [task for task in parameters if task in tasks]:
+                del parameters[task]
 
     def add_alike(self, tasks: Iterable[str], like: str) -> None:
         """Add tasks, whose coefficients are yet to come, that are set up as one that is there."""

@@ -105,7 +105,7 @@ class Linear(nn.Module, MergingLayer, ShareLayer):
                 return result
             if batch.only_task is not None and not self.training:
                 return self._with_update(result, x, batch.only_task)
-            if self.training:
+            if self.training and any(map(self.share_dropout.get, batch.tasks)):
                 x = dropped_inputs(self, x, batch.names_of(len(x)))
         return self._with_mixed(result, x, batch)
 

@@ -26,8 +26,7 @@ def check_trained(adapter_names: Iterable[str], tuner: BaseTuner) -> None:
     Raises:
         ValueError: Naming the others, and what trains several tasks.
     """
-    others = sorted(set(adapter_names) - set(tuner.active_adapters))
-    if tuner.training and others:
+    if tuner.training and (others := sorted(set(adapter_names) - set(tuner.active_adapters))):
         raise ValueError(
             f"adapter_names has {others} in training mode, expected trained tasks, as {tuner.active_adapters} are: "
             "call model.eval() for inference, or learn several tasks by ShareTrainer(..., together=[...])"
