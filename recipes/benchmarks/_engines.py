@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
+from share_hf.engines import leave_to_gloo
+
 
 PROCESSES = 2
 ENGINES = ("DDP", "ZeRO-2", "ZeRO-3")
@@ -74,6 +76,7 @@ def _take_steps(
     if rank == 0:
         measured = [(adapter, engine, values) for (adapter, engine), values in seconds.items()]
         (Path(folder) / "seconds.json").write_text(json.dumps(measured))
+    leave_to_gloo()
     dist.destroy_process_group()
 
 

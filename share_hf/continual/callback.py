@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType
 from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..engines import check_foreign_engine, check_heads, take_trained_values
+from ..engines import check_foreign_engine, check_heads, leave_to_gloo, take_trained_values
 from ..format.names import check_task_name
 from ..shared_subspace import SharedSubspace
 from ..state import Phase, SubspaceState
@@ -168,6 +168,7 @@ class ShareCallback(TrainerCallback):
             put_back(model, known, self.task, self._config)
             raise RefusedTaskError(str(error)) from error
         self.subspace = SharedSubspace(merged)
+        leave_to_gloo()
 
 
 def _check_options(args: TrainingArguments, given: Mapping[str, Any]) -> None:

@@ -5,7 +5,7 @@ from .choice import engine_for, engine_that_wrote, take_trained_values
 from .division import Division, dividing_modules
 from .engine import Engine
 from .lost_ranks import naming_lost_ranks
-from .processes import on_first_process, together
+from .processes import leave_to_gloo, on_first_process, together
 
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "dividing_modules",
     "engine_for",
     "engine_that_wrote",
+    "leave_to_gloo",
     "naming_lost_ranks",
     "on_first_process",
     "take_trained_values",

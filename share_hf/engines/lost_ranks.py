@@ -13,7 +13,7 @@ from threading import Thread
 from accelerate import PartialState
 from transformers.utils import logging
 
-from .processes import of_all_processes
+from .processes import leave_to_gloo, of_all_processes
 
 
 logger = logging.get_logger(__name__)
@@ -38,6 +38,7 @@ def naming_lost_ranks(advice: str = "resume_from_checkpoint=True continues it") 
     else:
         yield
     PartialState().wait_for_everyone()  # nobody is watched any more: who ends from here on is not lost
+    leave_to_gloo()
 
 
 def _others_on_this_machine() -> dict[int, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -13,6 +14,8 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
+
+SECONDS_FOR_GLOO = 0.2
 
 Value = TypeVar("Value")
 
@@ -134,6 +137,17 @@ def _broadcast(tensor: Tensor, kind: str, rank: int = 0) -> Tensor:
     on_device = tensor.detach().to(PartialState().device).contiguous()
     dist.broadcast(on_device, src=rank)
     return tensor if PartialState().process_index == rank else on_device.to(kind)
+
+
+def leave_to_gloo() -> None:
+    """Give the threads of gloo a moment to drop the tensors that were sent last, before the program may end.
+
+    A thread that still holds one needs the interpreter's lock to drop it. A program that ends at that moment waits for
+    the thread in a destructor that keeps the lock, for ever, or aborts (pytorch/pytorch#56297 and #179291). A barrier
+    does not help: it holds what was sent before it.
+    """
+    if PartialState().num_processes > 1 and dist.get_backend() == "gloo":
+        time.sleep(SECONDS_FOR_GLOO)
 
 
 def together(act: Callable[[], object]) -> None:

@@ -5,6 +5,7 @@ A launcher starts them anew for each process, which takes longer than what they 
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import json
 import os
@@ -20,7 +21,7 @@ import torch
 from tests.forking import answer_requests, answering_server, be_rank, free_port
 
 
-SECONDS_A_RUN = 570  # DeepSpeed may compile an operator, for minutes where the cores are shared
+SECONDS_A_RUN = 90  # DeepSpeed may compile an operator, for minutes where the cores are shared
 
 
 class Run(Protocol):
@@ -60,6 +61,7 @@ def _run(script: str, options: dict[str, Any], writing: int) -> None:
     code = 1
     try:
         signal.alarm(SECONDS_A_RUN)
+        faulthandler.dump_traceback_later(SECONDS_A_RUN - 5)  # so that a run that hangs tells where
         imported = set(sys.modules)
         sys.argv = [script, json.dumps(options)]
         importlib.import_module(f"tests.distributed.{script}").main()
