@@ -1,0 +1,54 @@
+"""Figures of the benchmark of continual learning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from matplotlib.figure import Figure
+
+
+if TYPE_CHECKING:
+    from _continual_report import Loss
+
+
+def draw_certificate(losses: Sequence[Loss], path: Path) -> None:
+    """Drift of each task's update, and what its score lost.
+
+    Args:
+        losses: Tasks of all runs.
+        path: Where to draw.
+    """
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    for stream in dict.fromkeys(loss.stream for loss in losses):
+        of_stream = [loss for loss in losses if loss.stream == stream]
+        axes.scatter(
+            [loss.drift for loss in of_stream], [100 * loss.loss for loss in of_stream], s=14, alpha=0.6, label=stream
+        )
+    axes.axhline(1, color="gray", linewidth=0.8, linestyle="--")
+    axes.set_xlabel("estimated relative drift of the task's update")
+    axes.set_ylabel("points lost since it was learned")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+def draw_fifty(curves: Mapping[str, Mapping[int, float]], path: Path) -> None:
+    """The mean score of the first tasks as others arrive.
+
+    Args:
+        curves: By name of the line, the score after how many tasks.
+        path: Where to draw.
+    """
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    for name, curve in curves.items():
+        if len(curve) > 1:
+            axes.plot(list(curve), [100 * score for score in curve.values()], marker="o", label=name)
+        else:
+            axes.axhline(100 * next(iter(curve.values())), color="gray", linestyle="--", label=name)
+    axes.set_xlabel("tasks learned")
+    axes.set_ylabel("mean score of the first ten (%)")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120, metadata={"Software": None})

@@ -1,0 +1,268 @@
+"""The report of the benchmark of continual learning: tables, goals and figures of the results that there are."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from _answers import answers_of
+from _continual_figures import draw_certificate, draw_fifty
+from _grid import Results, Run
+from _report import Row, table
+from _paired import METRICS, Difference, paired_difference, standard_error
+from scipy.stats import spearmanr
+
+
+Result = Mapping[str, Any]
+Found = Sequence[tuple[Run, Result]]
+
+COLUMNS = ("method", "runs", "average", "± se", "vs lora", "95 %", "forgetting", "trained", "kB a task", "min a run")
+FIRST = 10  # tasks whose scores are followed as others arrive
+POINT = 0.01
+THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a task lost since it was learned, beside what the certificate says of it.
+
+    Args:
+        stream: Name of the stream.
+        task: Name of the task.
+        drift: Estimated relative drift of its update.
+        loss: Its score when it was learned, less its score later.
+    """
+
+    stream: str
+    task: str
+    drift: float
+    loss: float
+
+
+def print_report(runs: Sequence[Run], results: Results, figures: Path | None) -> None:
+    """Print what the results say, and draw it.
+
+    Args:
+        runs: Those to report.
+        results: Where their results are.
+        figures: Folder to draw in; None to draw nothing.
+    """
+    found = list(results.of(runs))
+    compared = [(run, result) for run, result in found if not run.settings.get("validation") and run.stream != "fifty"]
+    for stream in dict.fromkeys(run.stream for run, _ in compared):
+        of_stream = [(run, result) for run, result in compared if run.stream == stream]
+        print(f"\n{stream}\n\n{_aligned([COLUMNS, *_method_lines(of_stream)])}\n\n{table(_goals(stream, of_stream))}")
+    chosen = [(run, result) for run, result in found if run.settings.get("validation")]
+    if chosen:
+        print(f"\nsettings, on held-out training data\n\n{_aligned(_setting_lines(chosen))}")
+    many = [(run, result) for run, result in found if run.stream == "fifty"]
+    if many:
+        print(f"\nfifty tasks\n\n{_aligned(_fifty_lines(many))}")
+    losses = list(losses_of(found))
+    if losses:
+        print(f"\ncertificate and loss\n\n{table(_certificate_rows(losses))}")
+    if figures is not None:
+        figures.mkdir(parents=True, exist_ok=True)
+        if losses:
+            draw_certificate(losses, figures / "certificate.png")
+        if many:
+            draw_fifty({run.label or run.method: curve_of(run, result) for run, result in many}, figures / "fifty.png")
+    missing = results.missing(runs)
+    print(f"\n{len(found)} runs, {len(missing)} not run" + "".join(f"\n  {run.name} {run.label}" for run in missing))
+
+
+# ---- Methods side by side -------------------------------------------------------------------------------------------
+
+
+def _method_lines(found: Found) -> Iterator[tuple[str, ...]]:
+    of_methods: dict[str, list[tuple[Run, Result]]] = defaultdict(list)
+    for run, result in found:
+        of_methods[run.method].append((run, result))
+    lines = []
+    for method, theirs in of_methods.items():
+        averages = [average_of(result) for _, result in theirs]
+        error = standard_error(averages)
+        difference = against_lora(method, found)
+        forgotten = [forgetting_of(result) for _, result in theirs]
+        forgotten = [value for value in forgotten if value is not None]
+        _, result = theirs[0]
+        line = (
+            method,
+            str(len(theirs)),
+            f"{100 * statistics.mean(averages):.2f}",
+            "" if error is None else f"{100 * error:.2f}",
+            "" if difference is None else f"{100 * difference.mean:+.2f}",
+            "" if difference is None else f"[{100 * difference.low:+.2f}, {100 * difference.high:+.2f}]",
+            f"{100 * statistics.mean(forgotten):.2f}" if forgotten else "",
+            f"{result['trained']:,.0f}",
+            f"{sum(result['bytes'].values()) / len(result['answers']) / 1e3:,.0f}",
+            f"{statistics.mean(result['seconds'] for _, result in theirs) / 60:.1f}",
+        )
+        lines.append((statistics.mean(averages), line))
+    yield from (line for _, line in sorted(lines, reverse=True))
+
+
+def average_of(result: Result) -> float:
+    """The mean score over tasks at the end of a stream."""
+    return statistics.mean(scores_of(result, result["answers"]).values())
+
+
+def scores_of(result: Result, answers: Mapping[str, Any]) -> dict[str, float]:
+    """By task, the score of answers such as those of a stage."""
+    found, true = answers_of({"answers": answers}), answers_of(result, "true")
+    return {
+        task: float(METRICS[result["metrics"][task]](found[task], true[task], np.ones((1, len(true[task]))))[0])
+        for task in found
+    }
+
+
+def forgetting_of(result: Result) -> float | None:
+    """Mean over all tasks but the last of the best score before the end, less the one at the end."""
+    matrix = result["matrix"]
+    if len(matrix) < 2:
+        return None
+    lost = []
+    for j in range(len(matrix) - 1):
+        earlier = [row[j] for row in matrix[j:-1] if row[j] is not None]
+        if earlier and matrix[-1][j] is not None:
+            lost.append(max(earlier) - matrix[-1][j])
+    return statistics.mean(lost) if lost else None
+
+
+def against_lora(method: str, found: Found) -> Difference | None:
+    """A method's average at the end against one LoRA a task of the same seed; None without pairs."""
+    loras = {run.seed: result for run, result in found if run.method == "lora"}
+    pairs = [(result, loras[run.seed]) for run, result in found if run.method == method and run.seed in loras]
+    if method == "lora" or not pairs:
+        return None
+    first = pairs[0][0]
+    ours, theirs = ([answers_of(result) for result in side] for side in zip(*pairs, strict=True))
+    return paired_difference(ours, theirs, answers_of(first, "true"), first["metrics"])
+
+
+def _goals(stream: str, found: Found) -> Iterator[Row]:
+    """What the method is to reach on a stream."""
+    orders = sorted({run.order for run, _ in found if run.order is not None})
+    for order in orders:
+        of_order = [(run, result) for run, result in found if run.order in (None, order)]
+        name = f"{stream}, order {order}" if len(orders) > 1 else stream
+        difference = against_lora("share", of_order)
+        if difference is not None:
+            yield Row.at_least(f"{name}: share against lora", 100 * difference.mean, "points", -0.5)
+            yield Row.at_least(f"{name}: lower end of the interval", 100 * difference.low, "points", -1.5)
+        forgotten = [forgetting_of(result) for run, result in of_order if run.method == "share"]
+        if forgotten and None not in forgotten:
+            yield Row.at_most(f"{name}: forgetting of share", 100 * statistics.mean(forgotten), "points", 0.5)
+        averages = _averages(of_order)
+        for other in ("share-paper", "olora", "osf", "replay-2", "replay-5", "sequential"):
+            if "share" in averages and other in averages:
+                better = 100 * (averages["share"] - averages[other])
+                yield Row.at_least(f"{name}: share above {other}", better, "points", 0)
+    coefficients = against_lora("coefficients", found)
+    if coefficients is not None:
+        yield Row.at_least(f"{stream}: coefficients against lora", 100 * coefficients.mean, "points", -2)
+    yield from _larger_class(found)
+
+
+def _averages(found: Found) -> dict[str, float]:
+    of_methods: dict[str, list[float]] = defaultdict(list)
+    for run, result in found:
+        of_methods[run.method].append(average_of(result))
+    return {method: statistics.mean(values) for method, values in of_methods.items()}
+
+
+def _larger_class(found: Found) -> Iterator[Row]:
+    """Accuracy on MRPC above the share of its larger class, which a model that learned nothing reaches."""
+    for method in ("share", "lora"):
+        above = []
+        for run, result in found:
+            if run.method == method and "mrpc" in result["answers"]:
+                answers, true = answers_of(result)["mrpc"], answers_of(result, "true")["mrpc"]
+                above.append(float((answers == true).mean()) - float(max(np.bincount(true.astype(int))) / len(true)))
+        if above:
+            name = f"mrpc: accuracy of {method} above its larger class"
+            value = 100 * statistics.mean(above)
+            yield Row.at_least(name, value, "points", 3) if method == "share" else Row(name, value, "points")
+
+
+# ---- Settings, fifty tasks, the certificate -------------------------------------------------------------------------
+
+
+def _setting_lines(found: Found) -> list[tuple[str, ...]]:
+    shown = [(run, average_of(result), forgetting_of(result)) for run, result in found]
+    return [("method", "setting", "average", "forgetting")] + [
+        (run.method, run.label, f"{100 * average:.2f}", "" if lost is None else f"{100 * lost:.2f}")
+        for run, average, lost in sorted(shown, key=lambda line: (line[0].method, -line[1]))
+    ]
+
+
+def curve_of(run: Run, result: Result) -> dict[int, float]:
+    """After how many tasks, the mean score of the first ten."""
+    stages = {int(end): stage["answers"] for end, stage in result.get("stages", {}).items()}
+    stages[len(run.tasks)] = result["answers"]
+    first = run.tasks[:FIRST]
+    return {
+        end: statistics.mean(scores_of(result, {task: answers[task] for task in first}).values())
+        for end, answers in sorted(stages.items())
+    }
+
+
+def _fifty_lines(found: Found) -> list[tuple[str, ...]]:
+    lines = [("method", "setting", "average", "first ten", "at the end", "kB", "of LoRAs")]
+    loras = [sum(result["bytes"].values()) for run, result in found if run.method == "lora"]
+    for run, result in found:
+        curve = list(curve_of(run, result).values())
+        stored = sum(size for kind, size in result["bytes"].items() if kind != "other")
+        lines.append(
+            (
+                run.method,
+                run.label,
+                f"{100 * average_of(result):.2f}",
+                f"{100 * curve[0]:.2f}" if len(curve) > 1 else "",
+                f"{100 * curve[-1]:.2f}",
+                f"{stored / 1e3:,.0f}",
+                f"{stored / loras[0]:.2f}" if loras else "",
+            )
+        )
+    return lines
+
+
+def losses_of(found: Found) -> Iterator[Loss]:
+    """What each task of each run lost, beside its drift."""
+    for run, result in found:
+        if "drift" not in result:
+            continue
+        now = scores_of(result, result["answers"])
+        for j, task in enumerate(run.tasks[:-1]):
+            learned = result["matrix"][j][j] if j < len(result["matrix"]) else None
+            if learned is not None:
+                yield Loss(run.stream, task, result["drift"][task][0], learned - now[task])
+
+
+def _certificate_rows(losses: Sequence[Loss]) -> Iterator[Row]:
+    correlation = spearmanr([loss.drift for loss in losses], [loss.loss for loss in losses]).statistic
+    yield Row.at_least(f"rank correlation of drift and loss, {len(losses)} tasks", float(correlation), "", 0.6)
+    harmed = [loss.drift for loss in losses if loss.loss > POINT]
+    yield Row("largest drift under which no task lost over a point", min(harmed, default=float("nan")), "")
+    for threshold in THRESHOLDS:
+        below = [loss.loss for loss in losses if loss.drift <= threshold]
+        if below:
+            share = 100 * sum(loss > POINT for loss in below) / len(below)
+            yield Row(f"tasks that lost over a point, of {len(below)} with a drift up to {threshold:g}", share, "%")
+
+
+def _aligned(lines: Iterable[Sequence[str]]) -> str:
+    lines = list(lines)
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i < 1 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )

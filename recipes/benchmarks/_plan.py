@@ -1,0 +1,127 @@
+"""What the benchmark of continual learning runs: every method with all its settings, in the order of their worth."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from _grid import Run
+from _streams import STREAMS
+
+
+Settings = Mapping[str, Any]
+
+SEEDS = (0, 1, 2)
+
+# Of data and training, the same for all methods. Names are flags of recipes/text_stream.py.
+COMMON: dict[str, Any] = {
+    "max_length": 64,
+    "num_train_epochs": 3.0,
+    "per_device_train_batch_size": 16,
+    "warmup_steps": 0.1,
+    "pseudo_rank": 8,
+}
+
+SHARE: dict[str, Any] = {
+    "method": "share",
+    "num_components": 32,
+    "num_temporary": 8,
+    "init_std": 0.05,
+    "basis": "joint",
+    "num_init_tasks": 2,
+    "learning_rate": 5e-3,
+    "init_learning_rate": 2e-3,
+}
+
+METHODS: dict[str, dict[str, Any]] = {
+    "share": SHARE,
+    "share-paper": SHARE | {"basis": "factor", "center": True, "num_temporary": 2, "num_init_tasks": 1},
+    "coefficients": SHARE | {"method": "coefficients", "num_init_tasks": 4, "learning_rate": 1e-2},
+    "lora": {"learning_rate": 2e-3},
+    "sequential": {"learning_rate": 2e-3},
+    "replay-2": {"learning_rate": 2e-3},
+    "replay-5": {"learning_rate": 2e-3},
+    "olora": {"learning_rate": 2e-3},
+    "osf": {"learning_rate": 5e-4},
+    "joint": {"learning_rate": 2e-3},
+}
+SHARE_METHODS = ("share", "share-paper", "coefficients")
+WITHOUT_ORDER = ("lora", "joint")  # their result is the same in every order
+EVERYWHERE = ("share", "lora", "coefficients", "sequential")  # the others are run on one order and seed
+
+FIFTY: dict[str, dict[str, Any]] = {
+    "k=32": SHARE | {"num_components": 32},
+    "k=64": SHARE | {"num_components": 64},
+    "drift 0.2": SHARE | {"num_components": 32, "drift_tolerance": 0.2},
+    "k=16": SHARE | {"num_components": 16},
+    "k=8": SHARE | {"num_components": 8, "num_temporary": 4},
+}
+
+# One setting changed at a time, scored on training examples that are held out.
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "default": {},
+    **{f"k={k}": {"num_components": k, "num_temporary": min(8, k // 2)} for k in (4, 8, 16, 64)},
+    **{f"p={p}": {"pseudo_rank": p} for p in (2, 4, 16)},
+    **{f"phi={phi}": {"num_temporary": phi} for phi in (2, 4, 16)},
+    **{f"sigma={sigma:g}": {"init_std": sigma} for sigma in (0.01, 0.2)},
+    "factor": {"basis": "factor"},
+    **{f"init tasks={count}": {"num_init_tasks": count} for count in (1, 4)},
+    "finetune": {"finetune_num_train_epochs": 1.0, "finetune_learning_rate": 5e-3},
+    **{f"rate={rate:g}": {"learning_rate": rate} for rate in (2e-3, 1e-2)},
+}
+LORA_RATES = (1e-3, 4e-3, 8e-3)
+OTHER_RATES = {method: (1e-3, 4e-3) for method in ("sequential", "replay-5", "olora", "joint")} | {
+    "osf": (1e-4, 2e-3),
+    "coefficients": (5e-3, 2e-2),
+}
+
+
+def planned() -> Iterator[Run]:
+    """All runs, those that tell most first."""
+    yield from _compared("glue", [0], SEEDS, EVERYWHERE)
+    yield from _compared("glue", [0], SEEDS[:1], [method for method in METHODS if method not in EVERYWHERE])
+    yield from _compared("nine", [0], SEEDS[:1], METHODS)
+    yield from tuning()
+    yield from ablations()
+    yield from _compared("nine", range(len(STREAMS["nine"].orders)), SEEDS, EVERYWHERE)
+    yield from fifty()
+
+
+def fifty() -> Iterator[Run]:
+    """Fifty tasks at several k, and a LoRA a task."""
+    for label, settings in FIFTY.items():
+        yield run("fifty", "share", 0, 0, {**settings, "chunk": 10}, label)
+    for seed in SEEDS[:2]:
+        yield run("fifty", "lora", seed, None, METHODS["lora"])
+
+
+def ablations() -> Iterator[Run]:
+    """Share on one order of nine tasks, with a setting changed, on validation data."""
+    for label, changed in ABLATIONS.items():
+        yield run("nine", "share", 0, 0, {**SHARE, **changed, "validation": True}, label)
+
+
+def tuning() -> Iterator[Run]:
+    """The rates that the other methods could have, on the same data."""
+    for method in ("lora", *OTHER_RATES):
+        rates = LORA_RATES if method == "lora" else OTHER_RATES[method]
+        for rate in (METHODS[method]["learning_rate"], *rates):
+            settings = {**METHODS[method], "learning_rate": rate, "validation": True}
+            yield run("nine", method, 0, 0, settings, f"{method} {rate:g}")
+
+
+def run(stream: str, method: str, seed: int, order: int | None, settings: Settings, label: str = "") -> Run:
+    """A run, with the settings of its data and training."""
+    declared = STREAMS[stream]
+    of_data = {"train_examples": declared.train_examples, "target_modules": declared.target_modules}
+    if method in WITHOUT_ORDER:
+        order = None
+    tasks = declared.orders[order or 0]
+    return Run(stream, method, seed, order, tasks, {**COMMON, **of_data, **settings}, label)
+
+
+def _compared(stream: str, orders: object, seeds: object, methods: object) -> Iterator[Run]:
+    for order in orders:
+        for seed in seeds:
+            for method in methods:
+                yield run(stream, method, seed, order, METHODS[method])

@@ -1,0 +1,133 @@
+"""Share, learned by the recipe as a person runs it, and what its subspace then answers and takes up."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from _answers import chosen, encoded
+from _grid import Run
+from _report import ROOT
+from safetensors import safe_open
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, PreTrainedTokenizerBase
+
+from share_hf import SharedSubspace
+
+
+if TYPE_CHECKING:
+    from text_tasks import TextTask
+
+RECIPE = ROOT / "recipes" / "text_stream.py"
+BATCH = 128
+
+
+def learn(
+    run: Run,
+    places: Mapping[str, str],
+    model: Path,
+    tasks: Mapping[str, TextTask],
+    tokenizer: PreTrainedTokenizerBase,
+    work: Path,
+) -> dict[str, Any]:
+    """Learn a stream, or go on with one that was stopped, and measure it.
+
+    Args:
+        run: Its settings are flags of the recipe; `chunk`, if there, says after how many tasks all are scored.
+        places: By task, where its data lies.
+        model: The base model.
+        tasks: The tasks, tokenized.
+        tokenizer: The model's.
+        work: A folder of the run's own.
+    """
+    settings = dict(run.settings)
+    chunk = settings.pop("chunk", None)
+    ends = [*range(chunk, len(run.tasks), chunk), len(run.tasks)] if chunk else [len(run.tasks)]
+    stages = {}
+    for end in ends:
+        learned = run.tasks[:end]
+        folder = work / f"after-{len(learned)}"
+        if not folder.exists():
+            _run_recipe(learned, settings | {"evaluate_seen_tasks": chunk is None}, run.seed, places, model, work)
+            draft = Path(shutil.copytree(work / "out" / "subspace", work / "copied", dirs_exist_ok=True))
+            draft.rename(folder)
+        subspace = SharedSubspace.from_pretrained(folder)
+        stages[end] = {
+            "answers": answers(subspace, model, {task: tasks[task] for task in learned}, tokenizer),
+            "drift": {task.name: [task.drift, task.drift_bound] for task in subspace.report().tasks},
+        }
+    metrics = subspace.state.metrics
+    return {
+        **stages.pop(ends[-1]),
+        "stages": {str(end): stage for end, stage in stages.items()},
+        "matrix": metrics["matrix"],
+        "trained": metrics["parameters"],
+        "bytes": stored_bytes(folder),
+    }
+
+
+def _run_recipe(
+    tasks: Sequence[str], settings: Mapping[str, Any], seed: int, places: Mapping[str, str], model: Path, work: Path
+) -> None:
+    flags = {
+        "model_name_or_path": model,
+        "output_dir": work / "out",
+        "seed": seed,
+        "save_strategy": "no",
+        "use_cpu": not torch.cuda.is_available(),
+        **settings,
+    }
+    if (work / "out").exists():
+        flags["resume_from_checkpoint"] = True
+    command = [sys.executable, str(RECIPE), "--tasks", *(f"{task}={places[task]}" for task in tasks)]
+    command += [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+    subprocess.run(command, check=True)
+
+
+@torch.no_grad()
+def answers(
+    subspace: SharedSubspace, base: Path, tasks: Mapping[str, TextTask], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, str | list[float]]:
+    """By task, what the subspace answers to its test examples."""
+    outputs = max(task.num_labels for task in tasks.values())
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=outputs)
+    model = subspace.apply(model, list(tasks)).eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device)
+    collate = DataCollatorWithPadding(tokenizer)
+    found = {}
+    for name, task in tasks.items():
+        model.set_adapter(name)
+        inputs = task.scored.remove_columns("label")
+        order = np.argsort([len(ids) for ids in inputs["input_ids"]], kind="stable")  # pads little
+        logits = [
+            model(**collate([inputs[int(i)] for i in order[start : start + BATCH]]).to(device)).logits.float().cpu()
+            for start in range(0, len(order), BATCH)
+        ]
+        sorted_answers = chosen(torch.cat(logits).numpy(), task.problem_type, task.num_labels)
+        in_order = np.empty_like(sorted_answers)
+        in_order[order] = sorted_answers
+        found[name] = encoded(in_order)
+    return found
+
+
+def stored_bytes(tree: Path) -> dict[str, int]:
+    """What a tree takes up on disk: the basis, coefficients, heads and what else a task keeps, JSON, and cards."""
+    sizes = {"basis": 0, "coefficients": 0, "heads": 0, "json": 0, "other": 0}
+    for path in tree.rglob("*"):
+        if path.name == "adapter_model.safetensors":
+            with safe_open(path, "pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118
+                    kind = "coefficients" if ".share_" in name else "heads"
+                    sizes[kind] += tensors.get_tensor(name).nbytes
+            continue
+        if path.is_file():
+            kind = {"subspace.safetensors": "basis"}.get(path.name, "json" if path.suffix == ".json" else "other")
+            sizes[kind] += path.stat().st_size
+    return sizes
+

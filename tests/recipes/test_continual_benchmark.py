@@ -1,0 +1,238 @@
+"""The grid of the benchmark of continual learning: its runs, its statistics, its report."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+from sklearn import metrics
+
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "recipes" / "benchmarks"))
+
+from _answers import answers_of, chosen, decoded, encoded  # noqa: E402
+from _continual_report import average_of, forgetting_of, losses_of, print_report  # noqa: E402
+from _grid import Results, Run  # noqa: E402
+from _plan import planned  # noqa: E402
+from _paired import METRICS, paired_difference, standard_error  # noqa: E402
+from _streams import FIFTY, STREAMS, Slice, write_data  # noqa: E402
+
+
+REFERENCES: dict[str, Callable[[Any, Any], float]] = {
+    "accuracy": metrics.accuracy_score,
+    "f1": lambda true, found: metrics.f1_score(true, found, zero_division=0),
+    "matthews_correlation": metrics.matthews_corrcoef,
+}
+
+
+def run_of(**changed: Any) -> Run:
+    return replace(Run("nine", "share", 0, 0, ("a", "b"), {"learning_rate": 1e-3}), **changed)
+
+
+# ---- Scores ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(REFERENCES))
+@given(st.integers(0, 1000), st.integers(2, 40))
+def test_scores_of_classes_are_those_of_scikit_learn_on_the_drawn_examples(name: str, seed: int, count: int) -> None:
+    generator = np.random.default_rng(seed)
+    classes = 2 if name == "f1" else 4
+    true, found = (generator.integers(classes, size=count).astype(float) for _ in range(2))
+    weights = generator.multinomial(count, np.full(count, 1 / count), size=3).astype(float)
+    values = METRICS[name](found, true, weights)
+    for value, row in zip(values, weights, strict=True):
+        drawn = np.repeat(np.arange(count), row.astype(int))
+        assert value == pytest.approx(REFERENCES[name](true[drawn], found[drawn]))
+
+
+@given(st.integers(0, 1000))
+def test_pearson_is_that_of_scipy_on_the_drawn_examples(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    true = generator.normal(size=30)
+    found = true + generator.normal(size=30)
+    weights = generator.multinomial(30, np.full(30, 1 / 30), size=3).astype(float)
+    for value, row in zip(METRICS["pearson"](found, true, weights), weights, strict=True):
+        drawn = np.repeat(np.arange(30), row.astype(int))
+        assert value == pytest.approx(stats.pearsonr(found[drawn], true[drawn]).statistic)
+
+
+def test_correlations_of_what_does_not_vary_are_zero() -> None:
+    same, true, once = np.ones(4), np.array([0.0, 1, 0, 1]), np.ones((1, 4))
+    assert METRICS["pearson"](same, true, once) == 0
+    assert METRICS["matthews_correlation"](same, true, once) == 0
+
+
+# ---- The bootstrap --------------------------------------------------------------------------------------------------
+
+
+def test_a_difference_is_that_of_the_averages_and_its_interval_holds_it() -> None:
+    generator = np.random.default_rng(0)
+    true = {"a": generator.integers(2, size=200).astype(float), "b": generator.normal(size=100)}
+    names = {"a": "accuracy", "b": "pearson"}
+    noisy = [{"a": np.where(generator.random(200) < 0.9, true["a"], 1 - true["a"]), "b": true["b"]} for _ in range(3)]
+    worse = [{"a": np.where(generator.random(200) < 0.7, true["a"], 1 - true["a"]), "b": true["b"]} for _ in range(3)]
+    found = paired_difference(noisy, worse, true, names)
+    by_hand = np.mean([(n["a"] == true["a"]).mean() - (w["a"] == true["a"]).mean() for n, w in zip(noisy, worse)]) / 2  # noqa: B905
+    assert found.mean == pytest.approx(by_hand)
+    assert 0 < found.low < found.mean < found.high
+    assert paired_difference(noisy, noisy, true, names).low == 0
+    assert paired_difference(noisy, worse, true, names) == found  # the draws have a seed
+
+
+def test_pairing_on_examples_narrows_the_interval() -> None:
+    """Two methods with nearly the same answers differ by less than their scores vary between draws."""
+    generator = np.random.default_rng(1)
+    true = {"a": generator.integers(2, size=300).astype(float)}
+    ours = np.where(generator.random(300) < 0.7, true["a"], 1 - true["a"])
+    theirs = ours.copy()
+    theirs[:3] = 1 - theirs[:3]
+    found = paired_difference([{"a": ours}], [{"a": theirs}], true, {"a": "accuracy"})
+    assert found.high - found.low < 0.03  # of one of them alone it would be 0.1
+
+
+def test_runs_without_partners_are_refused() -> None:
+    with pytest.raises(ValueError, match="2 and 1 runs, expected as many of both"):
+        paired_difference([{}, {}], [{}], {}, {})
+
+
+def test_the_standard_error_is_of_the_mean() -> None:
+    assert standard_error([1.0]) is None
+    assert standard_error([1.0, 2.0, 3.0]) == pytest.approx(stats.sem([1.0, 2.0, 3.0]))
+
+
+# ---- Results --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"seed": 1},
+        {"order": 1},
+        {"order": None},
+        {"method": "lora"},
+        {"tasks": ("b", "a")},
+        {"settings": {"learning_rate": 2e-3}},
+        {"settings": {}},
+    ],
+)
+def test_a_result_belongs_to_one_choice_of_all_settings(changed: dict[str, Any], tmp_path: Path) -> None:
+    results = Results(tmp_path / "results")
+    results.add(run_of(), {"seconds": 1.0})
+    assert run_of() in results and run_of(label="another name of the same") in results
+    other = run_of(**changed)
+    assert other not in results
+    assert results.missing([run_of(), other, other]) == [other]
+
+
+def test_a_run_comes_back_from_its_result(tmp_path: Path) -> None:
+    results = Results(tmp_path)
+    results.add(run_of(label="x"), {"seconds": 1.0})
+    (path,) = tmp_path.iterdir()
+    assert Run.from_dict(json.loads(path.read_text())["run"]) == run_of(label="x")
+    assert path.stem == run_of().name
+
+
+@pytest.mark.parametrize("values", [np.array([0, 9, 3]), np.array([0.12344, -1.5])])
+def test_answers_are_kept(values: np.ndarray, tmp_path: Path) -> None:
+    kept = json.loads(json.dumps({"answers": {"a": encoded(values)}}))
+    assert answers_of(kept)["a"] == pytest.approx(values, abs=1e-4)
+    assert decoded(kept["answers"]["a"]).dtype == np.float64
+
+
+def test_answers_of_more_than_ten_classes_have_no_digit() -> None:
+    with pytest.raises(ValueError, match="classes from 0 to 10, expected 0 to 9"):
+        encoded(np.array([0, 10]))
+
+
+def test_answers_come_from_the_outputs_of_the_task_alone() -> None:
+    logits = np.array([[0.1, 0.2, 9.0], [0.3, 0.2, 9.0]])
+    assert chosen(logits, "single_label_classification", 2).tolist() == [1, 0]
+    assert chosen(logits, "regression", 1).tolist() == [0.1, 0.3]
+    with pytest.raises(ValueError, match="multi_label_classification"):
+        chosen(logits, "multi_label_classification", 3)
+
+
+# ---- The plan -------------------------------------------------------------------------------------------------------
+
+
+def test_every_planned_run_has_a_file_of_its_own() -> None:
+    runs = {run.name: run for run in planned()}
+    assert len(runs) == len({json.dumps({**run.as_dict(), "label": ""}, sort_keys=True) for run in planned()})
+    assert {run.stream for run in runs.values()} == {"glue", "nine", "fifty"}
+
+
+def test_what_does_not_depend_on_the_order_is_planned_once_a_seed() -> None:
+    loras = {run.name for run in planned() if run.method == "lora" and not run.settings.get("validation")}
+    assert len([name for name in loras if name.startswith("nine")]) == 3
+
+
+def test_the_orders_of_a_stream_have_the_same_tasks() -> None:
+    for stream in STREAMS.values():
+        assert all(sorted(order) == sorted(stream.orders[0]) for order in stream.orders)
+        assert len(set(stream.orders)) == len(stream.orders)
+
+
+def test_tasks_are_slices_and_relabelings(tmp_path: Path) -> None:
+    """Fifty, each with several labels, and examples of several tasks are the same only where their labels differ."""
+    examples = [{"text": str(i), "label": "abc"[i % 3]} for i in range(6)]
+    assert Slice("x", {"a": "1", "b": "2"}).of(examples) == [
+        {"text": str(i), "label": "12"[i % 3]} for i in (0, 1, 3, 4)
+    ]
+    assert len(FIFTY) == 50
+    assert len({(part.source, part.part, json.dumps(part.labels)) for part in FIFTY.values()}) == 50
+
+
+def test_held_out_examples_are_of_the_training_data(tmp_path: Path) -> None:
+    lines = [json.dumps({"sentence": str(i), "label": i % 2}) for i in range(50)]
+    for task in STREAMS["glue"].orders[0]:
+        folder = tmp_path / "data" / "glue" / task
+        folder.mkdir(parents=True)
+        (folder / "train.jsonl").write_text("\n".join(lines))
+        (folder / "test.jsonl").write_text(json.dumps({"sentence": "test", "label": 0}))
+    assert write_data("glue", tmp_path / "data", tmp_path / "out")["cola"] == str(tmp_path / "data" / "glue" / "cola")
+    places = write_data("glue", tmp_path / "data", tmp_path / "out", validation=True)
+    train, test = (Path(places["cola"]).joinpath(f"{split}.jsonl").read_text() for split in ("train", "test"))
+    assert train.split("\n")[:-1] == lines[:40] and test.split("\n")[:-1] == lines[40:]
+
+
+# ---- The report -----------------------------------------------------------------------------------------------------
+
+
+def result_of(answers: dict[str, str], matrix: list[list[float | None]], **others: Any) -> dict[str, Any]:
+    true = {task: "0101" for task in answers}
+    return {
+        "metrics": dict.fromkeys(answers, "accuracy"),
+        "true": true,
+        "answers": answers,
+        "matrix": matrix,
+        "trained": 100,
+        "bytes": {"basis": 1000, "coefficients": 500},
+        "seconds": 60.0,
+        **others,
+    }
+
+
+def test_a_report_tells_scores_losses_and_what_was_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = Results(tmp_path / "results")
+    share, lora, missing = run_of(), run_of(method="lora", order=None), run_of(seed=1)
+    lost = result_of({"a": "0111", "b": "0101"}, [[1.0, None], [0.75, 1.0]], drift={"a": [0.2, 0.3], "b": [0, 0]})
+    results.add(share, lost)
+    results.add(lora, result_of({"a": "0101", "b": "0101"}, [[1.0, None], [1.0, 1.0]]))
+    assert average_of(lost) == 0.875
+    assert forgetting_of(lost) == 0.25
+    ((loss),) = losses_of([(share, lost)])
+    assert (loss.task, loss.drift, loss.loss) == ("a", 0.2, 0.25)
+    print_report([share, lora, missing], results, None)
+    told = capsys.readouterr().out
+    assert "87.50" in told and "-12.50" in told and "25.00" in told
+    assert "2 runs, 1 not run" in told and missing.name in told
