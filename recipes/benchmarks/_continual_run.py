@@ -5,20 +5,107 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import _share_run
 import numpy as np
-from _answers import encoded
-from _baselines import BaselineSettings, train
+import torch
+from _answers import chosen, encoded
+from _baselines import BaselineSettings, Outcome, train
 from _grid import Results, Run
 from _plan import SHARE_METHODS
 from _report import ROOT, machine, versions
 from _streams import STREAMS, write_data
 from routing import packaged_model
-from transformers import AutoTokenizer
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+    set_seed,
+)
 
 
 sys.path.insert(0, str(ROOT / "recipes"))
-from text_tasks import load_text_task  # noqa: E402
+from text_tasks import TextTask, load_text_task  # noqa: E402
+
+
+OF_DATA = ("max_length", "train_examples", "target_modules", "validation")  # settings that are of the data alone
+
+
+def main() -> None:
+    job = json.loads(sys.argv[1])
+    run, work = Run.from_dict(job["run"]), Path(job["work"])
+    model = Path(job["model"]) if job["model"] else packaged_model()
+    stream = STREAMS[run.stream]
+    validation = run.settings.get("validation", False)
+    places = write_data(run.stream, Path(job["data"]), work / "data", validation=validation)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tasks = {
+        name: load_text_task(
+            name,
+            places[name],
+            tokenizer,
+            metrics=[stream.metric(name)],
+            max_length=run.settings["max_length"],
+            train_examples=run.settings["train_examples"],
+        )
+        for name in run.tasks
+    }
+    started = time.monotonic()
+    if run.method in SHARE_METHODS:
+        result = _share_run.learn(run, places, model, tasks, tokenizer, work)
+    else:
+        result = baseline(run, model, tasks, tokenizer, work)
+    result["seconds"] = time.monotonic() - started
+    true = {name: encoded(np.asarray(list(task.scored["label"]))) for name, task in tasks.items()}
+    described = {"metrics": {name: task.metrics[0] for name, task in tasks.items()}, "true": true}
+    Results(Path(job["results"])).add(run, {**described, **result, "versions": versions(), "machine": machine()})
+
+
+def baseline(
+    run: Run, model: Path, tasks: Mapping[str, TextTask], tokenizer: PreTrainedTokenizerBase, work: Path
+) -> dict[str, Any]:
+    """A stream learned by a method that is not ours."""
+    settings = {name: value for name, value in run.settings.items() if name not in OF_DATA}
+    rank = settings.pop("pseudo_rank")
+    args = TrainingArguments(
+        str(work / "out"),
+        seed=run.seed,
+        per_device_eval_batch_size=128,
+        train_sampling_strategy="group_by_length",
+        report_to="none",
+        save_strategy="no",
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+        **settings,
+    )
+    set_seed(run.seed)
+    outputs = max(task.num_labels for task in tasks.values())
+    base = AutoModelForSequenceClassification.from_pretrained(model, num_labels=outputs)
+    modules = run.settings["target_modules"].split(",")
+    return measured(
+        train(run.method, base, tasks, BaselineSettings(args, modules, rank, processing_class=tokenizer)), tasks
+    )
+
+
+def measured(outcome: Outcome, tasks: Mapping[str, TextTask]) -> dict[str, Any]:
+    """An outcome as results keep it."""
+    return {
+        "answers": {
+            name: encoded(chosen(outcome.predictions[name], task.problem_type, task.num_labels))
+            for name, task in tasks.items()
+        },
+        "matrix": outcome.metrics.matrix,
+        "trained": outcome.steps[-1].adapter_parameters,
+        "bytes": {
+            "shared": outcome.bytes_shared,
+            "tasks": sum(outcome.bytes_of_tasks.values()),
+        },
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -45,8 +45,8 @@ def learn(
         tokenizer: The model's.
         work: A folder of the run's own.
     """
-    settings = dict(run.settings)
-    chunk = settings.pop("chunk", None)
+    settings = {name: value for name, value in run.settings.items() if name not in ("chunk", "validation")}
+    chunk = run.settings.get("chunk")
     ends = [*range(chunk, len(run.tasks), chunk), len(run.tasks)] if chunk else [len(run.tasks)]
     stages = {}
     for end in ends:
@@ -66,7 +66,7 @@ def learn(
         **stages.pop(ends[-1]),
         "stages": {str(end): stage for end, stage in stages.items()},
         "matrix": metrics["matrix"],
-        "trained": metrics["parameters"],
+        "trained": trained_numbers(subspace, run),
         "bytes": stored_bytes(folder),
     }
 
@@ -116,6 +116,19 @@ def answers(
     return found
 
 
+def trained_numbers(subspace: SharedSubspace, run: Run) -> int:
+    """How many numbers the last task trained, its head left out."""
+    count = 0
+    for layer in subspace.state.layers.values():
+        outputs, inputs = len(layer.basis_out), len(layer.basis_in)
+        rank = run.settings["pseudo_rank"]
+        if run.settings["method"] == "coefficients":
+            count += rank * (layer.basis_out.shape[1] + layer.basis_in.shape[1])
+        else:
+            count += run.settings["num_temporary"] * (outputs + inputs + 2 * rank)
+    return count
+
+
 def stored_bytes(tree: Path) -> dict[str, int]:
     """What a tree takes up on disk: the basis, coefficients, heads and what else a task keeps, JSON, and cards."""
     sizes = {"basis": 0, "coefficients": 0, "heads": 0, "json": 0, "other": 0}
@@ -130,4 +143,3 @@ def stored_bytes(tree: Path) -> dict[str, int]:
             kind = {"subspace.safetensors": "basis"}.get(path.name, "json" if path.suffix == ".json" else "other")
             sizes[kind] += path.stat().st_size
     return sizes
-

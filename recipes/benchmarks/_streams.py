@@ -13,6 +13,7 @@ from typing import Any
 Example = dict[str, Any]
 
 VALIDATION = 200  # training examples of a task that score the settings to choose from
+FIFTY_TEST = 200  # test examples of each of the fifty tasks
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ def write_data(stream: str, data: Path, folder: Path, *, validation: bool = Fals
             held_out = min(VALIDATION, len(train) // 5)
             train, test = train[:-held_out], train[-held_out:]
         else:
-            test = part.of(test)
+            test = part.of(test)[:FIFTY_TEST] if stream == "fifty" else part.of(test)
         for split, examples in (("train", train), ("test", test)):
             _write(folder / task / f"{split}.jsonl", examples)
         places[task] = str(folder / task)

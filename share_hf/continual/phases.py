@@ -54,8 +54,8 @@ def config_for(model: nn.Module, share_config: ShareConfig | None, subspace: Sha
     else:
         config = ShareConfig()
     if subspace is not None:
-        # Centering is a property of a subspace that was made with it; a configuration has no say in it.
-        settings = config.subspace_settings(center=subspace.settings.center)
+        # Files of tasks do not tell of centering, so a configuration that was read does not either.
+        settings = config.subspace_settings(center=config.center or subspace.settings.center)
         if settings != subspace.settings:
             raise ValueError(f"share_config has {settings}, the subspace has {subspace.settings}")
     if config.task_type is None:

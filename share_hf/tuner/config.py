@@ -104,6 +104,8 @@ class ShareConfig(PeftConfig):
         basis (`Literal["joint", "factor"]`, *optional*, defaults to `"joint"`):
             How a merge chooses the basis: weighing all tasks' updates equally, or from the stacked LoRA factors as in
             the paper.
+        center (`bool`, *optional*, defaults to `False`):
+            Whether merges subtract the mean column of the stacked factors, as the paper does; `basis="factor"` only.
         explained_variance (`float`, *optional*):
             Use the fewest directions that explain this fraction of the tasks' variance.
         drift_tolerance (`float`, *optional*):
@@ -163,6 +165,9 @@ class ShareConfig(PeftConfig):
     )
     basis: BasisKind = field(
         default="joint", metadata={"help": "How a merge chooses the basis: 'joint', or 'factor' as in the paper."}
+    )
+    center: bool = field(
+        default=False, metadata={"help": "Subtract the mean column in merges, as the paper does ('factor' only)."}
     )
     explained_variance: float | None = field(
         default=None, metadata={"help": "Use the fewest directions that explain this fraction of the variance."}

@@ -210,6 +210,17 @@ def test_a_subspace_of_any_settings_is_continued_with_them(
     assert trainer.subspace.tasks == ("one", "two", "colors")
 
 
+def test_a_configuration_says_whether_merges_are_centered(make: Make) -> None:
+    trainer = make(classification_tasks("colors", "shapes"), share={"basis": "factor", "center": True})
+    trainer.train()
+    assert trainer.subspace.settings.center
+    with pytest.raises(ValueError, match=r"share_config has .*center=True.*, the subspace has .*center=False"):
+        given = make(classification_tasks("colors"), "plain", share={"basis": "factor"})
+        given.train()
+        centered = {"basis": "factor", "center": True}
+        make(classification_tasks("sizes"), "other", share=centered, trainer={"subspace": given.subspace})
+
+
 # ---- Data -----------------------------------------------------------------------------------------------------------
 
 
