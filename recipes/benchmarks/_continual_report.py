@@ -13,8 +13,8 @@ import numpy as np
 from _answers import answers_of
 from _continual_figures import draw_certificate, draw_fifty
 from _grid import Results, Run
-from _report import Row, table
 from _paired import METRICS, Difference, paired_difference, standard_error
+from _report import Row, table
 from scipy.stats import spearmanr
 
 

@@ -29,7 +29,7 @@ from transformers import (
 
 
 sys.path.insert(0, str(ROOT / "recipes"))
-from text_tasks import TextTask, load_text_task  # noqa: E402
+from text_tasks import TextTask, load_text_task
 
 
 OF_DATA = ("max_length", "train_examples", "target_modules", "validation")  # settings that are of the data alone

@@ -70,7 +70,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     **{f"rate={rate:g}": {"learning_rate": rate} for rate in (2e-3, 1e-2)},
 }
 LORA_RATES = (1e-3, 4e-3, 8e-3)
-OTHER_RATES = {method: (1e-3, 4e-3) for method in ("sequential", "replay-5", "olora", "joint")} | {
+OTHER_RATES = dict.fromkeys(("sequential", "replay-5", "olora", "joint"), (0.001, 0.004)) | {
     "osf": (1e-4, 2e-3),
     "coefficients": (5e-3, 2e-2),
 }

@@ -23,8 +23,8 @@ sys.path.insert(0, str(ROOT / "recipes" / "benchmarks"))
 from _answers import answers_of, chosen, decoded, encoded  # noqa: E402
 from _continual_report import average_of, forgetting_of, losses_of, print_report  # noqa: E402
 from _grid import Results, Run  # noqa: E402
-from _plan import planned  # noqa: E402
 from _paired import METRICS, paired_difference, standard_error  # noqa: E402
+from _plan import planned  # noqa: E402
 from _streams import FIFTY, STREAMS, Slice, write_data  # noqa: E402
 
 
@@ -209,7 +209,7 @@ def test_held_out_examples_are_of_the_training_data(tmp_path: Path) -> None:
 
 
 def result_of(answers: dict[str, str], matrix: list[list[float | None]], **others: Any) -> dict[str, Any]:
-    true = {task: "0101" for task in answers}
+    true = dict.fromkeys(answers, "0101")
     return {
         "metrics": dict.fromkeys(answers, "accuracy"),
         "true": true,
