@@ -1,0 +1,276 @@
+"""What continual learning with Share is compared with: other ways to learn the same tasks, on equal terms.
+
+    lora        a LoRA of its own for each task: nothing is forgotten, nothing is shared
+    sequential  one LoRA, trained on the tasks one after the other
+    replay-2    as sequential, with 2 % of each earlier task's training examples among those of each later task
+    replay-5    the same with 5 %
+    olora       O-LoRA: a LoRA more for each task, orthogonal to those of earlier tasks, all summed
+    osf         PEFT's OSF: the weights themselves, off the directions that matter most to earlier tasks
+    joint       one LoRA, trained on all tasks at once: not continual
+
+All of them have a head of its own for each task, the same layers to adapt, the same arguments of the Trainer and seeds
+that depend on a task's place alone. A task's head, and the first LoRA, start alike whatever the method is.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+from _baselines_adapters import Adapters, BaselineSettings, LoraPerTask, OLora, OneLora, Osf
+from _baselines_heads import HeadedModel, Task, inputs_of, prepare
+from _report import seconds_of
+from datasets import Dataset, concatenate_datasets
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import SaveStrategy
+
+from share_hf.continual import ContinualMetrics
+from share_hf.continual.progress import StreamProgressCallback
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to learn a stream.
+
+    Args:
+        adapters: What it trains beside heads.
+        replayed: Share of each earlier task's training examples that are trained on with each later task.
+        together: Whether all tasks are learned at once.
+    """
+
+    adapters: type[Adapters]
+    replayed: float = 0.0
+    together: bool = False
+
+
+METHODS = {
+    "lora": Method(LoraPerTask),
+    "sequential": Method(OneLora),
+    "replay-2": Method(OneLora, replayed=0.02),
+    "replay-5": Method(OneLora, replayed=0.05),
+    "olora": Method(OLora),
+    "osf": Method(Osf),
+    "joint": Method(OneLora, together=True),
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """A training run, of one task or of all together.
+
+    Args:
+        tasks: Those that were learned.
+        examples: Number of training examples by task, those of earlier tasks that are replayed included.
+        adapter_parameters: Numbers that were trained in the backbone.
+        head_parameters: Numbers that were trained in heads.
+        seconds: Wall-clock time of training, without scoring.
+    """
+
+    tasks: tuple[str, ...]
+    examples: dict[str, int]
+    adapter_parameters: int
+    head_parameters: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a stream.
+
+    Args:
+        metrics: The main metric of each task learned so far, after each step.
+        scores: All metrics of each task at the end, by task and name.
+        predictions: Outputs for the scored examples of each task at the end, (examples, num_labels).
+        steps: The training runs.
+        bytes_of_tasks: Size of a float32 safetensors file with what must be kept for a task alone, its head included.
+        bytes_shared: Size of such a file with what must be kept for all tasks, 0 where there is nothing.
+    """
+
+    metrics: ContinualMetrics
+    scores: dict[str, dict[str, float]]
+    predictions: dict[str, np.ndarray]
+    steps: tuple[Step, ...]
+    bytes_of_tasks: dict[str, int]
+    bytes_shared: int
+
+    @property
+    def bytes_in_all(self) -> int:
+        """Bytes that must be kept to run all tasks, beside the base model."""
+        return self.bytes_shared + sum(self.bytes_of_tasks.values())
+
+
+class BaselineTrainer(Trainer):
+    """A Trainer whose training loss has a penalty on what is trained.
+
+    Args:
+        penalty: Called at each training step; returns a scalar, or None for nothing.
+    """
+
+    def __init__(self, *args: Any, penalty: Callable[[], Tensor | None], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._penalty = penalty
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Tensor | tuple[Tensor, Any]:
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        penalty = self._penalty() if model.training else None
+        if penalty is not None:
+            loss = loss + penalty
+        return (loss, outputs) if return_outputs else loss
+
+
+def train(method: str, model: PreTrainedModel, tasks: Mapping[str, Task], settings: BaselineSettings) -> Outcome:
+    """Learn a stream of tasks by one of the methods, and score it after each step.
+
+    Args:
+        method: A key of `METHODS`.
+        model: The base model, which stays as it is; its classifier is only the pattern of the heads.
+        tasks: The stream, in its order.
+        settings: What all methods have in common.
+
+    Raises:
+        ValueError: If the method is not known, or a model or a task is not what a stream can be learned with. Nothing
+            has been trained then.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}, expected one of {', '.join(METHODS)}")
+    if not tasks:
+        raise ValueError("tasks has no task, expected at least one")
+    if settings.args.label_smoothing_factor:
+        raise ValueError(f"label_smoothing_factor is {settings.args.label_smoothing_factor}, expected 0")
+    stream = _Stream(method, model, tasks, settings)
+    metrics = ContinualMetrics(score=_score_name(tasks))
+    metrics.add_tasks(list(tasks))
+    steps: list[Step] = []
+    for group in [list(tasks)] if METHODS[method].together else [[name] for name in tasks]:
+        steps.append(stream.learn(group))
+        predictions = stream.predictions()
+        scores = {name: _scores(tasks[name], outputs) for name, outputs in predictions.items()}
+        main = [scores[name][task.metrics[0]] if name in scores else None for name, task in tasks.items()]
+        metrics.add_row(main, len(group))
+        if stream.progress is not None:
+            stream.progress.task_line(metrics, method, steps[-1].seconds)
+    return Outcome(
+        metrics=metrics,
+        scores=scores,
+        predictions=predictions,
+        steps=tuple(steps),
+        bytes_of_tasks={name: file_size(stream.tensors_of(name)) for name in tasks},
+        bytes_shared=file_size(stream.adapters.shared_tensors()),
+    )
+
+
+class _Stream:
+    """A model that learns tasks by one of the methods; arguments as `train` has them."""
+
+    def __init__(
+        self, method: str, model: PreTrainedModel, tasks: Mapping[str, Task], settings: BaselineSettings
+    ) -> None:
+        self.method, self.tasks, self.settings = method, tasks, settings
+        self.places = {name: place for place, name in enumerate(tasks)}
+        self.data = prepare(tasks, inputs_of(model))
+        self.model = HeadedModel(model, tasks, settings.args.seed)
+        self.adapters = METHODS[method].adapters(self.model, settings, len(tasks))
+        self.learned: list[str] = []
+        self.progress: StreamProgressCallback | None = None
+        self._trainer: Trainer | None = None
+
+    def learn(self, group: Sequence[str]) -> Step:
+        """Train on the next task, or on all of them at once."""
+        place = self.places[group[0]]
+        examples = self._examples(group)
+        set_seed(self.settings.args.seed + 2 * place)
+        self.adapters.begin(place)
+        for head, name in zip(self.model.heads, self.tasks, strict=True):
+            head.requires_grad_(name in examples)
+        parameters = _trained(self.model.backbone), _trained(self.model.heads)
+        self._trainer = BaselineTrainer(
+            model=self.model,
+            args=_arguments(self.settings.args, place),
+            train_dataset=concatenate_datasets(list(examples.values())),
+            processing_class=self.settings.processing_class,
+            data_collator=self.settings.data_collator,
+            penalty=self.adapters.penalty,
+        )
+        self.progress = _show_progress(self._trainer, f"{group[0] if len(group) == 1 else 'all'} [{self.method}]")
+        seconds = seconds_of(self._trainer.train)
+        self.adapters.finish()
+        self.learned += group
+        return Step(tuple(group), {name: len(some) for name, some in examples.items()}, *parameters, seconds)
+
+    def predictions(self) -> dict[str, np.ndarray]:
+        """Outputs for the scored examples of each task learned so far, (examples, num_labels)."""
+        found = {}
+        for name in self.learned:
+            self.adapters.select(self.places[name])
+            outputs = self._trainer.predict(self.data[name]["scored"]).predictions
+            found[name] = outputs[:, : self.tasks[name].num_labels]
+        return found
+
+    def tensors_of(self, name: str) -> dict[str, Tensor]:
+        """What must be kept for a task alone."""
+        head = self.model.heads[self.places[name]].state_dict()
+        return {**self.adapters.tensors_of(self.places[name]), **{f"head.{key}": value for key, value in head.items()}}
+
+    def _examples(self, group: Sequence[str]) -> dict[str, Dataset]:
+        """What is trained on, by task: all of the new tasks', and what is kept of earlier ones."""
+        share, seed = METHODS[self.method].replayed, self.settings.args.seed
+        examples = {name: self.data[name]["train"] for name in group}
+        if share:
+            for name in self.learned:
+                examples[name] = replayed(self.data[name]["train"], share, seed + 2 * self.places[name])
+        return examples
+
+
+def replayed(data: Dataset, share: float, seed: int) -> Dataset:
+    """The examples of an earlier task that are kept: a share of all, at least one, chosen by the seed alone."""
+    kept = np.random.default_rng(seed).choice(len(data), max(1, round(share * len(data))), replace=False)
+    return data.select(np.sort(kept))
+
+
+def file_size(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes of a safetensors file with these tensors in float32; 0 if there is none."""
+    if not tensors:
+        return 0
+    return len(safetensors.torch.save({name: tensor.detach().float().cpu() for name, tensor in tensors.items()}))
+
+
+def _arguments(args: TrainingArguments, position: int) -> TrainingArguments:
+    """Arguments of the training of the task at a position."""
+    args = copy.copy(args)
+    args.seed += 2 * position
+    args.save_strategy = SaveStrategy.NO
+    args.remove_unused_columns = False  # those that are not used have been removed, and `task` is not the backbone's
+    return args
+
+
+def _show_progress(trainer: Trainer, title: str) -> StreamProgressCallback | None:
+    """A bar for a training run in place of the Trainer's, unless there is to be none."""
+    if trainer.args.disable_tqdm:
+        return None
+    progress = StreamProgressCallback()
+    progress.title = title
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(progress)
+    return progress
+
+
+def _trained(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+
+
+def _scores(task: Task, predictions: np.ndarray) -> dict[str, float]:
+    return task.scores(predictions, np.asarray(list(task.scored["label"])))
+
+
+def _score_name(tasks: Mapping[str, Task]) -> str:
+    """The main metric of all tasks, or that they have different ones."""
+    first, *others = dict.fromkeys(task.metrics[0] for task in tasks.values())
+    return "main metric" if others else first
