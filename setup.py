@@ -38,6 +38,7 @@ extras_require = {
     "quantization": ["bitsandbytes>=0.45"],
     "deepspeed": ["deepspeed>=0.16"],
     "gguf": ["gguf>=0.18"],
+    "metrics": ["scikit-learn>=1.4", "scipy>=1.11"],  # of recipes/text_stream.py
     "plots": ["matplotlib>=3.8"],
     "trl": ["trl>=1.0"],
 }
@@ -52,6 +53,8 @@ extras_require["tests"] = [
     "pytest-xdist",
     "PyYAML",
     "ruff",
+    "scikit-learn>=1.4",
+    "scipy>=1.11",
     "tensorboard",
 ]
 

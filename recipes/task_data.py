@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,21 @@ from datasets import Dataset, DatasetDict, load_dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import BitsAndBytesConfig, PreTrainedModel, Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import ProgressCallback
+from transformers.utils import logging
 
 from share_hf.continual import ContinualMetrics
 from share_hf.continual.progress import StreamProgressCallback
 
 
+logger = logging.get_logger(__name__)
+
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv"}
-SPLITS = ("train", "validation", "test")
+# By split, the names that data sets have for it; the first one that is there counts.
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev", "eval", "validation_matched", "dev_matched"),
+    "test": ("test", "test_matched"),
+}
 
 
 def load_task(place: str, train_examples: int | None = None) -> DatasetDict:
@@ -29,24 +38,63 @@ def load_task(place: str, train_examples: int | None = None) -> DatasetDict:
 
     Without a test split, a tenth of the training data is held out for it.
     """
+    return first_examples(held_out(load_splits(place)), train_examples)
+
+
+def load_splits(place: str) -> DatasetDict:
+    """The splits of a data set that is anywhere `load_task` finds one, by their usual names.
+
+    Raises:
+        ValueError: If there is no training split, or a file of it.
+    """
     path = Path(place)
     if path.is_dir():
-        found = {split: file for split in SPLITS for file in path.glob(f"{split}.*") if file.suffix in FORMATS}
-        if "train" not in found:
-            raise ValueError(f"{path}: no train.jsonl, train.json or train.csv in it, expected a training split")
-        kind = FORMATS[found["train"].suffix]
-        data = load_dataset(kind, data_files={split: str(file) for split, file in found.items()})
+        data = _load_folder(path)
     elif path.suffix in FORMATS:
         if not path.is_file():
             raise ValueError(f"{path}: no such file")
         data = load_dataset(FORMATS[path.suffix], data_files={"train": str(path)})
     else:
-        data = load_dataset(place)
-    if not {"test", "validation"} & set(data):
-        data = data["train"].train_test_split(test_size=0.1, seed=0)
-    if train_examples is not None:
-        data["train"] = data["train"].select(range(min(train_examples, len(data["train"]))))
-    return data
+        data = load_dataset(*place.split(":", 1))
+    found = _found_splits(place, list(data))
+    return DatasetDict({split: data[name] for split, name in found.items()})
+
+
+def held_out(data: DatasetDict) -> DatasetDict:
+    """Splits of which one can be scored: a tenth of the training data is held out where there is no other."""
+    if {"test", "validation"} & set(data):
+        return data
+    return data["train"].train_test_split(test_size=0.1, seed=0)
+
+
+def first_examples(data: DatasetDict, train_examples: int | None) -> DatasetDict:
+    """Splits with at most so many training examples, the first ones; all if None."""
+    if train_examples is None:
+        return data
+    return DatasetDict({**data, "train": data["train"].select(range(min(train_examples, len(data["train"]))))})
+
+
+def _load_folder(folder: Path) -> DatasetDict:
+    files = {file.stem: file for file in sorted(folder.iterdir()) if file.suffix in FORMATS}
+    found = {split: files[name] for split, name in _found_splits(str(folder), list(files)).items()}
+    formats = {FORMATS[file.suffix] for file in found.values()}
+    if len(formats) > 1:
+        raise ValueError(f"{folder}: {sorted(file.name for file in found.values())}, expected files of one format")
+    return load_dataset(formats.pop(), data_files={split: str(file) for split, file in found.items()})
+
+
+def _found_splits(place: str, names: list[str]) -> dict[str, str]:
+    """By usual name, the split of a data set that counts as it. The others are named in a warning."""
+    found = {
+        split: next(name for name in known if name in names)
+        for split, known in SPLITS.items()
+        if set(known) & set(names)
+    }
+    if "train" not in found:
+        raise ValueError(f"{place}: has splits {names}, expected 'train' among them, such as train.jsonl in a folder")
+    if unused := [name for name in names if name not in found.values()]:
+        logger.warning("%s: splits %s are not used, only %s are.", place, unused, sorted(found.values()))
+    return found
 
 
 def parse_tasks(arguments: list[str]) -> dict[str, str]:
@@ -62,9 +110,31 @@ def parse_tasks(arguments: list[str]) -> dict[str, str]:
     return tasks
 
 
+def by_task(flag: str, arguments: Sequence[str], tasks: Collection[str]) -> dict[str, list[str]]:
+    """`name=value` or `name=first,second` arguments of a flag, as a dict.
+
+    Raises:
+        ValueError: If one is of another form, or names no task, or one twice.
+    """
+    values: dict[str, list[str]] = {}
+    for argument in arguments:
+        name, separator, value = argument.partition("=")
+        if not separator or not value:
+            raise ValueError(f"{flag} has {argument!r}, expected name=value or name=first,second")
+        if name not in tasks:
+            near = get_close_matches(name, tasks)
+            raise ValueError(
+                f"{flag} has {name!r}, expected one of --tasks, {list(tasks)}{f': {near[0]!r}?' if near else ''}"
+            )
+        if name in values:
+            raise ValueError(f"{flag} has {name!r} twice, expected each task once")
+        values[name] = value.split(",")
+    return values
+
+
 def dataset_ids(places: Mapping[str, str]) -> dict[str, str]:
-    """Those of the tasks' places that are data sets of the hub."""
-    return {name: place for name, place in places.items() if not Path(place).exists()}
+    """Those of the tasks' places that are data sets of the hub, without their configurations."""
+    return {name: place.split(":")[0] for name, place in places.items() if not Path(place).exists()}
 
 
 def quantization(load_in_4bit: bool, dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -90,7 +160,9 @@ def flags_with_config(argv: list[str] | None = None) -> list[str]:
     flags: list[str] = []
     for name, value in values.items():
         if isinstance(value, Mapping):
-            value = [f"{key}={item}" for key, item in value.items()]
+            value = [
+                f"{key}={','.join(map(str, item)) if isinstance(item, list) else item}" for key, item in value.items()
+            ]
         flags += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
     return [*flags, *argv[:position], *argv[position + 2 :]]
 
@@ -104,6 +176,7 @@ def train_loras(
     *,
     sequential: bool,
     prepare: Callable[[PeftModel, str], None] = lambda model, task: None,
+    score_names: Mapping[str, str] | None = None,
     **trainer_kwargs: Any,
 ) -> ContinualMetrics:
     """The baselines: a LoRA of its own for each task, or one LoRA trained on all tasks in their order.
@@ -116,9 +189,10 @@ def train_loras(
         score: Scores the active adapter on a task.
         sequential: One LoRA for all tasks.
         prepare: Called before a task is trained or scored.
+        score_names: By task, what it is scored by; accuracy if not given.
         trainer_kwargs: For the Trainer.
     """
-    metrics = ContinualMetrics(tasks=list(tasks), baseline=[None] * len(tasks))
+    metrics = ContinualMetrics(score_names=dict(score_names or {}), tasks=list(tasks), baseline=[None] * len(tasks))
     names = {task: "sequential" if sequential else task for task in tasks}
     first = names[next(iter(tasks))]
     peft_model = get_peft_model(model, copy.deepcopy(lora_config), adapter_name=first)

@@ -1,14 +1,17 @@
-"""Learn a stream of text classification tasks with an encoder, one after the other, in one shared subspace.
+"""Learn a stream of tasks on texts with an encoder, one after the other, in one shared subspace.
 
     accelerate launch recipes/text_stream.py --model_name_or_path sentence-transformers/all-MiniLM-L6-v2 \
         --tasks agnews=data/agnews sst2=data/sst2 amazon=data/amazon
     accelerate launch recipes/text_stream.py ... --method coefficients
     accelerate launch recipes/text_stream.py ... --method per_task_lora
+    accelerate launch recipes/text_stream.py ... --tasks cola=data/cola mrpc=nyu-mll/glue:mrpc stsb=data/stsb \
+        --text_columns stsb=left,right --metrics mrpc=f1 --problem_types stsb=regression
     accelerate launch recipes/text_stream.py --config stream.yaml
 
-A task has a `text` and a `label` column, and may have any number of labels: each brings its own head. It prints a line
-a task and the accuracy matrix, and leaves the subspace with a model card in `<output_dir>/subspace`. `--method` runs
-the baselines the same way: a LoRA of its own for each task, or one LoRA trained on all tasks in their order.
+A task has texts or pairs of texts and a `label`: a class, a number to be predicted, or a list of labels. Tasks of all
+kinds can follow one another: each brings its own head, its own loss and its own metric. It prints what it found in the
+data, a line a task and the matrix of scores, and leaves the subspace with a model card in `<output_dir>/subspace`.
+`--method` runs the baselines the same way: a LoRA of its own for each task, or one LoRA trained on all in their order.
 """
 
 from __future__ import annotations
@@ -23,9 +26,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from datasets import ClassLabel, DatasetDict
 from peft import LoraConfig, PeftModel
-from task_data import dataset_ids, flags_with_config, load_task, parse_tasks, quantization, train_loras
+from task_data import by_task, dataset_ids, flags_with_config, parse_tasks, quantization, train_loras
+from text_tasks import TextTask, load_text_task
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -37,6 +40,7 @@ from transformers import (
 
 from share_hf import ShareConfig, ShareTrainer, ShareTrainingArguments
 from share_hf.continual.labels import LabelMask
+from share_hf.continual.problems import loss_of
 
 
 @dataclass
@@ -45,8 +49,17 @@ class ScriptArguments:
 
     model_name_or_path: str = field(metadata={"help": "Folder or hub id of an encoder."})
     tasks: list[str] = field(metadata={"help": "name=place for each task: a file, a folder, or a datasets id."})
+    text_columns: list[str] = field(
+        default_factory=list, metadata={"help": "Columns of texts, first,second for pairs: of all tasks, or name=…"}
+    )
+    problem_types: list[str] = field(
+        default_factory=list, metadata={"help": "name=regression, say, for a task whose labels do not tell."}
+    )
+    metrics: list[str] = field(
+        default_factory=list, metadata={"help": "name=metric or name=first,second; the first is the task's score."}
+    )
     train_examples: int | None = field(default=None, metadata={"help": "Use only the first examples of each task."})
-    max_length: int = field(default=64, metadata={"help": "Tokens of a text at most."})
+    max_length: int = field(default=64, metadata={"help": "Tokens of a text, or of a pair, at most."})
     target_modules: str = field(default="query,value,intermediate.dense", metadata={"help": "Modules to adapt."})
     num_components: int = field(default=32, metadata={"help": "Cap on the directions of a layer's basis (k)."})
     pseudo_rank: int = field(default=8, metadata={"help": "Rank of a task (p), and of the baselines' LoRAs."})
@@ -83,22 +96,20 @@ def main() -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(script.model_name_or_path)
     places = parse_tasks(script.tasks)
-    tasks = {
-        name: tokenize(name, load_task(place, script.train_examples), tokenizer, script.max_length)
-        for name, place in places.items()
-    }
-    num_labels = {name: data["train"].features["label"].num_classes for name, data in tasks.items()}
+    tasks = load_tasks(script, places, tokenizer)
+    if args.process_index == 0:
+        print(*(task.summary for task in tasks.values()), sep="\n")
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     model = AutoModelForSequenceClassification.from_pretrained(
         script.model_name_or_path,
-        num_labels=max(num_labels.values()),
+        num_labels=max(task.num_labels for task in tasks.values()),
         dtype=dtype,
         quantization_config=quantization(script.load_in_4bit, dtype),
     )
     target_modules = script.target_modules.split(",")
 
     if args.method in ("per_task_lora", "sequential_lora"):
-        print(lora_baseline(model, script, args, tasks, num_labels, tokenizer, target_modules))
+        print(lora_baseline(model, script, args, tasks, tokenizer, target_modules))
         return
 
     config = ShareConfig(
@@ -109,7 +120,16 @@ def main() -> None:
         drift_tolerance=script.drift_tolerance,
         target_modules=target_modules,
     )
-    trainer = ShareTrainer(model, args, config, tasks, dataset_ids=dataset_ids(places), processing_class=tokenizer)
+    trainer = ShareTrainer(
+        model,
+        args,
+        config,
+        {name: task.data for name, task in tasks.items()},
+        dataset_ids=dataset_ids(places),
+        labels={name: task.labels for name, task in tasks.items()},
+        compute_metrics={name: task.compute_metrics for name, task in tasks.items()},
+        processing_class=tokenizer,
+    )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if trainer.is_world_process_zero():
         print(trainer.metrics_table)
@@ -117,56 +137,70 @@ def main() -> None:
     trainer.accelerator.end_training()
 
 
-def tokenize(name: str, data: DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length: int) -> DatasetDict:
-    """Token ids, and labels as numbers; the labels are those of the training data."""
-    labels = sorted({str(label) for label in data["train"]["label"]})
-
-    def encode(batch: Mapping[str, list[Any]]) -> dict[str, Any]:
-        texts = tokenizer(batch["text"], truncation=True, max_length=max_length)
-        return {**texts, "label": [label_number(name, str(label), labels) for label in batch["label"]]}
-
-    encoded = data.map(encode, batched=True, remove_columns=data["train"].column_names, desc=f"Tokenizing {name}")
-    return encoded.cast_column("label", ClassLabel(names=labels))
-
-
-def label_number(task: str, label: str, labels: list[str]) -> int:
-    if label not in labels:
-        raise ValueError(f"task {task!r} has label {label!r}, expected one of those it is trained on: {labels}")
-    return labels.index(label)
+def load_tasks(
+    script: ScriptArguments, places: Mapping[str, str], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, TextTask]:
+    """The tasks, each with the columns, the kind and the metrics that the flags have for it."""
+    of_all = [columns for columns in script.text_columns if "=" not in columns]
+    if len(of_all) > 1:
+        raise ValueError(f"--text_columns has {of_all}, expected one of them for all tasks, or name=first,second")
+    columns = dict.fromkeys(places, of_all[0].split(",")) if of_all else {}
+    columns |= by_task("--text_columns", [each for each in script.text_columns if "=" in each], places)
+    kinds = by_task("--problem_types", script.problem_types, places)
+    metrics = by_task("--metrics", script.metrics, places)
+    return {
+        name: load_text_task(
+            name,
+            place,
+            tokenizer,
+            text_columns=columns.get(name),
+            problem_type=",".join(kinds[name]) if name in kinds else None,
+            metrics=metrics.get(name),
+            max_length=script.max_length,
+            train_examples=script.train_examples,
+        )
+        for name, place in places.items()
+    }
 
 
 def lora_baseline(
     model: torch.nn.Module,
     script: ScriptArguments,
     args: StreamArguments,
-    tasks: Mapping[str, DatasetDict],
-    num_labels: Mapping[str, int],
+    tasks: Mapping[str, TextTask],
     tokenizer: PreTrainedTokenizerBase,
     target_modules: list[str],
 ) -> str:
-    """The accuracy matrix of LoRAs at the learning rate of free factors, each task's labels masked as ours are."""
+    """The matrix of LoRAs at the learning rate of free factors, with the heads, losses and metrics that ours have."""
     args.learning_rate = args.init_learning_rate or args.learning_rate
     rank = script.pseudo_rank
-    labels_of_adapter: dict[str, int] = {}
+    at_work: list[TextTask] = []
 
     def prepare(peft_model: PeftModel, task: str) -> None:
-        if not labels_of_adapter:
-            LabelMask(peft_model, labels_of_adapter.get)
-        labels_of_adapter[peft_model.active_adapter] = num_labels[task]
+        if not at_work:
+            LabelMask(peft_model, lambda adapter: at_work[-1].num_labels)
+        at_work[:] = [tasks[task]]
+
+    def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
+        task = at_work[-1]
+        return loss_of(task.problem_type, outputs["logits"], labels, task.num_labels, num_items_in_batch)
 
     def score(trainer: Trainer, task: str, data: Any) -> float:
         prediction = trainer.predict(data)
-        return float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())
+        logits = prediction.predictions[:, : tasks[task].num_labels]
+        return tasks[task].scores(logits, prediction.label_ids)[tasks[task].metrics[0]]
 
     metrics = train_loras(
         model,
         args,
         LoraConfig(r=rank, lora_alpha=rank, target_modules=target_modules, task_type="SEQ_CLS"),
-        tasks,
+        {name: task.data for name, task in tasks.items()},
         score,
         sequential=args.method == "sequential_lora",
         prepare=prepare,
+        score_names={name: task.metrics[0] for name, task in tasks.items()},
         processing_class=tokenizer,
+        compute_loss_func=loss,
     )
     return metrics.table()
 

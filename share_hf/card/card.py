@@ -18,7 +18,7 @@ from ..format.basis_file import SUBSPACE_FILE
 from ..format.saved_modules import num_labels_of
 from ..format.task_files import task_folder
 from ..format.tree import CARD_FILE, FIGURES_FOLDER
-from ..state import Phase, SubspaceState, TaskScore, row_names, sketch_of, step_tags
+from ..state import MIXED_SCORE, Phase, SubspaceState, TaskScore, row_names, sketch_of, step_tags
 from ..subspace import AuditReport, audit_layers
 from ..version import __version__
 from .figures import CAPTIONS
@@ -185,7 +185,7 @@ def _card_data(state: SubspaceState) -> ModelCardData:
         if score is not None:
             results.append(
                 EvalResult(
-                    task_type="text-classification" if info.labels else "text-generation",
+                    task_type="text-classification" if info.labels or info.problem_type else "text-generation",
                     dataset_type=info.dataset or task,
                     dataset_name=task,
                     metric_type=name,
@@ -217,6 +217,7 @@ def _facts(state: SubspaceState, folder: Path, options: CardOptions) -> dict[str
     bytes_of = {task: (folder / task_folder(task) / SAFETENSORS_WEIGHTS_NAME).stat().st_size for task in state.tasks}
     figures = [{"path": f"{FIGURES_FOLDER}/{name}", "caption": text} for name, text in CAPTIONS.items()]
     drifts, scores = state.drifts(), state.scores()
+    score_names = {score.metric for score in scores.values() if score.learned is not None}
     return {
         "title": f"Shared subspace of {len(state.tasks)} tasks",
         "repo_id": options.repo_id,
@@ -234,7 +235,8 @@ def _facts(state: SubspaceState, folder: Path, options: CardOptions) -> dict[str
         "kilobytes_per_task": _kilobytes(max(bytes_of.values(), default=0)),
         "basis_kilobytes": _kilobytes((folder / SUBSPACE_FILE).stat().st_size),
         "tasks": [_task_row(state, task, scores[task], drifts[task], bytes_of[task]) for task in state.tasks],
-        "score_name": _score_name(scores.values()),
+        "score_name": next(iter(score_names)) if len(score_names) == 1 else MIXED_SCORE,
+        "has_several_scores": len(score_names) > 1,
         "matrix": _matrix(state),
         "metrics": {
             name: _number(state.metrics.get(name))
@@ -267,16 +269,12 @@ def _task_row(state: SubspaceState, task: str, score: TaskScore, drift: float, s
     return {
         "name": task,
         "learned_by": state.tasks[task].learned_by,
+        "metric": score.metric,
         "learned": _number(score.learned),
         "now": _number(score.now),
         "drift": f"{drift:.2g}",
         "kilobytes": _kilobytes(size),
     }
-
-
-def _score_name(scores: Iterable[TaskScore]) -> str:
-    names = {score.metric for score in scores}
-    return names.pop() if len(names) == 1 else "score"
 
 
 def _matrix(state: SubspaceState) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
@@ -73,7 +73,8 @@ class ShareTrainingArguments(TrainingArguments):
             Whether each task is also evaluated before it is learned: with the model alone, and with the adapter of the
             task before it, as forward transfer needs.
         score_metric (`str`, *optional*):
-            The metric that is a task's score, higher better; `"accuracy"` if it is measured, or else minus the loss.
+            The metric that is a task's score, higher better. If not given, it is the first one of the task's own
+            function in `compute_metrics`; of one function for all tasks, `"accuracy"`, or else minus the loss.
         routing (`bool`, *optional*, defaults to `False`):
             Whether each task's inputs are learned too, from one more pass over its training data with the base model,
             so that inputs find their task, as by [`SharedSubspace.learn_route`]. Not under ZeRO-3 or FSDP, and not of
@@ -118,7 +119,7 @@ class ShareTrainingArguments(TrainingArguments):
         default=False, metadata={"help": "Evaluate each task also before it is learned, for forward transfer."}
     )
     score_metric: str | None = field(
-        default=None, metadata={"help": "The metric that is a task's score; accuracy, or minus the loss."}
+        default=None, metadata={"help": "The metric that is a task's score; one of its own kind if not given."}
     )
     routing: bool = field(
         default=False, metadata={"help": "Learn what each task's inputs look like, so that inputs find their task."}
@@ -167,6 +168,8 @@ def check_parameters(args: ShareTrainingArguments, parameters: Mapping[str, Any]
     Raises:
         ValueError: Naming the parameter, and what to use instead.
     """
+    if args.method not in get_args(Method):
+        raise ValueError(f"method is {args.method!r}, expected one of {get_args(Method)}")
     for name, expected in REFUSED_PARAMETERS.items():
         value = parameters.get(name)
         if value is not None and not (isinstance(value, tuple) and set(value) == {None}):

@@ -1,4 +1,4 @@
-"""Classification tasks with different labels on one model.
+"""Tasks with different labels on one model for classification.
 
 PEFT keeps one head shape for all adapters, so the model has the labels of the largest task. What a smaller one does
 not have is masked where the head is computed, so neither loss nor prediction ever sees it; the head that is kept
@@ -60,9 +60,13 @@ class LabelMask:
         finally:
             self._task = before
 
+    def task_of(self, adapter: str) -> str:
+        """The task whose labels are not masked while this adapter is active."""
+        return self._task or adapter
+
     def num_labels_of(self, adapter: str) -> int | None:
         """Number of labels that are not masked while this adapter is active, None if none is masked."""
-        return self._num_labels_of(self._task or adapter)
+        return self._num_labels_of(self.task_of(adapter))
 
     def _mask(self, module: ModulesToSaveWrapper, args: tuple[Any, ...], logits: Tensor) -> Tensor:
         of_model = logits.shape[-1]

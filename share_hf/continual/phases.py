@@ -29,6 +29,7 @@ from ..tuner.config import GivenBases
 from ..tuner.head import parts_to_keep
 from ..tuner.model import layouts_of, share_layers
 from ..tuner.transfer import coefficients_of, head_of, load_tasks, share_config_for, target_of, updates_of
+from .problems import Problem
 
 
 logger = logging.get_logger(__name__)
@@ -223,13 +224,18 @@ def put_back(model: PeftModel, state: SubspaceState, task: str, config: ShareCon
         model.delete_adapter(task)
 
 
-def describe_task(model: PeftModel, task: str, learned_by: Phase, labels: tuple[str, ...] | None = None) -> TaskInfo:
+def describe_task(model: PeftModel, task: str, learned_by: Phase, problem: Problem | None = None) -> TaskInfo:
     """What is known of a task that the model was just trained on."""
     target = target_of(model.peft_config[task])
     # Only free factors start from a random A, as those of a LoRA do.
     sketch = initialization_of(updates_of(model, task)) if learned_by == Phase.INIT else None
     return TaskInfo(
-        learned_by=learned_by, target=target, head=head_of(model, task), labels=labels, initialization=sketch
+        learned_by=learned_by,
+        target=target,
+        head=head_of(model, task),
+        labels=None if problem is None else problem.label_names,
+        problem_type=None if problem is None else problem.problem_type,
+        initialization=sketch,
     )
 
 

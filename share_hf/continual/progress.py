@@ -55,7 +55,8 @@ class StreamProgressCallback(TrainerCallback):
         before, score = (mean_score(scores[first:done]) for scores in (metrics.baseline, row))
         parts = [f"{done:3d} {name:<16s} {learned_by:<12s}"]
         if score is not None:
-            parts.append(f"{metrics.score} " + (f"{before:.3f} -> " if before is not None else "") + f"{score:.3f}")
+            was = f"{before:.3f} -> " if before is not None else ""
+            parts.append(f"{metrics.score_of(metrics.tasks[first])} {was}{score:.3f}")
         if first and metrics.average is not None:
             parts.append(f"average {metrics.average:.3f}  forgetting {metrics.forgetting or 0.0:+.3f}")
         parts.append(f"drift {max(metrics.drift.values(), default=0.0):.3f}")

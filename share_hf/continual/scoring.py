@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from .data import Data, naming_used_up_streams
 from .labels import LabelMask
+from .measures import MetricsByTask, measured_by_user
 from .phase_trainer import PhaseTrainer
 
 
@@ -62,8 +63,8 @@ class Scorer:
         finally:
             args.dataloader_persistent_workers = kept
 
-    def score_in(self, task: str, metrics: Mapping[str, float]) -> tuple[str, float]:
-        """Which of a task's metrics is its score, and the score; higher is better.
+    def scores_in(self, task: str, metrics: Mapping[str, float]) -> dict[str, float]:
+        """What was measured of a task's predictions: first its score, higher is better, and then what else there is.
 
         Raises:
             ValueError: If the metric that was asked for is not among them, or none that could be the score.
@@ -71,12 +72,15 @@ class Scorer:
         if self._score_metric is not None:
             if self._score_metric not in metrics:
                 raise ValueError(f"score_metric is {self._score_metric!r}, expected one of {sorted(metrics)}")
-            return self._score_metric, metrics[self._score_metric]
+            return {self._score_metric: metrics[self._score_metric], **measured_by_user(metrics)}
+        measures = measured_by_user(metrics)
+        if self._task_scorer is None and isinstance(self._trainer.compute_metrics, MetricsByTask) and measures:
+            return measures
         if "accuracy" in metrics:
-            return "accuracy", metrics["accuracy"]
+            return {"accuracy": metrics["accuracy"], **measures}
         if "loss" not in metrics:
             raise ValueError(
                 f"task {task!r} has metrics {sorted(metrics)}, expected 'accuracy' or 'loss' among them, or "
                 "score_metric: its evaluation data may have no labels, or be a stream that is used up"
             )
-        return "-loss", -metrics["loss"]
+        return {"-loss": -metrics["loss"], **measures}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import set_seed
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import TrainOutput
@@ -25,9 +25,10 @@ from ..tuner.injection import add_adapters
 from ..tuner.transfer import load_bases, load_router, load_tasks
 from .arguments import ShareTrainingArguments, arguments_of_phase
 from .checkpoints import empty_phase
-from .data import TaskDetails, TaskSplits, is_streamed, naming_used_up_streams, used_up
+from .data import TaskSplits, is_streamed, naming_used_up_streams, used_up
 from .group_trainer import MOST_LOGGED_TASKS, GroupTrainer
 from .labels import LabelMask, LabelSmootherOfTask
+from .measures import MetricsByTask
 from .phases import (
     PLACEHOLDER,
     RefusedTaskError,
@@ -38,6 +39,7 @@ from .phases import (
     take_merged,
 )
 from .position import STREAM_STATE_FILE, Stage
+from .problems import CLASSES, Problem, TaskDetails, loss_of
 from .progress import StreamProgressCallback
 from .routing import check_engine_routes, with_route_of
 from .scoring import Scorer, TaskScorer
@@ -63,7 +65,7 @@ class TaskTrainer(GroupTrainer):
         details (`dict[str, TaskDetails]`): What else is known of them.
         dataset_ids (`Mapping[str, str]`): By task, the hub id of its data set.
         task_scorer (`Callable`, *optional*): As of [`ShareTrainer`].
-        **kwargs: As for [`~transformers.Trainer`].
+        **kwargs: As for [`~transformers.Trainer`], and `compute_metrics` may be a dict with a function by task.
     """
 
     args: ShareTrainingArguments
@@ -82,6 +84,8 @@ class TaskTrainer(GroupTrainer):
         task_scorer: TaskScorer | None,
         **kwargs: Any,
     ) -> None:
+        if isinstance(functions := kwargs.get("compute_metrics"), Mapping):
+            kwargs["compute_metrics"] = MetricsByTask(functions, self._task_at_work, self._problem_of)
         super().__init__(model, args, **kwargs)
         if args.routing:
             check_engine_routes(self.engine)
@@ -266,12 +270,12 @@ class TaskTrainer(GroupTrainer):
         """What is known of a task that a phase has trained."""
         stream, details = self._stream, self._details[name]
         learned_by = stream.state.tasks[name].learned_by if phase == Phase.FINETUNE else phase
-        info = describe_task(self.model, name, learned_by, details.label_names)
+        info = describe_task(self.model, name, learned_by, details.problem)
         info = replace(info, dataset=self._dataset_ids.get(name))
         if phase == Phase.FINETUNE:
             info = replace(info, initialization=stream.state.tasks[name].initialization)
-        if details.num_labels is not None:
-            info = replace(info, head=self._with_own_labels(info.head, details.num_labels))
+        if details.problem is not None:
+            info = replace(info, head=self._with_own_labels(info.head, details.problem.num_labels))
         return info
 
     def _with_own_labels(self, head: Mapping[str, Tensor], num_labels: int) -> dict[str, Tensor]:
@@ -295,20 +299,68 @@ class TaskTrainer(GroupTrainer):
     def _log_stream(self, logs: Mapping[str, float]) -> None:
         self.log({f"share/{name}": value for name, value in logs.items()})
 
+    # ---- Loss and predictions --------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        problem = None if self._group is not None else self._problem_of(self._task_at_work())
+        if problem is None or "labels" not in inputs or self._is_loss_of_model(problem):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+        loss = loss_of(problem.problem_type, logits, labels, problem.num_labels)
+        if return_outputs and not isinstance(outputs, Mapping):
+            outputs = (loss, *outputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def _is_loss_of_model(self, problem: Problem) -> bool:
+        """Whether the model, or a function of the user's, computes the loss of a task: it has one kind for all."""
+        if self.compute_loss_func is not None:
+            return True
+        of_model = getattr(self.model.config, "problem_type", None)
+        is_smoothed = self.label_smoother is not None
+        return problem.problem_type == CLASSES and (is_smoothed or of_model in (None, CLASSES))
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Any, Any]:
+        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        problem = self._problem_of(self._task_at_work())
+        if problem is None or logits is None or problem.problem_type == CLASSES:
+            return loss, logits, labels
+        # What is masked has no value, and is no label that could be predicted.
+        if isinstance(logits, tuple):
+            return loss, (logits[0][..., : problem.num_labels], *logits[1:]), labels
+        return loss, logits[..., : problem.num_labels], labels
+
     # ---- Evaluation ------------------------------------------------------------------------------------------------
 
     def _evaluate_task(self, task: str, adapter: str | None = None) -> dict[str, float]:
         self._recover()
         return self._scorer.metrics_of(task, self.tasks[task].evaluation, adapter)
 
+    def _scores(self, task: str, adapter: str | None = None) -> dict[str, float | None]:
+        """The task's score, and what else was measured; None is NaN or infinite, which says nothing and is no JSON."""
+        found = self._scorer.scores_in(task, self._evaluate_task(task, adapter))
+        scores = {metric: measured(value) for metric, value in found.items()}
+        self._stream.metrics.score_names[task] = name = next(iter(scores))
+        if scores[name] is None:
+            logger.warning("%s of task %r is %s, which counts as not measured.", name, task, found[name])
+        return scores
+
     def _score(self, task: str, adapter: str | None = None) -> float | None:
-        """The task's score; None where it is NaN or infinite, which says nothing of the task and is no JSON."""
-        self._stream.metrics.score, found = self._scorer.score_in(task, self._evaluate_task(task, adapter))
-        if (score := measured(found)) is None:
-            logger.warning(
-                "%s of task %r is %s, which counts as not measured.", self._stream.metrics.score, task, found
-            )
-        return score
+        return next(iter(self._scores(task, adapter).values()))
 
     def _evaluate_before(self, name: str) -> None:
         """Score a task that is not learned yet, with the model alone and with the newest adapter."""
@@ -326,19 +378,20 @@ class TaskTrainer(GroupTrainer):
         """One more row of the matrix, and what else is kept of the stream."""
         stream, metrics = self._stream, self._stream.metrics
         evaluated = set(metrics.tasks if self.args.evaluate_seen_tasks else tasks)
-        row = [self._score(task) if task in evaluated and self._is_scored(task) else None for task in metrics.tasks]
-        metrics.add_row(row, len(tasks))
-        scores = dict(zip(metrics.tasks, row, strict=True))
+        found = {task: self._scores(task) for task in metrics.tasks if task in evaluated and self._is_scored(task)}
+        scores = {task: next(iter(found[task].values())) if task in found else None for task in metrics.tasks}
+        metrics.add_row(list(scores.values()), len(tasks))
         infos = dict(stream.state.tasks)
         for name in tasks:
             if scores[name] is not None:
-                infos[name] = replace(infos[name], scores={metrics.score: scores[name]})
+                finite = {metric: score for metric, score in found[name].items() if score is not None}
+                infos[name] = replace(infos[name], scores=finite)
         stream.state = replace(stream.state, tasks=infos)
         metrics.drift = stream.state.drifts()
         logs = {mean: getattr(metrics, mean) for mean in ("average", "forgetting", "backward_transfer")}
         logs["max_drift"] = max(metrics.drift.values())
         if len(metrics.tasks) <= MOST_LOGGED_TASKS:
-            logs |= {f"{metrics.score}/{task}": score for task, score in scores.items()}
+            logs |= {f"{metrics.score_of(task)}/{task}": score for task, score in scores.items()}
             logs |= {f"drift/{task}": drift for task, drift in metrics.drift.items()}
         logs |= {f"trainable_parameters/{phase}": count for phase, count in metrics.parameters.items()}
         self._log_stream({log: value for log, value in logs.items() if value is not None})
@@ -347,8 +400,15 @@ class TaskTrainer(GroupTrainer):
         """Whether there is data that a task is scored on; one of a stream that goes on may have none yet."""
         return task in self.tasks and self.tasks[task].evaluation is not None
 
+    def _task_at_work(self) -> str:
+        return self._label_mask.task_of(self.model.active_adapter)
+
+    def _problem_of(self, task: str) -> Problem | None:
+        return self._details[task].problem if task in self._details else None
+
     def _num_labels_of(self, task: str) -> int | None:
-        return self._details[task].num_labels if task in self._details else None
+        problem = self._problem_of(task)
+        return None if problem is None else problem.num_labels
 
     def _labels_at_work(self) -> int | list[int | None] | None:
         """Number of labels of the active task, or of the task of each sample of a batch that mixes them."""

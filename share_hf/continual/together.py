@@ -13,6 +13,7 @@ from ..tuner.experts import Experts
 from .arguments import ShareTrainingArguments
 from .data import Data, TaskSplits, is_streamed
 from .group_steps import schedule_of
+from .problems import CLASSES, Problem
 
 
 # One task, or several that are learned together.
@@ -119,18 +120,26 @@ def _check_arguments(args: ShareTrainingArguments) -> None:
     schedule_of(args, 1)
 
 
-def check_can_train_together(trainer: Trainer, groups: Iterable[Unit], tasks: Mapping[str, TaskSplits]) -> None:
+def check_can_train_together(
+    trainer: Trainer, groups: Iterable[Unit], tasks: Mapping[str, TaskSplits], problems: Mapping[str, Problem | None]
+) -> None:
     """Refuse what no tasks can be trained together with.
 
     Args:
         trainer: Its engine and its model.
         groups: The tasks that are learned together.
         tasks: The tasks of the stream.
+        problems: By task, what it predicts.
 
     Raises:
         ValueError: Naming it, and what works instead.
     """
     for group in groups:
+        for name in group:
+            if (problem := problems[name]) is not None and problem.problem_type != CLASSES:
+                raise ValueError(
+                    f"together has {name!r}, which is {problem.problem_type}, expected {CLASSES}: learn it by itself"
+                )
         _check_columns(trainer, {name: tasks[name].train for name in group})
     if not isinstance(trainer.engine, LocalEngine):
         raise ValueError(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from accelerate import PartialState
 from huggingface_hub import CommitInfo
@@ -25,19 +25,18 @@ from ..subspace import MergeReport
 from ..tuner import ShareConfig
 from ..tuner.renaming import named_as_in
 from ..tuner.transfer import load_tasks
-from .arguments import Method, ShareTrainingArguments, check_parameters, training_facts
+from .arguments import ShareTrainingArguments, check_parameters, training_facts
 from .data import (
     EVALUATION_SPLITS,
     TRAIN_SPLIT,
     Data,
     TaskData,
-    TaskDetails,
     TaskSplits,
-    accuracy,
     split_data,
-    task_details,
 )
+from .measures import check_functions
 from .phases import RefusedTaskError, config_for, put_back, with_adapters
+from .problems import TaskDetails, task_details
 from .publishing import publish
 from .record import arguments_record, doubt_of_base_model, record_of
 from .routing import check_data_routes
@@ -71,7 +70,8 @@ class ShareTrainer(TaskTrainer):
             The stream, in its order: task name to its data, of `datasets` or `torch`, streamed or not. The `train`
             split is learned; the `test` split, or else `validation` or `eval`, scores the task. With `eval_strategy`,
             `validation` or `eval`, or else `test`, is evaluated while it trains, unless `eval_dataset` is given. Data
-            that is streamed needs `max_steps` and, for a classification, a `ClassLabel` that tells its labels.
+            that is streamed needs `max_steps` and, for a classification, features that tell its labels. Integers are
+            classes, floating-point numbers values (a regression) and lists of zeros and ones several labels.
         together (`Sequence[str]` or `Sequence[Sequence[str]]`, *optional*):
             Names of `tasks` that follow one another, or several such lists: each list is learned in one run, from
             batches that mix its tasks, with the result that each task alone would have on the samples that it saw.
@@ -82,11 +82,15 @@ class ShareTrainer(TaskTrainer):
             LoRA adapters to initialize the subspace from instead (Sec. 3.2.1).
         dataset_ids (`Mapping[str, str]`, *optional*):
             By task, the hub id of its data set, for the model card.
+        labels (`Mapping[str, Sequence[str]]`, *optional*):
+            By task, the names of its labels, where its data does not tell them.
         task_scorer (`Callable`, *optional*):
             Called with model, task name and evaluation data instead of the Trainer's own evaluation; returns metrics.
         **kwargs:
             As for [`~transformers.Trainer`], but for `train_dataset`, `model_init` and `optimizers`, which are
-            refused. Without an `lr` among its keywords, `optimizer_cls_and_kwargs` has the learning rate of the phase.
+            refused. `compute_metrics` may be a dict with a function by task: the first metric of each is the score of
+            its task. Others are scored by accuracy, Pearson's correlation (a regression) or F1 (several labels).
+            Without an `lr` among its keywords, `optimizer_cls_and_kwargs` has the learning rate of the phase.
 
     Raises:
         ValueError: If a task's name or data is unusable, the model has adapters already, or an option is one that no
@@ -104,6 +108,7 @@ class ShareTrainer(TaskTrainer):
         subspace: SharedSubspace | None = None,
         adapters: Adapters | None = None,
         dataset_ids: Mapping[str, str] | None = None,
+        labels: Mapping[str, Sequence[str]] | None = None,
         task_scorer: TaskScorer | None = None,
         **kwargs: Any,
     ) -> None:
@@ -118,8 +123,6 @@ class ShareTrainer(TaskTrainer):
         args = args if args is not None else ShareTrainingArguments(output_dir="tmp_trainer")
         if not isinstance(args, ShareTrainingArguments):
             raise ValueError(f"args is a {type(args).__name__}, expected ShareTrainingArguments")
-        if args.method not in get_args(Method):
-            raise ValueError(f"method is {args.method!r}, expected one of {get_args(Method)}")
         check_parameters(args, kwargs)
         check_placement(model)
         if adapters is not None:
@@ -133,7 +136,7 @@ class ShareTrainer(TaskTrainer):
         # Within a phase, the task that is trained is evaluated, unless there is data for all of them.
         evaluates = args.eval_strategy != "no" or args.eval_on_start
         self._selects = evaluates and kwargs.get("eval_dataset") is None
-        self._max_steps, self._routes = args.max_steps, args.routing
+        self._max_steps, self._routes, self._labels = args.max_steps, args.routing, labels or {}
         if self._selects:
             kwargs["eval_dataset"] = {}
         share_config = config_for(model, share_config, subspace)
@@ -146,12 +149,9 @@ class ShareTrainer(TaskTrainer):
             check_task_name(name, [*state.tasks, *splits])
             splits[name], details[name] = self._read_task(name, data)
         groups = groups_of(splits, together, args, known=len(state.tasks))
-        if is_classifier and "compute_metrics" not in kwargs:
-            if args.batch_eval_metrics:
-                raise ValueError(
-                    "batch_eval_metrics is True, expected compute_metrics with it: accuracy takes all batches at once"
-                )
-            kwargs["compute_metrics"] = accuracy
+        if is_classifier:
+            kwargs.setdefault("compute_metrics", {})
+        check_functions(kwargs.get("compute_metrics"), splits, args)
         optimizer = kwargs.get("optimizer_cls_and_kwargs")
         record = record_of(model, share_config)
         if (doubt := doubt_of_base_model(state, record)) is not None and PartialState().is_main_process:
@@ -177,7 +177,7 @@ class ShareTrainer(TaskTrainer):
             **kwargs,
         )
         if groups:
-            check_can_train_together(self, groups, splits)
+            check_can_train_together(self, groups, splits, {name: known.problem for name, known in details.items()})
         if self._selects:
             self.eval_dataset = None  # until there is a task
         if is_classifier:
@@ -389,7 +389,8 @@ class ShareTrainer(TaskTrainer):
         splits = split_data(name, data, max_steps=self._max_steps)
         if self._routes:
             check_data_routes(name, splits.train)
-        return splits, task_details(name, data, splits, selects=self._selects, labels_of_model=self._num_labels)
+        names = self._labels.get(name)
+        return splits, task_details(name, data, splits, self._num_labels, selects=self._selects, label_names=names)
 
     def _withdraw_task(self, name: str) -> None:
         """Take a task that was not learned out of the stream and the model."""

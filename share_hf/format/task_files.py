@@ -103,6 +103,8 @@ class TaskFiles:
             "learned_by": info.learned_by,
             "scores": dict(info.scores),
             "labels": None if info.labels is None else list(info.labels),
+            **({"problem_type": info.problem_type} if info.problem_type is not None else {}),
+            **({"score": next(iter(info.scores))} if len(info.scores) > 1 else {}),
             "dataset": info.dataset,
             "initialization": info.initialization,
             "certificate": {module: layer.records.rows[layer.index(task)] for module, layer in layers.items()},

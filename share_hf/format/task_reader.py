@@ -192,15 +192,22 @@ def _task_info(
     path: str, metrics: Mapping[str, Any], head: Mapping[str, Tensor], target: Mapping[str, Any]
 ) -> TaskInfo:
     labels, dataset, initialization = metrics["labels"], metrics["dataset"], metrics["initialization"]
-    for name, value in (("dataset", dataset), ("initialization", initialization)):
+    problem_type, score = metrics.get("problem_type"), metrics.get("score")
+    texts = {"dataset": dataset, "initialization": initialization, "problem_type": problem_type, "score": score}
+    for name, value in texts.items():
         if not isinstance(value, (str, NoneType)):
             raise ValueError(f"{path}: {name} is {value!r}, expected text or null")
     info = TaskInfo(
         learned_by=Phase(metrics["learned_by"]),
         target=target,
         head=head,
-        scores={name: _finite_score(path, name, score) for name, score in metrics["scores"].items()},
+        # The score comes first, what else was measured after it.
+        scores={
+            name: _finite_score(path, name, metrics["scores"][name])
+            for name in sorted(metrics["scores"], key=lambda name: name != score)
+        },
         labels=None if labels is None else tuple(str(label) for label in labels),
+        problem_type=problem_type,
         dataset=dataset,
         initialization=initialization,
     )

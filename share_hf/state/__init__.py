@@ -10,7 +10,7 @@ from .refit import check_original, refitted
 from .report import SubspaceReport, TaskReport, report_of
 from .routing import Router, with_route
 from .same_tasks import earlier_names
-from .scores import ContinualMetrics, TaskScore, combined_metrics, mean_score, measured, row_names
+from .scores import MIXED_SCORE, ContinualMetrics, TaskScore, combined_metrics, mean_score, measured, row_names
 from .state import (
     SubspaceState,
     TaskInfo,
@@ -25,6 +25,7 @@ from .state import (
 
 
 __all__ = [
+    "MIXED_SCORE",
     "ContinualMetrics",
     "Layout",
     "Lineage",

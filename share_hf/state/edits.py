@@ -44,7 +44,8 @@ def without_scores(metrics: Mapping[str, Any], tasks: Collection[str]) -> Mappin
     found = ContinualMetrics.from_dict(metrics)
     rest = found.joined_by(found, [task for task in found.tasks if task not in tasks])
     drift = {task: value for task, value in rest.drift.items() if task not in tasks}
-    return {**metrics, **replace(rest, drift=drift).as_dict()}
+    kept = {name: value for name, value in metrics.items() if name not in ("row_sizes", "score_names")}
+    return {**kept, **replace(rest, drift=drift).as_dict()}
 
 
 def _renamed(layer: LayerSubspace, old: str, new: str) -> LayerSubspace:
@@ -57,6 +58,7 @@ def _metrics_renamed(metrics: Mapping[str, Any], old: str, new: str) -> Mapping[
     renamed = dict(metrics)
     if isinstance(tasks := metrics.get("tasks"), list):
         renamed["tasks"] = [new if task == old else task for task in tasks]
-    if isinstance(drifts := metrics.get("drift"), Mapping):
-        renamed["drift"] = {new if task == old else task: drift for task, drift in drifts.items()}
+    for name in ("drift", "score_names"):
+        if isinstance(by_task := metrics.get(name), Mapping):
+            renamed[name] = {new if task == old else task: value for task, value in by_task.items()}
     return renamed

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any, NamedTuple
+
+
+# What the scores of a stream are where those of some tasks are something else than those of others.
+MIXED_SCORE = "score"
 
 
 class TaskScore(NamedTuple):
@@ -34,12 +39,12 @@ def scores_in(metrics: Mapping[str, Any]) -> dict[str, TaskScore]:
         metrics: Those of the stream, as `ContinualMetrics.as_dict` has them; may be empty.
     """
     matrix, scores = metrics.get("matrix", []), {}
-    rows = rows_of_tasks(metrics)
+    rows, names = rows_of_tasks(metrics), metrics.get("score_names") or {}
     for j, task in enumerate(metrics.get("tasks", [])):
         learned = rows[j] if j < len(rows) else len(matrix)
         column = [row[j] for row in matrix[learned:] if j < len(row) and row[j] is not None]
         if column:
-            scores[task] = TaskScore(metrics.get("score", "score"), column[0], column[-1])
+            scores[task] = TaskScore(names.get(task, metrics.get("score", "score")), column[0], column[-1])
     return scores
 
 
@@ -73,6 +78,7 @@ class ContinualMetrics:
 
     Args:
         score: What the scores are, such as `"accuracy"`.
+        score_names: By task, what its scores are, where they are not `score`.
         tasks: In the order they were learned.
         matrix: One row a learned task, or several that were learned together; an entry is None where it was not
             measured.
@@ -85,6 +91,7 @@ class ContinualMetrics:
     """
 
     score: str = "accuracy"
+    score_names: dict[str, str] = field(default_factory=dict)
     tasks: list[str] = field(default_factory=list)
     matrix: list[list[float | None]] = field(default_factory=list)
     row_sizes: list[int] = field(default_factory=list)
@@ -92,6 +99,16 @@ class ContinualMetrics:
     drift: dict[str, float] = field(default_factory=dict)
     parameters: dict[str, int] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def common_score(self) -> str:
+        """What the scores of all tasks are; `"score"` where those of some are something else."""
+        names = {self.score_of(task) for task in self._scored_tasks} or {self.score}
+        return names.pop() if len(names) == 1 else MIXED_SCORE
+
+    def score_of(self, task: str) -> str:
+        """What the scores of a task are, such as `"accuracy"`."""
+        return self.score_names.get(task, self.score)
 
     @property
     def learned(self) -> int:
@@ -124,6 +141,16 @@ class ContinualMetrics:
         return mean_score([_difference(self.matrix[row - 1][j], self.baseline[j]) for j, row in later])
 
     @property
+    def _scored_tasks(self) -> list[str]:
+        """Tasks that have a score, or of which it is known what it will be."""
+        columns = zip(self.tasks, *(self._padded(row) for row in (self.baseline, *self.matrix)), strict=True)
+        measured_tasks = {task for task, *column in columns if any(score is not None for score in column)}
+        return [task for task in self.tasks if task in measured_tasks or task in self.score_names]
+
+    def _padded(self, row: list[float | None]) -> list[float | None]:
+        return row + [None] * (len(self.tasks) - len(row))
+
+    @property
     def _rows(self) -> list[int]:
         """The row of each learned task."""
         return rows_of_tasks({"matrix": self.matrix, "row_sizes": self.row_sizes})
@@ -151,8 +178,11 @@ class ContinualMetrics:
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as JSON."""
+        score = self.common_score
+        names = {task: self.score_of(task) for task in self._scored_tasks} if score == MIXED_SCORE else {}
         return {
-            "score": self.score,
+            "score": score,
+            **({"score_names": names} if names else {}),
             "tasks": list(self.tasks),
             "matrix": [list(row) for row in self.matrix],
             **({"row_sizes": list(self.row_sizes)} if self.row_sizes else {}),
@@ -174,9 +204,12 @@ class ContinualMetrics:
             ValueError, KeyError, TypeError, AttributeError: If it is no JSON of `as_dict`.
         """
         score, tasks, matrix = values["score"], values["tasks"], values["matrix"]
+        names = values.get("score_names") or {}
         baseline = values.get("baseline") or []
         if not isinstance(score, str) or not score:
             raise ValueError(f"score is {score!r}, expected the name of a metric")
+        if not isinstance(names, dict) or not all(isinstance(name, str) and name for name in names.values()):
+            raise ValueError(f"score_names is {names!r}, expected the name of a metric for each task")
         if not isinstance(tasks, list) or not all(isinstance(task, str) for task in tasks):
             raise ValueError(f"tasks is {tasks!r}, expected a list of names")
         if len(set(tasks)) != len(tasks):
@@ -192,6 +225,7 @@ class ContinualMetrics:
         )
         return cls(
             score=score,
+            score_names=dict(names),
             tasks=list(tasks),
             matrix=matrix,
             row_sizes=sizes,
@@ -217,6 +251,7 @@ class ContinualMetrics:
                 rows[learned] = {**rows.get(learned, {}), **known}
                 row_of |= dict.fromkeys(learned, learned)
             baseline |= zip(metrics.tasks, metrics.baseline, strict=False)
+        score_names = {task: metrics.score_of(task) for metrics in (self, later) for task in metrics._scored_tasks}
         there = [task for task in dict.fromkeys([*self.tasks, *later.tasks]) if task in tasks]
         together: dict[tuple[str, ...], list[str]] = {}
         for task in there:
@@ -226,6 +261,7 @@ class ContinualMetrics:
         names += [task for task in there if task not in row_of]
         return ContinualMetrics(
             score=later.score,
+            score_names={task: name for task, name in score_names.items() if task in tasks},
             tasks=names,
             matrix=[[rows[learned].get(task) for task in names] for learned in together],
             row_sizes=_unless_single([len(learned) for learned in together.values()]),
@@ -245,18 +281,27 @@ class ContinualMetrics:
     def table(self) -> str:
         """The matrix and the summary as text."""
         names = row_names(self.as_dict())
-        width = max([len(name) for name in (*self.tasks, *names)] + [6]) + 2
-        lines = ["after".ljust(width) + "".join(task.rjust(width) for task in self.tasks)]
+        score = self.common_score
+        scores = [self.score_of(task) for task in self.tasks] if score == MIXED_SCORE else []
+        width = max([len(name) for name in names] + [8]) + 2
+        widths = [max(len(task), len(name), 6) + 2 for task, name in zip_longest(self.tasks, scores, fillvalue="")]
+
+        def line(name: str, cells: Iterable[str]) -> str:
+            return name.ljust(width) + "".join(cell.rjust(own) for cell, own in zip(cells, widths, strict=True))
+
+        lines = [line("after", self.tasks)]
+        if scores:
+            lines.append(line("(score)", scores))
         if any(value is not None for value in self.baseline):
-            lines.append("(before)".ljust(width) + "".join(_cell(value, width) for value in self.baseline))
+            lines.append(line("(before)", map(_cell, self._padded(self.baseline))))
         for name, row in zip(names, self.matrix, strict=True):
-            lines.append(name.ljust(width) + "".join(_cell(value, width) for value in row))
+            lines.append(line(name, map(_cell, self._padded(row))))
         summary = [
             f"{name.replace('_', ' ')} {value:.3f}"
             for name in ("average", "forgetting", "backward_transfer", "forward_transfer")
             if (value := getattr(self, name)) is not None
         ]
-        return "\n".join([*lines, f"{self.score}: " + ", ".join(summary)])
+        return "\n".join([*lines, f"{score}: " + ", ".join(summary)])
 
 
 def combined_metrics(
@@ -296,8 +341,8 @@ def _drift(task: str, value: Any) -> float:
     return float(value)
 
 
-def _cell(value: float | None, width: int) -> str:
-    return ("-" if value is None else f"{value:.3f}").rjust(width)
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _difference(a: float | None, b: float | None) -> float | None:

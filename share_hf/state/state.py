@@ -38,6 +38,7 @@ class TaskInfo:
         head: Weights of its classification head and of whatever else `modules_to_save` has, by name in the base model.
         scores: Its score when learned, by metric.
         labels: Names of its labels, for a classification task.
+        problem_type: What its labels are, in the words of transformers; None if that is not known.
         dataset: Hub id of the data set it was learned from.
         initialization: Sketch of the A it was trained from, see `subspace.sketch`; None where it is not known.
         route: What is kept of the features of its texts, by which inputs find it; None where it was not learned.
@@ -48,6 +49,7 @@ class TaskInfo:
     head: Mapping[str, Tensor] = field(default_factory=dict)
     scores: Mapping[str, float] = field(default_factory=dict)
     labels: tuple[str, ...] | None = None
+    problem_type: str | None = None
     dataset: str | None = None
     initialization: str | None = None
     route: TaskFeatures | None = None

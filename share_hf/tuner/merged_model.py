@@ -51,6 +51,8 @@ def base_model_for(base: str | Path, info: TaskInfo, *, token: str | bool | None
         names = list(info.labels) if known else [f"LABEL_{i}" for i in range(labels)]
         options["id2label"] = dict(enumerate(names))
         options["label2id"] = {name: i for i, name in enumerate(names)}
+    if info.problem_type is not None:
+        options["problem_type"] = info.problem_type
     try:
         config = AutoConfig.from_pretrained(base, **options)
     except (OSError, ValueError) as error:

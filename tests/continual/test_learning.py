@@ -321,9 +321,28 @@ UNUSABLE: dict[str, tuple[Any, str]] = {
         DatasetDict(train=BINARY["train"], test=BINARY["test"].remove_columns("labels")),
         r"has columns \['input_ids'\] in its evaluation data, expected 'labels'",
     ),
-    "fractions": (
-        DatasetDict(train=Dataset.from_dict({"input_ids": [[3, 4]] * 2, "labels": [0.5, 1.0]})),
+    "fractions among classes": (
+        {"train": [{"input_ids": [3, 4], "labels": label} for label in (1, 0.5)]},
         "has label 0.5, expected integers",
+    ),
+    "a value that is no number": (
+        DatasetDict(train=Dataset.from_dict({"input_ids": [[3, 4]] * 2, "labels": [0.5, float("nan")]})),
+        "has label nan, expected finite numbers: its first label, 0.5",
+    ),
+    "no value to score by": (
+        DatasetDict(
+            train=Dataset.from_dict({"input_ids": [[3, 4]] * 2, "labels": [0.5, 1.5]}),
+            test=Dataset.from_dict({"input_ids": [[3, 4]], "labels": ["high"]}),
+        ),
+        "has label 'high' in its evaluation data, expected finite numbers",
+    ),
+    "more labels than the model has": (
+        DatasetDict(train=Dataset.from_dict({"input_ids": [[3, 4]] * 2, "labels": [[0, 1, 0, 0]] * 2})),
+        "has 4 labels, expected at least one and at most num_labels = 3",
+    ),
+    "labels that are no flags": (
+        DatasetDict(train=Dataset.from_dict({"input_ids": [[3, 4]] * 2, "labels": [[0, 1], [0, 2]]})),
+        r"has label \[0, 2\], expected a list of 2 zeros and ones",
     ),
 }  # fmt: skip
 

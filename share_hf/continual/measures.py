@@ -1,0 +1,116 @@
+"""What is measured of a task's predictions: by the function of its own that a user gives, or by its kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+
+import numpy as np
+from transformers import EvalPrediction
+from transformers.utils import logging
+
+from .arguments import ShareTrainingArguments
+from .problems import CLASSES, MULTI_LABEL, REGRESSION, Problem, ProblemType
+
+
+logger = logging.get_logger(__name__)
+
+MetricFunction = Callable[..., dict[str, float]]
+
+# What `Trainer.evaluate` adds to what is measured of the predictions.
+_OF_TRAINER = ("loss", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+
+
+class MetricsByTask:
+    """Measures the predictions of an evaluation by the function of the task at work, or else by the task's kind.
+
+    Args:
+        functions: By task, what a Trainer takes as `compute_metrics`.
+        task: Tells the task at work.
+        problem: Tells what a task predicts; None if the model is not one for classification.
+    """
+
+    def __init__(
+        self,
+        functions: Mapping[str, MetricFunction],
+        task: Callable[[], str],
+        problem: Callable[[str], Problem | None],
+    ) -> None:
+        self._functions = dict(functions)
+        self._task = task
+        self._problem = problem
+
+    def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
+        task = self._task()
+        problem = self._problem(task)
+        by_kind = None if problem is None else _BY_KIND[problem.problem_type]
+        function = self._functions.get(task, by_kind)
+        return {} if function is None else function(prediction)
+
+
+def check_functions(functions: object, tasks: Collection[str], args: ShareTrainingArguments) -> None:
+    """Refuse what cannot measure tasks by their name.
+
+    Args:
+        functions: What was given as `compute_metrics`.
+        tasks: Names of the tasks that are known; others may come one by one.
+        args: Arguments of the stream.
+
+    Raises:
+        ValueError: If it is a dict of anything else than functions, or the arguments ask for batches one by one.
+    """
+    if not isinstance(functions, Mapping):
+        return
+    if args.batch_eval_metrics:
+        raise ValueError(
+            "batch_eval_metrics is True, expected compute_metrics with it, as one function for all tasks: accuracy "
+            "takes all batches at once"
+        )
+    for task, function in functions.items():
+        if not callable(function):
+            raise ValueError(f"compute_metrics has {function!r} for task {task!r}, expected a function")
+    if tasks and (unknown := sorted(set(functions) - set(tasks))):
+        logger.warning("compute_metrics has functions for %s, which are not among tasks: %s.", unknown, list(tasks))
+
+
+def measured_by_user(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics of an evaluation without those that the Trainer adds, in their order."""
+    return {name: value for name, value in metrics.items() if name not in _OF_TRAINER and not name.startswith("mem_")}
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """Fraction of examples whose largest logit is their label's."""
+    return {"accuracy": float(np.concatenate([_are_right(*batch) for batch in _batches(prediction)]).mean())}
+
+
+def pearson(prediction: EvalPrediction) -> dict[str, float]:
+    """Correlation of predicted and true values; NaN where one of both is constant."""
+    batches = [(np.ravel(logits), np.ravel(labels)) for logits, labels in _batches(prediction)]
+    values, labels = (part - part.mean() for part in np.concatenate(batches, axis=1).astype(np.float64))
+    norm = np.linalg.norm(values) * np.linalg.norm(labels)
+    return {"pearson": float(values @ labels / norm) if norm else float("nan")}
+
+
+def f1(prediction: EvalPrediction) -> dict[str, float]:
+    """F1 over all labels of all examples; a label is predicted where its logit is over 0."""
+    right = predicted = true = 0
+    for logits, labels in _batches(prediction):
+        chosen = logits > 0
+        right, predicted, true = right + (chosen & (labels > 0)).sum(), predicted + chosen.sum(), true + labels.sum()
+    return {"f1": float(2 * right / (predicted + true)) if predicted + true else 0.0}
+
+
+_BY_KIND: dict[ProblemType, MetricFunction] = {CLASSES: accuracy, REGRESSION: pearson, MULTI_LABEL: f1}
+
+
+def _batches(prediction: EvalPrediction) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Logits and labels; of each batch, with `eval_do_concat_batches=False`."""
+    predictions, labels = prediction.predictions, prediction.label_ids
+    if not isinstance(predictions, list):
+        predictions, labels = [predictions], [labels]
+    logits = [batch[0] if isinstance(batch, tuple) else batch for batch in predictions]
+    return list(zip(logits, labels, strict=True))
+
+
+def _are_right(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    # `preprocess_logits_for_metrics` may have chosen the labels already.
+    return (logits if logits.shape == labels.shape else logits.argmax(-1)) == labels

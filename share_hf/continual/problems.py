@@ -1,0 +1,261 @@
+"""What kind of problem a task of a classification model is, found from its labels: classes, values, or several labels.
+
+Integers are classes, floating-point numbers are values to be predicted (a regression), and lists of zeros and ones are
+labels of which an example may have several. Tasks of all three kinds can be in one stream, whatever `problem_type` the
+configuration of the model has: the loss of each is that of its own kind, over its own outputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import datasets
+import torch.nn.functional as F
+from datasets import ClassLabel
+from torch import Tensor
+
+from .data import EVALUATION_SPLITS, Data, TaskData, TaskSplits, evaluation_splits, is_iterable_only
+
+
+# Names of transformers, as in the configuration of a model.
+ProblemType = Literal["single_label_classification", "regression", "multi_label_classification"]
+CLASSES: ProblemType = "single_label_classification"
+REGRESSION: ProblemType = "regression"
+MULTI_LABEL: ProblemType = "multi_label_classification"
+
+LABEL_COLUMNS = ("label", "labels")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a task predicts.
+
+    Args:
+        problem_type: Its kind.
+        num_labels: Number of its outputs; 1 for a regression.
+        label_names: Names of its labels, if the data set knows them.
+    """
+
+    problem_type: ProblemType
+    num_labels: int
+    label_names: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class TaskDetails:
+    """What else is known of a task of a stream.
+
+    Args:
+        selection: Data that it is evaluated on while it trains, if it is.
+        problem: What it predicts; None if the model is not one for classification.
+    """
+
+    selection: Data | None = None
+    problem: Problem | None = None
+
+
+def task_details(
+    name: str,
+    data: TaskData,
+    splits: TaskSplits,
+    labels_of_model: int | None,
+    *,
+    selects: bool,
+    label_names: Sequence[str] | None = None,
+) -> TaskDetails:
+    """Check what is known of a task.
+
+    Args:
+        name: The task's name.
+        data: Data of the task as it was given.
+        splits: The same data, split.
+        labels_of_model: Number of labels of the model; None if the stream is not one of classifications.
+        selects: Whether the task is evaluated while it trains.
+        label_names: Names of its labels, if the data does not tell them.
+
+    Raises:
+        ValueError: If data for that evaluation is missing, or the labels are not those of a task of this model.
+    """
+    selection = next(evaluation_splits(data, reverse=True), None) if selects else None
+    if selects and selection is None:
+        raise ValueError(
+            f"task {name!r} has no evaluation data, expected {EVALUATION_SPLITS} in its data, or eval_dataset: "
+            "eval_strategy or eval_on_start asks for evaluations while it trains"
+        )
+    if labels_of_model is None:
+        return TaskDetails(selection)
+    for split in (selection, splits.evaluation):
+        problem = problem_of(name, splits.train, split, labels_of_model)
+    return TaskDetails(selection, problem if label_names is None else _named(name, problem, label_names))
+
+
+def problem_of(task: str, train: Data, evaluation: Data | None, num_labels: int) -> Problem:
+    """What a task predicts, told by the labels that it is trained on.
+
+    Data of torch is read once for its labels. Data that cannot be read twice has to tell them by its features.
+
+    Args:
+        task: The task's name.
+        train: Data that it is trained on.
+        evaluation: Data that it is scored on, if there is any.
+        num_labels: Number of labels of the model.
+
+    Raises:
+        ValueError: If the labels are not known, are of several kinds or lengths, need more outputs than the model has,
+            or those of the evaluation data are not like those that are seen in training.
+    """
+    column = _label_column(task, train, evaluation)
+    feature = (getattr(train, "features", None) or {}).get(column)
+    labels = _labels(train, column)
+    if labels is None:
+        problem = _of_feature(task, column, feature)
+        if problem.num_labels > num_labels:
+            raise ValueError(
+                f"task {task!r} has label {problem.num_labels - 1}, expected integers under num_labels = {num_labels} "
+                "of the model"
+            )
+        return problem
+    of_evaluation = (_labels(evaluation, column) if evaluation is not None else None) or []
+    if isinstance(labels[0], float):
+        return _regression(task, labels, of_evaluation)
+    if isinstance(labels[0], list):
+        return _multi_label(task, labels, of_evaluation, num_labels)
+    return _classes(task, labels, of_evaluation, num_labels, feature)
+
+
+def loss_of(
+    problem_type: ProblemType,
+    logits: Tensor,
+    labels: Tensor,
+    num_labels: int,
+    num_items: Tensor | int | None = None,
+) -> Tensor:
+    """The loss of a task: cross entropy, mean squared error, or binary cross entropy of each label; in float32.
+
+    Args:
+        problem_type: The kind of the task.
+        logits: (samples, labels of the model); what is past the task's own labels does not count.
+        labels: (samples,) class numbers or values, or (samples, num_labels) of zeros and ones.
+        num_labels: Number of the task's outputs.
+        num_items: What the sum over all labels is divided by; their number in this batch if not given.
+    """
+    logits, labels = logits[..., :num_labels].float(), labels.to(logits.device)
+    reduction = "mean" if num_items is None else "sum"
+    if problem_type == REGRESSION:
+        loss = F.mse_loss(logits.reshape(-1), labels.reshape(-1).float(), reduction=reduction)
+    elif problem_type == MULTI_LABEL:
+        loss = F.binary_cross_entropy_with_logits(logits, labels.float(), reduction=reduction)
+    else:
+        loss = F.cross_entropy(logits.reshape(-1, num_labels), labels.reshape(-1), reduction=reduction)
+    return loss if num_items is None else loss / num_items
+
+
+def _named(task: str, problem: Problem, names: Sequence[str]) -> Problem:
+    if isinstance(names, str) or len(names) != problem.num_labels or len(set(names)) != len(names):
+        raise ValueError(
+            f"labels has {names!r} for task {task!r}, expected {problem.num_labels} different names, one for each of "
+            "its labels"
+        )
+    return replace(problem, label_names=tuple(names))
+
+
+def _classes(task: str, labels: Sequence[Any], of_evaluation: Sequence[Any], num_labels: int, feature: Any) -> Problem:
+    for label in labels:
+        if not isinstance(label, int) or not 0 <= label < num_labels:
+            raise ValueError(
+                f"task {task!r} has label {label!r}, expected integers under num_labels = {num_labels} of the model"
+            )
+    seen = set(labels)
+    if unseen := sorted({label for label in of_evaluation if label not in seen}, key=str):
+        raise ValueError(
+            f"task {task!r} has label {unseen[0]!r} in its evaluation data, expected one of those it is trained on: "
+            f"{sorted(seen)}"
+        )
+    if isinstance(feature, ClassLabel):
+        return Problem(CLASSES, len(feature.names), tuple(feature.names))
+    return Problem(CLASSES, max(seen) + 1)
+
+
+def _regression(task: str, labels: Sequence[Any], of_evaluation: Sequence[Any]) -> Problem:
+    for where, values in (("", labels), (" in its evaluation data", of_evaluation)):
+        for value in values:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise ValueError(
+                    f"task {task!r} has label {value!r}{where}, expected finite numbers: its first label, "
+                    f"{labels[0]!r}, is the value of a regression"
+                )
+    return Problem(REGRESSION, 1)
+
+
+def _multi_label(task: str, labels: Sequence[Any], of_evaluation: Sequence[Any], num_labels: int) -> Problem:
+    width = len(labels[0])
+    if not 0 < width <= num_labels:
+        raise ValueError(
+            f"task {task!r} has {width} labels, expected at least one and at most num_labels = {num_labels} of the "
+            "model"
+        )
+    for where, rows in (("", labels), (" in its evaluation data", of_evaluation)):
+        for row in rows:
+            if not isinstance(row, list) or len(row) != width or not set(row) <= {0, 1}:
+                raise ValueError(
+                    f"task {task!r} has label {row!r}{where}, expected a list of {width} zeros and ones, as long as "
+                    "its first"
+                )
+    return Problem(MULTI_LABEL, width)
+
+
+def _of_feature(task: str, column: str, feature: Any) -> Problem:
+    """What a data set that is streamed says of its labels."""
+    if isinstance(feature, ClassLabel):
+        return Problem(CLASSES, len(feature.names), tuple(feature.names))
+    if str(getattr(feature, "dtype", "")).startswith("float"):
+        return Problem(REGRESSION, 1)
+    if (length := getattr(feature, "length", -1)) > 0 and hasattr(feature, "feature"):
+        return Problem(MULTI_LABEL, length)
+    raise ValueError(
+        f"task {task!r} is streamed, so that its labels cannot be counted, expected features with a "
+        f"datasets.ClassLabel for {column!r}, a float for the value of a regression, or a list of known length for "
+        "several labels"
+    )
+
+
+def _label_column(task: str, train: Data, evaluation: Data | None) -> str:
+    columns = _columns(task, train)
+    column = next((name for name in LABEL_COLUMNS if name in columns), None)
+    if column is None:
+        raise ValueError(f"task {task!r} has columns {columns}, expected one of {LABEL_COLUMNS}")
+    if evaluation is not None and column not in _columns(task, evaluation):
+        raise ValueError(
+            f"task {task!r} has columns {_columns(task, evaluation)} in its evaluation data, expected {column!r}"
+        )
+    return column
+
+
+def _columns(task: str, data: Data) -> list[str]:
+    """Names of what an example has.
+
+    Raises:
+        ValueError: If examples are no mappings.
+    """
+    if (columns := getattr(data, "column_names", None)) is not None:
+        return list(columns)
+    example = next(iter(data)) if is_iterable_only(data) else data[0]
+    if not isinstance(example, Mapping):
+        raise ValueError(
+            f"task {task!r} has a {type(example).__name__} as an example, expected a mapping with one of "
+            f"{LABEL_COLUMNS}, so that its labels can be counted"
+        )
+    return list(example)
+
+
+def _labels(data: Data, column: str) -> list[Any] | None:
+    """The labels of all examples, as Python has them; None if they cannot be read ahead."""
+    if is_iterable_only(data):
+        return None
+    if isinstance(data, datasets.Dataset):
+        return list(data.with_format(None)[column])
+    labels = (data[i][column] for i in range(len(data)))
+    return [label.tolist() if hasattr(label, "tolist") else label for label in labels]
