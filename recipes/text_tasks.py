@@ -83,8 +83,12 @@ class TextTask:
         return len(self.labels)
 
     @property
-    def scored(self) -> str:
+    def scored(self) -> Dataset:
         """The split that scores it."""
+        return self.data[self._scored_split]
+
+    @property
+    def _scored_split(self) -> str:
         return "test" if "test" in self.data else "validation"
 
     @property
@@ -100,7 +104,7 @@ class TextTask:
             metrics += f" (of {self.labels[positive_class(self.labels)]!r})"
         return (
             f"{self.name}: {kind} from {' + '.join(self.text_columns)}, {len(self.data['train'])} to train, "
-            f"{metrics} on {len(self.data[self.scored])} of {self.scored}"
+            f"{metrics} on {len(self.scored)} of {self._scored_split}"
         )
 
     def scores(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
