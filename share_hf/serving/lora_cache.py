@@ -3,9 +3,9 @@
 A LoRA is in `<task>-<key>`, where the key depends on the checksums of the basis and of the task: a subspace that has
 changed gives new places, and what a server has open stays as it is. A task that a merge left alone keeps its place.
 
-**The cache is not bounded.** A server keeps the places that it was told, and reads them again whenever its own memory
-of LoRAs has dropped one, so nothing may be removed while a server runs. There is at most one folder for each task and
-state of it that was asked for; remove the whole folder when no server uses it.
+A server keeps the places that it was told, and reads them again whenever its own memory of LoRAs has dropped one. So
+nothing is removed unless a number of LoRAs is given: then a new one takes the place of the one that was used longest
+ago, but never of one that was handed out in the last ten minutes, which a server may not have read yet.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +24,7 @@ from typing import Literal, get_args
 
 import torch
 from huggingface_hub import cached_assets_path
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers.utils import logging
 
 from ..format.base_model import base_name, is_same_model
@@ -44,13 +47,17 @@ SUBSPACE_VARIABLE = "SHARE_HF_SUBSPACE"
 CACHE_VARIABLE = "SHARE_HF_SERVING_CACHE"
 BASE_MODEL_VARIABLE = "SHARE_HF_BASE_MODEL"
 DTYPE_VARIABLE = "SHARE_HF_SERVING_DTYPE"
+MOST_VARIABLE = "SHARE_HF_SERVING_MAX_LORAS"
 
 ServingDtype = Literal["float32", "bfloat16", "float16"]
 
 # Says in the folder of a LoRA what it is, and what it lacks. It is written with the LoRA, in one step.
 _NOTE_FILE = "share_hf.json"
+_FILES = (*ADAPTER_FILES, _NOTE_FILE)
 # Part of every key: a LoRA that is written in another way has another place.
 _WRITING = "1"
+_PLACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}-[0-9a-f]{32}")
+_KEPT_SECONDS = 600  # after it was handed out, for the server to read it
 
 # A task of the subspace, or of a revision of its repository. Whatever else is asked for is somebody else's.
 _NAME = re.compile(r"(?P<task>[A-Za-z0-9][A-Za-z0-9_-]{0,63})(?:@(?P<revision>[A-Za-z0-9](?:[\w-]|\.(?!\.)){0,127}))?")
@@ -74,19 +81,24 @@ class LoraCache:
             a quantized copy. Not checked.
         dtype (`Literal["float32", "bfloat16", "float16"]`, *optional*, defaults to `"float32"`):
             Type of the factors on disk. A server that computes in a smaller type rounds them to it in any case.
+        most (`int`, *optional*):
+            Number of LoRAs past which those used longest ago are removed; nothing is removed if not given.
 
     Raises:
-        ValueError: If there is no such type.
+        ValueError: If there is no such type, or the number is below one.
     """
 
     subspace: str
     folder: Path
     base_model: str | None = None
     dtype: ServingDtype = "float32"
+    most: int | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in get_args(ServingDtype):
             raise ValueError(f"dtype is {self.dtype!r}, expected one of {list(get_args(ServingDtype))}")
+        if self.most is not None and self.most < 1:
+            raise ValueError(f"most is {self.most}, expected None, or at least one LoRA")
 
     @classmethod
     def from_environment(cls) -> LoraCache | None:
@@ -94,10 +106,11 @@ class LoraCache:
         The cache that the environment asks for; None where `SHARE_HF_SUBSPACE` is not set.
 
         `SHARE_HF_SERVING_CACHE` is its folder (`share_hf/loras` in the assets cache of huggingface_hub if not set),
-        `SHARE_HF_BASE_MODEL` its `base_model`, `SHARE_HF_SERVING_DTYPE` its `dtype`.
+        `SHARE_HF_BASE_MODEL` its `base_model`, `SHARE_HF_SERVING_DTYPE` its `dtype`, `SHARE_HF_SERVING_MAX_LORAS` its
+        `most`.
 
         Raises:
-            ValueError: If the subspace is a folder that holds none, or there is no such type.
+            ValueError: If the subspace is a folder that holds none, there is no such type, or the number is none.
         """
         subspace = os.path.expanduser(os.environ.get(SUBSPACE_VARIABLE, "").strip())
         if not subspace:
@@ -108,11 +121,15 @@ class LoraCache:
                 "subspace, or the id of a repository"
             )
         folder = os.environ.get(CACHE_VARIABLE, "").strip()
+        most = os.environ.get(MOST_VARIABLE, "").strip()
+        if most and not (most.isdecimal() and int(most)):
+            raise ValueError(f"{MOST_VARIABLE} is {most!r}, expected a number of LoRAs, at least 1")
         return cls(
             subspace,
             Path(folder).expanduser().absolute() if folder else cached_assets_path("share_hf", namespace="loras"),
             os.environ.get(BASE_MODEL_VARIABLE, "").strip() or None,
             os.environ.get(DTYPE_VARIABLE, "").strip() or "float32",
+            int(most) if most else None,
         )
 
     def folder_of(self, name: str, base_model: str) -> Path | None:
@@ -141,9 +158,10 @@ class LoraCache:
         if task not in index.tasks:
             return None
         self._check_base(index, base_model)
-        if not (place := self._place(task, index)).is_dir():
+        if not _is_handed_out(place := self._place(task, index)):
             index, adapter = _read(tree, index, task)
             self._write(place := self._place(task, index), name, adapter)
+            self._remove_oldest()
         _warn_of_what_is_left_out(place, name)
         return place
 
@@ -183,12 +201,50 @@ class LoraCache:
         }
         self.folder.mkdir(parents=True, exist_ok=True)
         with holding(place):
-            if place.is_dir():  # another worker was faster
+            if _is_handed_out(place):  # another worker was faster
                 return
-            with replacing_folder(place, lambda _: (*ADAPTER_FILES, _NOTE_FILE)) as scratch:
+            with replacing_folder(place, lambda _: _FILES) as scratch:
                 writer = FolderWriter(scratch)
                 for file, content in files.items():
                     writer.put(file, content)
+
+    def _remove_oldest(self) -> None:
+        """Remove what is too much, as far as nobody was told of it just now."""
+        if self.most is None:
+            return
+        places = [place for place in self.folder.iterdir() if _PLACE.fullmatch(place.name)]
+        used = {place: _last_use(place) for place in places if any((place / name).is_file() for name in _FILES)}
+        for place in sorted(used, key=used.get)[: max(0, len(used) - self.most)]:
+            with holding(place):
+                if time.time() - _last_use(place) > _KEPT_SECONDS:
+                    logger.info("Removing %s, as there are more than %d LoRAs.", place, self.most)
+                    _remove(place)
+
+
+def _is_handed_out(place: Path) -> bool:
+    """Whether a LoRA is there, which counts as used now: nobody removes it before a server has read it."""
+    if not (note := place / _NOTE_FILE).is_file():
+        return False
+    # Held against who is about to remove it. Where nobody may write, nobody removes it either.
+    with suppress(OSError), holding(place):
+        os.utime(note)
+    return note.is_file()
+
+
+def _last_use(place: Path) -> float:
+    """When a LoRA was last handed out, or read as far as the file system keeps that; 0 if it is half removed."""
+    try:
+        return max((place / _NOTE_FILE).stat().st_mtime, (place / SAFETENSORS_WEIGHTS_NAME).stat().st_atime)
+    except FileNotFoundError:
+        return 0.0
+
+
+def _remove(place: Path) -> None:
+    """Remove a LoRA: first the note, without which it counts as not there, and nothing that is not ours."""
+    for name in (_NOTE_FILE, *ADAPTER_FILES):
+        (place / name).unlink(missing_ok=True)
+    with suppress(OSError):  # something else is in it
+        place.rmdir()
 
 
 def _index_in(folder: Path) -> TreeIndex:

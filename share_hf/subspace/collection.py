@@ -1,11 +1,12 @@
 """A collection of adapters, surveyed: how many directions it needs, whom they serve badly, who is there twice.
 
-Every adapter counts for the errors and for who is alike. The curve over k and its null take a sample of modules and
-adapters where there are many: what they cost depends on the sample alone.
+Every adapter counts for the errors and for who is alike. The curve over k and its null take a sample of modules, and
+of adapters where there are many: what they cost depends on the sample alone.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
@@ -26,6 +27,11 @@ from .threads import for_each_module, tasks_by_module
 # Where there are `SAMPLE_FROM` adapters.
 SAMPLED_ADAPTERS = 80
 SAMPLED_MODULES = 2
+# From so many adapters on, the curve takes all of them in some of the modules: two of each kind, and twelve in all. On
+# 18 LoRAs of all-MiniLM-L6-v2, twelve modules of 18 are off by 0.006 in what k explains, and by 0.002 in how much that
+# is beyond chance.
+SAMPLE_MODULES_FROM = 16
+_OF_A_KIND, _MODULES = 2, 12
 
 # An adapter of which the basis keeps less than this part of what it keeps of the median one is served badly.
 _BADLY = 0.5
@@ -137,7 +143,7 @@ def survey_updates(
         progress: Wraps the iteration over modules, as `tqdm` does.
     """
     by_module, most = tasks_by_module(updates), _most_adapters(len(updates))
-    seeds = {module: seed + i for i, module in enumerate(_sample(list(by_module), len(updates)))}
+    seeds = {module: seed + i for i, module in enumerate(_modules_of_curve(list(by_module), len(updates)))}
     # Those of the sample first, as they take longer: the others fill up what time they leave.
     by_module = {module: by_module[module] for module in (*seeds, *by_module)}
     sketches, survey = UpdateSketches(updates), _Survey(num_components)
@@ -316,6 +322,22 @@ def _balanced_rows(updates: Sequence[LowRankUpdate]) -> tuple[Tensor, Tensor, Te
     factors = [update.balanced_factors() for update in compact]
     out, in_ = padded([of.out_factor.T for of in factors]), padded([of.in_factor.T for of in factors])
     return out, in_, values
+
+
+def kind_of(module: str) -> str:
+    """What modules are called that do the same in all layers, a star in place of each number."""
+    return re.sub(r"\d+", "*", module)
+
+
+def _modules_of_curve(modules: Sequence[str], tasks: int) -> list[str]:
+    """The modules that the curve of so many adapters takes: in proportion to how many of a kind there are, from all
+    heights of the model."""
+    if not SAMPLE_MODULES_FROM <= tasks < SAMPLE_FROM:
+        return _sample(modules, tasks)
+    by_kind = sorted(modules, key=kind_of)
+    most = min(len(modules), max(_MODULES, _OF_A_KIND * len({*map(kind_of, modules)})))
+    chosen = {by_kind[(2 * i + 1) * len(by_kind) // (2 * most)] for i in range(most)}
+    return [module for module in modules if module in chosen]
 
 
 def _sample(modules: Sequence[str], tasks: int) -> list[str]:

@@ -8,7 +8,8 @@ own for each label of a task was tried, and told tasks apart no better.
 
 Whether an input belongs to none of the tasks is told by its distance from the mean of its task, in units of the task's
 own variances: what the task's own inputs had, left out one by one, says how far is too far. It depends on that task
-alone, and so never changes.
+alone, and so never changes. Inputs that look like those of a known task are mostly taken for it: the distance in units
+of the covariance that all share was tried, and refuses no more of them for as many of the task's own.
 """
 
 from __future__ import annotations

@@ -35,9 +35,12 @@ def _of_the_curve(report: CollectionReport) -> str:
         f"{_percent(first.null_explained)} to {_percent(last.null_explained)})."
     )
     if report.sampled:
+        adapters = (
+            f"{report.curve_tasks} of {report.tasks}" if report.curve_tasks < report.tasks else f"all {report.tasks}"
+        )
         text += (
-            f" The curve and its null are of a sample: {report.curve_tasks} of {report.tasks} adapters in "
-            f"{len(report.curve_modules)} of {report.modules} modules. All adapters were looked at for the rest."
+            f" The curve and its null are of a sample: {adapters} adapters in {len(report.curve_modules)} of "
+            f"{report.modules} modules. All adapters were looked at for the rest."
         )
     return text
 

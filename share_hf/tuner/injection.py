@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from peft import PeftModel, get_peft_model
 from torch import nn
 
 from ..format.task_files import share_adapter_config
 from ..state import SubspaceState
+from .config import ShareConfig
 from .mixed_heads import head_wrappers
 from .model import share_layers
 from .renaming import named_as_in
@@ -81,11 +82,40 @@ def add_adapters(model: PeftModel, state: SubspaceState, tasks: Sequence[str], *
         if new := [task for task in others if task not in model.peft_config]:
             fresh[first] = new
     layers = share_layers(model)
-    wrappers = head_wrappers(model)
     for first, new in fresh.items():
         for layer in layers.values():
             if layer.has_task(first):
                 layer.add_alike(new, first)
+    _configure_alike(model, fresh)
+
+
+def add_untrained(model: PeftModel, tasks: Sequence[str], config: ShareConfig) -> None:
+    """Adapters for new tasks that are yet to be trained. PEFT goes over the model for the first one alone.
+
+    Args:
+        model: Has another adapter, and none of these. The first of the tasks is its active one afterwards.
+        tasks: At least one, none of which adapts the experts of a parameter.
+        config: What all of them are configured by; the first takes it as it is.
+    """
+    first, *others = tasks
+    model.add_adapter(first, config)
+    model.set_adapter(first)
+    _configure_alike(model, {first: others})
+    layers = [layer for layer in share_layers(model).values() if layer.has_task(first)]
+    for task in others:
+        for layer in layers:
+            layer.update_layer(task, config, inference_mode=config.inference_mode)
+
+
+def _configure_alike(model: PeftModel, alike: Mapping[str, Sequence[str]]) -> None:
+    """Give tasks the configuration, and copies of heads, of others that are there.
+
+    Args:
+        model: Has the keys of `alike` as adapters.
+        alike: By adapter, the new tasks that are set up as it was.
+    """
+    wrappers = head_wrappers(model)
+    for first, new in alike.items():
         for task in new:
             model.peft_config[task] = config = copy.copy(model.peft_config[first])
             config.modules_to_save = copy.copy(config.modules_to_save)  # PEFT extends it in place

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 AUTO = "auto"
 BASE = "__base__"
 
-# Layers that features are of where none are named: those about so far up. The last ones know what comes next, or what
-# a text means; what kind of text it is, those in the middle know best.
+# Layers that features are of where none are named: those about so far up, by this rule and no measurement of the tasks
+# at hand. The last ones know what comes next, or what a text means; what kind of text it is, those in the middle know.
 _HEIGHTS = (1 / 3, 2 / 3)
 
 # What inputs are called that a model has one of; the first found says how many there are.

@@ -71,7 +71,8 @@ class StackedParameters(nn.ParameterDict):
 
     def train_only(self, tasks: Collection[str]) -> None:
         """Train these tasks and no others; what has no parameter of its own is not looked at."""
-        for task in [task for task in self._parameters if task not in tasks]:
+        wanted = set(tasks)
+        for task in [task for task in self._parameters if task not in wanted]:
             self._parameters[task].requires_grad_(False)
             self._settle(task)
         for task in tasks:

@@ -200,3 +200,64 @@ def test_a_phase_that_a_signal_may_end_is_refused(
     callback, model = ShareCallback("one"), get_peft_model(tiny_model("llama"), config)
     with pytest.raises(ValueError, match=r"enable_jit_checkpoint is True, expected False: .*half trained"):
         callback.on_init_end(args, None, None, model=model)
+
+
+class TestRouting:
+    """`ShareCallback(..., routing=True)`."""
+
+    def test_a_task_has_the_route_that_learn_route_learns(
+        self,
+        tiny_model: Callable[[str], PreTrainedModel],
+        config: ShareConfig,
+        train: Callable[..., Trainer],
+    ) -> None:
+        model = get_peft_model(tiny_model("llama"), config)
+        callbacks = [first := ShareCallback("one", routing=True)]
+        train(model, first, 1, dataloader_drop_last=True, per_device_eval_batch_size=4)
+        callbacks.append(second := ShareCallback("two", first.subspace, routing=True))
+        train(model, second, 2)
+        state = second.subspace.state
+        assert second.subspace.routed_tasks == ("one", "two")
+        for shift, callback in enumerate(callbacks, 1):
+            ids = torch.tensor(language_data(shift)["input_ids"])
+            alone = SharedSubspace(callback.subspace.state)
+            alone.learn_route(callback.task, tiny_model("llama"), [{"input_ids": rows} for rows in ids.split(4)])
+            route, expected = (of.tasks[callback.task].route for of in (state, alone.state))
+            assert route.measured == len(ids)
+            torch.testing.assert_close(route.mean, expected.mean)
+            torch.testing.assert_close(route.distances, expected.distances)
+        ids = torch.tensor(language_data(2)["input_ids"])
+        assert set(model.eval().route(ids, false_rejects=None).names) <= {"one", "two"}
+
+    def test_it_changes_nothing_that_is_merged(
+        self, tiny_model: Callable[[str], PreTrainedModel], config: ShareConfig, train: Callable[..., Trainer]
+    ) -> None:
+        states = []
+        for routing in (False, True):
+            torch.manual_seed(0)
+            callback = ShareCallback("one", routing=routing)
+            train(get_peft_model(tiny_model("llama"), config), callback, 1)
+            states.append(callback.subspace.state)
+        assert states[0].router is None
+        for module, layer in states[0].layers.items():
+            assert torch.equal(layer.coefficients_out, states[1].layers[module].coefficients_out)
+
+    def test_streamed_data_is_refused_before_anything_is_trained(
+        self, tiny_model: Callable[[str], PreTrainedModel], config: ShareConfig, tmp_path: Path
+    ) -> None:
+        model = get_peft_model(tiny_model("llama"), config)
+        args = TrainingArguments(str(tmp_path), report_to="none", disable_tqdm=True, use_cpu=True, max_steps=1)
+        data = language_data(1).to_iterable_dataset()
+        trainer = Trainer(model=model, args=args, train_dataset=data, callbacks=[ShareCallback("one", routing=True)])
+        with pytest.raises(ValueError, match="task 'one' has training data without a length and routing is True"):
+            trainer.train()
+
+    def test_too_few_examples_are_refused_before_anything_is_trained(
+        self, tiny_model: Callable[[str], PreTrainedModel], config: ShareConfig, tmp_path: Path
+    ) -> None:
+        model = get_peft_model(tiny_model("llama"), config)
+        args = TrainingArguments(str(tmp_path), report_to="none", disable_tqdm=True, use_cpu=True, max_steps=1)
+        data = language_data(1).select(range(2))
+        trainer = Trainer(model=model, args=args, train_dataset=data, callbacks=[ShareCallback("one", routing=True)])
+        with pytest.raises(ValueError, match="task 'one' has 2 examples and routing is True, expected at least 3"):
+            trainer.train()

@@ -16,8 +16,12 @@ from transformers.trainer_utils import HubStrategy
 
 from share_hf import SharedSubspace, ShareTrainer
 from share_hf.continual.group_steps import schedule_of
+from share_hf.continual.phases import begin_group
 from share_hf.continual.together import check_can_train_together
 from share_hf.engines.local import LocalEngine
+from share_hf.state import Phase
+from share_hf.tuner.model import ShareModel
+from share_hf.tuner.together import trained_by_task
 
 from .cases import (
     LENGTH,
@@ -31,6 +35,7 @@ from .cases import (
     config,
     language_tasks,
 )
+from .conftest import assert_same_to_the_bit
 
 
 # Tasks, their numbers of labels and of rows: the first one makes the basis.
@@ -79,6 +84,39 @@ def test_a_group_is_learned_in_one_run_and_has_one_row(tiny_model: Model, tmp_pa
     read = SharedSubspace.from_pretrained(tmp_path / "subspace")
     assert_same_tasks(read, trainer.subspace)
     assert read.state.scores()["sizes"].learned == metrics["matrix"][1][3]
+
+
+def test_a_group_is_set_up_in_one_pass_as_its_tasks_are_one_by_one(
+    tiny_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make(tiny_model, tmp_path, trainer={"together": None, "tasks": stream("first")})
+    trainer.train()
+    model, state, passes = trainer.model, trainer.subspace.state, []
+    inject = ShareModel.inject_adapter
+    monkeypatch.setattr(
+        ShareModel,
+        "inject_adapter",
+        lambda tuner, *args, **kwargs: (passes.append(args), inject(tuner, *args, **kwargs)),
+    )
+
+    def begun(*groups: list[str]) -> dict[str, torch.Tensor]:
+        torch.manual_seed(7)
+        for group in groups:
+            begin_group(model, state, group, Phase.COEFFICIENTS, trainer.share_config)
+        model.base_model.set_adapter(TOGETHER)
+        found = {
+            f"{task}.{i}": value for task in TOGETHER for i, value in enumerate(trained_by_task(model, [task])[task])
+        }
+        assert all(model.peft_config[task].phase == Phase.COEFFICIENTS for task in TOGETHER)
+        return {name: value.detach().clone() for name, value in found.items()}
+
+    one_by_one = begun(*([task] for task in TOGETHER))
+    assert len(passes) == len(TOGETHER)
+    at_once = begun(TOGETHER)  # in place of those that are there
+    assert len(passes) == len(TOGETHER) + 1
+    assert_same_to_the_bit(at_once, one_by_one)
+    assert len(at_once) == len(TOGETHER) * (2 * len(state.layers) + 2)
+    assert at_once["colors.1"].any() and not torch.equal(at_once["colors.1"], at_once["shapes.1"])
 
 
 def test_the_heads_of_a_group_have_their_own_labels(tiny_model: Model, tmp_path: Path) -> None:

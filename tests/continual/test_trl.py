@@ -369,3 +369,34 @@ def test_dpo_trainers_learn_two_tasks(
     assert second.subspace.tasks == ("ones", "twos")
     assert second.report.max_drift < 1e-5
     torch.testing.assert_close(answers(model, "ones"), before, rtol=0, atol=1e-4)
+
+
+class TestRouting:
+    """The inputs of a task are learned from what TRL makes of them."""
+
+    def test_chats_are_learned(self, sft: Make, tiny_model: Callable[[str], PreTrainedModel]) -> None:
+        callback = ShareCallback("count", routing=True)
+        sft(get_peft_model(tiny_model("llama"), config(LLAMA_TARGETS)), callback).train()
+        assert callback.subspace.routed_tasks == ("count",)
+        assert callback.subspace.state.tasks["count"].route.measured == len(chats(1))
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"packing": True, "packing_strategy": "wrapped", "max_length": 16}, "packing is True"),
+            ({"padding_free": True, "max_length": None}, "batches with 1 rows for two examples"),
+        ],
+        ids=["packed", "padding-free"],
+    )
+    def test_joined_chats_are_refused(
+        self, options: dict[str, Any], message: str, sft: Make, tiny_model: Callable[[str], PreTrainedModel]
+    ) -> None:
+        model = get_peft_model(tiny_model("llama"), config(LLAMA_TARGETS))
+        trainer = sft(model, ShareCallback("count", routing=True), **options)
+        with pytest.raises(ValueError, match=f"{message}.*routing is True|routing is True.*{message}"):
+            trainer.train()
+
+    def test_preferences_are_refused(self, dpo: Make, tiny_model: Callable[[str], PreTrainedModel]) -> None:
+        trainer = dpo(tiny_model("llama"), ShareCallback("count", routing=True), peft_config=config(LLAMA_TARGETS))
+        with pytest.raises(ValueError, match="batches with 4 rows for two examples and routing is True"):
+            trainer.train()

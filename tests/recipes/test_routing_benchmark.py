@@ -27,8 +27,13 @@ def test_a_quick_run_leaves_its_rows_and_the_confusion_matrix(shared_data: Path,
     )
     assert run.returncode == 0, run.stderr
     found = json.loads((tmp_path / "rows.json").read_text())["rows"]
-    assert len(found) == 9
+    assert len(found) == 13
     rows = {row["name"].split(",")[0]: row["value"] for row in found}
     assert rows["right group of five"] > 90 and rows["right one of nine tasks"] > 80
     assert rows["beyond the forward pass"] < 1
+    unlike, alike = (
+        f"texts of none, {what}, refused, 5% stated" for what in ("unlike every task", "of a group that is known")
+    )
+    of_none = {row["name"]: row["value"] for row in found}
+    assert of_none[unlike] > of_none[alike]
     assert (tmp_path / "matrix.png").read_bytes().startswith(b"\x89PNG")

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -26,8 +27,14 @@ from transformers import PreTrainedModel
 
 from share_hf import SharedSubspace
 from share_hf.format.files import FolderWriter
-from share_hf.serving import LoraCache
-from share_hf.serving.lora_cache import BASE_MODEL_VARIABLE, CACHE_VARIABLE, DTYPE_VARIABLE, SUBSPACE_VARIABLE
+from share_hf.serving import LoraCache, lora_cache
+from share_hf.serving.lora_cache import (
+    BASE_MODEL_VARIABLE,
+    CACHE_VARIABLE,
+    DTYPE_VARIABLE,
+    MOST_VARIABLE,
+    SUBSPACE_VARIABLE,
+)
 from share_hf.state import Layout
 from tests.hub_server.fixtures import Hub
 from tests.serving import stand_in
@@ -246,6 +253,141 @@ class TestSeveralWorkers:
                 cache.folder_of("mrpc", BASE_NAME)
         assert os.listdir(tmp_path / "cache") == []
         PeftModel.from_pretrained(tiny_model("llama"), cache.folder_of("mrpc", BASE_NAME))
+
+
+class TestABoundedCache:
+    """One with room for two LoRAs, of a subspace that changes."""
+
+    @pytest.fixture
+    def ask(self, tree: Path, tmp_path: Path) -> Callable[[str], Path]:
+        return lambda name: LoraCache(str(tree), tmp_path / "cache", most=2).folder_of(name, BASE_NAME)
+
+    @pytest.fixture
+    def change(self, tree: Path, loras: dict[str, Path]) -> Callable[[], None]:
+        """Merges a task in, so that all others have new places."""
+
+        def change() -> None:
+            subspace = SharedSubspace.from_pretrained(tree)
+            subspace.add_adapters({f"rte{len(subspace.tasks)}": loras["rte"]}, progress=False)
+            subspace.save_pretrained(tree)
+
+        return change
+
+    def test_drops_the_one_used_longest_ago(
+        self, ask: Callable[[str], Path], change: Callable[[], None], tmp_path: Path
+    ) -> None:
+        first, second = ask("mrpc"), ask("sst2")
+        used_before(first, 3600)
+        used_before(second, 1800)
+        assert ask("mrpc") == first  # used now
+        change()
+        third = ask("mrpc")
+        assert there(tmp_path / "cache") == {first.name, third.name}
+        for place in (first, third):
+            used_before(place, 3600)
+        os.utime(first / "adapter_model.safetensors")  # as a server that reads it again
+        fourth = ask("sst2")
+        assert there(tmp_path / "cache") == {first.name, fourth.name}
+        assert set(os.listdir(tmp_path / "cache")) == {first.name, fourth.name}  # nor any lock
+
+    def test_never_drops_what_was_handed_out_just_now(
+        self, ask: Callable[[str], Path], change: Callable[[], None], tmp_path: Path
+    ) -> None:
+        places = {ask("mrpc"), ask("sst2")}
+        change()
+        places |= {ask("mrpc"), ask("sst2")}
+        assert there(tmp_path / "cache") == {place.name for place in places} and len(places) == 4
+        for place in places:
+            used_before(place, 601)
+        newest = ask("rte2")
+        assert newest.name in there(tmp_path / "cache") and len(there(tmp_path / "cache")) == 2
+
+    def test_leaves_what_is_not_its_own(
+        self, ask: Callable[[str], Path], change: Callable[[], None], tmp_path: Path
+    ) -> None:
+        first = ask("mrpc")
+        (first / "notes.txt").write_text("mine")
+        (other := tmp_path / "cache" / f"data-{'0' * 32}").mkdir()
+        (other / "data.txt").write_text("mine")
+        used_before(first, 3600)
+        ask("sst2")
+        change()
+        ask("mrpc")
+        assert os.listdir(first) == ["notes.txt"] and os.listdir(other) == ["data.txt"]
+
+    def test_writes_anew_what_is_half_removed(self, ask: Callable[[str], Path]) -> None:
+        whole = files_of(place := ask("mrpc"))
+        (place / "share_hf.json").unlink()
+        (place / "adapter_config.json").unlink()
+        assert ask("mrpc") == place and files_of(place) == whole
+
+    def test_hands_out_whole_loras_while_others_remove_them(
+        self, tree: Path, change: Callable[[], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        change()
+        removed: list[Path] = []
+        remove = lora_cache._remove
+        monkeypatch.setattr(lora_cache, "_KEPT_SECONDS", 0.2)
+        monkeypatch.setattr(lora_cache, "_remove", lambda place: (removed.append(place), remove(place)))
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda first: use(tree, tmp_path / "cache", first, rounds=16, pause=0.1), range(3)))
+        assert removed
+        assert os.listdir(tmp_path / "cache") == list(there(tmp_path / "cache"))
+
+    @pytest.mark.slow
+    def test_is_safe_with_several_processes(self, tree: Path, change: Callable[[], None], tmp_path: Path) -> None:
+        change()
+        program = (
+            "import sys; from pathlib import Path; from share_hf.serving import lora_cache\n"
+            "from tests.serving.test_vllm import use\n"
+            "lora_cache._KEPT_SECONDS = 0.5\n"
+            "use(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), rounds=16, pause=0.3)"
+        )
+        runs = [
+            subprocess.Popen(
+                [sys.executable, "-c", program, str(tree), str(tmp_path / "cache"), str(first)],
+                cwd=Path(__file__).parents[2],
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for first in range(2)
+        ]
+        errors = [run.communicate(timeout=240)[1] for run in runs]
+        assert [run.returncode for run in runs] == [0, 0], errors
+        assert os.listdir(tmp_path / "cache") == list(there(tmp_path / "cache"))
+
+    def test_is_asked_for_by_a_variable(
+        self, plugin: ModuleType, serve: Callable[..., Any], tree: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        serve(tree)
+        assert LoraCache.from_environment().most is None
+        serve(tree, **{MOST_VARIABLE: "2"})
+        assert LoraCache.from_environment().most == 2
+        for wrong in ("0", "-1", "two", "1.5"):
+            with pytest.raises(
+                ValueError, match=f"{MOST_VARIABLE} is '{wrong}', expected a number of LoRAs, at least 1"
+            ):
+                serve(tree, **{MOST_VARIABLE: wrong})
+
+
+def use(tree: Path, cache: Path, first: int, *, rounds: int, pause: float) -> None:
+    """Ask for three tasks in turn, with room for one, and find a whole LoRA wherever one is said to be."""
+    loras = LoraCache(str(tree), cache, most=1)
+    for number in range(first, first + rounds):
+        place = loras.folder_of(("mrpc", "sst2", "rte2")[number // 4 % 3], BASE_NAME)
+        json.loads((place / "adapter_config.json").read_text())
+        assert load_file(place / "adapter_model.safetensors")
+        time.sleep(pause)
+
+
+def used_before(place: Path, seconds: float) -> None:
+    """Make a LoRA one that was last used so long ago."""
+    for file in place.iterdir():
+        os.utime(file, (time.time() - seconds,) * 2)
+
+
+def there(cache: Path) -> set[str]:
+    return {place.name for place in cache.iterdir() if (place / "share_hf.json").is_file()}
 
 
 class TestARepository:

@@ -9,9 +9,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from share_hf.subspace import LayerSubspace, LowRankUpdate, SubspaceSettings, merge_into_layer, merge_into_layers
+from share_hf.subspace import collection as collections
 from share_hf.subspace import curve as curves
 from share_hf.subspace.audit import explained_variance
-from share_hf.subspace.collection import CollectionReport, survey_layers, survey_updates
+from share_hf.subspace.collection import (
+    SAMPLE_MODULES_FROM,
+    CollectionReport,
+    _modules_of_curve,
+    survey_layers,
+    survey_updates,
+)
 from share_hf.subspace.curve import SAMPLE_FROM, curve_sizes, served_by
 from share_hf.subspace.likeness import UpdateSketches, alike, groups_of, sketches_of
 from share_hf.subspace.survey_text import survey_sentences
@@ -228,6 +235,34 @@ class TestSampling:
         text = " ".join(survey_sentences(report))
         assert f"are of a sample: {report.curve_tasks} of {SAMPLE_FROM} adapters in 2 of 5 modules" in text
         assert not survey_updates(dict(list(adapters.items())[:-1]), 4).sampled
+
+    def test_of_fewer_adapters_all_are_taken_in_some_modules_of_each_kind(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        adapters = {
+            task: {f"layers.{i // 2}.{'qv'[i % 2]}": update for i, update in enumerate(of.values())}
+            for task, of in collection(SAMPLE_MODULES_FROM, modules=24, shape=(24, 20)).items()
+        }
+        report = survey_updates(adapters, 4)
+        assert report.curve_tasks == report.tasks == SAMPLE_MODULES_FROM and len(report.errors) == report.tasks
+        assert [module[-1] for module in report.curve_modules].count("q") == 6 == len(report.curve_modules) - 6
+        layers = sorted(int(module.split(".")[1]) for module in report.curve_modules)
+        assert layers[0] < 3 and layers[-1] > 8
+        assert f"all {report.tasks} adapters in 12 of 24 modules" in " ".join(survey_sentences(report))
+        assert not survey_updates(dict(list(adapters.items())[1:]), 4).sampled
+        monkeypatch.setattr(collections, "SAMPLE_MODULES_FROM", SAMPLE_FROM)
+        whole = survey_updates(adapters, 4)
+        assert not whole.sampled and whole.errors == pytest.approx(report.errors)
+        for point, expected in zip(report.curve, whole.curve, strict=True):
+            assert point.explained == pytest.approx(expected.explained, abs=0.01)
+            assert point.null_explained == pytest.approx(expected.null_explained, abs=0.01)
+
+    def test_kinds_of_different_numbers_are_taken_in_proportion(self) -> None:
+        names = [f"layers.{i}.{kind}" for i in range(32) for kind in "qkvogud"]
+        chosen = _modules_of_curve([*names, "lm_head"], 20)
+        kinds = [name[-1] for name in chosen if name != "lm_head"]
+        assert 14 <= len(chosen) <= 16 and all(kinds.count(kind) >= 2 for kind in "qkvogud")
+        assert _modules_of_curve(names[:11], 20) == names[:11]
 
     def test_updates_are_taken_a_few_modules_at_a_time(self) -> None:
         adapters, held = collection(2, modules=20), []
