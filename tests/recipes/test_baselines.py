@@ -88,6 +88,7 @@ class Run:
         return Counter(place for batch in self.trainers[step].batches for place in batch["task"].tolist())
 
 
+MADE: list[Any] = []  # Trainers of the run at work
 TASKS = {"first": ToyTask(1, 0), "second": ToyTask(2, 1), "third": ToyTask(3, 2)}
 
 
@@ -128,9 +129,6 @@ def baselines() -> Iterator[ModuleType]:
 
         patch.setattr(module, "BaselineTrainer", NotingTrainer)
         yield module
-
-
-MADE: list[Any] = []
 
 
 @pytest.fixture(scope="module")
@@ -472,7 +470,7 @@ def with_labels(task: ToyTask, labels: list[Any]) -> ToyTask:
     [
         ([0, 1, 2], r"task 'bad' has the label 2, expected whole numbers from 0 to 1"),
         ([0.0, 0.5, 1.0], r"task 'bad' has the label 0.5, expected whole numbers"),
-        (["Good", "Bad"], r"task 'bad' has labels such as 'Good', expected 1 numbers each"),
+        (["Good", "Bad"], r"task 'bad' has labels such as 'Good', expected numbers, 1 a label"),
         ([[0, 1], [1, 0]], r"task 'bad' has labels of 2 numbers, expected 1"),
     ],
 )
