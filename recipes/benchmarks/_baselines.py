@@ -26,6 +26,7 @@ from _baselines_heads import HeadedModel, Task, inputs_of, prepare
 from _report import seconds_of
 from datasets import Dataset, concatenate_datasets
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import SaveStrategy
@@ -106,7 +107,7 @@ class Outcome:
 
 
 class BaselineTrainer(Trainer):
-    """A Trainer whose training loss has a penalty on what is trained.
+    """A Trainer whose training loss has a penalty on what is trained, and which predicts in the order of the data.
 
     Args:
         penalty: Called at each training step; returns a scalar, or None for nothing.
@@ -124,6 +125,17 @@ class BaselineTrainer(Trainer):
         if penalty is not None:
             loss = loss + penalty
         return (loss, outputs) if return_outputs else loss
+
+    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
+        # The Trainer's shuffles what is predicted where training groups its batches by length.
+        loader = DataLoader(
+            test_dataset,
+            batch_size=self.args.eval_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return self.accelerator.prepare(loader)
 
 
 def train(method: str, model: PreTrainedModel, tasks: Mapping[str, Task], settings: BaselineSettings) -> Outcome:

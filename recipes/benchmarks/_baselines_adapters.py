@@ -160,7 +160,8 @@ class Osf(Adapters):
     advises for n tasks known in advance, task t keeps a share (t - 1) / n of the directions of the weights as earlier
     tasks left them; PEFT keeps no fewer than one. That is many times what a LoRA trains, and rank and alpha mean
     nothing here. The guide unwraps the model with `unload`, which since the weights became a sum with what was
-    trained would drop that: it is merged instead.
+    trained would drop that: it is merged instead. PEFT projects gradients and not steps, so that only plain gradient
+    descent leaves the kept directions alone; Adam does so in part.
     """
 
     _names: Sequence[str] = ()

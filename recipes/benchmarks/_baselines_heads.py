@@ -149,7 +149,9 @@ def _labels(name: str, task: Task, labels: Sequence[Any]) -> np.ndarray:
     try:
         numbers = np.asarray(labels, dtype=np.float32).reshape(len(labels), -1)
     except (TypeError, ValueError):
-        raise ValueError(f"task {name!r} has labels such as {labels[0]!r}, expected {expected} numbers each") from None
+        raise ValueError(
+            f"task {name!r} has labels such as {labels[0]!r}, expected numbers, {expected} a label"
+        ) from None
     if numbers.shape[1] != expected:
         raise ValueError(f"task {name!r} has labels of {numbers.shape[1]} numbers, expected {expected}")
     if task.problem_type == "single_label_classification":

@@ -17,7 +17,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset, DatasetDict
-from transformers import BertForSequenceClassification, PreTrainedModel, TrainingArguments
+from transformers import (
+    BertForSequenceClassification,
+    PreTrainedModel,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    TrainingArguments,
+)
 
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "benchmarks"
@@ -31,7 +37,7 @@ HEAD = 2 * HIDDEN + 2
 
 @dataclass(frozen=True)
 class ToyTask:
-    """Texts of eight tokens; the one at `signal` tells the label, and those of other tasks are noise in it."""
+    """Texts of six tokens; the one at `signal` tells the label, and those of other tasks are noise in it."""
 
     signal: int
     seed: int
@@ -45,8 +51,8 @@ class ToyTask:
         object.__setattr__(self, "data", DatasetDict(train=self._draw(rng, TRAINED), test=self._draw(rng, SCORED)))
 
     def _draw(self, rng: np.random.Generator, examples: int) -> Dataset:
-        ids = rng.integers(20, 60, (examples, 8))
-        for place in (1, 2, 3):
+        ids = rng.integers(12, 16, (examples, 6))
+        for place in {1, 2, self.signal}:
             ids[:, place] = 2 * place + 2 + rng.integers(0, 2, examples)
         label = ids[:, self.signal] % 2
         if self.problem_type == "regression":
@@ -82,6 +88,7 @@ class Run:
         return Counter(place for batch in self.trainers[step].batches for place in batch["task"].tolist())
 
 
+MADE: list[Any] = []  # Trainers of the run at work
 TASKS = {"first": ToyTask(1, 0), "second": ToyTask(2, 1), "third": ToyTask(3, 2)}
 
 
@@ -122,9 +129,6 @@ def baselines() -> Iterator[ModuleType]:
 
         patch.setattr(module, "BaselineTrainer", NotingTrainer)
         yield module
-
-
-MADE: list[Any] = []
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +172,7 @@ def test_each_method_learns_every_task(run: Callable[..., Run], method: str) -> 
     done = run(method, "first", "second")
     matrix = done.outcome.metrics.matrix
     newest = matrix[0] if method == "joint" else [matrix[0][0], matrix[1][1]]
-    assert min(newest) > 0.75, matrix  # 0.5 is chance, and 0.06 a standard error
+    assert min(newest) > 0.7, matrix  # 0.5 is chance, and 0.06 a standard error
     for trainer in done.trainers:
         assert np.mean(trainer.losses[-6:]) < np.mean(trainer.losses[:6])
 
@@ -217,6 +221,11 @@ def test_examples_come_in_the_same_order(run: Callable[..., Run], method: str) -
     assert torch.equal(*heads)
 
 
+def test_predictions_come_in_the_order_of_the_data_however_batches_are_made(run: Callable[..., Run]) -> None:
+    outcome = run("lora", "first", train_sampling_strategy="group_by_length").outcome
+    assert outcome.metrics.matrix[0][0] > 0.7  # 0.5 is what predictions in another order come to
+
+
 def test_a_seed_fixes_the_outcome_and_changes_it(
     baselines: ModuleType, run: Callable[..., Run], pristine_models: dict[str, PreTrainedModel], tmp_path: Path
 ) -> None:
@@ -244,14 +253,14 @@ def test_the_model_given_stays_as_it_was(run: Callable[..., Run], tiny_model: Ca
 def test_replay_trains_on_the_promised_examples_through_their_own_heads(
     run: Callable[..., Run], method: str, kept: int
 ) -> None:
-    done = run(method, "first", "second", "third")
+    done = run(method, "first", "second", "third", num_train_epochs=2)
     assert [step.examples for step in done.outcome.steps] == [
         {"first": TRAINED},
         {"second": TRAINED, "first": kept},
         {"third": TRAINED, "first": kept, "second": kept},
     ]
     for step, trainer in enumerate(done.trainers):
-        expected = {place: EPOCHS * (TRAINED if place == step else kept) for place in range(step + 1)}
+        expected = {place: 2 * (TRAINED if place == step else kept) for place in range(step + 1)}
         assert done.seen(step) == trainer.in_heads == expected
 
     def replayed(step: int, place: int) -> set[tuple[int, ...]]:
@@ -300,11 +309,12 @@ def test_the_penalty_of_o_lora_is_that_of_the_paper(run: Callable[..., Run]) -> 
 
 def test_the_penalty_of_o_lora_makes_tasks_orthogonal(run: Callable[..., Run]) -> None:
     def overlap(weight: float) -> float:
-        state = run("olora", "first", "second", orthogonality=weight).trainers[1].model.backbone.state_dict()
+        trainer = run("olora", "first", "second", orthogonality=weight, num_train_epochs=1).trainers[1]
+        state = trainer.model.backbone.state_dict()
         pairs = [(state[name], state[name.replace("00000", "00001")]) for name in state if "A.lora-00000" in name]
         return sum(float((old @ new.T).square().sum()) for old, new in pairs)
 
-    assert overlap(0.5) < 0.05 * overlap(0.0)
+    assert overlap(10.0) < 0.2 * overlap(0.0)
 
 
 def test_earlier_adapters_of_o_lora_stay_and_are_summed(run: Callable[..., Run]) -> None:
@@ -322,7 +332,7 @@ def test_earlier_adapters_of_o_lora_stay_and_are_summed(run: Callable[..., Run])
 
 def test_osf_leaves_the_directions_it_protects(run: Callable[..., Run]) -> None:
     # Adam divides each entry of a projected gradient by a number of its own, which turns it: plain steps do not.
-    done = run("osf", "first", "second", optim="sgd", learning_rate=1.0)
+    done = run("osf", "first", "second", optim="sgd", learning_rate=1.0, num_train_epochs=1)
     start, end = (done.trainers[1].before.backbone, done.trainers[1].model.backbone)
     for name in ("query", "value"):
         layer = f"bert.encoder.layer.1.attention.self.{name}"
@@ -426,8 +436,7 @@ def test_tasks_of_different_kinds_are_learned_in_one_stream(
         "number": ToyTask(1, 0, "regression", num_labels=1),
         "several": ToyTask(2, 1, "multi_label_classification", ("error", "accuracy"), 3),
     }
-    args = arguments(str(tmp_path), num_train_epochs=4)
-    settings = baselines.BaselineSettings(args, ["query", "value"])
+    settings = baselines.BaselineSettings(arguments(str(tmp_path)), ["query", "value"])
     outcome = baselines.train(method, pristine_models["bert"], tasks, settings)
     assert outcome.metrics.score == "main metric"
     assert min(scores["accuracy"] for scores in outcome.scores.values()) > 0.75
@@ -435,8 +444,6 @@ def test_tasks_of_different_kinds_are_learned_in_one_stream(
 
 
 def test_a_head_keeps_the_form_of_the_classifier_it_stands_for(baselines: ModuleType) -> None:
-    from transformers import RobertaConfig, RobertaForSequenceClassification
-
     config = RobertaConfig(
         vocab_size=64,
         hidden_size=32,
@@ -463,7 +470,7 @@ def with_labels(task: ToyTask, labels: list[Any]) -> ToyTask:
     [
         ([0, 1, 2], r"task 'bad' has the label 2, expected whole numbers from 0 to 1"),
         ([0.0, 0.5, 1.0], r"task 'bad' has the label 0.5, expected whole numbers"),
-        (["Good", "Bad"], r"task 'bad' has labels such as 'Good', expected 1 numbers each"),
+        (["Good", "Bad"], r"task 'bad' has labels such as 'Good', expected numbers, 1 a label"),
         ([[0, 1], [1, 0]], r"task 'bad' has labels of 2 numbers, expected 1"),
     ],
 )
