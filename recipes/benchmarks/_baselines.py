@@ -193,6 +193,7 @@ class _Stream:
         self.learned: list[str] = []
         self.progress: StreamProgressCallback | None = None
         self._trainer: Trainer | None = None
+        self._predicted: dict[str, np.ndarray] = {}
 
     def learn(self, group: Sequence[str]) -> Step:
         """Train on the next task, or on all of them at once."""
@@ -219,12 +220,13 @@ class _Stream:
 
     def predictions(self) -> dict[str, np.ndarray]:
         """Outputs for the scored examples of each task learned so far, (examples, num_labels)."""
-        found = {}
         for name in self.learned:
+            if name in self._predicted and self.adapters.keeps_tasks:
+                continue
             self.adapters.select(self.places[name])
             outputs = self._trainer.predict(self.data[name]["scored"]).predictions
-            found[name] = outputs[:, : self.tasks[name].num_labels]
-        return found
+            self._predicted[name] = outputs[:, : self.tasks[name].num_labels]
+        return dict(self._predicted)
 
     def tensors_of(self, name: str) -> dict[str, Tensor]:
         """What must be kept for a task alone."""

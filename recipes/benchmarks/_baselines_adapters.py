@@ -44,7 +44,12 @@ class Adapters:
         model: The model, whose backbone is wrapped. Heads are none of a method's business.
         settings: What all methods have in common.
         num_tasks: Number of tasks of the stream.
+
+    Attributes:
+        keeps_tasks: Whether what is learned later leaves what a task answers as it is.
     """
+
+    keeps_tasks = False
 
     def __init__(self, model: HeadedModel, settings: BaselineSettings, num_tasks: int) -> None:
         self.model = model
@@ -107,6 +112,8 @@ class OneLora(Adapters):
 class LoraPerTask(Adapters):
     """A LoRA of its own for each task."""
 
+    keeps_tasks = True
+
     def begin(self, position: int) -> None:
         self._add_lora()
 
@@ -126,6 +133,7 @@ class OLora(LoraPerTask):
     this one's.
     """
 
+    keeps_tasks = False
     _pairs: Sequence[tuple[nn.Parameter, Tensor]] = ()
 
     def begin(self, position: int) -> None:

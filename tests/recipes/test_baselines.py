@@ -195,6 +195,15 @@ def test_loras_of_their_own_forget_nothing(run: Callable[..., Run]) -> None:
     alone, both = run("lora", "first"), run("lora", "first", "second")
     assert both.outcome.metrics.forgetting == 0
     np.testing.assert_array_equal(both.outcome.predictions["first"], alone.outcome.predictions["first"])
+    # They are not predicted anew after the second task; if they were, they would be the same.
+    last = both.trainers[-1]
+    first, _ = last.model.backbone.peft_config
+    last.model.backbone.set_adapter(first)
+    ids = torch.tensor(TASKS["first"].scored["input_ids"][:])
+    with torch.no_grad():
+        outputs = last.model.eval()(input_ids=ids, task=torch.zeros(len(ids), dtype=torch.long))["logits"]
+    found = outputs[:, : TASKS["first"].num_labels].numpy()
+    np.testing.assert_allclose(found, both.outcome.predictions["first"], atol=1e-5)
 
 
 def test_one_lora_forgets(run: Callable[..., Run]) -> None:
