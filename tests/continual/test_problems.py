@@ -208,9 +208,9 @@ def test_what_is_no_function_of_a_task_is_refused(make: Make) -> None:
         make(mixed_tasks(), trainer={"compute_metrics": {"shapes": "f1"}})
 
 
-def test_a_function_for_a_task_that_is_not_there_is_told(make: Make, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_function_for_a_task_that_is_not_there_is_told(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     make(mixed_tasks(), trainer={"compute_metrics": {"shape": accuracy}})
-    assert "compute_metrics has functions for ['shape'], which are not among tasks" in capfd.readouterr().err
+    assert "compute_metrics has functions for ['shape'], which are not among tasks" in caplog.text
 
 
 def test_names_that_are_not_as_many_as_the_labels_are_refused(make: Make) -> None:
