@@ -191,7 +191,7 @@ def test_the_first_metric_of_a_task_s_own_function_is_its_score(make: Make) -> N
 
 def test_all_metrics_are_read_again_the_score_first(make: Make, tmp_path: Path) -> None:
     def both(prediction: EvalPrediction) -> dict[str, float]:
-        return {"zeal": 0.25, **accuracy(prediction)}
+        return {"zeal": 0.25, "confusion": [[1, 2]], **accuracy(prediction)}
 
     trainer = make({"shapes": classification_task(1, 3)}, trainer={"compute_metrics": {"shapes": both}})
     trainer.train()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -307,6 +308,13 @@ def test_metrics_that_do_not_fit_are_told_with_near_ones(load: Any, write: Any) 
         load("task", place, metrics=["pearson"])
     with pytest.raises(ValueError, match=r"has 'f1' for task 'task', which has 3 classes, expected 'f1_macro' or"):
         load("task", place, metrics=["f1"])
+
+
+def test_a_missing_package_is_told_with_what_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(RECIPES)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(ImportError, match=r"pip install 'share-hf\[metrics\]' or scikit-learn"):
+        runpy.run_path(str(RECIPES / "text_tasks.py"))
 
 
 # ---- The recipe -----------------------------------------------------------------------------------------------------
