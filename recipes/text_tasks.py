@@ -99,12 +99,12 @@ class TextTask:
             REGRESSION: f"values of {self.labels[0]!r} (regression)",
             MULTI_LABEL: f"several of {self.num_labels} labels ({_shortened(self.labels)})",
         }[self.problem_type]
-        metrics = ", ".join(self.metrics)
-        if "f1" in self.metrics and self.problem_type == CLASSES:
-            metrics += f" (of {self.labels[positive_class(self.labels)]!r})"
+        names = dict(zip(self.metrics, self.metrics, strict=True))
+        if "f1" in names and self.problem_type == CLASSES:
+            names["f1"] = f"f1 of {self.labels[positive_class(self.labels)]!r}"
         return (
             f"{self.name}: {kind} from {' + '.join(self.text_columns)}, {len(self.data['train'])} to train, "
-            f"{metrics} on {len(self.scored)} of {self._scored_split}"
+            f"{', '.join(names.values())} on {len(self.scored)} of {self._scored_split}"
         )
 
     def scores(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
@@ -156,9 +156,11 @@ def load_text_task(
     """
     splits = load_splits(place)
     column = _label_column(name, splits["train"].column_names)
-    if "test" in splits and _is_unlabelled(splits["test"], column):
-        logger.warning("Task %r: its test split has no labels, so another split scores it.", name)
-        del splits["test"]
+    for split in ("validation", "test"):
+        if split in splits and _is_unlabelled(splits[split], column):
+            logger.warning("Task %r: its %s split has no labels, so another split scores it.", name, split)
+            del splits[split]
+    _check_labels(name, splits, column)
     splits = held_out(splits)
     columns = tuple(text_columns) if text_columns is not None else _found_text_columns(name, splits["train"], column)
     _check_text_columns(name, splits, columns)
@@ -233,13 +235,19 @@ def _is_unlabelled(data: Dataset, column: str) -> bool:
     return column not in data.column_names or all(label in (None, -1) for label in data[column])
 
 
+def _check_labels(task: str, splits: DatasetDict, column: str) -> None:
+    for split, data in splits.items():
+        if missing := sum(label is None for label in data[column]):
+            raise ValueError(f"task {task!r} has {missing} of {len(data)} examples in {split} without {column!r}")
+
+
 def _found_labels(
     task: str, train: Dataset, column: str, asked_for: str | None
 ) -> tuple[ProblemType, tuple[str, ...]]:
     """What the labels of the training data are, and their names.
 
     Raises:
-        ValueError: If they are missing or in doubt, or not of the kind that was asked for.
+        ValueError: If they are in doubt, or not of the kind that was asked for.
     """
     if asked_for is not None and asked_for not in get_args(ProblemType):
         near = get_close_matches(asked_for, get_args(ProblemType), cutoff=0.3)
@@ -247,8 +255,6 @@ def _found_labels(
             f"--problem_types has {asked_for!r} for task {task!r}, expected one of {near or get_args(ProblemType)}"
         )
     feature, labels = train.features[column], train[column][:]
-    if missing := sum(label is None for label in labels):
-        raise ValueError(f"task {task!r} has {missing} of {len(labels)} training examples without {column!r}")
     inner = getattr(feature, "feature", None)
     if isinstance(labels[0], list) != (asked_for == MULTI_LABEL) and asked_for is not None:
         raise ValueError(

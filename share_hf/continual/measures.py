@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from numbers import Real
 
 import numpy as np
 from transformers import EvalPrediction
@@ -73,8 +74,12 @@ def check_functions(functions: object, tasks: Collection[str], args: ShareTraini
 
 
 def measured_by_user(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The metrics of an evaluation without those that the Trainer adds, in their order."""
-    return {name: value for name, value in metrics.items() if name not in _OF_TRAINER and not name.startswith("mem_")}
+    """The numbers among the metrics of an evaluation, in their order, without those that the Trainer adds."""
+    return {
+        name: value
+        for name, value in metrics.items()
+        if isinstance(value, Real) and name not in _OF_TRAINER and not name.startswith("mem_")
+    }
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:

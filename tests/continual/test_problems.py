@@ -191,7 +191,7 @@ def test_the_first_metric_of_a_task_s_own_function_is_its_score(make: Make) -> N
 
 def test_all_metrics_are_read_again_the_score_first(make: Make, tmp_path: Path) -> None:
     def both(prediction: EvalPrediction) -> dict[str, float]:
-        return {"zeal": 0.25, **accuracy(prediction)}
+        return {"zeal": 0.25, "confusion": [[1, 2]], **accuracy(prediction)}
 
     trainer = make({"shapes": classification_task(1, 3)}, trainer={"compute_metrics": {"shapes": both}})
     trainer.train()
@@ -208,9 +208,9 @@ def test_what_is_no_function_of_a_task_is_refused(make: Make) -> None:
         make(mixed_tasks(), trainer={"compute_metrics": {"shapes": "f1"}})
 
 
-def test_a_function_for_a_task_that_is_not_there_is_told(make: Make, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_function_for_a_task_that_is_not_there_is_told(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     make(mixed_tasks(), trainer={"compute_metrics": {"shape": accuracy}})
-    assert "compute_metrics has functions for ['shape'], which are not among tasks" in capfd.readouterr().err
+    assert "compute_metrics has functions for ['shape'], which are not among tasks" in caplog.text
 
 
 def test_names_that_are_not_as_many_as_the_labels_are_refused(make: Make) -> None:

@@ -95,6 +95,7 @@ def test_llama_stream_learns_on_a_quantized_backbone(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["share", "sequential_lora"])
 def test_text_stream_learns_tasks_with_different_numbers_of_labels(tmp_path: Path, encoder: str, method: str) -> None:
+    pytest.importorskip("sklearn", reason="scikit-learn, which recipes/text_tasks.py scores with, is missing")
     csv = tmp_path / "short.csv"
     csv.write_text("text,label\n" + "".join(f"it was {word},{word}\n" for word in ("good", "bad") * 40))
     output = launch(

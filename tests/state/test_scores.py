@@ -177,3 +177,29 @@ def test_sizes_of_rows_that_no_stream_has_are_refused(sizes: object) -> None:
     content = {**together().as_dict(), "row_sizes": sizes}
     with pytest.raises(ValueError, match="row_sizes is"):
         ContinualMetrics.from_dict(content)
+
+
+def test_scores_of_several_kinds_are_named_by_task() -> None:
+    mixed = ContinualMetrics(tasks=["a", "b"], matrix=[[0.5, None], [0.5, 0.25]], baseline=[None, None])
+    assert mixed.common_score == "accuracy"
+    mixed.score_names["b"] = "pearson"
+    content = json.loads(json.dumps(mixed.as_dict()))
+    assert (content["score"], content["score_names"]) == ("score", {"a": "accuracy", "b": "pearson"})
+    read = ContinualMetrics.from_dict(content)
+    assert read.as_dict() == mixed.as_dict()
+    assert [score.metric for score in scores_in(content).values()] == ["accuracy", "pearson"]
+    assert read.table().splitlines()[1].split() == ["(score)", "accuracy", "pearson"]
+
+
+def test_streams_of_different_scores_keep_the_names_of_both() -> None:
+    earlier = ContinualMetrics(score="-loss", tasks=["a"], matrix=[[-0.5]])
+    later = ContinualMetrics(tasks=["b"], matrix=[[0.75]])
+    joined = earlier.joined_by(later, ["a", "b"])
+    assert (joined.score_of("a"), joined.score_of("b")) == ("-loss", "accuracy")
+    assert joined.joined_by(joined, ["b"]).as_dict()["score"] == "accuracy"
+
+
+def test_names_of_scores_that_are_no_text_are_refused() -> None:
+    content = {**metrics().as_dict(), "score_names": {"a": 1}}
+    with pytest.raises(ValueError, match=r"score_names is \{'a': 1\}, expected the name of a metric for each task"):
+        ContinualMetrics.from_dict(content)
