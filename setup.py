@@ -40,6 +40,7 @@ extras_require = {
     "gguf": ["gguf>=0.18"],
     "plots": ["matplotlib>=3.8"],
     "trl": ["trl>=1.0"],
+    "vision": ["pillow>=10.0", "scikit-learn>=1.4"],  # of recipes/vision_stream.py
 }
 extras_require["all"] = sorted({requirement for extra in extras_require.values() for requirement in extra})
 # Not in `all`: PEFT imports them wherever they are installed, and HQQ has no wheel.
@@ -52,6 +53,8 @@ extras_require["tests"] = [
     "pytest-xdist",
     "PyYAML",
     "ruff",
+    "scikit-learn>=1.4",
+    "scipy>=1.11",
     "tensorboard",
 ]
 

@@ -16,7 +16,7 @@ from PIL import Image as Images
 try:
     from sklearn.datasets import load_digits
 except ImportError as error:
-    raise ImportError("the digits need scikit-learn: pip install share-hf[recipes]") from error
+    raise ImportError("the digits need scikit-learn: pip install share-hf[vision]") from error
 
 
 PREFIX = "digits:"

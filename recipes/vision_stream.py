@@ -51,7 +51,8 @@ class ScriptArguments:
     label_column: str | None = field(default=None, metadata={"help": "Column of labels; found if not given."})
     train_examples: int | None = field(default=None, metadata={"help": "Use only so many examples of each task."})
     target_modules: str = field(
-        default="q_proj,v_proj,query,value", metadata={"help": "Modules to adapt, those of them that there are."}
+        default="q_proj,v_proj,fc1,query,value,intermediate.dense",
+        metadata={"help": "Modules to adapt, those of them that there are."},
     )
     num_components: int = field(default=32, metadata={"help": "Cap on the directions of a layer's basis (k)."})
     pseudo_rank: int = field(default=8, metadata={"help": "Rank of a task (p), and of the baselines' LoRAs."})
@@ -69,9 +70,9 @@ class StreamArguments(ShareTrainingArguments):
     method: Literal["share", "coefficients", "per_task_lora", "sequential_lora"] = field(
         default="share", metadata={"help": "How to learn a task; the last two are baselines."}
     )
-    learning_rate: float = field(default=5e-3, metadata={"help": "Learning rate of the adapt phase."})
-    init_learning_rate: float | None = field(default=4e-3, metadata={"help": "Learning rate of LoRA factors."})
-    num_train_epochs: float = field(default=6.0, metadata={"help": "Epochs of each task."})
+    learning_rate: float = field(default=1e-2, metadata={"help": "Learning rate of the adapt phase."})
+    init_learning_rate: float | None = field(default=1e-2, metadata={"help": "Learning rate of LoRA factors."})
+    num_train_epochs: float = field(default=8.0, metadata={"help": "Epochs of each task."})
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Examples a step and device."})
     per_device_eval_batch_size: int = field(default=128, metadata={"help": "Examples to score at once."})
     warmup_steps: float = field(default=0.1, metadata={"help": "Steps of warm-up; under 1, a share of all."})
