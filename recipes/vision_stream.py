@@ -70,7 +70,7 @@ class StreamArguments(ShareTrainingArguments):
     method: Literal["share", "coefficients", "per_task_lora", "sequential_lora"] = field(
         default="share", metadata={"help": "How to learn a task; the last two are baselines."}
     )
-    learning_rate: float = field(default=1e-2, metadata={"help": "Learning rate of the adapt phase."})
+    learning_rate: float = field(default=2e-2, metadata={"help": "Learning rate of the adapt phase."})
     init_learning_rate: float | None = field(default=1e-2, metadata={"help": "Learning rate of LoRA factors."})
     num_train_epochs: float = field(default=8.0, metadata={"help": "Epochs of each task."})
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Examples a step and device."})
