@@ -175,7 +175,7 @@ def test_vision_stream_leaves_a_tree_that_loads(vit: Path, shades: Path) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["coefficients", "per_task_lora", "sequential_lora"])
 def test_vision_stream_runs_every_method(method: str, vit: Path, shades: Path) -> None:
-    (shades.parent / "stream.yaml").write_text("method: share\nbf16: true")
+    (shades.parent / "stream.yaml").write_text("method: share\nbf16: true\nuse_cpu: true")
     output = run(vit, shades, "--config", "stream.yaml", "--method", method)
     assert 0 <= shown_average(output) <= 1
     assert (shades.parent / "vision-stream" / "subspace").exists() == (method == "coefficients")
