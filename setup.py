@@ -41,6 +41,7 @@ extras_require = {
     "metrics": ["scikit-learn>=1.4", "scipy>=1.11"],  # of recipes/text_stream.py
     "plots": ["matplotlib>=3.8"],
     "trl": ["trl>=1.0"],
+    "vision": ["pillow>=10.0", "scikit-learn>=1.4"],  # of recipes/vision_stream.py
 }
 extras_require["all"] = sorted({requirement for extra in extras_require.values() for requirement in extra})
 # Not in `all`: PEFT imports them wherever they are installed, and HQQ has no wheel.

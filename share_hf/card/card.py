@@ -15,6 +15,7 @@ from yaml import YAMLError
 
 from ..format.base_model import published_name
 from ..format.basis_file import SUBSPACE_FILE
+from ..format.model_classes import class_name_of, pipeline_of
 from ..format.saved_modules import num_labels_of
 from ..format.task_files import task_folder
 from ..format.tree import CARD_FILE, FIGURES_FOLDER
@@ -185,7 +186,8 @@ def _card_data(state: SubspaceState) -> ModelCardData:
         if score is not None:
             results.append(
                 EvalResult(
-                    task_type="text-classification" if info.labels or info.problem_type else "text-generation",
+                    task_type=pipeline_of(info.target)
+                    or ("text-classification" if info.labels or info.problem_type else "text-generation"),
                     dataset_type=info.dataset or task,
                     dataset_name=task,
                     metric_type=name,
@@ -206,7 +208,8 @@ def _facts(state: SubspaceState, folder: Path, options: CardOptions) -> dict[str
     """What the template says beside the metadata."""
     default_task = state.root_task or ""
     target = state.tasks[default_task].target if default_task else {}
-    auto_class, base_class = _AUTO_CLASSES.get(target.get("task_type"), ("AutoPeftModel", "AutoModel"))
+    of_no_type = ("AutoPeftModel", class_name_of(target) or "AutoModel")
+    auto_class, base_class = _AUTO_CLASSES.get(target.get("task_type"), of_no_type)
     example_task = next(iter(state.tasks), "")
     on_branches = [task for task in state.tasks if options.branches is None or task in options.branches]
     example_branch = next(iter(on_branches), "")
@@ -295,7 +298,7 @@ def _num_labels(state: SubspaceState, tasks: Iterable[str]) -> int | None:
     sizes = []
     for task in tasks:
         info = state.tasks.get(task)
-        if info is not None and info.target.get("task_type") in ("SEQ_CLS", "TOKEN_CLS"):
+        if info is not None and (info.target.get("task_type") in ("SEQ_CLS", "TOKEN_CLS") or pipeline_of(info.target)):
             sizes.append(num_labels_of(info.head) or 0)
     return max(sizes, default=None) or None
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
@@ -166,6 +167,10 @@ class PhaseTrainer(Trainer):
             super().log(dict(logs), start_time)
         finally:
             self.state.global_step = step
+
+    def _remove_unused_columns(self, dataset: Dataset, description: str | None = None) -> Dataset:
+        # What a transform reads, such as an image, is no input of the model: what it returns is.
+        return dataset if dataset.format["type"] == "custom" else super()._remove_unused_columns(dataset, description)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Names of the parameters that `weight_decay` applies to, whatever the task that is trained is called."""

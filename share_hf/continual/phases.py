@@ -230,7 +230,7 @@ def put_back(model: PeftModel, state: SubspaceState, task: str, config: ShareCon
 
 def describe_task(model: PeftModel, task: str, learned_by: Phase, problem: Problem | None = None) -> TaskInfo:
     """What is known of a task that the model was just trained on."""
-    target = target_of(model.peft_config[task])
+    target = target_of(model, task)
     # Only free factors start from a random A, as those of a LoRA do.
     sketch = initialization_of(updates_of(model, task)) if learned_by == Phase.INIT else None
     return TaskInfo(

@@ -10,7 +10,7 @@ from typing import Any
 
 from accelerate import PartialState
 from huggingface_hub import CommitInfo
-from peft import PeftModel, TaskType
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.trainer_utils import HubStrategy, TrainOutput
@@ -23,6 +23,7 @@ from ..shared_subspace import SharedSubspace
 from ..state import ContinualMetrics, SubspaceState
 from ..subspace import MergeReport
 from ..tuner import ShareConfig
+from ..tuner.head import classifies_inputs
 from ..tuner.renaming import named_as_in
 from ..tuner.transfer import load_tasks
 from .arguments import ShareTrainingArguments, check_parameters, training_facts
@@ -141,7 +142,7 @@ class ShareTrainer(TaskTrainer):
             kwargs["eval_dataset"] = {}
         share_config = config_for(model, share_config, subspace)
         state = subspace.state if subspace is not None else SubspaceState(share_config.subspace_settings())
-        is_classifier = share_config.task_type == TaskType.SEQ_CLS
+        is_classifier = classifies_inputs(model, share_config.task_type)
         self._num_labels = model.config.num_labels if is_classifier else None
         splits: dict[str, TaskSplits] = {}
         details: dict[str, TaskDetails] = {}

@@ -24,6 +24,7 @@ from .experts import EXPERT, expert_matrices, expert_tensors, parameter_names, t
 from .files import read_json, read_pickled_tensors, read_tensors, tensor_bytes
 from .locating import PICKLED, find_adapter
 from .lora_tensors import as_matrices, as_tensors, factor_of
+from .model_classes import AUTO_MAPPING, read_mapping
 from .module_names import PEFT_PREFIX, check_no_single_experts, named_as_in_base, without_wrappers
 from .patterns import is_name, values_by_module, without_slow_patterns
 from .pipelines import is_never_of_peft, read_component
@@ -68,7 +69,7 @@ class LoraAdapter:
         updates: By module of the base model, ``ΔW = out_factor in_factor^T``. Those of a file are scaled when they are
             asked for, and not kept.
         head: Weights of `modules_to_save` by name in the base model, such as `classifier.weight`.
-        target: Values of `TARGET_FIELDS`.
+        target: Values of `TARGET_FIELDS`, and `auto_mapping`.
         base_model_name_or_path: As the adapter names it.
         layouts: By module, how its matrix lies in its weight; without those that are dense layers.
         component: The part of a pipeline that it is of, where its file names one.
@@ -227,7 +228,7 @@ def read_lora(
 
 
 def read_target(path: Path | str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a configuration that say which modules it targets, those that are given.
+    """The fields of a configuration that say which modules of which class it targets, those that are given.
 
     Raises:
         ValueError: If one is not of a type that PEFT takes.
@@ -247,6 +248,8 @@ def read_target(path: Path | str, config: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{path}: {name} is {value!r}, which no PEFT configuration has there")
         if isinstance(value, str):
             _check_pattern(path, name, value)
+    if "task_type" not in target and (of_class := read_mapping(config.get(AUTO_MAPPING))) is not None:
+        target[AUTO_MAPPING] = of_class
     try:
         LoraConfig(**target)
     except (ValueError, TypeError) as error:

@@ -34,7 +34,8 @@ class TaskInfo:
 
     Args:
         learned_by: The phase that trained it.
-        target: Which modules it adapts: the fields of its PEFT configuration in `format.lora.TARGET_FIELDS`.
+        target: Which modules it adapts: the fields of its PEFT configuration in `format.lora.TARGET_FIELDS`, and
+            `auto_mapping` where it has no `task_type`.
         head: Weights of its classification head and of whatever else `modules_to_save` has, by name in the base model.
         scores: Its score when learned, by metric.
         labels: Names of its labels, for a classification task.

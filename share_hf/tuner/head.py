@@ -11,6 +11,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from ..format.model_classes import CLASSIFIERS
 from ..format.saved_modules import EMBEDDINGS, is_saved, saved_module_of
 
 
@@ -169,12 +170,22 @@ def parts_to_keep(model: nn.Module, task_type: str | None) -> list[str]:
     is_marked = len(unmarked) <= _LARGEST_REST * len(tensors)
     if not is_marked or getattr(base, "is_quantized", False):
         inside = set()
-    if task_type != TaskType.SEQ_CLS:
+    if not classifies_inputs(base, task_type):
         if is_marked:
             outside &= unmarked
         elif _is_language_model(base):
             outside = set()
     return list(_modules_of("", base, outside | inside, tensors.keys()))
+
+
+def classifies_inputs(model: nn.Module, task_type: str | None) -> bool:
+    """Whether a model gives each of its inputs, a text, an image, a video or a sound, one of its labels.
+
+    Args:
+        model: The base model, with or without adapters.
+        task_type: Task type of the configuration. PEFT has one for texts alone.
+    """
+    return task_type == TaskType.SEQ_CLS or type(_without_adapters(model)).__name__ in CLASSIFIERS
 
 
 def shape_of(tensor: Tensor) -> _Shape:

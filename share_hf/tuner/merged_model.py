@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from ..format.exports import combined_lora
 from ..format.lora import lora_files
+from ..format.model_classes import class_name_of, pipeline_of
 from ..format.saved_modules import num_labels_of
 from ..format.tree import lora_of
 from ..state import SubspaceState, TaskInfo
@@ -37,14 +38,15 @@ def base_model_for(base: str | Path, info: TaskInfo, *, token: str | bool | None
 
     Args:
         base: Folder or hub id of the base model.
-        info: What is known of the task. Where it names no task type, the class is the one that the model was saved as.
+        info: What is known of the task. Where it names no task type and no class, it is that which the model was
+            saved as.
         token: For the hub.
 
     Raises:
         ValueError: If there is no such model, or it is not known which class it has.
     """
     options: dict[str, Any] = {"token": token}
-    of_labels = info.target.get("task_type") in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS)
+    of_labels = info.target.get("task_type") in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS) or pipeline_of(info.target)
     labels = num_labels_of(info.head) if of_labels else None
     if labels is not None:
         known = info.labels is not None and len(info.labels) == labels
@@ -57,7 +59,8 @@ def base_model_for(base: str | Path, info: TaskInfo, *, token: str | bool | None
         config = AutoConfig.from_pretrained(base, **options)
     except (OSError, ValueError) as error:
         raise ValueError(f"{base}: no base model that transformers can load ({error})") from error
-    classes = [_AUTO_CLASSES.get(info.target.get("task_type")), *(config.architectures or ())]
+    of_task = _AUTO_CLASSES.get(info.target.get("task_type"), class_name_of(info.target))
+    classes = [of_task, *(config.architectures or ())]
     model_class = next((found for name in classes if name and (found := getattr(transformers, name, None))), None)
     if model_class is None:
         raise ValueError(

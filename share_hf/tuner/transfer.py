@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..format.base_model import base_name
 from ..format.basis_file import bases_of
 from ..format.lora import TARGET_FIELDS
+from ..format.model_classes import AUTO_MAPPING, mapping_to
 from ..format.module_names import without_wrappers
 from ..format.saved_modules import saved_names, targets_beside
 from ..format.task_files import share_adapter_config
@@ -254,12 +255,13 @@ def state_of(model: PeftModel) -> SubspaceState:
                 out, in_ = (side.detach().cpu() for side in coefficients)
                 learned = learned.with_task(task, out, in_, dtype=state.settings.coefficient_dtype)
         stored[module] = learned
-    infos = {task: TaskInfo(target=target_of(model.peft_config[task]), head=head_of(model, task)) for task in tasks}
+    infos = {task: TaskInfo(target=target_of(model, task), head=head_of(model, task)) for task in tasks}
     return replace(state, layers=stored, tasks=infos, layouts=layouts_of(model))
 
 
-def target_of(config: ShareConfig) -> dict[str, Any]:
-    """Which modules an adapter targets, as JSON."""
+def target_of(model: PeftModel, task: str) -> dict[str, Any]:
+    """Which modules of which class an adapter targets, as JSON."""
+    config = model.peft_config[task]
     target = {name: value for name in TARGET_FIELDS if (value := getattr(config, name, None)) is not None}
     for name, value in target.items():
         if isinstance(value, (set, list)):
@@ -267,6 +269,8 @@ def target_of(config: ShareConfig) -> dict[str, Any]:
             target[name] = sorted(value) if isinstance(value, set) else list(dict.fromkeys(value))
     if isinstance(modules := target.get("target_modules"), list):
         target["target_modules"] = targets_beside(modules, target.get("modules_to_save", []))
+    if "task_type" not in target and (of_class := mapping_to(type(model.get_base_model()))) is not None:
+        target[AUTO_MAPPING] = of_class
     return target
 
 

@@ -175,7 +175,7 @@ def test_names_of_classes_in_the_features_are_honoured(
     assert task.labels == tuple(names)
     assert task.data["validation"].features["label"].names == names
     assert set(task.data) == {"train", "validation"}  # the test split has no labels, as those of GLUE on the hub
-    assert task.scored == "validation"
+    assert task.scored is task.data["validation"]
 
     features = Features({"text": Value("string"), "label": Sequence(ClassLabel(names=names))})
     rows_of = {"train": [[0, 2], [1]], "test": [[2]]}
@@ -209,12 +209,13 @@ def test_labels_that_are_never_seen_in_training_are_told(
 @pytest.mark.parametrize("split", ["validation", "dev", "eval", "valid", "validation_matched"])
 def test_splits_of_other_names_score_a_task(split: str, load: Any, write: Any) -> None:
     task = load("task", write(train=rows("a", "b"), **{split: rows("b", "a", "a")}))
-    assert (task.scored, len(task.data["validation"])) == ("validation", 3)
+    assert task.scored is task.data["validation"] and len(task.scored) == 3
 
 
 def test_splits_that_are_not_used_are_named(load: Any, write: Any, caplog: pytest.LogCaptureFixture) -> None:
     place = write(train=rows("a", "b"), test_matched=rows("b"), test_mismatched=rows("b"), notes=rows("c"))
-    assert load("task", place).scored == "test"
+    task = load("task", place)
+    assert task.scored is task.data["test"]
     assert "['notes', 'test_mismatched'] are not used" in caplog.text
     with pytest.raises(ValueError, match=r"has splits \['test'\], expected 'train' among them"):
         load("task", write("untrained", test=rows("a")))

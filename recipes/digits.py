@@ -1,0 +1,81 @@
+"""Scikit-learn's handwritten digits as tasks that differ in their labels and in their look, without a download.
+
+The package carries 1,797 images of 8 x 8 pixels, writer after writer. The first 898 are there to pretrain a model on;
+tasks are trained on the next 500 and tested on the last 399, which come from other writers for the most part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+from PIL import Image as Images
+
+
+try:
+    from sklearn.datasets import load_digits
+except ImportError as error:
+    raise ImportError("the digits need scikit-learn: pip install share-hf[vision]") from error
+
+
+PREFIX = "digits:"
+SPLITS = {"pretrain": slice(0, 898), "train": slice(898, 1398), "test": slice(1398, None)}
+
+# What is told of a digit.
+LABELS: dict[str, Callable[[int], str]] = {
+    "ten": str,
+    "even-odd": lambda digit: "odd" if digit % 2 else "even",
+    "small-large": lambda digit: "large" if digit > 4 else "small",
+    "prime": lambda digit: "prime" if digit in (2, 3, 5, 7) else "not prime",
+}
+
+# How digits look: images (n, 8, 8) of 0 to 255 to images of the same shape.
+LOOKS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "upright": lambda images: images,
+    "rotated": lambda images: np.rot90(images, axes=(1, 2)),
+    "mirrored": lambda images: images[:, :, ::-1],
+    "inverted": lambda images: 255 - images,
+}
+
+# Six tasks, in the order in which they are learned by default.
+TASKS = [
+    "even-odd=digits:even-odd",
+    "rotated=digits:rotated",
+    "small-large=digits:small-large",
+    "inverted=digits:inverted",
+    "prime=digits:prime",
+    "mirrored=digits:mirrored",
+]
+
+
+def digits_of(place: str) -> DatasetDict:
+    """The `train` and `test` splits of a task, with the columns `image` and `label`.
+
+    Args:
+        place: What is told of the digits, how they look, or both: `digits:even-odd`, `digits:rotated`,
+            `digits:prime,inverted`. All ten digits, upright, where it says nothing of one.
+
+    Raises:
+        ValueError: If it names something else.
+    """
+    named = place.removeprefix(PREFIX).split(",")
+    labels, looks = ([name for name in named if name in known] for known in (LABELS, LOOKS))
+    if len(labels) > 1 or len(looks) > 1 or len(labels) + len(looks) != len(named):
+        raise ValueError(f"{place!r} is no task of digits, expected one of {[*LABELS]}, one of {[*LOOKS]}, or both")
+    label, look = next(iter(labels), "ten"), next(iter(looks), "upright")
+    return DatasetDict({split: digits(split, label, look) for split in ("train", "test")})
+
+
+def digits(split: str, label: str = "ten", look: str = "upright") -> Dataset:
+    """One split of the digits with the columns `image` and `label`."""
+    found = load_digits()
+    images = LOOKS[look]((found.images[SPLITS[split]] * (255 / 16)).astype(np.uint8))
+    names = list(dict.fromkeys(map(LABELS[label], range(10))))
+    return Dataset.from_dict(
+        {
+            "image": [Images.fromarray(np.ascontiguousarray(image)) for image in images],
+            "label": [names.index(LABELS[label](digit)) for digit in found.target[SPLITS[split]].tolist()],
+        },
+        features=Features({"image": Image(), "label": ClassLabel(names=names)}),
+    )

@@ -1,0 +1,92 @@
+"""Tasks of images in any form: folders, data sets of the hub, and the digits that scikit-learn carries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets import ClassLabel, DatasetDict, Features, Image, load_dataset
+from digits import PREFIX, digits_of
+from transformers import BaseImageProcessor
+
+
+def load_images(
+    place: str,
+    train_examples: int | None = None,
+    *,
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> DatasetDict:
+    """The splits of a task, with the columns `image` and `label`.
+
+    Without a test split, a tenth of the training data is held out for it.
+
+    Args:
+        place: A folder that `imagefolder` of datasets reads, such as one with a folder of images for each label; a
+            `datasets` id; or a task of `digits`, such as `digits:even-odd`.
+        train_examples: Number of examples to train on, drawn at random, as folders have one label after the other; all
+            if not given.
+        image_column: Name of the column of images; the only one there is if not given.
+        label_column: Name of the column of labels; `label`, `labels` or the only one that has classes if not given.
+
+    Raises:
+        ValueError: If there is no training split, or a column cannot be found.
+    """
+    if place.startswith(PREFIX):
+        data = digits_of(place)
+    elif Path(place).is_dir():
+        data = load_dataset("imagefolder", data_dir=place)
+    else:
+        data = load_dataset(place)
+    if "train" not in data:
+        raise ValueError(f"{place}: has splits {sorted(data)}, expected 'train' among them")
+    features = data["train"].features
+    columns = {
+        _column(place, "image", image_column, features, Image): "image",
+        _column(place, "label", label_column, features, ClassLabel): "label",
+    }
+    data = _with_classes(place, data.select_columns(list(columns)).rename_columns(columns))
+    if not {"test", "validation"} & set(data):
+        data = data["train"].train_test_split(test_size=0.1, seed=0)
+    if train_examples is not None:
+        data["train"] = data["train"].shuffle(seed=0).select(range(min(train_examples, len(data["train"]))))
+    return data
+
+
+def with_pixels(data: DatasetDict, processor: BaseImageProcessor) -> DatasetDict:
+    """The same data, whose images become `pixel_values` (3, height, width) when they are read."""
+
+    def read(batch: Mapping[str, list[Any]]) -> dict[str, Any]:
+        images = [image.convert("RGB") for image in batch["image"]]
+        return {**processor(images, return_tensors="pt"), "labels": batch["label"]}
+
+    return data.with_transform(read)
+
+
+def _column(place: str, name: str, given: str | None, features: Features, kind: type) -> str:
+    """The column of this name: the one that was given, that is called so, or that is the only one of its kind."""
+    of_kind = [column for column, feature in features.items() if isinstance(feature, kind)]
+    if given is None:
+        given = next((column for column in (name, f"{name}s") if column in features), None)
+    if given is None and len(of_kind) == 1:
+        given = of_kind[0]
+    if given not in features:
+        found = "none of its own" if given is None else repr(given)
+        raise ValueError(
+            f"{place}: the column of the {name}s is {found}, expected one of {sorted(features)}: give --{name}_column"
+        )
+    return given
+
+
+def _with_classes(place: str, data: DatasetDict) -> DatasetDict:
+    """The same data with numbered labels; those of the training data, unless the data set has named them."""
+    if isinstance(data["train"].features["label"], ClassLabel):
+        return data
+    names = sorted({str(label) for label in data["train"]["label"]})
+    for split, part in data.items():
+        if unseen := sorted({str(label) for label in part["label"]} - set(names)):
+            raise ValueError(f"{place}: {split} has label {unseen[0]!r}, expected one of the training data's: {names}")
+    numbers = {name: number for number, name in enumerate(names)}
+    features = Features({**data["train"].features, "label": ClassLabel(names=names)})
+    return data.map(lambda example: {"label": numbers[str(example["label"])]}, features=features)

@@ -1,0 +1,165 @@
+"""Learn a stream of image classification tasks with a ViT, one after the other, in one shared subspace.
+
+    python recipes/train_digits_vit.py digits-vit
+    accelerate launch recipes/vision_stream.py --model_name_or_path digits-vit
+    accelerate launch recipes/vision_stream.py --model_name_or_path google/vit-base-patch16-224-in21k \
+        --tasks pets=data/pets beans=AI-Lab-Makerere/beans
+    accelerate launch recipes/vision_stream.py ... --method coefficients
+    accelerate launch recipes/vision_stream.py ... --method per_task_lora
+    accelerate launch recipes/vision_stream.py --config stream.yaml
+
+A task is a folder of images, a `datasets` id, or a task of scikit-learn's digits, as listed in `digits.py`; without
+`--tasks`, six of those are learned. It may have any number of labels: each brings its own head. The script prints a
+line a task and the accuracy matrix, and leaves the subspace with a model card in `<output_dir>/subspace`. `--method`
+runs the baselines the same way: a LoRA of its own for each task, or one LoRA trained on all tasks in their order.
+"""
+
+from __future__ import annotations
+
+import quiet  # noqa: F401
+
+
+# isort: split
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from datasets import DatasetDict
+from digits import PREFIX, TASKS
+from image_tasks import load_images, with_pixels
+from peft import LoraConfig, PeftModel
+from task_data import dataset_ids, flags_with_config, parse_tasks, quantization, train_loras
+from transformers import AutoImageProcessor, AutoModelForImageClassification, HfArgumentParser, Trainer, set_seed
+
+from share_hf import ShareConfig, ShareTrainer, ShareTrainingArguments
+from share_hf.continual.labels import LabelMask
+from share_hf.tuner.head import parts_to_keep
+
+
+@dataclass
+class ScriptArguments:
+    """What to learn, and on what."""
+
+    model_name_or_path: str = field(metadata={"help": "Folder or hub id of a model for images."})
+    tasks: list[str] = field(
+        default_factory=TASKS.copy,
+        metadata={"help": "name=place for each task: a folder, a datasets id, or digits:…; tasks of digits if none."},
+    )
+    image_column: str | None = field(default=None, metadata={"help": "Column of images; found if not given."})
+    label_column: str | None = field(default=None, metadata={"help": "Column of labels; found if not given."})
+    train_examples: int | None = field(default=None, metadata={"help": "Use only so many examples of each task."})
+    target_modules: str = field(
+        default="q_proj,v_proj,fc1,query,value,intermediate.dense",
+        metadata={"help": "Modules to adapt, those of them that there are."},
+    )
+    num_components: int = field(default=32, metadata={"help": "Cap on the directions of a layer's basis (k)."})
+    pseudo_rank: int = field(default=8, metadata={"help": "Rank of a task (p), and of the baselines' LoRAs."})
+    num_temporary: int | None = field(default=None, metadata={"help": "Temporary factors (φ); k // 4 if not given."})
+    init_std: float = field(default=0.05, metadata={"help": "Spread of a new task's coefficients (σ)."})
+    drift_tolerance: float | None = field(default=None, metadata={"help": "Largest drift merges may add up to."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Quantize the model to NF4 with bitsandbytes."})
+
+
+@dataclass
+class StreamArguments(ShareTrainingArguments):
+    """Arguments of ShareTrainer, with the defaults of this recipe."""
+
+    output_dir: str | None = field(default="vision-stream", metadata={"help": "Where to leave the subspace."})
+    method: Literal["share", "coefficients", "per_task_lora", "sequential_lora"] = field(
+        default="share", metadata={"help": "How to learn a task; the last two are baselines."}
+    )
+    learning_rate: float = field(default=2e-2, metadata={"help": "Learning rate of the adapt phase."})
+    init_learning_rate: float | None = field(default=1e-2, metadata={"help": "Learning rate of LoRA factors."})
+    num_train_epochs: float = field(default=8.0, metadata={"help": "Epochs of each task."})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Examples a step and device."})
+    per_device_eval_batch_size: int = field(default=128, metadata={"help": "Examples to score at once."})
+    warmup_steps: float = field(default=0.1, metadata={"help": "Steps of warm-up; under 1, a share of all."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Off: images are read as they are needed."})
+    save_strategy: str = field(default="no", metadata={"help": "When a phase writes checkpoints to resume from."})
+    report_to: str = field(default="none", metadata={"help": "Where to log: tensorboard, wandb, trackio …"})
+    dataloader_pin_memory: bool = field(default=torch.cuda.is_available(), metadata={"help": "Pin host memory."})
+
+
+def main() -> None:
+    parser = HfArgumentParser((ScriptArguments, StreamArguments))
+    script, args = parser.parse_args_into_dataclasses(flags_with_config())
+    set_seed(args.seed)
+
+    processor = AutoImageProcessor.from_pretrained(script.model_name_or_path)
+    places = parse_tasks(script.tasks)
+    columns = {"image_column": script.image_column, "label_column": script.label_column}
+    tasks = {
+        name: with_pixels(load_images(place, script.train_examples, **columns), processor)
+        for name, place in places.items()
+    }
+    num_labels = {name: data["train"].features["label"].num_classes for name, data in tasks.items()}
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    model = AutoModelForImageClassification.from_pretrained(
+        script.model_name_or_path,
+        num_labels=max(num_labels.values()),
+        dtype=dtype,
+        quantization_config=quantization(script.load_in_4bit, dtype),
+        ignore_mismatched_sizes=True,  # a head for other labels, as of ImageNet, gives way
+    )
+    target_modules = script.target_modules.split(",")
+
+    if args.method in ("per_task_lora", "sequential_lora"):
+        print(lora_baseline(model, script, args, tasks, num_labels, target_modules))
+        return
+
+    config = ShareConfig(
+        num_components=script.num_components,
+        pseudo_rank=script.pseudo_rank,
+        num_temporary=script.num_temporary,
+        init_std=script.init_std,
+        drift_tolerance=script.drift_tolerance,
+        target_modules=target_modules,
+    )
+    of_hub = dataset_ids({name: place for name, place in places.items() if not place.startswith(PREFIX)})
+    trainer = ShareTrainer(model, args, config, tasks, dataset_ids=of_hub, processing_class=processor)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    if trainer.is_world_process_zero():
+        print(trainer.metrics_table)
+        print(f"Subspace of {len(trainer.subspace.tasks)} tasks in {args.output_dir}/subspace")
+    trainer.accelerator.end_training()
+
+
+def lora_baseline(
+    model: torch.nn.Module,
+    script: ScriptArguments,
+    args: StreamArguments,
+    tasks: Mapping[str, DatasetDict],
+    num_labels: Mapping[str, int],
+    target_modules: list[str],
+) -> str:
+    """The accuracy matrix of LoRAs at the learning rate of free factors, each task's labels masked as ours are."""
+    args.learning_rate = args.init_learning_rate or args.learning_rate
+    rank = script.pseudo_rank
+    labels_of_adapter: dict[str, int] = {}
+
+    def prepare(peft_model: PeftModel, task: str) -> None:
+        if not labels_of_adapter:
+            LabelMask(peft_model, labels_of_adapter.get)
+        labels_of_adapter[peft_model.active_adapter] = num_labels[task]
+
+    def score(trainer: Trainer, task: str, data: Any) -> float:
+        prediction = trainer.predict(data)
+        return float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())
+
+    head = parts_to_keep(model, None)
+    metrics = train_loras(
+        model,
+        args,
+        LoraConfig(r=rank, lora_alpha=rank, target_modules=target_modules, modules_to_save=head),
+        tasks,
+        score,
+        sequential=args.method == "sequential_lora",
+        prepare=prepare,
+    )
+    return metrics.table()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

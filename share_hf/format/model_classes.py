@@ -1,0 +1,71 @@
+"""The class of a base model, where PEFT has no type for its tasks: `auto_mapping` in the configuration of an adapter.
+
+PEFT's `AutoPeftModel` loads a base model by it, and classifiers of images, videos and sounds are known by it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES,
+)
+
+
+AUTO_MAPPING = "auto_mapping"
+
+# Where PEFT may import a class from: an adapter of somebody else says what is imported when it is loaded.
+_MODULE = re.compile(r"transformers\.models\.[a-z]\w*\.modeling_\w+", re.ASCII)
+_CLASS = re.compile(r"[A-Z]\w*", re.ASCII)
+
+
+def _by_class(pipelines: Mapping[str, Mapping[str, str | tuple[str, ...]]]) -> Mapping[str, str]:
+    return MappingProxyType(
+        {
+            name: pipeline
+            for pipeline, classes_by_model in pipelines.items()
+            for classes in classes_by_model.values()
+            for name in ((classes,) if isinstance(classes, str) else classes)
+        }
+    )
+
+
+# By the names of models that give each input one of their labels and that PEFT has no type of task for, what their
+# tasks are called on the hub.
+CLASSIFIERS = _by_class(
+    {
+        "image-classification": MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+        "video-classification": MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES,
+        "audio-classification": MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
+    }
+)
+
+
+def mapping_to(model_class: type) -> dict[str, str] | None:
+    """What PEFT notes of a class of transformers; None of any other, which a reader may not have."""
+    return read_mapping({"base_model_class": model_class.__name__, "parent_library": model_class.__module__})
+
+
+def read_mapping(noted: object) -> dict[str, str] | None:
+    """The `auto_mapping` of a configuration, None where it names no class of transformers."""
+    known = noted if isinstance(noted, Mapping) else {}
+    name, module = known.get("base_model_class"), known.get("parent_library")
+    if not (isinstance(name, str) and isinstance(module, str)):
+        return None
+    is_usable = _CLASS.fullmatch(name) and _MODULE.fullmatch(module)
+    return {"base_model_class": name, "parent_library": module} if is_usable else None
+
+
+def class_name_of(target: Mapping[str, Any]) -> str | None:
+    """The class of the base model of a task that has no type in PEFT, where the task's `target` tells it."""
+    return target.get(AUTO_MAPPING, {}).get("base_model_class")
+
+
+def pipeline_of(target: Mapping[str, Any]) -> str | None:
+    """What the hub calls a task that classifies images, videos or sounds; None for any other."""
+    return CLASSIFIERS.get(class_name_of(target) or "")
