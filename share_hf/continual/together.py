@@ -120,26 +120,35 @@ def _check_arguments(args: ShareTrainingArguments) -> None:
     schedule_of(args, 1)
 
 
-def check_can_train_together(
-    trainer: Trainer, groups: Iterable[Unit], tasks: Mapping[str, TaskSplits], problems: Mapping[str, Problem | None]
-) -> None:
+def check_classes(groups: Iterable[Unit], problems: Mapping[str, Problem | None]) -> None:
+    """Refuse tasks that are learned together and do not have classes: their losses are counted as those of classes.
+
+    Args:
+        groups: The tasks that are learned together.
+        problems: By task, what it predicts; None if the model is not one for classification.
+
+    Raises:
+        ValueError: Naming the task and what it is.
+    """
+    for name in (name for group in groups for name in group):
+        if (problem := problems[name]) is not None and problem.problem_type != CLASSES:
+            raise ValueError(
+                f"together has {name!r}, which is {problem.problem_type}, expected {CLASSES}: learn it by itself"
+            )
+
+
+def check_can_train_together(trainer: Trainer, groups: Iterable[Unit], tasks: Mapping[str, TaskSplits]) -> None:
     """Refuse what no tasks can be trained together with.
 
     Args:
         trainer: Its engine and its model.
         groups: The tasks that are learned together.
         tasks: The tasks of the stream.
-        problems: By task, what it predicts.
 
     Raises:
         ValueError: Naming it, and what works instead.
     """
     for group in groups:
-        for name in group:
-            if (problem := problems[name]) is not None and problem.problem_type != CLASSES:
-                raise ValueError(
-                    f"together has {name!r}, which is {problem.problem_type}, expected {CLASSES}: learn it by itself"
-                )
         _check_columns(trainer, {name: tasks[name].train for name in group})
     if not isinstance(trainer.engine, LocalEngine):
         raise ValueError(

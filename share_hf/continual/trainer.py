@@ -44,7 +44,7 @@ from .routing import check_data_routes
 from .scoring import TaskScorer
 from .stream import Stream
 from .task_trainer import TaskTrainer
-from .together import Together, Unit, check_can_train_together, groups_of
+from .together import Together, Unit, check_can_train_together, check_classes, groups_of
 
 
 logger = logging.get_logger(__name__)
@@ -150,6 +150,7 @@ class ShareTrainer(TaskTrainer):
             check_task_name(name, [*state.tasks, *splits])
             splits[name], details[name] = self._read_task(name, data)
         groups = groups_of(splits, together, args, known=len(state.tasks))
+        check_classes(groups, {name: known.problem for name, known in details.items()})
         if is_classifier:
             kwargs.setdefault("compute_metrics", {})
         check_functions(kwargs.get("compute_metrics"), splits, args)
@@ -178,7 +179,7 @@ class ShareTrainer(TaskTrainer):
             **kwargs,
         )
         if groups:
-            check_can_train_together(self, groups, splits, {name: known.problem for name, known in details.items()})
+            check_can_train_together(self, groups, splits)
         if self._selects:
             self.eval_dataset = None  # until there is a task
         if is_classifier:
