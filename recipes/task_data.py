@@ -24,10 +24,21 @@ FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv"}
 SPLITS = ("train", "validation", "test")
 
 
-def load_task(place: str, train_examples: int | None = None) -> DatasetDict:
+def load_task(
+    place: str, train_examples: int | None = None, eval_examples: int | None = None, held_out: int = 0
+) -> DatasetDict:
     """Data of a task from a jsonl or csv file, a folder of `train`, `validation`, `test` files, or a `datasets` id.
 
     Without a test split, a tenth of the training data is held out for it.
+
+    Args:
+        place: Where the data is.
+        train_examples: How many training examples to keep, the first ones; all if not given.
+        eval_examples: The same of each other split.
+        held_out: How many training examples, the last ones, take the place of the test data.
+
+    Raises:
+        ValueError: If there is no training data there, or not enough to hold some out.
     """
     path = Path(place)
     if path.is_dir():
@@ -44,9 +55,23 @@ def load_task(place: str, train_examples: int | None = None) -> DatasetDict:
         data = load_dataset(place)
     if not {"test", "validation"} & set(data):
         data = data["train"].train_test_split(test_size=0.1, seed=0)
-    if train_examples is not None:
-        data["train"] = data["train"].select(range(min(train_examples, len(data["train"]))))
+    if held_out:
+        if (rest := len(data["train"]) - held_out) < 1:
+            raise ValueError(
+                f"{place}: {len(data['train'])} training examples, expected more than the {held_out} held out"
+            )
+        train = data["train"]
+        data = DatasetDict(train=train.select(range(rest)), test=train.select(range(rest, len(train))))
+    for split, rows in data.items():
+        most = train_examples if split == "train" else eval_examples
+        if most is not None:
+            data[split] = rows.select(range(min(most, len(rows))))
     return data
+
+
+def evaluation_of(data: DatasetDict) -> Dataset:
+    """The split that a task is scored on."""
+    return data["test"] if "test" in data else data["validation"]
 
 
 def parse_tasks(arguments: list[str]) -> dict[str, str]:
@@ -104,6 +129,7 @@ def train_loras(
     *,
     sequential: bool,
     prepare: Callable[[PeftModel, str], None] = lambda model, task: None,
+    finish: Callable[[PeftModel, Mapping[str, str]], None] = lambda model, names: None,
     **trainer_kwargs: Any,
 ) -> ContinualMetrics:
     """The baselines: a LoRA of its own for each task, or one LoRA trained on all tasks in their order.
@@ -116,6 +142,7 @@ def train_loras(
         score: Scores the active adapter on a task.
         sequential: One LoRA for all tasks.
         prepare: Called before a task is trained or scored.
+        finish: Called at the end, with the name of each task's adapter.
         trainer_kwargs: For the Trainer.
     """
     metrics = ContinualMetrics(tasks=list(tasks), baseline=[None] * len(tasks))
@@ -137,9 +164,13 @@ def train_loras(
         trainer.train()
         row: list[float | None] = [None] * len(tasks)
         for j, seen in enumerate(list(tasks)[: position + 1]):
+            if not sequential and j < position:  # its LoRA is what it was
+                row[j] = metrics.matrix[-1][j]
+                continue
             peft_model.set_adapter(names[seen])
             prepare(peft_model, seen)
-            row[j] = score(trainer, seen, tasks[seen].get("test", tasks[seen].get("validation")))
+            row[j] = score(trainer, seen, evaluation_of(tasks[seen]))
         metrics.matrix.append(row)
         progress.task_line(metrics, "sequential" if sequential else "lora", time.monotonic() - started)
+    finish(peft_model, names)
     return metrics
