@@ -59,17 +59,19 @@ class PromptFormat:
         return tokenizer(text.rstrip(), truncation=True, max_length=room)["input_ids"] + tail
 
     def _chat_ids(self, tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-        def rendered(content: str) -> list[int]:
-            chat = [{"role": "user", "content": content + self.after_text}]
-            return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
-
-        ids = rendered(text)
+        ids = self._rendered(tokenizer, text)
         if len(ids) <= self.max_length:
             return ids
         # What follows the text, and must stay, is what two chats that differ in their text alone end with.
-        one, other = rendered("a"), rendered("b")
+        one, other = self._rendered(tokenizer, "a"), self._rendered(tokenizer, "b")
         tail = _common_start(one[::-1], other[::-1])[::-1]
         return ids[: self._room_before(tail, start=len(_common_start(one, other)))] + tail
+
+    def _rendered(self, tokenizer: PreTrainedTokenizerBase, text: str, answer: str | None = None) -> list[int]:
+        chat = [{"role": "user", "content": text + self.after_text}]
+        if answer is not None:
+            chat.append({"role": "assistant", "content": answer})
+        return tokenizer.apply_chat_template(chat, add_generation_prompt=answer is None, return_dict=True)["input_ids"]
 
     def _room_before(self, tail: Sequence[int], *, start: int) -> int:
         room = self.max_length - len(tail)
@@ -80,8 +82,23 @@ class PromptFormat:
         return room
 
     def label_ids(self, tokenizer: PreTrainedTokenizerBase, label: str) -> list[int]:
-        """Tokens of the completion."""
-        return tokenizer(f"{self.before_label}{label}", add_special_tokens=False)["input_ids"]
+        """Tokens of the completion, without its end.
+
+        Raises:
+            ValueError: If a template begins an answer otherwise than it asks for one.
+        """
+        if not self.chat_template:
+            return tokenizer(f"{self.before_label}{label}", add_special_tokens=False)["input_ids"]
+        # Some tokenizers take a word that stands alone for another one than after the template's last line.
+        prompt = self._rendered(tokenizer, "a")
+        answers = [self._rendered(tokenizer, "a", answer) for answer in (label, "a", "b")]
+        if any(answer[: len(prompt)] != prompt for answer in answers):
+            raise ValueError(
+                "the chat template begins an answer otherwise than it ends a prompt (add_generation_prompt=True), "
+                "expected the same; --chat_template never goes without it"
+            )
+        end = len(_common_start(answers[1][::-1], answers[2][::-1]))
+        return answers[0][len(prompt) : len(answers[0]) - end]
 
 
 def with_text(task: str, data: DatasetDict, columns: Sequence[str]) -> DatasetDict:
@@ -137,16 +154,18 @@ def prompt_completion_task(
             )
 
     prompt_format = prompt_format.naming(labels)
+    completions = [[*prompt_format.label_ids(tokenizer, label), tokenizer.eos_token_id] for label in labels]
 
     def tokenize(example: Mapping[str, str]) -> dict[str, list[int] | int]:
         prompt = prompt_format.prompt_ids(tokenizer, example["text"])
-        completion = [*prompt_format.label_ids(tokenizer, str(example["label"])), tokenizer.eos_token_id]
+        label_index = labels.index(str(example["label"]))
+        completion = completions[label_index]
         return {
             "input_ids": prompt + completion,
             "attention_mask": [1] * (len(prompt) + len(completion)),
             "labels": [-100] * len(prompt) + completion,
             "prompt_ids": prompt,
-            "label_index": labels.index(str(example["label"])),
+            "label_index": label_index,
         }
 
     columns = data["train"].column_names
