@@ -22,7 +22,7 @@ class PromptFormat:
 
     Args:
         after_text: What stands between the text and the label; `{labels}` in it stands for the labels of the task.
-        before_label: What the completion starts with.
+        before_label: What the completion starts with where no template says so.
         max_length: Tokens of a prompt at most; a longer text is cut at its end.
         chat_template: Whether the text, with what follows it, is what the user says, and the label what the assistant
             answers, in the format of the tokenizer's chat template.
@@ -39,7 +39,7 @@ class PromptFormat:
     ) -> PromptFormat:
         """A chat where the tokenizer has a template for it and `chats` allows it, otherwise text and "Answer:"."""
         if chats and tokenizer.chat_template:
-            return cls(after_text or "", before_label="", max_length=max_length, chat_template=True)
+            return cls(after_text or "", max_length=max_length, chat_template=True)
         return cls(cls.after_text if after_text is None else after_text, max_length=max_length)
 
     def naming(self, labels: Sequence[str]) -> PromptFormat:
@@ -111,13 +111,18 @@ def with_text(task: str, data: DatasetDict, columns: Sequence[str]) -> DatasetDi
             its own after its name.
 
     Raises:
-        ValueError: If the task has none of them.
+        ValueError: If the task has none of them, or not the same in all splits.
     """
     found = [name for name in columns if name in data["train"].column_names]
     if not found:
         raise ValueError(
             f"task {task!r} has columns {data['train'].column_names}, expected one of {list(columns)} among them"
         )
+    for split, rows in data.items():
+        if missing := [name for name in found if name not in rows.column_names]:
+            raise ValueError(
+                f"task {task!r} has columns {rows.column_names} in {split!r}, expected {missing} as in 'train'"
+            )
     if found == ["text"]:
         return data
 

@@ -160,16 +160,17 @@ def main() -> None:
     target_modules = script.target_modules if "," not in script.target_modules else script.target_modules.split(",")
 
     def keep_results(model: PeftModel, adapters: Mapping[str, str], metrics: Mapping[str, Any], sizes: Any) -> None:
-        if script.results_json is None:
-            return
-        seconds = {"total": time.monotonic() - started, "training": stopwatch.seconds, "scoring": scorer.seconds}
         results = {
             "settings": settings_of(script, args),
             "metrics": metrics,
             "tasks": answers(scorer, model, tasks, labels, adapters, scored=args.evaluate_seen_tasks),
-            "own_text": own_losses(model, tokenizer, own_texts, adapters, script.max_length) if own_texts else None,
             **sizes,
-            "seconds": seconds,
+            "seconds": {
+                "total": time.monotonic() - started,
+                "training": stopwatch.seconds,
+                "scoring": scorer.seconds,
+            },
+            "own_text": own_losses(model, tokenizer, own_texts, adapters, script.max_length) if own_texts else None,
         }
         write_results(script.results_json, results)
 
@@ -188,7 +189,8 @@ def main() -> None:
             callbacks=[stopwatch],
         )
         print(metrics.table())
-        keep_results(**learned, metrics=metrics.as_dict(), sizes=sizes_of_loras(**learned))
+        if script.results_json is not None:
+            keep_results(**learned, metrics=metrics.as_dict(), sizes=sizes_of_loras(**learned))
         return
 
     config = ShareConfig(
@@ -214,8 +216,9 @@ def main() -> None:
     if trainer.is_world_process_zero():
         print(trainer.metrics_table)
         print(f"Subspace of {len(trainer.subspace.tasks)} tasks in {args.output_dir}/subspace")
-    sizes = sizes_of_subspace(trainer.subspace.report(), trainer.metrics["parameters"])
-    keep_results(trainer.model, {task: task for task in tasks}, trainer.metrics, sizes)
+    if script.results_json is not None:
+        sizes = sizes_of_subspace(trainer.subspace.report(), trainer.metrics["parameters"])
+        keep_results(trainer.model, {task: task for task in tasks}, trainer.metrics, sizes)
     trainer.accelerator.end_training()
 
 

@@ -107,6 +107,8 @@ def test_columns_become_one_text(likelihood: ModuleType) -> None:
         ValueError, match=r"task 'cola' has columns \['sentence', 'label'\], expected one of \['text'\]"
     ):
         likelihood.with_text("cola", single, ["text"])
+    with pytest.raises(ValueError, match=r"columns \['sentence', 'label'\] in 'test', expected \['sentence1', "):
+        likelihood.with_text("mrpc", DatasetDict(train=pair, test=single["train"]), columns)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
