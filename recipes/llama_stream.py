@@ -88,6 +88,10 @@ class ScriptArguments:
     num_temporary: int | None = field(default=None, metadata={"help": "Temporary factors (φ); k // 4 if not given."})
     init_std: float = field(default=0.05, metadata={"help": "Spread of a new task's coefficients (σ)."})
     drift_tolerance: float | None = field(default=None, metadata={"help": "Largest drift merges may add up to."})
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={"help": "How attention is computed, such as eager or sdpa; the model's own if not given."},
+    )
     load_in_4bit: bool = field(default=False, metadata={"help": "Quantize the model to NF4 with bitsandbytes."})
     results_json: Path | None = field(
         default=None, metadata={"help": "File for what was measured, each example's answer included."}
@@ -152,7 +156,10 @@ def main() -> None:
 
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     model = AutoModelForCausalLM.from_pretrained(
-        script.model_name_or_path, dtype=dtype, quantization_config=quantization(script.load_in_4bit, dtype)
+        script.model_name_or_path,
+        dtype=dtype,
+        quantization_config=quantization(script.load_in_4bit, dtype),
+        attn_implementation=script.attn_implementation,
     )
     scorer = LabelLikelihoodScorer(tokenizer, labels, prompt_format, args.per_device_eval_batch_size)
     collator = CompletionCollator(tokenizer, model)
