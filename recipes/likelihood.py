@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import takewhile
 
 import torch
 from datasets import Dataset, DatasetDict
@@ -18,24 +21,117 @@ class PromptFormat:
     """How an example becomes a prompt and its label a completion.
 
     Args:
-        after_text: What stands between the text and the label.
-        before_label: What the completion starts with.
+        after_text: What stands between the text and the label; `{labels}` in it stands for the labels of the task.
+        before_label: What the completion starts with where no template says so.
         max_length: Tokens of a prompt at most; a longer text is cut at its end.
+        chat_template: Whether the text, with what follows it, is what the user says, and the label what the assistant
+            answers, in the format of the tokenizer's chat template.
     """
 
     after_text: str = "\nAnswer:"
     before_label: str = " "
     max_length: int = 256
+    chat_template: bool = False
+
+    @classmethod
+    def of_tokenizer(
+        cls, tokenizer: PreTrainedTokenizerBase, after_text: str | None, max_length: int, *, chats: bool = True
+    ) -> PromptFormat:
+        """A chat where the tokenizer has a template for it and `chats` allows it, otherwise text and "Answer:"."""
+        if chats and tokenizer.chat_template:
+            return cls(after_text or "", max_length=max_length, chat_template=True)
+        return cls(cls.after_text if after_text is None else after_text, max_length=max_length)
+
+    def naming(self, labels: Sequence[str]) -> PromptFormat:
+        """The format of a task of these labels."""
+        return replace(self, after_text=self.after_text.replace("{labels}", ", ".join(labels)))
 
     def prompt_ids(self, tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-        """Tokens of the prompt, `max_length` of them at most, with the tokenizer's own start."""
+        """Tokens of the prompt, `max_length` of them at most, with the tokenizer's own start.
+
+        Raises:
+            ValueError: If what stands around a text leaves no room for it.
+        """
+        if self.chat_template:
+            return self._chat_ids(tokenizer, text.rstrip())
         tail = tokenizer(self.after_text, add_special_tokens=False)["input_ids"]
-        budget = self.max_length - len(tail)
-        return tokenizer(text.rstrip(), truncation=True, max_length=budget)["input_ids"] + tail
+        room = self._room_before(tail, start=tokenizer.num_special_tokens_to_add())
+        return tokenizer(text.rstrip(), truncation=True, max_length=room)["input_ids"] + tail
+
+    def _chat_ids(self, tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+        ids = self._rendered(tokenizer, text)
+        if len(ids) <= self.max_length:
+            return ids
+        # What follows the text, and must stay, is what two chats that differ in their text alone end with.
+        one, other = self._rendered(tokenizer, "a"), self._rendered(tokenizer, "b")
+        tail = _common_start(one[::-1], other[::-1])[::-1]
+        return ids[: self._room_before(tail, start=len(_common_start(one, other)))] + tail
+
+    def _rendered(self, tokenizer: PreTrainedTokenizerBase, text: str, answer: str | None = None) -> list[int]:
+        chat = [{"role": "user", "content": text + self.after_text}]
+        if answer is not None:
+            chat.append({"role": "assistant", "content": answer})
+        return tokenizer.apply_chat_template(chat, add_generation_prompt=answer is None, return_dict=True)["input_ids"]
+
+    def _room_before(self, tail: Sequence[int], *, start: int) -> int:
+        room = self.max_length - len(tail)
+        if room <= start:
+            raise ValueError(
+                f"max_length is {self.max_length}, expected more than the {start + len(tail)} tokens around a text"
+            )
+        return room
 
     def label_ids(self, tokenizer: PreTrainedTokenizerBase, label: str) -> list[int]:
-        """Tokens of the completion."""
-        return tokenizer(f"{self.before_label}{label}", add_special_tokens=False)["input_ids"]
+        """Tokens of the completion, without its end.
+
+        Raises:
+            ValueError: If a template begins an answer otherwise than it asks for one.
+        """
+        if not self.chat_template:
+            return tokenizer(f"{self.before_label}{label}", add_special_tokens=False)["input_ids"]
+        # Some tokenizers take a word that stands alone for another one than after the template's last line.
+        prompt = self._rendered(tokenizer, "a")
+        answers = [self._rendered(tokenizer, "a", answer) for answer in (label, "a", "b")]
+        if any(answer[: len(prompt)] != prompt for answer in answers):
+            raise ValueError(
+                "the chat template begins an answer otherwise than it ends a prompt (add_generation_prompt=True), "
+                "expected the same; --chat_template never goes without it"
+            )
+        end = len(_common_start(answers[1][::-1], answers[2][::-1]))
+        return answers[0][len(prompt) : len(answers[0]) - end]
+
+
+def with_text(task: str, data: DatasetDict, columns: Sequence[str]) -> DatasetDict:
+    """Make one `text` column of those of some columns that a task has.
+
+    Args:
+        task: The task's name.
+        data: Its splits.
+        columns: Names such as "sentence1" and "sentence2". The values of several follow each other, each on a line of
+            its own after its name.
+
+    Raises:
+        ValueError: If the task has none of them, or not the same in all splits.
+    """
+    found = [name for name in columns if name in data["train"].column_names]
+    if not found:
+        raise ValueError(
+            f"task {task!r} has columns {data['train'].column_names}, expected one of {list(columns)} among them"
+        )
+    for split, rows in data.items():
+        if missing := [name for name in found if name not in rows.column_names]:
+            raise ValueError(
+                f"task {task!r} has columns {rows.column_names} in {split!r}, expected {missing} as in 'train'"
+            )
+    if found == ["text"]:
+        return data
+
+    def join(example: Mapping[str, str]) -> dict[str, str]:
+        if len(found) == 1:
+            return {"text": example[found[0]]}
+        return {"text": "\n".join(f"{name}: {example[name]}" for name in found)}
+
+    return data.map(join, desc=f"Joining columns of {task}")
 
 
 def prompt_completion_task(
@@ -62,31 +158,72 @@ def prompt_completion_task(
                 f"task {task!r} has label {unseen[0]!r} in {split!r}, expected one of those it is trained on: {labels}"
             )
 
+    prompt_format = prompt_format.naming(labels)
+    completions = [[*prompt_format.label_ids(tokenizer, label), tokenizer.eos_token_id] for label in labels]
+
     def tokenize(example: Mapping[str, str]) -> dict[str, list[int] | int]:
         prompt = prompt_format.prompt_ids(tokenizer, example["text"])
-        completion = [*prompt_format.label_ids(tokenizer, str(example["label"])), tokenizer.eos_token_id]
+        label_index = labels.index(str(example["label"]))
+        completion = completions[label_index]
         return {
             "input_ids": prompt + completion,
             "attention_mask": [1] * (len(prompt) + len(completion)),
             "labels": [-100] * len(prompt) + completion,
             "prompt_ids": prompt,
-            "label_index": labels.index(str(example["label"])),
+            "label_index": label_index,
         }
 
     columns = data["train"].column_names
     return data.map(tokenize, remove_columns=columns, desc=f"Tokenizing {task}"), labels
 
 
+class CompletionCollator:
+    """Batches of prompts and completions, padded on the left.
+
+    Completions end together then, and a model that takes `logits_to_keep` computes logits for them alone, which are
+    few of a batch's tokens: over a large vocabulary, a fifth of the time of a small model and most of its memory.
+
+    Args:
+        tokenizer: Gives the padding.
+        model: The base model.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> None:
+        self.pad = padding_of(tokenizer)
+        self.takes = frozenset(inspect.signature(model.forward).parameters)
+
+    def __call__(self, examples: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tensor]:
+        """`input_ids`, `attention_mask` and `labels`, (batch, tokens), and what else the model takes."""
+        rows = [list(example["input_ids"]) for example in examples]
+        width = max(map(len, rows))
+        mask = _left_padded([[1] * len(row) for row in rows], 0)
+        labels = _left_padded([list(example["labels"]) for example in examples], -100)
+        batch = {"input_ids": _left_padded(rows, self.pad), "attention_mask": mask, "labels": labels}
+        if "position_ids" in self.takes:
+            batch["position_ids"] = _positions(mask)
+        if "logits_to_keep" in self.takes:
+            # A token is predicted at the place before it.
+            first = max(int((labels != -100).any(0).int().argmax()) - 1, 0)
+            batch["labels"] = labels[:, first:]
+            batch["logits_to_keep"] = torch.arange(first, width)
+        return batch
+
+
 class LabelLikelihoodScorer:
     """Accuracy of picking the label with the highest likelihood after the prompt.
 
-    Each prompt is run once; labels of several tokens continue from its cache.
+    Each prompt is run once; labels of several tokens continue from its cache. Where a label is the beginning of
+    another one, the end of the text counts as a token of each.
 
     Args:
         tokenizer: Gives padding and label tokens.
         labels: By task, the labels to choose from.
         prompt_format: As for training.
         batch_size: Prompts at a time.
+
+    Attributes:
+        chosen (`dict[str, list[int]]`): By task, the numbers of the labels that were picked when it was last scored.
+        seconds (`float`): How long all scoring took.
     """
 
     def __init__(
@@ -96,58 +233,95 @@ class LabelLikelihoodScorer:
         prompt_format: PromptFormat,
         batch_size: int = 32,
     ) -> None:
-        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self.pad = padding_of(tokenizer)
         self.batch_size = batch_size
-        self.label_ids = {
-            task: [prompt_format.label_ids(tokenizer, label) for label in names] for task, names in labels.items()
-        }
+        self.chosen: dict[str, list[int]] = {}
+        self.seconds = 0.0
+        self.label_ids = {}
+        for task, names in labels.items():
+            ids = [prompt_format.label_ids(tokenizer, label) for label in names]
+            ambiguous = any(a != b and b[: len(a)] == a for a in ids for b in ids)
+            self.label_ids[task] = [[*label, tokenizer.eos_token_id] for label in ids] if ambiguous else ids
 
     @torch.inference_mode()
     def __call__(self, model: PeftModel | nn.Module, task: str, data: Dataset) -> dict[str, float]:
         """Score a task with the model as it is; data as from `prompt_completion_task`."""
-        was_training = model.training
+        started, was_training = time.monotonic(), model.training
         model.eval()
+        prompts, answers = data["prompt_ids"], data["label_index"]
+        chosen = [0] * len(data)
         # Prompts of like length share a batch, so that little is padded.
-        order = sorted(range(len(data)), key=lambda i: len(data[i]["prompt_ids"]))
-        correct = 0
+        order = sorted(range(len(data)), key=[len(prompt) for prompt in prompts].__getitem__)
         for start in range(0, len(order), self.batch_size):
-            batch = data.select(order[start : start + self.batch_size])
-            scores = self.label_scores(model, batch["prompt_ids"], self.label_ids[task])
-            correct += int((scores.argmax(-1).cpu() == torch.tensor(batch["label_index"])).sum())
+            rows = order[start : start + self.batch_size]
+            scores = self.label_scores(model, [prompts[i] for i in rows], self.label_ids[task])
+            for i, label in zip(rows, scores.argmax(-1).tolist(), strict=True):
+                chosen[i] = label
         model.train(was_training)
-        return {"accuracy": correct / len(data)}
+        self.chosen[task] = chosen
+        self.seconds += time.monotonic() - started
+        return {"accuracy": sum(a == b for a, b in zip(chosen, answers, strict=True)) / len(data)}
 
     def label_scores(
         self, model: PeftModel | nn.Module, prompts: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]
     ) -> Tensor:
         """Log-likelihood (prompts, labels) of each label after each prompt."""
         device = next(model.parameters()).device
-        width = max(len(prompt) for prompt in prompts)
-        ids = torch.tensor([[self.pad] * (width - len(p)) + list(p) for p in prompts], device=device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-        output = model(**_with_positions(model, mask, input_ids=ids), use_cache=True)
-        first = output.logits[:, -1].float().log_softmax(-1)
-        scores = first[:, [label[0] for label in labels]]
-        longest = max(len(label) for label in labels)
-        if longest == 1:
-            return scores
-        rest = torch.tensor([list(label) + [self.pad] * (longest - len(label)) for label in labels], device=device)
-        valid = torch.tensor([[i < len(label) for i in range(longest)] for label in labels], device=device)
-        cache = output.past_key_values
-        cache.batch_repeat_interleave(len(labels))
-        tiled = rest.repeat(len(prompts), 1)
-        tiled_mask = torch.cat([mask.repeat_interleave(len(labels), 0), valid.repeat(len(prompts), 1)[:, :-1]], dim=1)
-        inputs = _with_positions(model, tiled_mask, input_ids=tiled[:, :-1])
-        logits = model(**inputs, past_key_values=cache).logits.float().log_softmax(-1)
-        following = logits.gather(-1, tiled[:, 1:, None]).squeeze(-1) * valid.repeat(len(prompts), 1)[:, 1:]
-        return scores + following.sum(-1).view(len(prompts), len(labels))
+        mask = _left_padded([[1] * len(prompt) for prompt in prompts], 0).to(device)
+        ids = _left_padded(prompts, self.pad).to(device)
+        output = model(**_inputs(model, ids, mask, logits=1), use_cache=True)
+        scores = output.logits[:, -1].float().log_softmax(-1)[:, [label[0] for label in labels]]
+        # Labels that differ in their last token alone, such as "very good" and "very bad", share a forward.
+        continued: dict[tuple[int, ...], list[int]] = {}
+        for number, label in enumerate(labels):
+            if len(label) > 1:
+                continued.setdefault(tuple(label[:-1]), []).append(number)
+        for beginning, numbers in continued.items():
+            rest = torch.tensor(beginning, device=device).expand(len(prompts), -1)
+            inputs = _inputs(model, rest, torch.cat([mask, torch.ones_like(rest)], dim=1), logits=len(beginning))
+            # A forward extends the cache that it is given.
+            logits = model(**inputs, past_key_values=copy.deepcopy(output.past_key_values)).logits
+            following = logits.float().log_softmax(-1)
+            for number in numbers:
+                tokens = torch.tensor(labels[number][1:], device=device)
+                scores[:, number] += following[:, range(len(tokens)), tokens].sum(-1)
+        return scores
 
 
-def _with_positions(model: PeftModel | nn.Module, mask: Tensor, input_ids: Tensor) -> dict[str, Tensor]:
-    """Inputs of a forward of left-padded prompts, with the positions of their tokens where the model takes them."""
-    inputs = {"input_ids": input_ids, "attention_mask": mask.long()}
+def padding_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that fills rows up, which no mask lets through."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+
+def _common_start(one: Sequence[int], other: Sequence[int]) -> list[int]:
+    return [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))]
+
+
+def _left_padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
+    width = max(map(len, rows))
+    return torch.tensor([[fill] * (width - len(row)) + list(row) for row in rows])
+
+
+def _positions(mask: Tensor) -> Tensor:
+    return (mask.cumsum(-1) - 1).clamp_min(0)
+
+
+def _inputs(model: PeftModel | nn.Module, input_ids: Tensor, mask: Tensor, *, logits: int) -> dict[str, Tensor]:
+    """Inputs of a forward of left-padded tokens, with the positions and the number of logits where a model takes them.
+
+    Args:
+        model: Takes the inputs.
+        input_ids: Tokens (rows, new).
+        mask: Which tokens (rows, cached + new) are no padding.
+        logits: How many of the new tokens, the last ones, need logits.
+    """
+    inputs = {"input_ids": input_ids, "attention_mask": mask}
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    if "position_ids" in inspect.signature(base.forward).parameters:
-        positions = (mask.long().cumsum(-1) - 1).clamp_min(0)
-        inputs["position_ids"] = positions[:, -input_ids.shape[1] :]
+    takes = inspect.signature(base.forward).parameters
+    new = input_ids.shape[1]
+    if "position_ids" in takes:
+        inputs["position_ids"] = _positions(mask)[:, -new:]
+    if "logits_to_keep" in takes:
+        # As numbers of places: a slice is no contiguous tensor, which bfloat16 on the CPU takes 70 times as long for.
+        inputs["logits_to_keep"] = torch.arange(new - logits, new, device=input_ids.device)
     return inputs

@@ -5,11 +5,17 @@
     accelerate launch recipes/llama_stream.py --model_name_or_path meta-llama/Llama-3.2-1B \
         --tasks sst2=data/sst2.jsonl news=data/agnews/ mrpc=org/mrpc --learning_rate 1e-3 --output_dir share-llama
     accelerate launch recipes/llama_stream.py --config stream.yaml
+    python recipes/benchmarks/_smollm2.py smollm2 && accelerate launch recipes/llama_stream.py \
+        --config recipes/configs/smollm2.yaml --model_name_or_path smollm2 --tasks news=data/agnews/ mrpc=data/mrpc/
 
-Without arguments it needs no network: the small backbone and the tasks are in `recipes/assets/`. A task has a `text`
-and a `label` column; it is trained as prompt and completion and scored by the likelihood of its labels. It prints a
-line a task and the accuracy matrix, and leaves the subspace with a model card in `<output_dir>/subspace`. `--method`
-runs the baselines the same way: a LoRA of its own for each task, or one LoRA trained on all tasks in their order.
+Without arguments it needs no network: the small backbone and the tasks are in `recipes/assets/`. A task has a `label`
+column and a `text`, or those of `--text_columns`; it is trained as prompt and completion and scored by the likelihood
+of its labels. Where the tokenizer has a chat template, the prompt is what a user says and the label the answer. It
+prints a line a task and the accuracy matrix, and leaves the subspace with a model card in `<output_dir>/subspace`.
+
+`--method` runs the baselines the same way: a LoRA of its own for each task, or one LoRA trained on all tasks in their
+order. `--results_json` keeps each example's answer, sizes and times and, with `--own_text`, what tasks do to the loss
+of texts that belong to none. To choose settings, score on `--held_out` training examples instead of on test data.
 """
 
 from __future__ import annotations
@@ -19,21 +25,26 @@ import quiet  # noqa: F401
 
 # isort: split
 import sys
-from dataclasses import dataclass, field
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from likelihood import LabelLikelihoodScorer, PromptFormat, prompt_completion_task
-from peft import LoraConfig
-from task_data import dataset_ids, flags_with_config, load_task, parse_tasks, quantization, train_loras
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DataCollatorForSeq2Seq,
-    HfArgumentParser,
-    set_seed,
+from likelihood import CompletionCollator, LabelLikelihoodScorer, PromptFormat, prompt_completion_task, with_text
+from peft import LoraConfig, PeftModel
+from stream_results import (
+    Stopwatch,
+    answers,
+    own_losses,
+    sizes_of_loras,
+    sizes_of_subspace,
+    texts_of,
+    write_results,
 )
+from task_data import dataset_ids, flags_with_config, load_task, parse_tasks, quantization, train_loras
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
 
 from share_hf import ShareConfig, ShareTrainer, ShareTrainingArguments
 
@@ -53,14 +64,43 @@ class ScriptArguments:
         metadata={"help": "name=place for each task: a jsonl or csv file, a folder, or a datasets id."},
     )
     train_examples: int | None = field(default=None, metadata={"help": "Use only the first examples of each task."})
+    eval_examples: int | None = field(default=None, metadata={"help": "Score only the first examples of each task."})
+    held_out: int = field(
+        default=0, metadata={"help": "Score on this many training examples, the last ones, instead of on test data."}
+    )
+    text_columns: list[str] = field(
+        default_factory=lambda: ["text"],
+        metadata={"help": "Columns of which the text is made: those of them that a task has, each on its line."},
+    )
+    chat_template: Literal["auto", "never"] = field(
+        default="auto",
+        metadata={"help": "Whether prompts have the form of the tokenizer's chat template, if it has one."},
+    )
+    after_text: str | None = field(
+        default=None,
+        metadata={"help": "What follows a text; {labels} in it names the labels. 'Answer:' if it is no chat."},
+    )
     max_length: int = field(default=256, metadata={"help": "Tokens of a prompt at most."})
     target_modules: str = field(default="all-linear", metadata={"help": "Modules to adapt, comma-separated."})
     num_components: int = field(default=32, metadata={"help": "Cap on the directions of a layer's basis (k)."})
-    pseudo_rank: int = field(default=8, metadata={"help": "Rank of a task (p), and of the baselines' LoRAs."})
+    pseudo_rank: int = field(default=8, metadata={"help": "Rank of a task (p)."})
+    lora_rank: int | None = field(default=None, metadata={"help": "Rank of the baselines' LoRAs; p if not given."})
     num_temporary: int | None = field(default=None, metadata={"help": "Temporary factors (φ); k // 4 if not given."})
     init_std: float = field(default=0.05, metadata={"help": "Spread of a new task's coefficients (σ)."})
     drift_tolerance: float | None = field(default=None, metadata={"help": "Largest drift merges may add up to."})
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={"help": "How attention is computed, such as eager or sdpa; the model's own if not given."},
+    )
     load_in_4bit: bool = field(default=False, metadata={"help": "Quantize the model to NF4 with bitsandbytes."})
+    results_json: Path | None = field(
+        default=None, metadata={"help": "File for what was measured, each example's answer included."}
+    )
+    own_text: Path | None = field(
+        default=None,
+        metadata={"help": "jsonl, csv or text file of no task, whose loss is measured with each adapter."},
+    )
+    own_texts: int = field(default=100, metadata={"help": "Texts of that file at most."})
 
 
 @dataclass
@@ -73,6 +113,12 @@ class StreamArguments(ShareTrainingArguments):
     )
     learning_rate: float = field(default=5e-3, metadata={"help": "Learning rate of the adapt phase."})
     init_learning_rate: float | None = field(default=4e-3, metadata={"help": "Learning rate of LoRA factors."})
+    coefficients_learning_rate: float | None = field(
+        default=None, metadata={"help": "With --method coefficients, instead of learning_rate."}
+    )
+    lora_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the baselines; init_learning_rate if not given."}
+    )
     num_train_epochs: float = field(default=5.0, metadata={"help": "Epochs of each task."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Examples a step and device."})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Examples to score at once."})
@@ -89,38 +135,69 @@ class StreamArguments(ShareTrainingArguments):
 def main() -> None:
     parser = HfArgumentParser((ScriptArguments, StreamArguments))
     script, args = parser.parse_args_into_dataclasses(flags_with_config())
+    check_results(script, args)
+    args.learning_rate = own_learning_rate(args)
+    started = time.monotonic()
     set_seed(args.seed)
 
     places = parse_tasks(script.tasks) or {path.name: str(path) for path in sorted((ASSETS / "tasks").iterdir())}
     tokenizer = AutoTokenizer.from_pretrained(script.model_name_or_path)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    prompt_format = PromptFormat(max_length=script.max_length)
+    prompt_format = PromptFormat.of_tokenizer(
+        tokenizer, script.after_text, script.max_length, chats=script.chat_template == "auto"
+    )
+    own_texts = texts_of(script.own_text, script.own_texts) if script.own_text else []
     tasks, labels = {}, {}
     for name, place in places.items():
-        data = load_task(place, script.train_examples)
+        data = load_task(place, script.train_examples, script.eval_examples, script.held_out)
+        data = with_text(name, data, script.text_columns)
         tasks[name], labels[name] = prompt_completion_task(name, data, tokenizer, prompt_format)
 
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     model = AutoModelForCausalLM.from_pretrained(
-        script.model_name_or_path, dtype=dtype, quantization_config=quantization(script.load_in_4bit, dtype)
+        script.model_name_or_path,
+        dtype=dtype,
+        quantization_config=quantization(script.load_in_4bit, dtype),
+        attn_implementation=script.attn_implementation,
     )
     scorer = LabelLikelihoodScorer(tokenizer, labels, prompt_format, args.per_device_eval_batch_size)
-    collator = DataCollatorForSeq2Seq(tokenizer, model=None, label_pad_token_id=-100)
+    collator = CompletionCollator(tokenizer, model)
+    stopwatch = Stopwatch()
     target_modules = script.target_modules if "," not in script.target_modules else script.target_modules.split(",")
 
+    def keep_results(model: PeftModel, adapters: Mapping[str, str], metrics: Mapping[str, Any], sizes: Any) -> None:
+        results = {
+            "settings": settings_of(script, args),
+            "metrics": metrics,
+            "tasks": answers(scorer, model, tasks, labels, adapters, scored=args.evaluate_seen_tasks),
+            **sizes,
+            "seconds": {
+                "total": time.monotonic() - started,
+                "training": stopwatch.seconds,
+                "scoring": scorer.seconds,
+            },
+            "own_text": own_losses(model, tokenizer, own_texts, adapters, script.max_length) if own_texts else None,
+        }
+        write_results(script.results_json, results)
+
     if args.method in ("per_task_lora", "sequential_lora"):
-        rank = script.pseudo_rank
+        rank = script.lora_rank or script.pseudo_rank
+        learned: dict[str, Any] = {}
         metrics = train_loras(
             model,
-            baseline_arguments(args),
+            args,
             LoraConfig(r=rank, lora_alpha=rank, target_modules=target_modules, task_type="CAUSAL_LM"),
             tasks,
             lambda trainer, task, data: scorer(trainer.model, task, data)["accuracy"],
             sequential=args.method == "sequential_lora",
+            finish=lambda model, adapters: learned.update(model=model, adapters=adapters),
             data_collator=collator,
+            callbacks=[stopwatch],
         )
         print(metrics.table())
+        if script.results_json is not None:
+            keep_results(**learned, metrics=metrics.as_dict(), sizes=sizes_of_loras(**learned))
         return
 
     config = ShareConfig(
@@ -140,18 +217,41 @@ def main() -> None:
         task_scorer=scorer,
         data_collator=collator,
         processing_class=tokenizer,
+        callbacks=[stopwatch],
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if trainer.is_world_process_zero():
         print(trainer.metrics_table)
         print(f"Subspace of {len(trainer.subspace.tasks)} tasks in {args.output_dir}/subspace")
+    if script.results_json is not None:
+        sizes = sizes_of_subspace(trainer.subspace.report(), trainer.metrics["parameters"])
+        keep_results(trainer.model, {task: task for task in tasks}, trainer.metrics, sizes)
     trainer.accelerator.end_training()
 
 
-def baseline_arguments(args: StreamArguments) -> StreamArguments:
-    """A LoRA trains at the learning rate of free factors."""
-    args.learning_rate = args.init_learning_rate or args.learning_rate
-    return args
+def check_results(script: ScriptArguments, args: StreamArguments) -> None:
+    """Refuse what would end in no results, before hours of training."""
+    if script.own_text is not None and script.results_json is None:
+        raise ValueError(
+            f"--own_text is {script.own_text} and --results_json is not given, expected both: it is kept there"
+        )
+    if script.results_json is not None and args.world_size > 1:
+        raise ValueError(f"--results_json is given in {args.world_size} processes, expected one")
+
+
+def own_learning_rate(args: StreamArguments) -> float:
+    """That of the method: a LoRA trains at the learning rate of free factors."""
+    if args.method == "share":
+        return args.learning_rate
+    if args.method == "coefficients":
+        return args.coefficients_learning_rate or args.learning_rate
+    return args.lora_learning_rate or args.init_learning_rate or args.learning_rate
+
+
+def settings_of(script: ScriptArguments, args: StreamArguments) -> dict[str, Any]:
+    """What the results were made with."""
+    names = [*StreamArguments.__annotations__, "num_init_tasks", "finetune_num_train_epochs", "bf16", "seed"]
+    return {**asdict(script), **{name: getattr(args, name) for name in names}}
 
 
 if __name__ == "__main__":

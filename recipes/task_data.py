@@ -33,12 +33,31 @@ SPLITS = {
 }
 
 
-def load_task(place: str, train_examples: int | None = None) -> DatasetDict:
+def load_task(
+    place: str, train_examples: int | None = None, eval_examples: int | None = None, held_out: int = 0
+) -> DatasetDict:
     """Data of a task from a jsonl or csv file, a folder of `train`, `validation`, `test` files, or a `datasets` id.
 
     Without a test split, a tenth of the training data is held out for it.
+
+    Args:
+        place: Where the data is.
+        train_examples: How many training examples to keep, the first ones; all if not given.
+        eval_examples: The same of each other split.
+        held_out: How many training examples, the last ones, take the place of the test data.
+
+    Raises:
+        ValueError: If there is no training data there, or not enough to hold some out.
     """
-    return first_examples(held_out(load_splits(place)), train_examples)
+    data = with_scored_split(load_splits(place))
+    if held_out:
+        if (rest := len(data["train"]) - held_out) < 1:
+            raise ValueError(
+                f"{place}: {len(data['train'])} training examples, expected more than the {held_out} held out"
+            )
+        train = data["train"]
+        data = DatasetDict(train=train.select(range(rest)), test=train.select(range(rest, len(train))))
+    return first_examples(data, train_examples, eval_examples)
 
 
 def load_splits(place: str) -> DatasetDict:
@@ -60,18 +79,21 @@ def load_splits(place: str) -> DatasetDict:
     return DatasetDict({split: data[name] for split, name in found.items()})
 
 
-def held_out(data: DatasetDict) -> DatasetDict:
+def with_scored_split(data: DatasetDict) -> DatasetDict:
     """Splits of which one can be scored: a tenth of the training data is held out where there is no other."""
     if {"test", "validation"} & set(data):
         return data
     return data["train"].train_test_split(test_size=0.1, seed=0)
 
 
-def first_examples(data: DatasetDict, train_examples: int | None) -> DatasetDict:
-    """Splits with at most so many training examples, the first ones; all if None."""
-    if train_examples is None:
-        return data
-    return DatasetDict({**data, "train": data["train"].select(range(min(train_examples, len(data["train"]))))})
+def first_examples(data: DatasetDict, train_examples: int | None, eval_examples: int | None = None) -> DatasetDict:
+    """Splits with at most so many examples, the first ones of each; all of them if None."""
+    kept = DatasetDict(data)
+    for split, rows in data.items():
+        most = train_examples if split == "train" else eval_examples
+        if most is not None:
+            kept[split] = rows.select(range(min(most, len(rows))))
+    return kept
 
 
 def _load_folder(folder: Path) -> DatasetDict:
@@ -95,6 +117,11 @@ def _found_splits(place: str, names: list[str]) -> dict[str, str]:
     if unused := [name for name in names if name not in found.values()]:
         logger.warning("%s: splits %s are not used, only %s are.", place, unused, sorted(found.values()))
     return found
+
+
+def evaluation_of(data: DatasetDict) -> Dataset:
+    """The split that a task is scored on."""
+    return data["test"] if "test" in data else data["validation"]
 
 
 def parse_tasks(arguments: list[str]) -> dict[str, str]:
@@ -177,6 +204,7 @@ def train_loras(
     sequential: bool,
     prepare: Callable[[PeftModel, str], None] = lambda model, task: None,
     score_names: Mapping[str, str] | None = None,
+    finish: Callable[[PeftModel, Mapping[str, str]], None] = lambda model, names: None,
     **trainer_kwargs: Any,
 ) -> ContinualMetrics:
     """The baselines: a LoRA of its own for each task, or one LoRA trained on all tasks in their order.
@@ -190,6 +218,7 @@ def train_loras(
         sequential: One LoRA for all tasks.
         prepare: Called before a task is trained or scored.
         score_names: By task, what it is scored by; accuracy if not given.
+        finish: Called at the end, with the name of each task's adapter.
         trainer_kwargs: For the Trainer.
     """
     metrics = ContinualMetrics(score_names=dict(score_names or {}), tasks=list(tasks), baseline=[None] * len(tasks))
@@ -211,9 +240,13 @@ def train_loras(
         trainer.train()
         row: list[float | None] = [None] * len(tasks)
         for j, seen in enumerate(list(tasks)[: position + 1]):
+            if not sequential and j < position:  # its LoRA is what it was
+                row[j] = metrics.matrix[-1][j]
+                continue
             peft_model.set_adapter(names[seen])
             prepare(peft_model, seen)
-            row[j] = score(trainer, seen, tasks[seen].get("test", tasks[seen].get("validation")))
+            row[j] = score(trainer, seen, evaluation_of(tasks[seen]))
         metrics.matrix.append(row)
         progress.task_line(metrics, "sequential" if sequential else "lora", time.monotonic() - started)
+    finish(peft_model, names)
     return metrics

@@ -18,7 +18,7 @@ from typing import Any, get_args
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Value
 from datasets import Sequence as ListOf
-from task_data import first_examples, held_out, load_splits
+from task_data import first_examples, load_splits, with_scored_split
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -161,7 +161,7 @@ def load_text_task(
             logger.warning("Task %r: its %s split has no labels, so another split scores it.", name, split)
             del splits[split]
     _check_labels(name, splits, column)
-    splits = held_out(splits)
+    splits = with_scored_split(splits)
     columns = tuple(text_columns) if text_columns is not None else _found_text_columns(name, splits["train"], column)
     _check_text_columns(name, splits, columns)
     kind, labels = _found_labels(name, splits["train"], column, problem_type)

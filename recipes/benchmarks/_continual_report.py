@@ -205,7 +205,7 @@ def curve_of(run: Run, result: Result) -> dict[int, float]:
     """After how many tasks, the mean score of the first ten."""
     stages = {int(end): stage["answers"] for end, stage in result.get("stages", {}).items()}
     stages[len(run.tasks)] = result["answers"]
-    first = run.tasks[:FIRST]
+    first = run.tasks[: min(FIRST, *stages)]
     return {
         end: statistics.mean(scores_of(result, {task: answers[task] for task in first}).values())
         for end, answers in sorted(stages.items())
