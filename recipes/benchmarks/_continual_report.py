@@ -245,10 +245,13 @@ def losses_of(found: Found) -> Iterator[Loss]:
 
 
 def _certificate_rows(losses: Sequence[Loss]) -> Iterator[Row]:
-    correlation = spearmanr([loss.drift for loss in losses], [loss.loss for loss in losses]).statistic
-    yield Row.at_least(f"rank correlation of drift and loss, {len(losses)} tasks", float(correlation), "", 0.6)
+    drifts, lost = [loss.drift for loss in losses], [loss.loss for loss in losses]
+    if len(set(drifts)) > 1 and len(set(lost)) > 1:
+        correlation = float(spearmanr(drifts, lost).statistic)
+        yield Row.at_least(f"rank correlation of drift and loss, {len(losses)} tasks", correlation, "", 0.6)
     harmed = [loss.drift for loss in losses if loss.loss > POINT]
-    yield Row("largest drift under which no task lost over a point", min(harmed, default=float("nan")), "")
+    if harmed:
+        yield Row("largest drift under which no task lost over a point", min(harmed), "")
     for threshold in THRESHOLDS:
         below = [loss.loss for loss in losses if loss.drift <= threshold]
         if below:

@@ -27,14 +27,7 @@ from ..tuner.head import classifies_inputs
 from ..tuner.renaming import named_as_in
 from ..tuner.transfer import load_tasks
 from .arguments import ShareTrainingArguments, check_parameters, training_facts
-from .data import (
-    EVALUATION_SPLITS,
-    TRAIN_SPLIT,
-    Data,
-    TaskData,
-    TaskSplits,
-    split_data,
-)
+from .data import EVALUATION_SPLITS, TRAIN_SPLIT, Data, TaskData, TaskSplits, split_data
 from .measures import check_functions
 from .phases import RefusedTaskError, config_for, put_back, with_adapters
 from .problems import TaskDetails, task_details
