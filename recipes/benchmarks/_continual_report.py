@@ -21,7 +21,10 @@ from scipy.stats import spearmanr
 Result = Mapping[str, Any]
 Found = Sequence[tuple[Run, Result]]
 
-COLUMNS = ("method", "runs", "average", "± se", "vs lora", "95 %", "forgetting", "trained", "kB a task", "min a run")
+COLUMNS = (
+    *("method", "runs", "average", "± se", "vs lora", "95 %", "forgetting"),
+    *("own loss", "trained", "kB a task", "min a run"),
+)
 FIRST = 10  # tasks whose scores are followed as others arrive
 POINT = 0.01
 THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
@@ -99,12 +102,20 @@ def _method_lines(found: Found) -> Iterator[tuple[str, ...]]:
             "" if difference is None else f"{100 * difference.mean:+.2f}",
             "" if difference is None else f"[{100 * difference.low:+.2f}, {100 * difference.high:+.2f}]",
             f"{100 * statistics.mean(forgotten):.2f}" if forgotten else "",
+            own_loss(result),
             f"{result['trained']:,.0f}",
             f"{sum(result['bytes'].values()) / len(result['answers']) / 1e3:,.0f}",
             f"{statistics.mean(result['seconds'] for _, result in theirs) / 60:.1f}",
         )
         lines.append((statistics.mean(averages), line))
     yield from (line for _, line in sorted(lines, reverse=True))
+
+
+def own_loss(result: Result) -> str:
+    """What tasks add to the loss of the base model on texts of no task, where that was measured."""
+    if "own_loss" not in result:
+        return ""
+    return f"{result['own_loss']['with'] - result['own_loss']['without']:+.3f}"
 
 
 def average_of(result: Result) -> float:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import _language_run
 import _share_run
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ sys.path.insert(0, str(ROOT / "recipes"))
 from text_tasks import TextTask, load_text_task
 
 
+OWN_TEXT = "imdb"  # of no task of a causal LM's stream: its loss tells what is left of the model's own ability
 OF_DATA = ("max_length", "train_examples", "target_modules", "validation")  # settings that are of the data alone
 
 
@@ -42,6 +44,11 @@ def main() -> None:
     stream = STREAMS[run.stream]
     validation = run.settings.get("validation", False)
     places = write_data(run.stream, Path(job["data"]), work / "data", validation=validation)
+    started = time.monotonic()
+    if run.stream == "smollm2":
+        own_text = Path(job["data"]) / "cl_bench" / OWN_TEXT / "test.jsonl"
+        keep(job, run, _language_run.learn(run, places, own_text, work), started)
+        return
     tokenizer = AutoTokenizer.from_pretrained(model)
     tasks = {
         name: load_text_task(
@@ -54,15 +61,19 @@ def main() -> None:
         )
         for name in run.tasks
     }
-    started = time.monotonic()
     if run.method in SHARE_METHODS:
         result = _share_run.learn(run, places, model, tasks, tokenizer, work)
     else:
         result = baseline(run, model, tasks, tokenizer, work)
-    result["seconds"] = time.monotonic() - started
     true = {name: encoded(np.asarray(list(task.scored["label"]))) for name, task in tasks.items()}
     described = {"metrics": {name: task.metrics[0] for name, task in tasks.items()}, "true": true}
-    Results(Path(job["results"])).add(run, {**described, **result, "versions": versions(), "machine": machine()})
+    keep(job, run, {**described, **result}, started)
+
+
+def keep(job: Mapping[str, Any], run: Run, result: Mapping[str, Any], started: float) -> None:
+    """Write the result of a run, with what it ran on."""
+    facts = {"seconds": time.monotonic() - started, "versions": versions(), "machine": machine()}
+    Results(Path(job["results"])).add(run, {**result, **facts})
 
 
 def baseline(

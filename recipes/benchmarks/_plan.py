@@ -57,6 +57,29 @@ FIFTY: dict[str, dict[str, Any]] = {
     "k=8": SHARE | {"num_components": 8, "num_temporary": 4},
 }
 
+# Of recipes/llama_stream.py with SmolLM2-135M-Instruct; rates as in recipes/configs/smollm2.yaml.
+LANGUAGE: dict[str, Any] = {
+    "max_length": 128,
+    "eval_examples": 400,
+    "text_columns": ["text", "sentence", "sentence1", "question", "sentence2"],
+    "bf16": True,
+    "attn_implementation": "eager",
+    "num_train_epochs": 3.0,
+    "per_device_train_batch_size": 8,
+    "per_device_eval_batch_size": 16,
+    "evaluate_before": False,
+    "num_components": 32,
+    "pseudo_rank": 8,
+    "num_init_tasks": 2,
+    "init_learning_rate": 3e-3,
+}
+LANGUAGE_METHODS: dict[str, dict[str, Any]] = {
+    "share": {"learning_rate": 1e-2},
+    "lora": {"lora_rank": 16, "lora_learning_rate": 3e-3},
+    "coefficients": {"coefficients_learning_rate": 2e-2},
+    "sequential": {"lora_rank": 16, "lora_learning_rate": 3e-3},
+}
+
 # One setting changed at a time, scored on training examples that are held out.
 ABLATIONS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -85,6 +108,16 @@ def planned() -> Iterator[Run]:
     yield from ablations()
     yield from _compared("nine", range(len(STREAMS["nine"].orders)), SEEDS, EVERYWHERE)
     yield from fifty()
+    yield from language()
+
+
+def language() -> Iterator[Run]:
+    """A causal LM that people know, on one order and seed."""
+    stream = STREAMS["smollm2"]
+    of_data = {"train_examples": stream.train_examples, "target_modules": stream.target_modules}
+    for method, settings in LANGUAGE_METHODS.items():
+        order = None if method in WITHOUT_ORDER else 0
+        yield Run("smollm2", method, 0, order, stream.orders[0], {**LANGUAGE, **of_data, **settings})
 
 
 def fifty() -> Iterator[Run]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,15 @@ class Stream:
         train_examples: Examples to train a task on at most.
         target_modules: Modules to adapt, as a recipe takes them.
         metrics: By task, its metric; accuracy where none is named.
+        elsewhere: By task, another folder that its data lies in.
     """
 
     folder: str
     orders: tuple[tuple[str, ...], ...]
     train_examples: int
     target_modules: str
-    metrics: Mapping[str, str]
+    metrics: Mapping[str, str] = field(default_factory=dict)
+    elsewhere: Mapping[str, str] = field(default_factory=dict)
 
     def metric(self, task: str) -> str:
         return self.metrics.get(task, "accuracy")
@@ -120,9 +122,15 @@ STREAMS: dict[str, Stream] = {
         ),
         1000,
         "query,value",
-        {},
     ),
-    "fifty": Stream("fifty", (tuple(_SHUFFLED),), 300, "query,value,intermediate.dense", {}),
+    "fifty": Stream("cl_bench", (tuple(_SHUFFLED),), 300, "query,value,intermediate.dense"),
+    "smollm2": Stream(
+        "cl_bench",
+        (("agnews", "mrpc", "sst2", "qnli"),),
+        400,
+        "all-linear",
+        elsewhere={"mrpc": "glue", "qnli": "glue"},
+    ),
 }
 
 
@@ -142,7 +150,7 @@ def write_data(stream: str, data: Path, folder: Path, *, validation: bool = Fals
     declared, places = STREAMS[stream], {}
     for task in sorted(declared.orders[0]):
         part = FIFTY[task] if stream == "fifty" else Slice(task)
-        source = data / ("cl_bench" if stream == "fifty" else declared.folder) / part.source
+        source = data / declared.elsewhere.get(task, declared.folder) / part.source
         if stream != "fifty" and not validation:
             places[task] = str(source)
             continue

