@@ -1,8 +1,8 @@
 """Text classification, regression and multi-label data as people have it, made into tasks with a metric of their own.
 
 What a task is follows from its data: integers and strings are classes, floating-point numbers are values to be
-predicted, and lists are several labels of one text. Texts are single or pairs. Where the data leaves a doubt, an error
-says what to tell.
+predicted, and lists are several labels of one text. Texts are single or pairs. If the data is ambiguous, the error
+says which option resolves it.
 """
 
 from __future__ import annotations
@@ -166,8 +166,8 @@ def load_text_task(
     _check_text_columns(name, splits, columns)
     kind, labels = _found_labels(name, splits["train"], column, problem_type)
     chosen = _checked_metrics(name, metrics or _default_metrics(name, kind, labels), kind, labels)
+    encode = _LabelEncoder(name, column, kind, labels, splits["train"])
     splits = first_examples(splits, train_examples)
-    encode = _LabelEncoder(name, column, kind, labels, splits["train"].features[column])
 
     def encoded(batch: Mapping[str, list[Any]], split: str) -> dict[str, Any]:
         texts = tokenizer(*(batch[text] for text in columns), truncation=True, max_length=max_length)
@@ -311,15 +311,17 @@ class _LabelEncoder:
         column: Name of the column that they are in.
         kind: What they are.
         names: Their names, as found in the training data.
-        feature: Their type in the data set.
+        train: The training data.
     """
 
-    def __init__(self, task: str, column: str, kind: ProblemType, names: tuple[str, ...], feature: Any) -> None:
+    def __init__(self, task: str, column: str, kind: ProblemType, names: tuple[str, ...], train: Dataset) -> None:
         self._task, self._column, self._kind, self._names = task, column, kind, names
         self._numbers = {name: number for number, name in enumerate(names)}
-        inner = getattr(feature, "feature", feature)
+        inner = getattr(train.features[column], "feature", train.features[column])
         self._class_names = list(inner.names) if isinstance(inner, ClassLabel) else None
         self._holds_numbers = not (isinstance(inner, Value) and inner.dtype.endswith("string"))
+        of_names = kind != MULTI_LABEL or self._class_names is not None
+        self._holds_flags = not of_names and _are_flags(task, train[column][:])
         self.feature = {
             CLASSES: ClassLabel(names=list(names)),
             REGRESSION: Value("float64"),
@@ -333,7 +335,9 @@ class _LabelEncoder:
             return self._value(label, split)
         if not isinstance(label, list):
             raise self._refused(label, split, "a list of labels")
-        if self._class_names is None and len(label) == len(self._names) and set(label) <= {0, 1}:
+        if self._holds_flags:
+            if len(label) != len(self._names) or not set(label) <= {0, 1}:
+                raise self._refused(label, split, f"a list of {len(self._names)} zeros and ones")
             return [float(flag) for flag in label]
         chosen = {self._number(each, split) for each in label}
         return [float(number in chosen) for number in range(len(self._names))]

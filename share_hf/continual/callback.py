@@ -67,9 +67,9 @@ class ShareCallback(TrainerCallback):
             The subspace so far; taken from the model if not given, and then without what is known of drift, or of the
             inputs of its tasks.
         routing (`bool`, *optional*, defaults to `False`):
-            Whether the task's inputs are learned too when it has been merged, from one more pass over the training
-            data with the base model, so that inputs find their task, as by [`SharedSubspace.learn_route`]. Not of data
-            that is streamed, packed or padding-free, nor of preferences as `trl.DPOTrainer` takes them.
+            Whether to learn a route to the task after its merge, in one more pass over the training data with the base
+            model, so that inputs find their task, as [`SharedSubspace.learn_route`] does. Streamed, packed and
+            padding-free data and the preferences of `trl.DPOTrainer` are not supported.
 
     Attributes:
         subspace ([`SharedSubspace`]): The subspace, with the task in it when training has ended.

@@ -1,4 +1,4 @@
-"""What is measured of a task's predictions: by the function of its own that a user gives, or by its kind."""
+"""Metrics of a task's predictions: those of the user's function for the task, or those of its kind."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Callable, Collection, Mapping
 from numbers import Real
 
 import numpy as np
+import torch
+from torch import Tensor
 from transformers import EvalPrediction
 from transformers.utils import logging
 
@@ -76,10 +78,17 @@ def check_functions(functions: object, tasks: Collection[str], args: ShareTraini
 def measured_by_user(metrics: Mapping[str, float]) -> dict[str, float]:
     """The numbers among the metrics of an evaluation, in their order, without those that the Trainer adds."""
     return {
-        name: value
+        name: float(value)
         for name, value in metrics.items()
-        if isinstance(value, Real) and name not in _OF_TRAINER and not name.startswith("mem_")
+        if is_number(value) and name not in _OF_TRAINER and not name.startswith("mem_")
     }
+
+
+def is_number(value: object) -> bool:
+    """Whether a metric is a number, numpy's and scalar tensors included, and no truth value."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.dtype.is_complex and value.dtype != torch.bool
+    return isinstance(value, Real) and not isinstance(value, (bool, np.bool_))
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
@@ -88,7 +97,7 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def pearson(prediction: EvalPrediction) -> dict[str, float]:
-    """Correlation of predicted and true values; NaN where one of both is constant."""
+    """Correlation of predicted and true values; NaN if either is constant."""
     batches = [(np.ravel(logits), np.ravel(labels)) for logits, labels in _batches(prediction)]
     values, labels = (part - part.mean() for part in np.concatenate(batches, axis=1).astype(np.float64))
     norm = np.linalg.norm(values) * np.linalg.norm(labels)

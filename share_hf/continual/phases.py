@@ -56,7 +56,7 @@ def config_for(model: nn.Module, share_config: ShareConfig | None, subspace: Sha
     else:
         config = ShareConfig()
     if subspace is not None:
-        # Files of tasks do not tell of centering, so a configuration that was read does not either.
+        # Task files do not record centering, so neither does a configuration read from them.
         settings = config.subspace_settings(center=config.center or subspace.settings.center)
         if settings != subspace.settings:
             raise ValueError(f"share_config has {settings}, the subspace has {subspace.settings}")
@@ -149,7 +149,7 @@ def _prepare(model: PeftModel, state: SubspaceState, tasks: Sequence[str], phase
 
 
 def _delete_broken_off(model: PeftModel, task: str, config: ShareConfig) -> None:
-    """Take an adapter out of the model whose training was broken off, by itself or with others."""
+    """Remove an adapter whose training, alone or in a group, was interrupted."""
     if len(model.peft_config) == 1:  # a first task; PEFT cannot be without any
         with torch.random.fork_rng(devices=[]):
             model.add_adapter(PLACEHOLDER, copy.deepcopy(config))

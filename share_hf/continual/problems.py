@@ -1,14 +1,14 @@
-"""What kind of problem a task of a classification model is, found from its labels: classes, values, or several labels.
+"""Finds what kind of problem a task is from its labels: classes, values, or several labels of one input.
 
 Integers are classes, floating-point numbers are values to be predicted (a regression), and lists of zeros and ones are
 labels of which an example may have several. Tasks of all three kinds can be in one stream, whatever `problem_type` the
-configuration of the model has: the loss of each is that of its own kind, over its own outputs.
+configuration of the model has: each task uses the loss of its kind, on its own outputs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -16,9 +16,12 @@ import datasets
 import torch.nn.functional as F
 from datasets import ClassLabel
 from torch import Tensor
+from transformers.utils import logging
 
 from .data import EVALUATION_SPLITS, Data, TaskData, TaskSplits, evaluation_splits, is_iterable_only
 
+
+logger = logging.get_logger(__name__)
 
 # Names of transformers, as in the configuration of a model.
 ProblemType = Literal["single_label_classification", "regression", "multi_label_classification"]
@@ -46,7 +49,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class TaskDetails:
-    """What else is known of a task of a stream.
+    """Further facts about a task of a stream.
 
     Args:
         selection: Data that it is evaluated on while it trains, if it is.
@@ -92,6 +95,25 @@ def task_details(
     return TaskDetails(selection, problem if label_names is None else _named(name, problem, label_names))
 
 
+def check_label_names(names: Mapping[str, Sequence[str]], tasks: Collection[str], *, is_classifier: bool) -> None:
+    """Warn of names of labels that belong to no task. A task may come later, by itself.
+
+    Args:
+        names: By task, the names of its labels.
+        tasks: The tasks that are known.
+        is_classifier: Whether the model has labels.
+
+    Raises:
+        ValueError: If there are names, and the model is not one for classification.
+    """
+    if names and not is_classifier:
+        raise ValueError(
+            f"labels has names for {sorted(names)}, expected none: the model is not one for classification"
+        )
+    if tasks and (unknown := sorted(set(names) - set(tasks))):
+        logger.warning("labels has names for %s, which are not among tasks: %s.", unknown, list(tasks))
+
+
 def problem_of(task: str, train: Data, evaluation: Data | None, num_labels: int) -> Problem:
     """What a task predicts, told by the labels that it is trained on.
 
@@ -110,15 +132,13 @@ def problem_of(task: str, train: Data, evaluation: Data | None, num_labels: int)
     column = _label_column(task, train, evaluation)
     feature = (getattr(train, "features", None) or {}).get(column)
     labels = _labels(train, column)
+    of_evaluation = (_labels(evaluation, column) if evaluation is not None else None) or []
     if labels is None:
         problem = _of_feature(task, column, feature)
-        if problem.num_labels > num_labels:
-            raise ValueError(
-                f"task {task!r} has label {problem.num_labels - 1}, expected integers under num_labels = {num_labels} "
-                "of the model"
-            )
+        _check_outputs(task, problem.num_labels, num_labels)
+        if problem.problem_type == CLASSES:
+            _check_classes(task, of_evaluation, problem.num_labels, " in its evaluation data")
         return problem
-    of_evaluation = (_labels(evaluation, column) if evaluation is not None else None) or []
     if isinstance(labels[0], float):
         return _regression(task, labels, of_evaluation)
     if isinstance(labels[0], list):
@@ -163,11 +183,7 @@ def _named(task: str, problem: Problem, names: Sequence[str]) -> Problem:
 
 
 def _classes(task: str, labels: Sequence[Any], of_evaluation: Sequence[Any], num_labels: int, feature: Any) -> Problem:
-    for label in labels:
-        if not isinstance(label, int) or not 0 <= label < num_labels:
-            raise ValueError(
-                f"task {task!r} has label {label!r}, expected integers under num_labels = {num_labels} of the model"
-            )
+    _check_classes(task, labels, num_labels)
     seen = set(labels)
     if unseen := sorted({label for label in of_evaluation if label not in seen}, key=str):
         raise ValueError(
@@ -175,8 +191,22 @@ def _classes(task: str, labels: Sequence[Any], of_evaluation: Sequence[Any], num
             f"{sorted(seen)}"
         )
     if isinstance(feature, ClassLabel):
+        _check_outputs(task, len(feature.names), num_labels)
         return Problem(CLASSES, len(feature.names), tuple(feature.names))
     return Problem(CLASSES, max(seen) + 1)
+
+
+def _check_outputs(task: str, of_task: int, of_model: int) -> None:
+    if of_task > of_model:
+        _check_classes(task, [of_task - 1], of_model)
+
+
+def _check_classes(task: str, labels: Sequence[Any], num_labels: int, where: str = " of the model") -> None:
+    for label in labels:
+        if not isinstance(label, int) or not 0 <= label < num_labels:
+            raise ValueError(
+                f"task {task!r} has label {label!r}, expected integers under num_labels = {num_labels}{where}"
+            )
 
 
 def _regression(task: str, labels: Sequence[Any], of_evaluation: Sequence[Any]) -> Problem:

@@ -18,7 +18,7 @@ from ..state import SubspaceState
 from ..subspace.discriminants import LEAST_INPUTS, FeatureSums
 from ..tuner.learned_routes import layers_for, sums_over, with_learned_route
 from ..tuner.routing import count_of
-from .data import Data, is_streamed
+from .data import Data, is_iterable_only, is_streamed
 
 
 def check_engine_routes(engine: Engine) -> None:
@@ -36,14 +36,14 @@ def check_engine_routes(engine: Engine) -> None:
 
 
 def check_data_routes(task: str, data: Data) -> None:
-    """Refuse data that may be used up by its training.
+    """Refuse data that training may use up, or that cannot be indexed.
 
     Raises:
         ValueError: Naming the task.
     """
-    if is_streamed(data):
+    if is_streamed(data) or is_iterable_only(data):
         raise ValueError(
-            f"task {task!r} has training data without a length and routing is True, expected data that can be "
+            f"task {task!r} has training data that is streamed and routing is True, expected data that can be "
             "indexed; or SharedSubspace.learn_route after the stream"
         )
 

@@ -64,7 +64,7 @@ class Scorer:
             args.dataloader_persistent_workers = kept
 
     def scores_in(self, task: str, metrics: Mapping[str, float]) -> dict[str, float]:
-        """What was measured of a task's predictions: first its score, higher is better, and then what else there is.
+        """The metrics of a task, its score first; higher is better.
 
         Raises:
             ValueError: If the metric that was asked for is not among them, or none that could be the score.
@@ -72,15 +72,15 @@ class Scorer:
         if self._score_metric is not None:
             if self._score_metric not in metrics:
                 raise ValueError(f"score_metric is {self._score_metric!r}, expected one of {sorted(metrics)}")
-            return {self._score_metric: metrics[self._score_metric], **measured_by_user(metrics)}
+            return {self._score_metric: float(metrics[self._score_metric]), **measured_by_user(metrics)}
         measures = measured_by_user(metrics)
         if self._task_scorer is None and isinstance(self._trainer.compute_metrics, MetricsByTask) and measures:
             return measures
         if "accuracy" in metrics:
-            return {"accuracy": metrics["accuracy"], **measures}
+            return {"accuracy": float(metrics["accuracy"]), **measures}
         if "loss" not in metrics:
             raise ValueError(
                 f"task {task!r} has metrics {sorted(metrics)}, expected 'accuracy' or 'loss' among them, or "
                 "score_metric: its evaluation data may have no labels, or be a stream that is used up"
             )
-        return {"-loss": -metrics["loss"], **measures}
+        return {"-loss": -float(metrics["loss"]), **measures}

@@ -39,7 +39,7 @@ from .phases import (
     take_merged,
 )
 from .position import STREAM_STATE_FILE, Stage
-from .problems import CLASSES, Problem, TaskDetails, loss_of
+from .problems import CLASSES, MULTI_LABEL, Problem, TaskDetails, loss_of
 from .progress import StreamProgressCallback
 from .routing import check_engine_routes, with_route_of
 from .scoring import Scorer, TaskScorer
@@ -275,16 +275,17 @@ class TaskTrainer(GroupTrainer):
         if phase == Phase.FINETUNE:
             info = replace(info, initialization=stream.state.tasks[name].initialization)
         if details.problem is not None:
-            info = replace(info, head=self._with_own_labels(info.head, details.problem.num_labels))
+            info = replace(info, head=self._with_own_labels(info.head, details.problem))
         return info
 
-    def _with_own_labels(self, head: Mapping[str, Tensor], num_labels: int) -> dict[str, Tensor]:
+    def _with_own_labels(self, head: Mapping[str, Tensor], problem: Problem) -> dict[str, Tensor]:
         """A head that never predicts labels past the task's own, whatever loads it."""
         of_model = self.model.get_base_model().config.num_labels
         layer = layer_of_labels({name: tuple(tensor.shape) for name, tensor in head.items()}, of_model)
-        if layer is None or num_labels >= of_model:
+        if layer is None or problem.num_labels >= of_model:
             return dict(head)
-        return {**head, **rule_out_labels(head, layer, num_labels, of_model)}
+        several = problem.problem_type == MULTI_LABEL
+        return {**head, **rule_out_labels(head, layer, problem.num_labels, of_model, several=several)}
 
     def _log_merge(self, report: MergeReport) -> None:
         self._log_stream(

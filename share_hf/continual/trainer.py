@@ -30,7 +30,7 @@ from .arguments import ShareTrainingArguments, check_parameters, training_facts
 from .data import EVALUATION_SPLITS, TRAIN_SPLIT, Data, TaskData, TaskSplits, split_data
 from .measures import check_functions
 from .phases import RefusedTaskError, config_for, put_back, with_adapters
-from .problems import TaskDetails, task_details
+from .problems import TaskDetails, check_label_names, task_details
 from .publishing import publish
 from .record import arguments_record, doubt_of_base_model, record_of
 from .routing import check_data_routes
@@ -142,6 +142,7 @@ class ShareTrainer(TaskTrainer):
         for name, data in (tasks or {}).items():
             check_task_name(name, [*state.tasks, *splits])
             splits[name], details[name] = self._read_task(name, data)
+        check_label_names(self._labels, splits, is_classifier=is_classifier)
         groups = groups_of(splits, together, args, known=len(state.tasks))
         check_classes(groups, {name: known.problem for name, known in details.items()})
         if is_classifier:

@@ -35,8 +35,7 @@ def _by_class(pipelines: Mapping[str, Mapping[str, str | tuple[str, ...]]]) -> M
     )
 
 
-# By the names of models that give each input one of their labels and that PEFT has no type of task for, what their
-# tasks are called on the hub.
+# The pipelines of the hub, by the class of a model that classifies inputs and for which PEFT has no task type.
 CLASSIFIERS = _by_class(
     {
         "image-classification": MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
@@ -47,7 +46,7 @@ CLASSIFIERS = _by_class(
 
 
 def mapping_to(model_class: type) -> dict[str, str] | None:
-    """What PEFT notes of a class of transformers; None of any other, which a reader may not have."""
+    """PEFT's record of a class of transformers; None for any other class, which a reader may not have."""
     return read_mapping({"base_model_class": model_class.__name__, "parent_library": model_class.__module__})
 
 

@@ -82,7 +82,9 @@ class LoraCache:
         dtype (`Literal["float32", "bfloat16", "float16"]`, *optional*, defaults to `"float32"`):
             Type of the factors on disk. A server that computes in a smaller type rounds them to it in any case.
         most (`int`, *optional*):
-            Number of LoRAs past which those used longest ago are removed; nothing is removed if not given.
+            Number of LoRAs past which the least recently used ones are removed; nothing is removed if not given. A
+            server reads a LoRA again from the place that it was told once, so allow for more LoRAs than it is asked
+            for between two of its starts.
 
     Raises:
         ValueError: If there is no such type, or the number is below one.
@@ -209,16 +211,21 @@ class LoraCache:
                     writer.put(file, content)
 
     def _remove_oldest(self) -> None:
-        """Remove what is too much, as far as nobody was told of it just now."""
+        """Remove surplus LoRAs, unless one was handed out recently."""
         if self.most is None:
             return
         places = [place for place in self.folder.iterdir() if _PLACE.fullmatch(place.name)]
         used = {place: _last_use(place) for place in places if any((place / name).is_file() for name in _FILES)}
         for place in sorted(used, key=used.get)[: max(0, len(used) - self.most)]:
-            with holding(place):
-                if time.time() - _last_use(place) > _KEPT_SECONDS:
-                    logger.info("Removing %s, as there are more than %d LoRAs.", place, self.most)
-                    _remove(place)
+            try:
+                with holding(place):
+                    if time.time() - _last_use(place) > _KEPT_SECONDS:
+                        logger.info("Removing %s, as there are more than %d LoRAs.", place, self.most)
+                        _remove(place)
+            except OSError as error:  # it is somebody else's, say; the LoRA that was asked for is there all the same
+                logger.warning(
+                    "%s: could not be removed (%s), though there are more than %d LoRAs.", place, error, self.most
+                )
 
 
 def _is_handed_out(place: Path) -> bool:

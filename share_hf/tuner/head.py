@@ -114,23 +114,27 @@ def with_labels_of(of_model: Mapping[str, _Shape], head: Mapping[str, Tensor]) -
     return fitting
 
 
-def rule_out_labels(head: Mapping[str, Tensor], layer: str, num_labels: int, of_model: int) -> dict[str, Tensor]:
+def rule_out_labels(
+    head: Mapping[str, Tensor], layer: str, num_labels: int, of_model: int, *, several: bool = False
+) -> dict[str, Tensor]:
     """Tensors of the last layer of a head, of which labels from `num_labels` on are never predicted.
 
     A bias rules them out in predictions and probabilities. Without one, only a row of weights in the convex hull of
-    the others never has the largest logit whatever the input is: their mean is the farthest from all of them.
+    the others never has the largest logit whatever the input is: their mean is the farthest from all of them. Where
+    each label is predicted by the sign of its own logit, zeros predict it never.
 
     Args:
         head: Tensors by name.
         layer: The layer that computes the logits.
         num_labels: Number of labels of the task.
         of_model: Rows that the layer is to have.
+        several: Whether an input may have several labels.
     """
     weight, bias = head[f"{layer}.weight"], head.get(f"{layer}.bias")
     missing = of_model - weight.shape[0]
     if bias is None:
         own = weight[:num_labels]
-        row = own.float().mean(dim=0, keepdim=True).to(own.dtype)
+        row = torch.zeros_like(own[:1]) if several else own.float().mean(dim=0, keepdim=True).to(own.dtype)
         return {f"{layer}.weight": torch.cat([own, row.expand(of_model - num_labels, *own.shape[1:])])}
     return {
         f"{layer}.weight": torch.cat([weight, weight.new_zeros(missing, *weight.shape[1:])]),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from datasets import Dataset, DatasetDict, Features, Sequence, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Sequence, Value
 from huggingface_hub import ModelCard
 from torch import Tensor
 from transformers import EvalPrediction, PreTrainedModel
@@ -21,6 +21,7 @@ from share_hf import ShareConfig, SharedSubspace, ShareTrainer
 from share_hf.continual.measures import accuracy, f1, pearson
 from share_hf.continual.problems import CLASSES, MULTI_LABEL, REGRESSION, loss_of
 from share_hf.state import without_scores
+from share_hf.tuner.head import rule_out_labels
 
 from .cases import BERT_TARGETS, K, P, arguments, classification_task, classifier_trainer
 
@@ -203,6 +204,19 @@ def test_all_metrics_are_read_again_the_score_first(make: Make, tmp_path: Path) 
     )
 
 
+@pytest.mark.parametrize(
+    "count", [np.int64(3), np.float32(3), torch.tensor(3)], ids=lambda count: type(count).__name__
+)
+def test_numbers_of_any_type_are_stored_and_truth_values_are_not(count: Any, make: Make, tmp_path: Path) -> None:
+    def measure(prediction: EvalPrediction) -> dict[str, Any]:
+        return {**accuracy(prediction), "count": count, "passed": True, "failed": np.bool_(False)}
+
+    trainer = make({"shapes": classification_task(1, 3)}, trainer={"compute_metrics": {"shapes": measure}})
+    trainer.train()
+    scores = SharedSubspace.from_pretrained(tmp_path / "out" / "subspace").state.tasks["shapes"].scores
+    assert list(scores) == ["accuracy", "count"] and scores["count"] == 3
+
+
 def test_what_is_no_function_of_a_task_is_refused(make: Make) -> None:
     with pytest.raises(ValueError, match="compute_metrics has 'f1' for task 'shapes', expected a function"):
         make(mixed_tasks(), trainer={"compute_metrics": {"shapes": "f1"}})
@@ -216,6 +230,15 @@ def test_a_function_for_a_task_that_is_not_there_is_told(make: Make, caplog: pyt
 def test_names_that_are_not_as_many_as_the_labels_are_refused(make: Make) -> None:
     with pytest.raises(ValueError, match=r"labels has \('a',\) for task 'topics', expected 2 different names"):
         make(mixed_tasks(), trainer={"labels": {"topics": ("a",)}})
+
+
+def test_names_of_labels_of_no_task_are_told(
+    make: Make, caplog: pytest.LogCaptureFixture, tiny_model: Callable[[str], PreTrainedModel], tmp_path: Path
+) -> None:
+    make(mixed_tasks(), trainer={"labels": {"topic": ("a", "b")}})
+    assert "labels has names for ['topic'], which are not among tasks" in caplog.text
+    with pytest.raises(ValueError, match=r"labels has names for \['topic'\], expected none: the model is not one for"):
+        ShareTrainer(tiny_model("llama"), arguments(tmp_path / "out"), labels={"topic": ("a", "b")})
 
 
 def test_tasks_without_classes_are_not_learned_together(
@@ -247,6 +270,30 @@ def test_streamed_data_tells_its_kind_by_its_features(kind: str, make: Make) -> 
         each.train()
     assert trainer._details["task"].problem.problem_type == (REGRESSION if kind == "value" else MULTI_LABEL)
     assert trainer.metrics["score"] == reference.metrics["score"] == ("pearson" if kind == "value" else "f1")
+
+
+def test_labels_that_streamed_training_data_has_no_name_for_are_refused(make: Make) -> None:
+    data = classification_task(1, 3)
+    features = Features({**data["train"].features, "labels": ClassLabel(names=["a", "b"])})
+    train = data["train"].filter(lambda row: row["labels"] < 2).cast(features).to_iterable_dataset()
+    with pytest.raises(ValueError, match="task 'a' has label 2, expected integers under num_labels = 2 in its eval"):
+        make({"a": {"train": train, "test": data["test"]}})
+
+
+def test_more_names_than_the_model_has_labels_are_refused(make: Make) -> None:
+    data = classification_task(1, 3)
+    features = Features({**data["train"].features, "labels": ClassLabel(names=list("abcdefgh"))})
+    with pytest.raises(ValueError, match="task 'a' has label 7, expected integers under num_labels = 3 of the model"):
+        make({"a": DatasetDict({split: rows.cast(features) for split, rows in data.items()})})
+
+
+def test_a_head_without_a_bias_predicts_no_label_that_a_task_lacks() -> None:
+    head = {"score.weight": torch.tensor([[3.0, 1.0], [1.0, 3.0]])}
+    inputs = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
+    one = inputs @ rule_out_labels(head, "score", 2, 4)["score.weight"].T
+    several = inputs @ rule_out_labels(head, "score", 2, 4, several=True)["score.weight"].T
+    assert (one.argmax(-1) < 2).all()
+    assert not (several[:, 2:] > 0).any() and torch.equal(several[:, :2], one[:, :2])
 
 
 def test_data_of_torch_is_understood_by_its_tensors(make: Make) -> None:

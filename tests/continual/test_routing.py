@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from datasets import DatasetDict
+from torch.utils.data import IterableDataset
 
 from share_hf import SharedSubspace
 from tests.continual.conftest import MakeTrainer
@@ -58,10 +61,26 @@ def test_a_stream_goes_on_with_its_routes(
     assert resumed.model.router is not None
 
 
+class CountedStream(IterableDataset):
+    """Examples one after the other, whose number is known."""
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.rows)
+
+
 def test_streamed_data_is_refused_before_anything_is_trained(
     make_trainer: MakeTrainer, classification_tasks: dict[str, DatasetDict]
 ) -> None:
     name, data = next(iter(classification_tasks.items()))
     streamed = {name: {"train": data["train"].to_iterable_dataset()}}
-    with pytest.raises(ValueError, match=f"task '{name}' has training data without a length and routing is True"):
+    with pytest.raises(ValueError, match=f"task '{name}' has training data that is streamed and routing is True"):
         make_trainer(routing=True, tasks=streamed, max_steps=2)
+    with_length = {name: {"train": CountedStream(list(data["train"]))}}
+    with pytest.raises(ValueError, match=f"task '{name}' has training data that is streamed and routing is True"):
+        make_trainer(routing=True, tasks=with_length)

@@ -130,6 +130,7 @@ KINDS: dict[str, tuple[list[Any], str, tuple[str, ...], list[Any]]] = {
     "fractions": ([0.5, 3.25, 5.0], REGRESSION, ("label",), [0.5, 3.25, 5.0]),
     "flags": ([[1, 0, 1], [0, 0, 0], [1, 1, 0]], MULTI_LABEL, ("0", "1", "2"), [[1, 0, 1], [0, 0, 0], [1, 1, 0]]),
     "lists of names": ([["b", "a"], [], ["c"]], MULTI_LABEL, ("a", "b", "c"), [[1, 1, 0], [0, 0, 0], [0, 0, 1]]),
+    "lists of zero and one": ([[0], [1], [0, 1], []], MULTI_LABEL, ("0", "1"), [[1, 0], [0, 1], [1, 1], [0, 0]]),
     "lists of numbers": ([[3, 1], [], [7]], MULTI_LABEL, ("1", "3", "7"), [[1, 1, 0], [0, 0, 0], [0, 0, 1]]),
 }
 

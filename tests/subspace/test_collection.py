@@ -261,8 +261,13 @@ class TestSampling:
         names = [f"layers.{i}.{kind}" for i in range(32) for kind in "qkvogud"]
         chosen = _modules_of_curve([*names, "lm_head"], 20)
         kinds = [name[-1] for name in chosen if name != "lm_head"]
-        assert 14 <= len(chosen) <= 16 and all(kinds.count(kind) >= 2 for kind in "qkvogud")
+        assert 14 <= len(chosen) <= 17 and all(kinds.count(kind) >= 2 for kind in "qkvogud")
         assert _modules_of_curve(names[:11], 20) == names[:11]
+
+    def test_a_kind_of_one_module_is_taken(self) -> None:
+        names = [f"layers.{i}.q" for i in range(32)]
+        for alone in ("a.lm_head", "z.lm_head"):
+            assert alone in _modules_of_curve([*names, alone], 20)
 
     def test_updates_are_taken_a_few_modules_at_a_time(self) -> None:
         adapters, held = collection(2, modules=20), []
