@@ -14,6 +14,8 @@ import torch
 import yaml
 from datasets import Dataset, DatasetDict, load_dataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor
 from transformers import BitsAndBytesConfig, PreTrainedModel, Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import ProgressCallback
 from transformers.utils import logging
@@ -194,6 +196,33 @@ def flags_with_config(argv: list[str] | None = None) -> list[str]:
     return [*flags, *argv[:position], *argv[position + 2 :]]
 
 
+class HeadsOfTasks:
+    """Gives an adapter that learns several tasks a head of its own for each, as the tasks of other methods have.
+
+    Args:
+        model: Has the adapter.
+        adapter: Its name. Its head as it is now is what each task begins with.
+    """
+
+    def __init__(self, model: PeftModel, adapter: str) -> None:
+        wrappers = (module for module in model.modules() if isinstance(module, ModulesToSaveWrapper))
+        self._modules = [wrapper.modules_to_save[adapter] for wrapper in wrappers]
+        self._fresh = self._copies()
+        self._learned: dict[str, list[dict[str, Tensor]]] = {}
+        self._task: str | None = None
+
+    def use(self, task: str) -> None:
+        """Put the head of a task in the place of that of another."""
+        if self._task is not None:
+            self._learned[self._task] = self._copies()
+        for module, tensors in zip(self._modules, self._learned.get(task, self._fresh), strict=True):
+            module.load_state_dict(tensors)
+        self._task = task
+
+    def _copies(self) -> list[dict[str, Tensor]]:
+        return [copy.deepcopy(module.state_dict()) for module in self._modules]
+
+
 def train_loras(
     model: PreTrainedModel,
     args: TrainingArguments,
@@ -215,7 +244,7 @@ def train_loras(
         lora_config: Configuration of every LoRA.
         tasks: The stream.
         score: Scores the active adapter on a task.
-        sequential: One LoRA for all tasks.
+        sequential: One LoRA for all tasks. Each has a head of its own all the same.
         prepare: Called before a task is trained or scored.
         score_names: By task, what it is scored by; accuracy if not given.
         finish: Called at the end, with the name of each task's adapter.
@@ -225,12 +254,15 @@ def train_loras(
     names = {task: "sequential" if sequential else task for task in tasks}
     first = names[next(iter(tasks))]
     peft_model = get_peft_model(model, copy.deepcopy(lora_config), adapter_name=first)
+    heads = HeadsOfTasks(peft_model, first) if sequential else None
     for position, (task, data) in enumerate(tasks.items()):
         started = time.monotonic()
         set_seed(args.seed + 2 * position)
         if names[task] not in peft_model.peft_config:
             peft_model.add_adapter(names[task], copy.deepcopy(lora_config))
         peft_model.set_adapter(names[task])
+        if heads is not None:
+            heads.use(task)
         prepare(peft_model, task)
         trainer = Trainer(model=peft_model, args=args, train_dataset=data["train"], **trainer_kwargs)
         progress = StreamProgressCallback()
@@ -244,6 +276,8 @@ def train_loras(
                 row[j] = metrics.matrix[-1][j]
                 continue
             peft_model.set_adapter(names[seen])
+            if heads is not None:
+                heads.use(seen)
             prepare(peft_model, seen)
             row[j] = score(trainer, seen, evaluation_of(tasks[seen]))
         metrics.matrix.append(row)

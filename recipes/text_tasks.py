@@ -385,13 +385,14 @@ def _f1(average: str) -> Callable[[np.ndarray, np.ndarray, Sequence[str]], float
 
 
 def _correlation(function: Callable[..., Any]) -> Callable[[np.ndarray, np.ndarray, Sequence[str]], float]:
-    """A correlation that is NaN where one side is constant; the trainer warns of that, and names the task."""
+    """A correlation that is 0 where one side is constant, as that tells nothing of the other."""
 
     def correlation(references: np.ndarray, predicted: np.ndarray, labels: Sequence[str]) -> float:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", stats.ConstantInputWarning)
             warnings.simplefilter("ignore", stats.NearConstantInputWarning)
-            return function(references, predicted).statistic
+            found = function(references, predicted).statistic
+        return 0.0 if math.isnan(found) else found
 
     return correlation
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import safetensors.torch
+import torch
 from _baselines_adapters import Adapters, BaselineSettings, LoraPerTask, OLora, OneLora, Osf
 from _baselines_heads import HeadedModel, Task, inputs_of, prepare
 from _report import seconds_of
@@ -111,11 +112,33 @@ class BaselineTrainer(Trainer):
 
     Args:
         penalty: Called at each training step; returns a scalar, or None for nothing.
+        head_learning_rate: Learning rate of the heads; that of the arguments if None.
     """
 
-    def __init__(self, *args: Any, penalty: Callable[[], Tensor | None], **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        penalty: Callable[[], Tensor | None],
+        head_learning_rate: float | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self._penalty = penalty
+        self._head_learning_rate = head_learning_rate
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self._head_learning_rate is None:
+            return optimizer
+        heads = {id(parameter) for parameter in self.model.heads.parameters()}
+        for group in list(optimizer.param_groups):
+            own = [parameter for parameter in group["params"] if id(parameter) in heads]
+            if own:
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in heads]
+                options = {name: value for name, value in group.items() if name not in ("params", "initial_lr")}
+                optimizer.add_param_group({**options, "params": own, "lr": self._head_learning_rate})
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
@@ -211,6 +234,7 @@ class _Stream:
             processing_class=self.settings.processing_class,
             data_collator=self.settings.data_collator,
             penalty=self.adapters.penalty,
+            head_learning_rate=self.settings.head_learning_rate,
         )
         self.progress = _show_progress(self._trainer, f"{group[0] if len(group) == 1 else 'all'} [{self.method}]")
         seconds = seconds_of(self._trainer.train)

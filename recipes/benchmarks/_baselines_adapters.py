@@ -24,6 +24,7 @@ class BaselineSettings:
         rank: Rank of each LoRA.
         alpha: Scale of each LoRA times its rank; the rank if None.
         orthogonality: Weight λ of O-LoRA's penalty.
+        head_learning_rate: Learning rate of the heads; that of `args` if None.
         processing_class: Tokenizer that pads a batch; None where examples are of one length.
         data_collator: What makes a batch of examples; the Trainer's choice if None.
     """
@@ -33,6 +34,7 @@ class BaselineSettings:
     rank: int = 8
     alpha: float | None = None
     orthogonality: float = 0.5
+    head_learning_rate: float | None = None
     processing_class: PreTrainedTokenizerBase | None = None
     data_collator: DataCollator | None = None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ COLUMNS = (
 )
 FIRST = 10  # tasks whose scores are followed as others arrive
 POINT = 0.01
+ENOUGH = 200  # test examples of a task that tells of a point
 THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
 
 
@@ -39,12 +41,14 @@ class Loss:
         task: Name of the task.
         drift: Estimated relative drift of its update.
         loss: Its score when it was learned, less its score later.
+        examples: Number of its test examples.
     """
 
     stream: str
     task: str
     drift: float
     loss: float
+    examples: int
 
 
 def print_report(runs: Sequence[Run], results: Results, figures: Path | None) -> None:
@@ -75,6 +79,9 @@ def print_report(runs: Sequence[Run], results: Results, figures: Path | None) ->
             draw_certificate(losses, figures / "certificate.png")
         if many:
             draw_fifty({run.label or run.method: curve_of(run, result) for run, result in many}, figures / "fifty.png")
+    versions = {json.dumps(result["versions"], sort_keys=True) for _, result in found}
+    if len(versions) > 1:
+        print(f"\nresults of {len(versions)} sets of versions:\n" + "\n".join(sorted(versions)))
     missing = results.missing(runs)
     print(f"\n{len(found)} runs, {len(missing)} not run" + "".join(f"\n  {run.name} {run.label}" for run in missing))
 
@@ -90,7 +97,7 @@ def _method_lines(found: Found) -> Iterator[tuple[str, ...]]:
     for method, theirs in of_methods.items():
         averages = [average_of(result) for _, result in theirs]
         error = standard_error(averages)
-        difference = against_lora(method, found)
+        difference = against("lora", method, found)
         forgotten = [forgetting_of(result) for _, result in theirs]
         forgotten = [value for value in forgotten if value is not None]
         _, result = theirs[0]
@@ -100,11 +107,11 @@ def _method_lines(found: Found) -> Iterator[tuple[str, ...]]:
             f"{100 * statistics.mean(averages):.2f}",
             "" if error is None else f"{100 * error:.2f}",
             "" if difference is None else f"{100 * difference.mean:+.2f}",
-            "" if difference is None else f"[{100 * difference.low:+.2f}, {100 * difference.high:+.2f}]",
+            "" if difference is None else _interval(difference),
             f"{100 * statistics.mean(forgotten):.2f}" if forgotten else "",
             own_loss(result),
             f"{result['trained']:,.0f}",
-            f"{sum(result['bytes'].values()) / len(result['answers']) / 1e3:,.0f}",
+            f"{stored(result) / len(result['answers']) / 1e3:,.0f}",
             f"{statistics.mean(result['seconds'] for _, result in theirs) / 60:.1f}",
         )
         lines.append((statistics.mean(averages), line))
@@ -145,15 +152,31 @@ def forgetting_of(result: Result) -> float | None:
     return statistics.mean(lost) if lost else None
 
 
-def against_lora(method: str, found: Found) -> Difference | None:
-    """A method's average at the end against one LoRA a task of the same seed; None without pairs."""
-    loras = {run.seed: result for run, result in found if run.method == "lora"}
-    pairs = [(result, loras[run.seed]) for run, result in found if run.method == method and run.seed in loras]
-    if method == "lora" or not pairs:
+def against(other: str, method: str, found: Found) -> Difference | None:
+    """A method's average at the end less another's of the same seed and, if it has one, order; None without pairs."""
+    theirs = {(run.order, run.seed): result for run, result in found if run.method == other}
+    pairs, seeds = [], []
+    for run, result in found:
+        their = theirs.get((run.order, run.seed), theirs.get((None, run.seed)))
+        if run.method == method != other and their is not None:
+            pairs.append((answers_of(result), answers_of(their)))
+            seeds.append(run.seed)
+            first = result
+    if not pairs:
         return None
-    first = pairs[0][0]
-    ours, theirs = ([answers_of(result) for result in side] for side in zip(*pairs, strict=True))
-    return paired_difference(ours, theirs, answers_of(first, "true"), first["metrics"])
+    our_answers, their_answers = zip(*pairs, strict=True)
+    return paired_difference(our_answers, their_answers, answers_of(first, "true"), first["metrics"], seeds=seeds)
+
+
+def _interval(difference: Difference) -> str:
+    """An interval, with the number of seeds that it knows of."""
+    seeds = f"{difference.seeds} seed{'s' if difference.seeds > 1 else ''}"
+    return f"[{100 * difference.low:+.2f}, {100 * difference.high:+.2f}] of {seeds}"
+
+
+def stored(result: Result) -> int:
+    """Bytes that must be kept to run all tasks beside the base model; cards and figures are left out."""
+    return sum(size for kind, size in result["bytes"].items() if kind != "other")
 
 
 def _goals(stream: str, found: Found) -> Iterator[Row]:
@@ -162,29 +185,22 @@ def _goals(stream: str, found: Found) -> Iterator[Row]:
     for order in orders:
         of_order = [(run, result) for run, result in found if run.order in (None, order)]
         name = f"{stream}, order {order}" if len(orders) > 1 else stream
-        difference = against_lora("share", of_order)
+        difference = against("lora", "share", of_order)
         if difference is not None:
             yield Row.at_least(f"{name}: share against lora", 100 * difference.mean, "points", -0.5)
             yield Row.at_least(f"{name}: lower end of the interval", 100 * difference.low, "points", -1.5)
         forgotten = [forgetting_of(result) for run, result in of_order if run.method == "share"]
         if forgotten and None not in forgotten:
             yield Row.at_most(f"{name}: forgetting of share", 100 * statistics.mean(forgotten), "points", 0.5)
-        averages = _averages(of_order)
         for other in ("share-paper", "olora", "osf", "replay-2", "replay-5", "sequential"):
-            if "share" in averages and other in averages:
-                better = 100 * (averages["share"] - averages[other])
-                yield Row.at_least(f"{name}: share above {other}", better, "points", 0)
-    coefficients = against_lora("coefficients", found)
+            better = against(other, "share", of_order)
+            if better is not None:
+                told = f"{name}: share above {other}, {_interval(better)}"
+                yield Row.at_least(told, 100 * better.mean, "points", 0)
+    coefficients = against("lora", "coefficients", found)
     if coefficients is not None:
         yield Row.at_least(f"{stream}: coefficients against lora", 100 * coefficients.mean, "points", -2)
     yield from _larger_class(found)
-
-
-def _averages(found: Found) -> dict[str, float]:
-    of_methods: dict[str, list[float]] = defaultdict(list)
-    for run, result in found:
-        of_methods[run.method].append(average_of(result))
-    return {method: statistics.mean(values) for method, values in of_methods.items()}
 
 
 def _larger_class(found: Found) -> Iterator[Row]:
@@ -225,10 +241,9 @@ def curve_of(run: Run, result: Result) -> dict[int, float]:
 
 def _fifty_lines(found: Found) -> list[tuple[str, ...]]:
     lines = [("method", "setting", "average", "first ten", "at the end", "kB", "of LoRAs")]
-    loras = [sum(result["bytes"].values()) for run, result in found if run.method == "lora"]
+    loras = [stored(result) for run, result in found if run.method == "lora"]
     for run, result in found:
         curve = list(curve_of(run, result).values())
-        stored = sum(size for kind, size in result["bytes"].items() if kind != "other")
         lines.append(
             (
                 run.method,
@@ -236,30 +251,33 @@ def _fifty_lines(found: Found) -> list[tuple[str, ...]]:
                 f"{100 * average_of(result):.2f}",
                 f"{100 * curve[0]:.2f}" if len(curve) > 1 else "",
                 f"{100 * curve[-1]:.2f}",
-                f"{stored / 1e3:,.0f}",
-                f"{stored / loras[0]:.2f}" if loras else "",
+                f"{stored(result) / 1e3:,.0f}",
+                f"{stored(result) / loras[0]:.2f}" if loras else "",
             )
         )
     return lines
 
 
 def losses_of(found: Found) -> Iterator[Loss]:
-    """What each task of each run lost, beside its drift."""
+    """What each task of each run of Share lost on test data, beside its drift, its own compression included."""
     for run, result in found:
-        if "drift" not in result:
+        if "drift" not in result or run.method == "coefficients" or run.settings.get("validation"):
             continue
         now = scores_of(result, result["answers"])
         for j, task in enumerate(run.tasks[:-1]):
             learned = result["matrix"][j][j] if j < len(result["matrix"]) else None
             if learned is not None:
-                yield Loss(run.stream, task, result["drift"][task][0], learned - now[task])
+                yield Loss(run.stream, task, result["drift"][task][0], learned - now[task], len(result["true"][task]))
 
 
 def _certificate_rows(losses: Sequence[Loss]) -> Iterator[Row]:
-    drifts, lost = [loss.drift for loss in losses], [loss.loss for loss in losses]
-    if len(set(drifts)) > 1 and len(set(lost)) > 1:
-        correlation = float(spearmanr(drifts, lost).statistic)
-        yield Row.at_least(f"rank correlation of drift and loss, {len(losses)} tasks", correlation, "", 0.6)
+    for stream in dict.fromkeys(loss.stream for loss in losses):
+        of_stream = [loss for loss in losses if loss.stream == stream]
+        drifts, lost = [loss.drift for loss in of_stream], [loss.loss for loss in of_stream]
+        if len(set(drifts)) > 1 and len(set(lost)) > 1:
+            name = f"{stream}: rank correlation of drift and loss, {len(of_stream)} tasks"
+            yield Row.at_least(name, float(spearmanr(drifts, lost).statistic), "", 0.6)
+    losses = [loss for loss in losses if loss.examples >= ENOUGH]  # of fewer, one answer is half a point or more
     harmed = [loss.drift for loss in losses if loss.loss > POINT]
     if harmed:
         yield Row("largest drift under which no task lost over a point", min(harmed), "")

@@ -81,7 +81,7 @@ def baseline(
 ) -> dict[str, Any]:
     """A stream learned by a method that is not ours."""
     settings = {name: value for name, value in run.settings.items() if name not in OF_DATA}
-    rank = settings.pop("pseudo_rank")
+    rank, of_heads = settings.pop("pseudo_rank"), settings.pop("head_learning_rate", None)
     args = TrainingArguments(
         str(work / "out"),
         seed=run.seed,
@@ -98,7 +98,13 @@ def baseline(
     base = AutoModelForSequenceClassification.from_pretrained(model, num_labels=outputs)
     modules = run.settings["target_modules"].split(",")
     return measured(
-        train(run.method, base, tasks, BaselineSettings(args, modules, rank, processing_class=tokenizer)), tasks
+        train(
+            run.method,
+            base,
+            tasks,
+            BaselineSettings(args, modules, rank, head_learning_rate=of_heads, processing_class=tokenizer),
+        ),
+        tasks,
     )
 
 

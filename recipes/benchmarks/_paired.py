@@ -61,11 +61,20 @@ METRICS: dict[str, Callable[[Array, Array, Array], Array]] = {
 
 @dataclass(frozen=True)
 class Difference:
-    """The mean of a difference, and the interval that holds it at 95 %."""
+    """The mean of a difference, and its percentile interval at 95 %.
+
+    Args:
+        mean: Of all runs.
+        low: Lower end of the interval.
+        high: Upper end of the interval.
+        seeds: How many seeds were drawn from. With one, the interval is that of the test examples alone; with few, it
+            knows little of how seeds differ.
+    """
 
     mean: float
     low: float
     high: float
+    seeds: int
 
 
 def paired_difference(
@@ -74,19 +83,21 @@ def paired_difference(
     true: Answers,
     metrics: Mapping[str, str],
     *,
+    seeds: Sequence[int] | None = None,
     samples: int = SAMPLES,
     seed: int = 0,
 ) -> Difference:
     """How much better one method is than another, on average over tasks and runs.
 
-    The bootstrap draws examples, the same ones for both methods and all runs, and runs, each with the one that it is
-    compared with (Efron & Tibshirani 1993, Ch. 8 and 13: percentiles).
+    The bootstrap draws examples, the same ones for both methods and all runs, and seeds, each with all of its runs and
+    what they are compared with (Efron & Tibshirani 1993, Ch. 8 and 13: percentiles).
 
     Args:
         ours: A run's answers to all tasks, for each run.
         theirs: The other method's, run by run.
         true: True answers.
         metrics: By task, the name of its metric.
+        seeds: The seed of each run; each has one of its own if not given.
         samples: How often to draw.
         seed: Seed of the draws.
     """
@@ -102,10 +113,13 @@ def paired_difference(
         for run, (our, their) in enumerate(zip(ours, theirs, strict=True)):
             drawn[run] += metric(our[task], values, weights) - metric(their[task], values, weights)
             measured[run] += float(metric(our[task], values, once)[0] - metric(their[task], values, once)[0])
-    chosen = generator.integers(len(ours), size=(samples, len(ours)))
-    means = np.take_along_axis(drawn.T, chosen, axis=1).mean(-1) / len(true)
+    known = np.arange(len(ours)) if seeds is None else np.asarray(seeds)
+    different = np.unique(known)
+    of_seed = (known == different[:, None]).astype(np.float64)  # (seeds, runs)
+    times = generator.multinomial(len(different), np.full(len(different), 1 / len(different)), size=samples) @ of_seed
+    means = (times * drawn.T).sum(-1) / times.sum(-1) / len(true)
     low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Difference(float(measured.mean() / len(true)), float(low), float(high))
+    return Difference(float(measured.mean() / len(true)), float(low), float(high), len(different))
 
 
 def standard_error(values: Sequence[float]) -> float | None:

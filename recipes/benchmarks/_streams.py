@@ -135,7 +135,9 @@ STREAMS: dict[str, Stream] = {
 
 
 def write_data(stream: str, data: Path, folder: Path, *, validation: bool = False) -> dict[str, str]:
-    """Write the data of a stream's tasks where it is not what is in `data` as it is.
+    """Write the data of a stream's tasks as the recipes take it.
+
+    Training examples are shuffled: some files have them by their source, the first thousand of STS-B from one alone.
 
     Args:
         stream: Name of the stream.
@@ -151,10 +153,8 @@ def write_data(stream: str, data: Path, folder: Path, *, validation: bool = Fals
     for task in sorted(declared.orders[0]):
         part = FIFTY[task] if stream == "fifty" else Slice(task)
         source = data / declared.elsewhere.get(task, declared.folder) / part.source
-        if stream != "fifty" and not validation:
-            places[task] = str(source)
-            continue
         train, test = (list(_examples(source / f"{split}.jsonl")) for split in ("train", "test"))
+        random.Random(0).shuffle(train)
         train = part.of(train)[part.part[0] :: part.part[1]]
         if validation:
             held_out = min(VALIDATION, len(train) // 5)

@@ -97,11 +97,11 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def pearson(prediction: EvalPrediction) -> dict[str, float]:
-    """Correlation of predicted and true values; NaN if either is constant."""
+    """Correlation of predicted and true values; 0 if either is constant, as that tells nothing of the other."""
     batches = [(np.ravel(logits), np.ravel(labels)) for logits, labels in _batches(prediction)]
     values, labels = (part - part.mean() for part in np.concatenate(batches, axis=1).astype(np.float64))
     norm = np.linalg.norm(values) * np.linalg.norm(labels)
-    return {"pearson": float(values @ labels / norm) if norm else float("nan")}
+    return {"pearson": float(values @ labels / norm) if norm else 0.0}
 
 
 def f1(prediction: EvalPrediction) -> dict[str, float]:

@@ -164,7 +164,7 @@ def test_losses_are_those_of_torch_over_the_task_s_own_outputs() -> None:
 def test_metrics_by_kind_are_those_of_their_formulas() -> None:
     values, labels = np.array([[1.0], [2.0], [4.0]], dtype=np.float32), np.array([0.0, 1.0, 5.0])
     assert pearson(EvalPrediction(values, labels))["pearson"] == pytest.approx(np.corrcoef(values[:, 0], labels)[0, 1])
-    assert np.isnan(pearson(EvalPrediction(np.ones((3, 1)), labels))["pearson"])
+    assert pearson(EvalPrediction(np.ones((3, 1)), labels)) == {"pearson": 0.0}
     flags, logits = np.array([[1, 0], [1, 1], [0, 0]]), np.array([[2.0, 1.0], [3.0, -1.0], [-1.0, -2.0]])
     assert f1(EvalPrediction(logits, flags))["f1"] == pytest.approx(2 * 2 / (3 + 3))
     assert f1(EvalPrediction(-np.ones((1, 2)), np.zeros((1, 2))))["f1"] == 0

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from sklearn import metrics
@@ -46,6 +46,7 @@ def run_of(**changed: Any) -> Run:
 
 
 @pytest.mark.parametrize("name", sorted(REFERENCES))
+@settings(deadline=None, max_examples=40)
 @given(st.integers(0, 1000), st.integers(2, 40))
 def test_scores_of_classes_are_those_of_scikit_learn_on_the_drawn_examples(name: str, seed: int, count: int) -> None:
     generator = np.random.default_rng(seed)
@@ -58,6 +59,7 @@ def test_scores_of_classes_are_those_of_scikit_learn_on_the_drawn_examples(name:
         assert value == pytest.approx(REFERENCES[name](true[drawn], found[drawn]))
 
 
+@settings(deadline=None, max_examples=40)
 @given(st.integers(0, 1000))
 def test_pearson_is_that_of_scipy_on_the_drawn_examples(seed: int) -> None:
     generator = np.random.default_rng(seed)
@@ -101,6 +103,24 @@ def test_pairing_on_examples_narrows_the_interval() -> None:
     theirs[:3] = 1 - theirs[:3]
     found = paired_difference([{"a": ours}], [{"a": theirs}], true, {"a": "accuracy"})
     assert found.high - found.low < 0.03  # of one of them alone it would be 0.1
+
+
+def test_runs_of_one_seed_are_drawn_together() -> None:
+    """Three orders of one seed say no more of other seeds than one does."""
+    generator = np.random.default_rng(2)
+    true = {"a": generator.integers(2, size=400).astype(float)}
+
+    def answers(share: float) -> dict[str, np.ndarray]:
+        return {"a": np.where(generator.random(400) < share, true["a"], 1 - true["a"])}
+
+    ours, theirs = [answers(0.9), answers(0.6)], [answers(0.7), answers(0.7)]
+    thrice = [run for run in ours for _ in range(3)], [run for run in theirs for _ in range(3)]
+    once = paired_difference(ours, theirs, true, {"a": "accuracy"}, seeds=[0, 1])
+    clustered = paired_difference(*thrice, true, {"a": "accuracy"}, seeds=[0, 0, 0, 1, 1, 1])
+    apart = paired_difference(*thrice, true, {"a": "accuracy"})
+    assert (clustered.mean, clustered.low, clustered.high) == pytest.approx((once.mean, once.low, once.high))
+    assert apart.high - apart.low < 0.8 * (clustered.high - clustered.low)
+    assert (clustered.seeds, apart.seeds) == (2, 6)
 
 
 def test_runs_without_partners_are_refused() -> None:
@@ -171,7 +191,7 @@ def test_answers_come_from_the_outputs_of_the_task_alone() -> None:
 def test_every_planned_run_has_a_file_of_its_own() -> None:
     runs = {run.name: run for run in planned()}
     assert len(runs) == len({json.dumps({**run.as_dict(), "label": ""}, sort_keys=True) for run in planned()})
-    assert {run.stream for run in runs.values()} == {"glue", "nine", "fifty"}
+    assert {run.stream for run in runs.values()} == STREAMS.keys()
 
 
 def test_what_does_not_depend_on_the_order_is_planned_once_a_seed() -> None:
@@ -202,10 +222,13 @@ def test_held_out_examples_are_of_the_training_data(tmp_path: Path) -> None:
         folder.mkdir(parents=True)
         (folder / "train.jsonl").write_text("\n".join(lines))
         (folder / "test.jsonl").write_text(json.dumps({"sentence": "test", "label": 0}))
-    assert write_data("glue", tmp_path / "data", tmp_path / "out")["cola"] == str(tmp_path / "data" / "glue" / "cola")
-    places = write_data("glue", tmp_path / "data", tmp_path / "out", validation=True)
-    train, test = (Path(places["cola"]).joinpath(f"{split}.jsonl").read_text() for split in ("train", "test"))
-    assert train.split("\n")[:-1] == lines[:40] and test.split("\n")[:-1] == lines[40:]
+    places = write_data("glue", tmp_path / "data", tmp_path / "out")
+    assert Path(places["cola"], "test.jsonl").read_text() == json.dumps({"sentence": "test", "label": 0}) + "\n"
+    shuffled = Path(places["cola"], "train.jsonl").read_text().split("\n")[:-1]
+    assert sorted(shuffled) == sorted(lines) and shuffled != lines
+    places = write_data("glue", tmp_path / "data", tmp_path / "held", validation=True)
+    train, test = (Path(places["cola"], f"{split}.jsonl").read_text().split("\n")[:-1] for split in ("train", "test"))
+    assert train + test == shuffled and len(test) == 10
 
 
 # ---- The report -----------------------------------------------------------------------------------------------------
@@ -221,6 +244,7 @@ def result_of(answers: dict[str, str], matrix: list[list[float | None]], **other
         "trained": 100,
         "bytes": {"basis": 1000, "coefficients": 500},
         "seconds": 60.0,
+        "versions": {"torch": "2"},
         **others,
     }
 
