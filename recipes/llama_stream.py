@@ -33,6 +33,7 @@ from typing import Any, Literal
 
 import torch
 from likelihood import CompletionCollator, LabelLikelihoodScorer, PromptFormat, prompt_completion_task, with_text
+from lora_baselines import train_loras
 from peft import LoraConfig, PeftModel
 from stream_results import (
     Stopwatch,
@@ -43,7 +44,7 @@ from stream_results import (
     texts_of,
     write_results,
 )
-from task_data import dataset_ids, flags_with_config, load_task, parse_tasks, quantization, train_loras
+from task_data import dataset_ids, flags_with_config, load_task, parse_tasks, quantization
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
 
 from share_hf import ShareConfig, ShareTrainer, ShareTrainingArguments

@@ -1,11 +1,9 @@
-"""What both stream recipes need beside the Trainer: data of any form, YAML beside flags, and LoRA baselines."""
+"""What the recipes need beside the Trainer: data of any form, YAML beside flags, and quantization."""
 
 from __future__ import annotations
 
-import copy
 import sys
-import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -13,15 +11,8 @@ from typing import Any
 import torch
 import yaml
 from datasets import Dataset, DatasetDict, load_dataset
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils import ModulesToSaveWrapper
-from torch import Tensor
-from transformers import BitsAndBytesConfig, PreTrainedModel, Trainer, TrainingArguments, set_seed
-from transformers.trainer_callback import ProgressCallback
+from transformers import BitsAndBytesConfig
 from transformers.utils import logging
-
-from share_hf.continual import ContinualMetrics
-from share_hf.continual.progress import StreamProgressCallback
 
 
 logger = logging.get_logger(__name__)
@@ -166,8 +157,14 @@ def dataset_ids(places: Mapping[str, str]) -> dict[str, str]:
     return {name: place.split(":")[0] for name, place in places.items() if not Path(place).exists()}
 
 
-def quantization(load_in_4bit: bool, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """NF4 with quantized constants, computing and, as FSDP wants it, stored in `dtype`; None for a model as it is."""
+def quantization(load_in_4bit: bool, dtype: torch.dtype, head: str | None = None) -> BitsAndBytesConfig | None:
+    """NF4 with quantized constants, computing and, as FSDP wants it, stored in `dtype`; None for a model as it is.
+
+    Args:
+        load_in_4bit: Whether to quantize.
+        dtype: The dtype.
+        head: A module that is trained as a whole, and not quantized; found by transformers if not given.
+    """
     if not load_in_4bit:
         return None
     return BitsAndBytesConfig(
@@ -176,6 +173,7 @@ def quantization(load_in_4bit: bool, dtype: torch.dtype) -> BitsAndBytesConfig |
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_quant_storage=dtype,
+        llm_int8_skip_modules=None if head is None else [head],
     )
 
 
@@ -194,93 +192,3 @@ def flags_with_config(argv: list[str] | None = None) -> list[str]:
             ]
         flags += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
     return [*flags, *argv[:position], *argv[position + 2 :]]
-
-
-class HeadsOfTasks:
-    """Gives an adapter that learns several tasks a head of its own for each, as the tasks of other methods have.
-
-    Args:
-        model: Has the adapter.
-        adapter: Its name. Its head as it is now is what each task begins with.
-    """
-
-    def __init__(self, model: PeftModel, adapter: str) -> None:
-        wrappers = (module for module in model.modules() if isinstance(module, ModulesToSaveWrapper))
-        self._modules = [wrapper.modules_to_save[adapter] for wrapper in wrappers]
-        self._fresh = self._copies()
-        self._learned: dict[str, list[dict[str, Tensor]]] = {}
-        self._task: str | None = None
-
-    def use(self, task: str) -> None:
-        """Put the head of a task in the place of that of another."""
-        if self._task is not None:
-            self._learned[self._task] = self._copies()
-        for module, tensors in zip(self._modules, self._learned.get(task, self._fresh), strict=True):
-            module.load_state_dict(tensors)
-        self._task = task
-
-    def _copies(self) -> list[dict[str, Tensor]]:
-        return [copy.deepcopy(module.state_dict()) for module in self._modules]
-
-
-def train_loras(
-    model: PreTrainedModel,
-    args: TrainingArguments,
-    lora_config: LoraConfig,
-    tasks: Mapping[str, DatasetDict],
-    score: Callable[[Trainer, str, Dataset], float],
-    *,
-    sequential: bool,
-    prepare: Callable[[PeftModel, str], None] = lambda model, task: None,
-    score_names: Mapping[str, str] | None = None,
-    finish: Callable[[PeftModel, Mapping[str, str]], None] = lambda model, names: None,
-    **trainer_kwargs: Any,
-) -> ContinualMetrics:
-    """The baselines: a LoRA of its own for each task, or one LoRA trained on all tasks in their order.
-
-    Args:
-        model: The base model.
-        args: Arguments of every task's training.
-        lora_config: Configuration of every LoRA.
-        tasks: The stream.
-        score: Scores the active adapter on a task.
-        sequential: One LoRA for all tasks. Each has a head of its own all the same.
-        prepare: Called before a task is trained or scored.
-        score_names: By task, what it is scored by; accuracy if not given.
-        finish: Called at the end, with the name of each task's adapter.
-        trainer_kwargs: For the Trainer.
-    """
-    metrics = ContinualMetrics(score_names=dict(score_names or {}), tasks=list(tasks), baseline=[None] * len(tasks))
-    names = {task: "sequential" if sequential else task for task in tasks}
-    first = names[next(iter(tasks))]
-    peft_model = get_peft_model(model, copy.deepcopy(lora_config), adapter_name=first)
-    heads = HeadsOfTasks(peft_model, first) if sequential else None
-    for position, (task, data) in enumerate(tasks.items()):
-        started = time.monotonic()
-        set_seed(args.seed + 2 * position)
-        if names[task] not in peft_model.peft_config:
-            peft_model.add_adapter(names[task], copy.deepcopy(lora_config))
-        peft_model.set_adapter(names[task])
-        if heads is not None:
-            heads.use(task)
-        prepare(peft_model, task)
-        trainer = Trainer(model=peft_model, args=args, train_dataset=data["train"], **trainer_kwargs)
-        progress = StreamProgressCallback()
-        progress.title = f"{task} [lora]"
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(progress)
-        trainer.train()
-        row: list[float | None] = [None] * len(tasks)
-        for j, seen in enumerate(list(tasks)[: position + 1]):
-            if not sequential and j < position:  # its LoRA is what it was
-                row[j] = metrics.matrix[-1][j]
-                continue
-            peft_model.set_adapter(names[seen])
-            if heads is not None:
-                heads.use(seen)
-            prepare(peft_model, seen)
-            row[j] = score(trainer, seen, evaluation_of(tasks[seen]))
-        metrics.matrix.append(row)
-        progress.task_line(metrics, "sequential" if sequential else "lora", time.monotonic() - started)
-    finish(peft_model, names)
-    return metrics

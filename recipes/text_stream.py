@@ -23,24 +23,25 @@ import quiet  # noqa: F401
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
+import numpy as np
 import torch
-from peft import LoraConfig, PeftModel
-from task_data import by_task, dataset_ids, flags_with_config, parse_tasks, quantization, train_loras
+from lora_baselines import classifier_loras
+from peft import LoraConfig
+from task_data import by_task, dataset_ids, flags_with_config, parse_tasks, quantization
 from text_tasks import TextTask, load_text_task
+from torch import Tensor
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     HfArgumentParser,
     PreTrainedTokenizerBase,
-    Trainer,
     set_seed,
 )
 
 from share_hf import ShareConfig, ShareTrainer, ShareTrainingArguments
-from share_hf.continual.labels import LabelMask
-from share_hf.continual.problems import loss_of
+from share_hf.continual.problems import CLASSES, loss_of
 
 
 @dataclass
@@ -113,7 +114,9 @@ def main() -> None:
     target_modules = script.target_modules.split(",")
 
     if args.method in ("per_task_lora", "sequential_lora"):
-        print(lora_baseline(model, script, args, tasks, tokenizer, target_modules))
+        table = lora_baseline(model, script, args, tasks, tokenizer, target_modules)
+        if args.process_index == 0:
+            print(table)
         return
 
     config = ShareConfig(
@@ -180,33 +183,26 @@ def lora_baseline(
     """The matrix of LoRAs at the learning rate of free factors, with the heads, losses and metrics that ours have."""
     args.learning_rate = args.init_learning_rate or args.learning_rate
     rank = script.pseudo_rank
-    at_work: list[TextTask] = []
 
-    def prepare(peft_model: PeftModel, task: str) -> None:
-        if not at_work:
-            LabelMask(peft_model, lambda adapter: at_work[-1].num_labels)
-        at_work[:] = [tasks[task]]
+    def measure(task: str, outputs: np.ndarray, labels: np.ndarray) -> float:
+        return tasks[task].scores(outputs, labels)[tasks[task].metrics[0]]
 
-    def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
-        task = at_work[-1]
-        return loss_of(task.problem_type, outputs["logits"], labels, task.num_labels, num_items_in_batch)
+    def loss(task: str, logits: Tensor, labels: Tensor, num_items: Tensor | None) -> Tensor:
+        return loss_of(tasks[task].problem_type, logits, labels, tasks[task].num_labels, num_items)
 
-    def score(trainer: Trainer, task: str, data: Any) -> float:
-        prediction = trainer.predict(data)
-        logits = prediction.predictions[:, : tasks[task].num_labels]
-        return tasks[task].scores(logits, prediction.label_ids)[tasks[task].metrics[0]]
-
-    metrics = train_loras(
+    # The model's own loss knows of label smoothing, which is for classes alone.
+    are_classes = all(task.problem_type == CLASSES for task in tasks.values())
+    metrics = classifier_loras(
         model,
         args,
         LoraConfig(r=rank, lora_alpha=rank, target_modules=target_modules, task_type="SEQ_CLS"),
         {name: task.data for name, task in tasks.items()},
-        score,
+        {name: task.num_labels for name, task in tasks.items()},
+        measure,
         sequential=args.method == "sequential_lora",
-        prepare=prepare,
+        loss=None if are_classes else loss,
         score_names={name: task.metrics[0] for name, task in tasks.items()},
         processing_class=tokenizer,
-        compute_loss_func=loss,
     )
     return metrics.table()
 

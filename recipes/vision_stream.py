@@ -23,18 +23,18 @@ import quiet  # noqa: F401
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from datasets import DatasetDict
 from digits import PREFIX, TASKS
 from image_tasks import load_images, with_pixels
-from peft import LoraConfig, PeftModel
-from task_data import dataset_ids, flags_with_config, parse_tasks, quantization, train_loras
-from transformers import AutoImageProcessor, AutoModelForImageClassification, HfArgumentParser, Trainer, set_seed
+from lora_baselines import classifier_loras
+from peft import LoraConfig
+from task_data import dataset_ids, flags_with_config, parse_tasks, quantization
+from transformers import AutoImageProcessor, AutoModelForImageClassification, HfArgumentParser, set_seed
 
 from share_hf import ShareConfig, ShareTrainer, ShareTrainingArguments
-from share_hf.continual.labels import LabelMask
 from share_hf.tuner.head import parts_to_keep
 
 
@@ -100,13 +100,15 @@ def main() -> None:
         script.model_name_or_path,
         num_labels=max(num_labels.values()),
         dtype=dtype,
-        quantization_config=quantization(script.load_in_4bit, dtype),
+        quantization_config=quantization(script.load_in_4bit, dtype, head="classifier"),
         ignore_mismatched_sizes=True,  # a head for other labels, as of ImageNet, gives way
     )
     target_modules = script.target_modules.split(",")
 
     if args.method in ("per_task_lora", "sequential_lora"):
-        print(lora_baseline(model, script, args, tasks, num_labels, target_modules))
+        table = lora_baseline(model, script, args, tasks, num_labels, target_modules)
+        if args.process_index == 0:
+            print(table)
         return
 
     config = ShareConfig(
@@ -134,29 +136,17 @@ def lora_baseline(
     num_labels: Mapping[str, int],
     target_modules: list[str],
 ) -> str:
-    """The accuracy matrix of LoRAs at the learning rate of free factors, each task's labels masked as ours are."""
+    """The accuracy matrix of LoRAs at the learning rate of free factors, with the heads that ours have."""
     args.learning_rate = args.init_learning_rate or args.learning_rate
-    rank = script.pseudo_rank
-    labels_of_adapter: dict[str, int] = {}
-
-    def prepare(peft_model: PeftModel, task: str) -> None:
-        if not labels_of_adapter:
-            LabelMask(peft_model, labels_of_adapter.get)
-        labels_of_adapter[peft_model.active_adapter] = num_labels[task]
-
-    def score(trainer: Trainer, task: str, data: Any) -> float:
-        prediction = trainer.predict(data)
-        return float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())
-
-    head = parts_to_keep(model, None)
-    metrics = train_loras(
+    rank, head = script.pseudo_rank, parts_to_keep(model, None)
+    metrics = classifier_loras(
         model,
         args,
         LoraConfig(r=rank, lora_alpha=rank, target_modules=target_modules, modules_to_save=head),
         tasks,
-        score,
+        num_labels,
+        lambda task, outputs, labels: float((outputs.argmax(-1) == labels).mean()),
         sequential=args.method == "sequential_lora",
-        prepare=prepare,
     )
     return metrics.table()
 

@@ -87,7 +87,8 @@ def test_loading_options_do_what_they_do_for_lora(
     model.load_adapter(folder / "two", "two", **options)
     for task in ("one", "two"):
         model.set_adapter(task, inference_mode=not is_trainable)
-        assert torch.equal(logits(model, LLAMA.batch()), expected[task])
+        # Tensors of a file lie at any address, which some kernels add up in another order for.
+        assert_close(logits(model, LLAMA.batch()), expected[task], 1e-6)
         assert set(trainable(model)) == (set(task_parameters(model, task)) if is_trainable else set())
     assert not [name for name, tensor in model.named_parameters() if tensor.is_meta]
     assert not [name for name, tensor in model.named_buffers() if tensor.is_meta]
