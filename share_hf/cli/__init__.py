@@ -89,7 +89,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser, commands = build_parser()
     if not argv or argv[0] not in commands:
         return parser.parse_args(argv or ["--help"])
-    args = commands[argv[0]].parse_intermixed_args(argv[1:])
+    try:
+        args = commands[argv[0]].parse_intermixed_args(argv[1:])
+    except AttributeError as error:
+        # Interrupted within, argparse puts back what it has not taken yet.
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise
     if args.command == "export":
         check_export(args, commands["export"])
     if "from_file" in args and not (args.adapters or args.from_file):

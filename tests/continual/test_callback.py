@@ -249,7 +249,7 @@ class TestRouting:
         args = TrainingArguments(str(tmp_path), report_to="none", disable_tqdm=True, use_cpu=True, max_steps=1)
         data = language_data(1).to_iterable_dataset()
         trainer = Trainer(model=model, args=args, train_dataset=data, callbacks=[ShareCallback("one", routing=True)])
-        with pytest.raises(ValueError, match="task 'one' has training data without a length and routing is True"):
+        with pytest.raises(ValueError, match="task 'one' has training data that is streamed and routing is True"):
             trainer.train()
 
     def test_too_few_examples_are_refused_before_anything_is_trained(
