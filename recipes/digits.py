@@ -22,7 +22,7 @@ except ImportError as error:
 PREFIX = "digits:"
 SPLITS = {"pretrain": slice(0, 898), "train": slice(898, 1398), "test": slice(1398, None)}
 
-# What is told of a digit.
+# Labels that a digit can have.
 LABELS: dict[str, Callable[[int], str]] = {
     "ten": str,
     "even-odd": lambda digit: "odd" if digit % 2 else "even",
@@ -53,8 +53,8 @@ def digits_of(place: str) -> DatasetDict:
     """The `train` and `test` splits of a task, with the columns `image` and `label`.
 
     Args:
-        place: What is told of the digits, how they look, or both: `digits:even-odd`, `digits:rotated`,
-            `digits:prime,inverted`. All ten digits, upright, where it says nothing of one.
+        place: Labels of the digits, their look, or both: `digits:even-odd`, `digits:rotated`, `digits:prime,inverted`.
+            All ten digits, upright, by default.
 
     Raises:
         ValueError: If it names something else.

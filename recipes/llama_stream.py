@@ -71,7 +71,7 @@ class ScriptArguments:
     )
     text_columns: list[str] = field(
         default_factory=lambda: ["text"],
-        metadata={"help": "Columns of which the text is made: those of them that a task has, each on its line."},
+        metadata={"help": "Columns to join into the text, one on each line; a task uses those that it has."},
     )
     chat_template: Literal["auto", "never"] = field(
         default="auto",

@@ -1,4 +1,4 @@
-"""What is kept of a stream beside its matrix: each example's answer, sizes, times, and the model's own loss."""
+"""Results kept besides the matrix: each example's answer, sizes, times, and the loss on other texts."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def sizes_of_subspace(report: SubspaceReport, trained: Mapping[str, int]) -> dic
 
 
 def sizes_of_loras(model: PeftModel, adapters: Mapping[str, str]) -> dict[str, Any]:
-    """The same of LoRAs: one of several tasks is what they share."""
+    """The same for LoRAs; one LoRA that serves several tasks counts as shared."""
     tensors = {name: get_peft_model_state_dict(model, adapter_name=name).values() for name in adapters.values()}
     sizes = {name: sum(tensor.nbytes for tensor in of_lora) for name, of_lora in tensors.items()}
     numbers = {name: sum(tensor.numel() for tensor in of_lora) for name, of_lora in tensors.items()}

@@ -370,7 +370,7 @@ class _LabelEncoder:
 
 
 def positive_class(labels: Sequence[str]) -> int:
-    """The class of two that F1 is of: the one whose name the other denies (`not_x`, `unx`), or else the second."""
+    """The positive class for F1: the one whose name the other negates (`not_x`, `unx`), otherwise the second."""
     denied = [re.sub(r"^(not|non|no|un)[ _-]?", "", label.lower()) for label in labels]
     return 0 if denied[1] == labels[0].lower() != labels[1].lower() else 1
 

@@ -41,7 +41,7 @@ class Task(Protocol):
 
 
 class HeadedModel(nn.Module):
-    """A backbone that all methods share the use of, and for each task an output layer of its own.
+    """A backbone shared by all tasks, with one output layer for each task.
 
     Args:
         model: A model for sequence or image classification, which is copied. Copies of its classifier become the

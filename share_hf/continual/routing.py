@@ -128,7 +128,7 @@ def _with_route(
     collate: Callable[[list[Any]], Any],
     args: TrainingArguments,
 ) -> SubspaceState:
-    """`with_route_of`, each process taking every so-manieth example, each once."""
+    """`with_route_of`, in which the processes share the examples, each of which is read once."""
     own = Subset(data, range(args.process_index, len(data), args.world_size))
     batches = DataLoader(own, batch_size=args.per_device_eval_batch_size, collate_fn=collate)
     tuner = model.base_model

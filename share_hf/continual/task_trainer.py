@@ -322,7 +322,7 @@ class TaskTrainer(GroupTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _is_loss_of_model(self, problem: Problem) -> bool:
-        """Whether the model, or a function of the user's, computes the loss of a task: it has one kind for all."""
+        """Whether the model or the user's function computes the loss; either uses one kind of loss for all tasks."""
         if self.compute_loss_func is not None:
             return True
         of_model = getattr(self.model.config, "problem_type", None)
@@ -340,7 +340,7 @@ class TaskTrainer(GroupTrainer):
         problem = self._problem_of(self._task_at_work())
         if problem is None or logits is None or problem.problem_type == CLASSES:
             return loss, logits, labels
-        # What is masked has no value, and is no label that could be predicted.
+        # Masked outputs carry no value and must not be predicted.
         if isinstance(logits, tuple):
             return loss, (logits[0][..., : problem.num_labels], *logits[1:]), labels
         return loss, logits[..., : problem.num_labels], labels

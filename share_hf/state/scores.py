@@ -9,7 +9,7 @@ from itertools import zip_longest
 from typing import Any, NamedTuple
 
 
-# What the scores of a stream are where those of some tasks are something else than those of others.
+# Name of the score where tasks are measured by different metrics.
 MIXED_SCORE = "score"
 
 

@@ -112,7 +112,7 @@ def _configure_alike(model: PeftModel, alike: Mapping[str, Sequence[str]]) -> No
 
     Args:
         model: Has the keys of `alike` as adapters.
-        alike: By adapter, the new tasks that are set up as it was.
+        alike: By adapter, the new tasks to set up like it.
     """
     wrappers = head_wrappers(model)
     for first, new in alike.items():
