@@ -18,7 +18,7 @@ from typing import Any, get_args
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Value
 from datasets import Sequence as ListOf
-from task_data import first_examples, load_splits, with_scored_split
+from task_data import evaluation_of, first_examples, load_splits, with_scored_split
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -85,7 +85,7 @@ class TextTask:
     @property
     def scored(self) -> Dataset:
         """The split that scores it."""
-        return self.data[self._scored_split]
+        return evaluation_of(self.data)
 
     @property
     def _scored_split(self) -> str:

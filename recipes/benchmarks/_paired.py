@@ -64,7 +64,7 @@ class Difference:
     """The mean of a difference, and its percentile interval at 95 %.
 
     Args:
-        mean: Of all runs.
+        mean: Mean over all runs.
         low: Lower end of the interval.
         high: Upper end of the interval.
         seeds: How many seeds were drawn from. With one, the interval is that of the test examples alone; with few, it

@@ -104,5 +104,10 @@ def is_iterable_only(data: object) -> bool:
     return isinstance(data, (datasets.IterableDataset, torch.utils.data.IterableDataset))
 
 
+def cannot_be_indexed(data: Data) -> bool:
+    """Whether data has no length, or has one and can only be read from its beginning all the same."""
+    return is_streamed(data) or is_iterable_only(data)
+
+
 def _is_empty(data: Data) -> bool:
     return has_length(data) and len(data) == 0

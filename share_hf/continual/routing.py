@@ -18,7 +18,7 @@ from ..state import SubspaceState
 from ..subspace.discriminants import LEAST_INPUTS, FeatureSums
 from ..tuner.learned_routes import layers_for, sums_over, with_learned_route
 from ..tuner.routing import count_of
-from .data import Data, is_iterable_only, is_streamed
+from .data import Data, cannot_be_indexed
 
 
 def check_engine_routes(engine: Engine) -> None:
@@ -41,7 +41,7 @@ def check_data_routes(task: str, data: Data) -> None:
     Raises:
         ValueError: Naming the task.
     """
-    if is_streamed(data) or is_iterable_only(data):
+    if cannot_be_indexed(data):
         raise ValueError(
             f"task {task!r} has training data that is streamed and routing is True, expected data that can be "
             "indexed; or SharedSubspace.learn_route after the stream"

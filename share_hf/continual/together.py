@@ -11,7 +11,7 @@ from transformers.trainer_utils import SaveStrategy
 from ..engines.local import LocalEngine
 from ..tuner.experts import Experts
 from .arguments import ShareTrainingArguments
-from .data import Data, TaskSplits, is_iterable_only, is_streamed
+from .data import Data, TaskSplits, cannot_be_indexed
 from .group_steps import schedule_of
 from .problems import CLASSES, Problem
 
@@ -58,7 +58,7 @@ def groups_of(
                 f"together has {group[0]!r}, which is number {known + first + 1} in the subspace, expected a basis "
                 f"first: num_init_tasks = {args.num_init_tasks} tasks before it, or a subspace= that has them"
             )
-        if streamed := [name for name in group if _is_read_once(tasks[name].train)]:
+        if streamed := [name for name in group if cannot_be_indexed(tasks[name].train)]:
             raise ValueError(
                 f"together has {streamed}, whose training data is streamed, expected data with a length: batches that "
                 "mix tasks are planned ahead"
@@ -66,10 +66,6 @@ def groups_of(
     if groups:
         _check_arguments(args)
     return groups
-
-
-def _is_read_once(data: Data) -> bool:
-    return is_streamed(data) or is_iterable_only(data)
 
 
 def units_of(tasks: Iterable[str], groups: Iterable[Unit]) -> list[Unit]:
