@@ -65,6 +65,9 @@ class ScriptArguments:
     num_components: int = field(default=32, metadata={"help": "Cap on the directions of a layer's basis (k)."})
     pseudo_rank: int = field(default=8, metadata={"help": "Rank of a task (p), and of the baselines' LoRAs."})
     num_temporary: int | None = field(default=None, metadata={"help": "Temporary factors (φ); k // 4 if not given."})
+    temporary_init: Literal["basis", "random"] = field(
+        default="basis", metadata={"help": "What temporary factors begin as: basis vectors, or a fresh LoRA."}
+    )
     basis: Literal["joint", "factor"] = field(default="joint", metadata={"help": "How merges choose the basis."})
     center: bool = field(
         default=False, metadata={"help": "Center the factors in merges, as the paper does ('factor')."}
@@ -123,6 +126,7 @@ def main() -> None:
         num_components=script.num_components,
         pseudo_rank=script.pseudo_rank,
         num_temporary=script.num_temporary,
+        temporary_init=script.temporary_init,
         basis=script.basis,
         center=script.center,
         init_std=script.init_std,

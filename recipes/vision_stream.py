@@ -57,6 +57,9 @@ class ScriptArguments:
     num_components: int = field(default=32, metadata={"help": "Cap on the directions of a layer's basis (k)."})
     pseudo_rank: int = field(default=8, metadata={"help": "Rank of a task (p), and of the baselines' LoRAs."})
     num_temporary: int | None = field(default=None, metadata={"help": "Temporary factors (φ); k // 4 if not given."})
+    temporary_init: Literal["basis", "random"] = field(
+        default="basis", metadata={"help": "What temporary factors begin as: basis vectors, or a fresh LoRA."}
+    )
     init_std: float = field(default=0.05, metadata={"help": "Spread of a new task's coefficients (σ)."})
     drift_tolerance: float | None = field(default=None, metadata={"help": "Largest drift merges may add up to."})
     load_in_4bit: bool = field(default=False, metadata={"help": "Quantize the model to NF4 with bitsandbytes."})
@@ -115,6 +118,7 @@ def main() -> None:
         num_components=script.num_components,
         pseudo_rank=script.pseudo_rank,
         num_temporary=script.num_temporary,
+        temporary_init=script.temporary_init,
         init_std=script.init_std,
         drift_tolerance=script.drift_tolerance,
         target_modules=target_modules,

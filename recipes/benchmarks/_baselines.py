@@ -14,9 +14,12 @@ that depend on a task's place alone. A task's head, and the first LoRA, start al
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,6 +37,9 @@ from transformers.trainer_utils import SaveStrategy
 
 from share_hf.continual import ContinualMetrics
 from share_hf.continual.progress import StreamProgressCallback
+
+
+HEAD_FILE = "head.safetensors"  # of a LoRA that is kept
 
 
 @dataclass(frozen=True)
@@ -161,7 +167,14 @@ class BaselineTrainer(Trainer):
         return self.accelerator.prepare(loader)
 
 
-def train(method: str, model: PreTrainedModel, tasks: Mapping[str, Task], settings: BaselineSettings) -> Outcome:
+def train(
+    method: str,
+    model: PreTrainedModel,
+    tasks: Mapping[str, Task],
+    settings: BaselineSettings,
+    *,
+    keep_in: Path | None = None,
+) -> Outcome:
     """Learn a stream of tasks by one of the methods, and score it after each step.
 
     Args:
@@ -169,6 +182,7 @@ def train(method: str, model: PreTrainedModel, tasks: Mapping[str, Task], settin
         model: The base model, which stays as it is; its classifier is only the pattern of the heads.
         tasks: The stream, in its order.
         settings: What all methods have in common.
+        keep_in: Folder that the LoRAs of the method `lora` are kept in, each as PEFT has it with its head beside it.
 
     Raises:
         ValueError: If the method is not known, or a model or a task is not what a stream can be learned with. Nothing
@@ -192,6 +206,8 @@ def train(method: str, model: PreTrainedModel, tasks: Mapping[str, Task], settin
         metrics.add_row(main, len(group))
         if stream.progress is not None:
             stream.progress.task_line(metrics, method, steps[-1].seconds)
+    if keep_in is not None:
+        stream.keep(keep_in)
     return Outcome(
         metrics=metrics,
         scores=scores,
@@ -256,6 +272,16 @@ class _Stream:
         """What must be kept for a task alone."""
         head = self.model.heads[self.places[name]].state_dict()
         return {**self.adapters.tensors_of(self.places[name]), **{f"head.{key}": value for key, value in head.items()}}
+
+    def keep(self, folder: Path) -> None:
+        """Write the LoRA of each task as PEFT has it, and its head beside it."""
+        draft = folder.with_name(f"{folder.name}.{os.getpid()}")
+        self.model.backbone.save_pretrained(str(draft))
+        for lora, name, head in zip(self.adapters.loras, self.tasks, self.model.heads, strict=True):
+            (draft / lora).rename(draft / name)
+            safetensors.torch.save_file(head.state_dict(), draft / name / HEAD_FILE)
+        with contextlib.suppress(OSError):  # another run may train the same meanwhile
+            draft.rename(folder)
 
     def _examples(self, group: Sequence[str]) -> dict[str, Dataset]:
         """What is trained on, by task: all of the new tasks', and what is kept of earlier ones."""

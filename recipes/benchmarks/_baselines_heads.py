@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from datasets import Dataset, DatasetDict
@@ -58,17 +60,15 @@ class HeadedModel(nn.Module):
 
     def __init__(self, model: PreTrainedModel, tasks: Mapping[str, Task], seed: int) -> None:
         super().__init__()
-        name = _classifier_name(model)
-        self.backbone: nn.Module = copy.deepcopy(model)
-        classifier = getattr(self.backbone, name)
-        setattr(self.backbone, name, nn.Identity())
+        classifier = getattr(model, _classifier_name(model))
+        self.backbone: nn.Module = without_classifier(model)
         std = getattr(model.config, "initializer_range", 0.02)
         self.problem_types = [task.problem_type for task in tasks.values()]
         self.num_labels = [task.num_labels for task in tasks.values()]
         self.heads = nn.ModuleList()
         for position, outputs in enumerate(self.num_labels):
             set_seed(seed + 2 * position)
-            self.heads.append(_head_like(classifier, outputs, std))
+            self.heads.append(head_like(classifier, outputs, std))
 
     def forward(self, task: Tensor, labels: Tensor | None = None, **inputs: Tensor) -> SequenceClassifierOutput:
         """The mean loss of the samples, each by the kind of its task, and their outputs.
@@ -197,7 +197,21 @@ def _classifier_name(model: PreTrainedModel) -> str:
     return name
 
 
-def _head_like(classifier: nn.Module, outputs: int, std: float) -> nn.Module:
+def without_classifier(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of a model whose outputs are what its classifier would take."""
+    backbone = copy.deepcopy(model)
+    setattr(backbone, _classifier_name(model), nn.Identity())
+    return backbone
+
+
+def kept_head(model: PreTrainedModel, outputs: int, path: Path) -> nn.Module:
+    """A head that was kept, with so many outputs, for a model like the one it was trained with."""
+    head = head_like(getattr(model, _classifier_name(model)), outputs, std=1.0)
+    head.load_state_dict(safetensors.torch.load_file(path))
+    return head
+
+
+def head_like(classifier: nn.Module, outputs: int, std: float) -> nn.Module:
     """A copy of a classifier in float32 with so many outputs and weights drawn anew, as transformers draws them."""
     head = nn.Sequential(copy.deepcopy(classifier)).float()
     *_, (path, last) = ((path, module) for path, module in head.named_modules() if isinstance(module, nn.Linear))

@@ -67,7 +67,10 @@ def print_report(runs: Sequence[Run], results: Results, figures: Path | None) ->
     chosen = [(run, result) for run, result in found if run.settings.get("validation")]
     if chosen:
         print(f"\nsettings, on held-out training data\n\n{_aligned(_setting_lines(chosen))}")
-    many = [(run, result) for run, result in found if run.stream == "fifty"]
+    hundred = [(run, result) for run, result in found if run.method == "merged"]
+    if hundred:
+        print(f"\nLoRAs merged ten at a time\n\n{_aligned(_merged_lines(hundred))}")
+    many = [(run, result) for run, result in found if run.stream == "fifty" and run.method != "merged"]
     if many:
         print(f"\nfifty tasks\n\n{_aligned(_fifty_lines(many))}")
     losses = list(losses_of(found))
@@ -258,9 +261,32 @@ def _fifty_lines(found: Found) -> list[tuple[str, ...]]:
     return lines
 
 
+def _merged_lines(found: Found) -> Iterator[tuple[str, ...]]:
+    yield ("setting", "LoRAs", "before", "merged", "mean loss", "largest", "mean drift", "kB")
+    for run, result in found:
+        stages = {int(end): stage for end, stage in result["stages"].items()} | {len(result["answers"]): result}
+        before = scores_of(result, result["before"])
+        for end, stage in sorted(stages.items()):
+            now = scores_of(result, stage["answers"])
+            lost = [before[task] - score for task, score in now.items()]
+            yield (
+                run.label,
+                str(end),
+                f"{100 * statistics.mean(before[task] for task in now):.2f}",
+                f"{100 * statistics.mean(now.values()):.2f}",
+                f"{100 * statistics.mean(lost):.2f}",
+                f"{100 * max(lost):.1f}",
+                f"{statistics.mean(drift for drift, _ in stage['drift'].values()):.3f}",
+                f"{stored(result) / 1e3:,.0f}" if stage is result else "",
+            )
+
+
 def losses_of(found: Found) -> Iterator[Loss]:
     """What each task of each run of Share lost on test data, beside its drift, its own compression included."""
     for run, result in found:
+        if run.method == "merged":
+            yield from _losses_of_merged(run, result)
+            continue
         if "drift" not in result or run.method == "coefficients" or run.settings.get("validation"):
             continue
         now = scores_of(result, result["answers"])
@@ -268,6 +294,14 @@ def losses_of(found: Found) -> Iterator[Loss]:
             learned = result["matrix"][j][j] if j < len(result["matrix"]) else None
             if learned is not None:
                 yield Loss(run.stream, task, result["drift"][task][0], learned - now[task], len(result["true"][task]))
+
+
+def _losses_of_merged(run: Run, result: Result) -> Iterator[Loss]:
+    before = scores_of(result, result["before"])
+    for stage in (*result["stages"].values(), result):
+        for task, score in scores_of(result, stage["answers"]).items():
+            drift, _ = stage["drift"][task]
+            yield Loss("LoRAs merged", task, drift, before[task] - score, len(result["true"][task]))
 
 
 def _certificate_rows(losses: Sequence[Loss]) -> Iterator[Row]:

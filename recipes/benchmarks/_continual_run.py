@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import shutil
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import _language_run
+import _merged_run
 import _share_run
 import numpy as np
 import torch
@@ -35,12 +40,13 @@ from text_tasks import TextTask, load_text_task
 
 OWN_TEXT = "imdb"  # of no task of a causal LM's stream: its loss tells what is left of the model's own ability
 OF_DATA = ("max_length", "train_examples", "target_modules", "validation")  # settings that are of the data alone
+OF_MERGES = ("num_components", "basis", "seeds", "together", "scored")  # those of merging LoRAs, not of training them
 
 
 def main() -> None:
     job = json.loads(sys.argv[1])
     run, work = Run.from_dict(job["run"]), Path(job["work"])
-    model = Path(job["model"]) if job["model"] else packaged_model()
+    model = without_dropout(Path(job["model"]) if job["model"] else packaged_model(), work.parent / "base")
     stream = STREAMS[run.stream]
     validation = run.settings.get("validation", False)
     places = write_data(run.stream, Path(job["data"]), work / "data", validation=validation)
@@ -63,11 +69,28 @@ def main() -> None:
     }
     if run.method in SHARE_METHODS:
         result = _share_run.learn(run, places, model, tasks, tokenizer, work)
+    elif run.method == "merged":
+        result = merged(run, model, tasks, tokenizer, work)
     else:
         result = baseline(run, model, tasks, tokenizer, work)
     true = {name: encoded(np.asarray(list(task.scored["label"]))) for name, task in tasks.items()}
     described = {"metrics": {name: task.metrics[0] for name, task in tasks.items()}, "true": true}
     keep(job, run, {**described, **result}, started)
+
+
+def without_dropout(model: Path, folder: Path) -> Path:
+    """A copy of a base model that drops nothing out in training.
+
+    Dropout slows what a thousand examples can teach, and every step by a quarter; it is off for all methods alike.
+    """
+    if not folder.exists():
+        draft = Path(shutil.copytree(model, folder.with_name(f"{folder.name}.{os.getpid()}")))
+        config = json.loads((draft / "config.json").read_text(encoding="utf-8"))
+        config |= {name: 0.0 for name in config if name.endswith(("dropout_prob", "dropout"))}
+        (draft / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+        with contextlib.suppress(OSError):  # another run made it meanwhile
+            draft.rename(folder)
+    return folder
 
 
 def keep(job: Mapping[str, Any], run: Run, result: Mapping[str, Any], started: float) -> None:
@@ -97,15 +120,31 @@ def baseline(
     outputs = max(task.num_labels for task in tasks.values())
     base = AutoModelForSequenceClassification.from_pretrained(model, num_labels=outputs)
     modules = run.settings["target_modules"].split(",")
-    return measured(
-        train(
-            run.method,
-            base,
-            tasks,
-            BaselineSettings(args, modules, rank, head_learning_rate=of_heads, processing_class=tokenizer),
-        ),
-        tasks,
-    )
+    baseline_settings = BaselineSettings(args, modules, rank, head_learning_rate=of_heads, processing_class=tokenizer)
+    keep_in = loras_of(run, work) if (run.stream, run.method) == ("fifty", "lora") else None
+    return measured(train(run.method, base, tasks, baseline_settings, keep_in=keep_in), tasks)
+
+
+def loras_of(run: Run, work: Path) -> Path:
+    """Where the LoRAs of a run are kept, for others that merge them."""
+    (folder := work.parent / "loras").mkdir(exist_ok=True)
+    return folder / run.name
+
+
+def merged(
+    run: Run, model: Path, tasks: Mapping[str, TextTask], tokenizer: PreTrainedTokenizerBase, work: Path
+) -> dict[str, Any]:
+    """LoRAs of several seeds merged; those are trained first that are not there."""
+    loras = {}
+    for seed in run.settings["seeds"]:
+        settings = {name: value for name, value in run.settings.items() if name not in OF_MERGES}
+        lora = replace(run, method="lora", seed=seed, order=None, settings=settings)
+        loras[seed] = loras_of(lora, work)
+        if not loras[seed].is_dir():
+            baseline(lora, model, tasks, tokenizer, work)
+    outputs = max(task.num_labels for task in tasks.values())
+    base = AutoModelForSequenceClassification.from_pretrained(model, num_labels=outputs)
+    return _merged_run.merge(run, base, tasks, tokenizer, loras, work)
 
 
 def measured(outcome: Outcome, tasks: Mapping[str, TextTask]) -> dict[str, Any]:

@@ -16,8 +16,9 @@ SEEDS = (0, 1, 2)
 # Of data and training, the same for all methods. Names are flags of recipes/text_stream.py.
 COMMON: dict[str, Any] = {
     "max_length": 64,
-    "num_train_epochs": 3.0,
-    "per_device_train_batch_size": 16,
+    "bf16": True,  # 1.8 times faster in training and 3.5 in evaluation where the processor has AMX
+    "num_train_epochs": 5.0,
+    "per_device_train_batch_size": 8,
     "warmup_steps": 0.1,
     "pseudo_rank": 8,
 }
@@ -29,22 +30,22 @@ SHARE: dict[str, Any] = {
     "init_std": 0.05,
     "basis": "joint",
     "num_init_tasks": 2,
-    "learning_rate": 5e-3,
-    "init_learning_rate": 2e-3,
+    "learning_rate": 2e-3,
+    "init_learning_rate": 1e-3,
 }
 
 METHODS: dict[str, dict[str, Any]] = {
     "share": SHARE,
     "share-paper": SHARE | {"basis": "factor", "center": True, "num_temporary": 2, "num_init_tasks": 1},
     "coefficients": SHARE | {"method": "coefficients", "num_init_tasks": 4, "learning_rate": 1e-2},
-    "lora": {"learning_rate": 2e-3},
-    "sequential": {"learning_rate": 2e-3},
-    "replay-2": {"learning_rate": 2e-3},
-    "replay-5": {"learning_rate": 2e-3},
-    "olora": {"learning_rate": 2e-3},
+    "lora": {"learning_rate": 1e-3},
+    "sequential": {"learning_rate": 1e-3},
+    "replay-2": {"learning_rate": 1e-3},
+    "replay-5": {"learning_rate": 1e-3},
+    "olora": {"learning_rate": 1e-3},
     # Its weights want a smaller rate than a head that starts at random, which would learn little in so few steps.
-    "osf": {"learning_rate": 5e-4, "head_learning_rate": 2e-3},
-    "joint": {"learning_rate": 2e-3},
+    "osf": {"learning_rate": 5e-4, "head_learning_rate": 1e-3},
+    "joint": {"learning_rate": 1e-3},
 }
 SHARE_METHODS = ("share", "share-paper", "coefficients")
 WITHOUT_ORDER = ("lora", "joint")  # their results differ between orders by seeds alone
@@ -57,6 +58,8 @@ FIFTY: dict[str, dict[str, Any]] = {
     "k=16": SHARE | {"num_components": 16},
     "k=8": SHARE | {"num_components": 8, "num_temporary": 4},
 }
+
+MERGED_SEEDS = (0, 1)  # a hundred LoRAs
 
 # Of recipes/llama_stream.py with SmolLM2-135M-Instruct; rates as in recipes/configs/smollm2.yaml.
 LANGUAGE: dict[str, Any] = {
@@ -93,13 +96,15 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     **{f"sigma={sigma:g}": {"init_std": sigma} for sigma in (0.01, 0.2)},
     "factor": {"basis": "factor"},
     **{f"init tasks={count}": {"num_init_tasks": count} for count in (1, 4)},
+    # Those of a LoRA, at the rate of one.
+    "random temporaries": {"temporary_init": "random", "learning_rate": 1e-3},
     "finetune": {"finetune_num_train_epochs": 1.0, "finetune_learning_rate": 5e-3},
 }
-OF_LORAS = (1e-3, 2e-3, 4e-3)
+OF_LORAS = (5e-4, 1e-3, 2e-3)
 RATES = dict.fromkeys(("lora", "sequential", "replay-2", "replay-5", "olora", "joint"), OF_LORAS) | {
     "osf": (1e-4, 5e-4, 2e-3),
-    "share": (2e-3, 5e-3, 1e-2),
-    "share-paper": (2e-3, 5e-3, 1e-2),
+    "share": (1e-3, 2e-3, 5e-3),
+    "share-paper": (1e-3, 2e-3, 5e-3),
     "coefficients": (5e-3, 1e-2, 2e-2),
 }
 
@@ -113,6 +118,7 @@ def planned() -> Iterator[Run]:
     yield from ablations()
     yield from _compared("nine", range(len(STREAMS["nine"].orders)), SEEDS, EVERYWHERE)
     yield from fifty()
+    yield from merged()
     yield from language()
 
 
@@ -129,8 +135,16 @@ def fifty() -> Iterator[Run]:
     """Fifty tasks at several k, and a LoRA a task."""
     for label, settings in FIFTY.items():
         yield run("fifty", "share", 0, 0, {**settings, "chunk": 10}, label)
-    for seed in SEEDS[:2]:
+    for seed in MERGED_SEEDS:
         yield run("fifty", "lora", seed, None, METHODS["lora"])
+
+
+def merged() -> Iterator[Run]:
+    """The LoRAs of fifty tasks and two seeds, merged ten at a time at several k."""
+    stages = {"seeds": MERGED_SEEDS, "together": 10, "scored": (10, 20, 50)}
+    for k in (16, 32, 64, 128):
+        settings = {**METHODS["lora"], "num_components": k, "basis": "joint", **stages}
+        yield run("fifty", "merged", 0, 0, settings, f"k={k}")
 
 
 def ablations() -> Iterator[Run]:
@@ -140,11 +154,11 @@ def ablations() -> Iterator[Run]:
 
 
 def tuning() -> Iterator[Run]:
-    """Three rates for each method, on one order of nine tasks and validation data; `METHODS` is to have the best."""
+    """Three rates for each method, on GLUE and validation data; `METHODS` has the best."""
     for method, rates in RATES.items():
         for rate in rates:
             settings = {**METHODS[method], "learning_rate": rate, **VALIDATION}
-            yield run("nine", method, 0, 0, settings, f"rate={rate:g}")
+            yield run("glue", method, 0, 0, settings, f"rate={rate:g}")
 
 
 def run(stream: str, method: str, seed: int, order: int | None, settings: Settings, label: str = "") -> Run:

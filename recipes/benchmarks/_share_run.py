@@ -58,7 +58,9 @@ def learn(
             draft.rename(folder)
         subspace = SharedSubspace.from_pretrained(folder)
         stages[end] = {
-            "answers": answers(subspace, model, {task: tasks[task] for task in learned}, tokenizer),
+            "answers": answers(
+                subspace, model, {task: tasks[task] for task in learned}, tokenizer, bf16=run.settings["bf16"]
+            ),
             "drift": {task.name: [task.drift, task.drift_bound] for task in subspace.report().tasks},
         }
     metrics = subspace.state.metrics
@@ -91,7 +93,12 @@ def _run_recipe(
 
 @torch.no_grad()
 def answers(
-    subspace: SharedSubspace, base: Path, tasks: Mapping[str, TextTask], tokenizer: PreTrainedTokenizerBase
+    subspace: SharedSubspace,
+    base: Path,
+    tasks: Mapping[str, TextTask],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    bf16: bool,
 ) -> dict[str, str | list[float]]:
     """By task, what the subspace answers to its test examples."""
     outputs = max(task.num_labels for task in tasks.values())
@@ -105,10 +112,13 @@ def answers(
         model.set_adapter(name)
         inputs = task.scored.remove_columns("label")
         order = np.argsort([len(ids) for ids in inputs["input_ids"]], kind="stable")  # pads little
-        logits = [
-            model(**collate([inputs[int(i)] for i in order[start : start + BATCH]]).to(device)).logits.float().cpu()
-            for start in range(0, len(order), BATCH)
-        ]
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):  # as the Trainer evaluates
+            logits = [
+                model(**collate([inputs[int(i)] for i in order[start : start + BATCH]]).to(device))
+                .logits.float()
+                .cpu()
+                for start in range(0, len(order), BATCH)
+            ]
         sorted_answers = chosen(torch.cat(logits).numpy(), task.problem_type, task.num_labels)
         in_order = np.empty_like(sorted_answers)
         in_order[order] = sorted_answers
@@ -124,6 +134,8 @@ def trained_numbers(subspace: SharedSubspace, run: Run) -> int:
         rank = run.settings["pseudo_rank"]
         if run.settings["method"] == "coefficients":
             count += rank * (layer.basis_out.shape[1] + layer.basis_in.shape[1])
+        elif run.settings.get("temporary_init") == "random":
+            count += rank * (outputs + inputs)
         else:
             count += run.settings["num_temporary"] * (outputs + inputs + 2 * rank)
     return count

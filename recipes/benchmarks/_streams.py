@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -138,6 +139,8 @@ def write_data(stream: str, data: Path, folder: Path, *, validation: bool = Fals
     """Write the data of a stream's tasks as the recipes take it.
 
     Training examples are shuffled: some files have them by their source, the first thousand of STS-B from one alone.
+    Values to be predicted are standardized by those of the training examples: a head that starts near zero would else
+    spend its first steps on their mean, and at higher rates the whole model with it.
 
     Args:
         stream: Name of the stream.
@@ -161,10 +164,23 @@ def write_data(stream: str, data: Path, folder: Path, *, validation: bool = Fals
             train, test = train[:-held_out], train[-held_out:]
         else:
             test = part.of(test)[:FIFTY_TEST] if stream == "fifty" else part.of(test)
+        train, test = _standardized(train, test)
         for split, examples in (("train", train), ("test", test)):
             _write(folder / task / f"{split}.jsonl", examples)
         places[task] = str(folder / task)
     return places
+
+
+def _standardized(train: list[Example], test: list[Example]) -> tuple[list[Example], list[Example]]:
+    """Training and test examples, values to be predicted with mean 0 and deviation 1 over the training ones."""
+    if any(isinstance(example["label"], str) for example in train):  # classes
+        return train, test
+    values = [float(example["label"]) for example in train]
+    mean, deviation = statistics.mean(values), statistics.pstdev(values) or 1.0
+    return tuple(
+        [{**example, "label": (float(example["label"]) - mean) / deviation} for example in examples]
+        for examples in (train, test)
+    )
 
 
 def _examples(path: Path) -> Iterator[Example]:

@@ -219,6 +219,7 @@ def training_facts(
         "optimizer": str(getattr(name, "value", name)),
         "seed": args.seed,
         "num_temporary": config.num_temporary,
+        "temporary_init": config.temporary_init,
         "init_std": config.init_std,
     }
 

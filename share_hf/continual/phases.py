@@ -232,7 +232,10 @@ def describe_task(model: PeftModel, task: str, learned_by: Phase, problem: Probl
     """What is known of a task that the model was just trained on."""
     target = target_of(model, task)
     # Only free factors start from a random A, as those of a LoRA do.
-    sketch = initialization_of(updates_of(model, task)) if learned_by == Phase.INIT else None
+    is_free = learned_by == Phase.INIT or (
+        learned_by == Phase.ADAPT and model.peft_config[task].temporary_init == "random"
+    )
+    sketch = initialization_of(updates_of(model, task)) if is_free else None
     return TaskInfo(
         learned_by=learned_by,
         target=target,

@@ -32,8 +32,8 @@ _ARGUMENTS = (
 
 # The same of the configuration of new tasks. What it has of the subspace's settings must be the same.
 _CONFIGURATION = (
-    *("num_temporary", "init_std", "dropout", "target_modules", "exclude_modules", "layers_to_transform"),
-    *("layers_pattern", "modules_to_save", "target_parameters"),
+    *("num_temporary", "temporary_init", "init_std", "dropout", "target_modules", "exclude_modules"),
+    *("layers_to_transform", "layers_pattern", "modules_to_save", "target_parameters"),
 )
 
 

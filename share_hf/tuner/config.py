@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from peft.config import PeftConfig
 
@@ -14,6 +14,8 @@ from ..state import Phase
 from ..subspace import BasisKind, CoefficientDtype, SubspaceSettings, check_dimensions
 from .lora_only import without_options_of_lora
 
+
+TemporaryInit = Literal["basis", "random"]
 
 # What a configuration may have trained; tasks of the subspace that are trained further are in `coefficients`.
 PHASES = (Phase.COEFFICIENTS, Phase.ADAPT, Phase.INIT)
@@ -87,6 +89,10 @@ class ShareConfig(PeftConfig):
         num_temporary (`int`, *optional*):
             Number φ of leading basis vectors that are trained as temporary factors while a new task is learned. Less
             than `num_components`; `num_components // 4` if not given.
+        temporary_init (`Literal["basis", "random"]`, *optional*, defaults to `"basis"`):
+            What temporary factors begin as: the leading basis vectors, as in the paper (Sec. 3.2.2), or those of a
+            fresh LoRA of rank p, whose input side is random and most of it outside the span of earlier tasks. The
+            latter has no coefficients, hence `num_temporary` and `init_std` do not matter.
         target_modules (`Union[list[str], str]`, *optional*):
             Names of the modules to adapt, a regex, or `"all-linear"`, as for LoRA.
         exclude_modules (`Union[list[str], str]`, *optional*):
@@ -144,6 +150,10 @@ class ShareConfig(PeftConfig):
     num_temporary: int | None = field(
         default=None,
         metadata={"help": "Leading basis vectors trained as temporary factors (φ); num_components // 4 if not given."},
+    )
+    temporary_init: TemporaryInit = field(
+        default="basis",
+        metadata={"help": "What temporary factors begin as: 'basis', or 'random' as those of a LoRA."},
     )
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Names of the modules to adapt, a regex, or 'all-linear'."}
@@ -212,6 +222,8 @@ class ShareConfig(PeftConfig):
                 f"num_temporary is {self.num_temporary}, expected at least 1 and less than num_components = "
                 f"{self.num_components}"
             )
+        if self.temporary_init not in get_args(TemporaryInit):
+            raise ValueError(f"temporary_init is {self.temporary_init!r}, expected 'basis' or 'random'")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}, expected a probability of at least 0 and under 1")
         if not self.init_std > 0:

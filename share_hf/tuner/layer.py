@@ -128,10 +128,11 @@ class ShareLayer(BaseTunerLayer):
         return task in self.share_coefficients_out or task in self.share_temporary_out
 
     def update_layer(self, adapter_name: str, config: ShareConfig, inference_mode: bool = False) -> None:
-        """Add a task, untrained: its update is zero, or next to it in the adapt phase (Sec. 3.2.2)."""
+        """Add a task, untrained: its update is zero, or next to it if it adapts leading basis vectors (Sec. 3.2.2)."""
         p, std = rank_in_layer(config.pseudo_rank, (self.out_features, self.in_features)), config.init_std
         k_out, k_in = self.share_basis_out.shape[1], self.share_basis_in.shape[1]
-        if config.phase == Phase.INIT or (config.phase == Phase.ADAPT and not min(k_out, k_in)):
+        is_free = config.temporary_init == "random" or not min(k_out, k_in)
+        if config.phase == Phase.INIT or (config.phase == Phase.ADAPT and is_free):
             self._set(adapter_name, "temporary", *self._initial_factors(p))
         elif config.phase == Phase.ADAPT:
             phi = min(config.num_temporary, k_out, k_in)

@@ -114,6 +114,18 @@ def test_adapting_trains_the_parameters_the_paper_counts(make_trainer: MakeTrain
     assert trainer.metrics["parameters"]["adapt"] >= expected + 3 * 64 + 3
 
 
+def test_random_temporary_factors_learn_what_a_lora_does(make_trainer: MakeTrainer) -> None:
+    sizes = {"num_components": 8, "pseudo_rank": 2, "target_modules": ["query", "value"]}
+    adapted = make_trainer(folder="adapted", config=ShareConfig(**sizes, temporary_init="random"))
+    free = make_trainer(folder="free", config=ShareConfig(**sizes), num_init_tasks=3)
+    for trainer in (adapted, free):
+        trainer.train()
+    assert_same_to_the_bit(coefficients(adapted), coefficients(free))
+    found, expected = adapted.subspace.state.tasks, free.subspace.state.tasks
+    assert (found["c"].learned_by, expected["c"].learned_by) == ("adapt", "init")
+    assert found["c"].initialization == expected["c"].initialization is not None
+
+
 def test_finetuning_changes_only_the_newest_task(make_trainer: MakeTrainer) -> None:
     plain, tuned = make_trainer(folder="plain"), make_trainer(folder="tuned", finetune_num_train_epochs=2)
     for trainer in (plain, tuned):

@@ -18,6 +18,7 @@ FULL = dict(
     num_components=16,
     pseudo_rank=4,
     num_temporary=5,
+    temporary_init="random",
     target_modules=["q_proj", "v_proj"],
     exclude_modules=["lm_head"],
     layers_to_transform=[0],
@@ -40,6 +41,7 @@ def test_defaults_are_the_documented_ones() -> None:
     config = ShareConfig()
     assert (config.num_components, config.pseudo_rank, config.num_temporary) == (32, 8, 8)
     assert (config.basis, config.init_std, config.phase) == ("joint", 0.05, "coefficients")
+    assert config.temporary_init == "basis"
 
 
 @pytest.mark.parametrize(("num_components", "expected"), [(32, 8), (8, 2), (3, 1), (1, 1)])
@@ -58,6 +60,7 @@ def test_a_quarter_of_the_components_is_temporary_if_not_said_otherwise(num_comp
         ({"num_components": True, "pseudo_rank": 1}, "num_components is True, expected a positive integer"),
         ({"num_components": 8, "num_temporary": 8}, "num_temporary is 8, expected at least 1 and less than"),
         ({"num_temporary": 0}, "num_temporary is 0, expected at least 1"),
+        ({"temporary_init": "zeros"}, "temporary_init is 'zeros', expected 'basis' or 'random'"),
         ({"basis": "pca"}, "basis is 'pca', expected 'joint' or 'factor'"),
         ({"phase": "merge"}, "phase is 'merge', expected 'coefficients', 'adapt' or 'init'"),
         ({"init_std": 0.0}, "init_std is 0.0, expected a positive number: zero has no gradient"),

@@ -82,6 +82,19 @@ def test_temporary_factors_start_as_the_leading_basis_vectors(tiny_model: Callab
         assert torch.equal(layer.share_temporary_in["default"], layer.share_basis_in[:, :PHI])
 
 
+def test_temporary_factors_may_start_as_those_of_a_lora(tiny_model: Callable[[str], PreTrainedModel]) -> None:
+    config = LLAMA.config(phase="adapt", temporary_init="random")
+    torch.manual_seed(1)
+    model = get_peft_model(tiny_model("llama"), config)
+    torch.manual_seed(1)
+    free = get_peft_model(tiny_model("llama"), LLAMA.config(phase="init"))
+    expected = share_layers(free)
+    for name, layer in share_layers(model).items():
+        assert torch.equal(layer.share_temporary_in["default"], expected[name].share_temporary_in["default"])
+        assert not layer.share_temporary_out["default"].any()
+        assert "default" not in layer.share_coefficients_out
+
+
 def test_init_std_is_the_deviation_of_new_coefficients(tiny_model: Callable[[str], PreTrainedModel]) -> None:
     config = LLAMA.config(phase="adapt", init_std=0.3, num_components=32, pseudo_rank=32, num_temporary=31)
     model = get_peft_model(tiny_model("llama"), config)

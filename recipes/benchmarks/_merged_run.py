@@ -1,0 +1,98 @@
+"""LoRAs that arrive ready-made and are merged ten at a time: what their tasks answer before and after."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from _answers import chosen, encoded
+from _baselines import HEAD_FILE
+from _baselines_heads import Task, kept_head, without_classifier
+from _grid import Run
+from _share_run import stored_bytes
+from datasets import Dataset
+from peft import PeftModel
+from torch import nn
+from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
+
+from share_hf import SharedSubspace
+
+
+BATCH = 128
+
+
+def merge(
+    run: Run,
+    base: PreTrainedModel,
+    tasks: Mapping[str, Task],
+    tokenizer: PreTrainedTokenizerBase,
+    loras: Mapping[int, Path],
+    work: Path,
+) -> dict[str, Any]:
+    """Merge a LoRA of every task and seed into one subspace, `together` at a time, and answer all test examples.
+
+    Args:
+        run: Its settings are those of the subspace, `together`, and after how many tasks all are scored (`scored`).
+        base: The base model, with a classifier, which heads take the place of.
+        tasks: The tasks, tokenized.
+        tokenizer: The model's.
+        loras: By seed, a folder with a LoRA of each task, its head in it.
+        work: A folder of the run's own.
+
+    Returns:
+        A result. A task is there once a seed, as `task-s0`.
+    """
+    settings = run.settings
+    arrived = {f"{task}-s{seed}": folder / task for seed, folder in loras.items() for task in run.tasks}
+    of_task = {name: tasks[name.rpartition("-s")[0]] for name in arrived}
+    heads = {name: kept_head(base, of_task[name].num_labels, folder / HEAD_FILE) for name, folder in arrived.items()}
+    backbone = without_classifier(base)
+
+    def answers(model: PeftModel, names: Sequence[str], adapter: Callable[[str], str]) -> dict[str, Any]:
+        found = {}
+        for name in names:
+            model.set_adapter(adapter(name))
+            found[name] = _answers(model, heads[name], of_task[name], tokenizer)
+        return found
+
+    before: dict[str, Any] = {}
+    for name, folder in arrived.items():
+        lora = PeftModel.from_pretrained(copy.deepcopy(backbone), str(folder), adapter_name="lora").eval()
+        before |= answers(lora, [name], lambda _: "lora")
+    names, stages, subspace = list(arrived), {}, None
+    for start in range(0, len(names), settings["together"]):
+        newcomers = {name: str(arrived[name]) for name in names[start : start + settings["together"]]}
+        if subspace is None:
+            sizes = {name: settings[name] for name in ("num_components", "pseudo_rank", "basis")}
+            subspace = SharedSubspace.from_adapters(newcomers, **sizes)
+        else:
+            subspace.add_adapters(newcomers)
+        if (end := len(subspace.tasks)) in settings["scored"] or end == len(names):
+            model = subspace.apply(copy.deepcopy(backbone)).eval()
+            drift = {task.name: [task.drift, task.drift_bound] for task in subspace.report().tasks}
+            stages[end] = {"answers": answers(model, subspace.tasks, lambda name: name), "drift": drift}
+    subspace.save_pretrained(work / "subspace")
+    return {
+        "metrics": {name: task.metrics[0] for name, task in of_task.items()},
+        "true": {name: encoded(np.asarray(list(task.scored["label"]))) for name, task in of_task.items()},
+        "before": before,
+        **stages.pop(len(names)),
+        "stages": {str(end): stage for end, stage in stages.items()},
+        "bytes": stored_bytes(work / "subspace"),
+        "trained": 0,
+    }
+
+
+@torch.no_grad()
+def _answers(model: nn.Module, head: nn.Module, task: Task, tokenizer: PreTrainedTokenizerBase) -> str | list[float]:
+    data: Dataset = task.scored.remove_columns("label")
+    collate = DataCollatorWithPadding(tokenizer)
+    logits = [
+        head(model(**collate([data[i] for i in range(start, min(start + BATCH, len(data)))])).logits)
+        for start in range(0, len(data), BATCH)
+    ]
+    return encoded(chosen(torch.cat(logits).numpy(), task.problem_type, task.num_labels))
