@@ -8,6 +8,7 @@ from typing import Any
 
 from datasets import ClassLabel, DatasetDict, Features, Image, load_dataset
 from digits import PREFIX, digits_of
+from task_data import with_scored_split, with_usual_names, without_unlabelled
 from transformers import BaseImageProcessor
 
 
@@ -39,16 +40,15 @@ def load_images(
         data = load_dataset("imagefolder", data_dir=place)
     else:
         data = load_dataset(place)
-    if "train" not in data:
-        raise ValueError(f"{place}: has splits {sorted(data)}, expected 'train' among them")
+    data = with_usual_names(place, data)
     features = data["train"].features
     columns = {
         _column(place, "image", image_column, features, Image): "image",
-        _column(place, "label", label_column, features, ClassLabel): "label",
+        (labels := _column(place, "label", label_column, features, ClassLabel)): "label",
     }
+    data = without_unlabelled(place, data, labels)
     data = _with_classes(place, data.select_columns(list(columns)).rename_columns(columns))
-    if not {"test", "validation"} & set(data):
-        data = data["train"].train_test_split(test_size=0.1, seed=0)
+    data = with_scored_split(data)
     if train_examples is not None:
         data["train"] = data["train"].shuffle(seed=0).select(range(min(train_examples, len(data["train"]))))
     return data

@@ -68,8 +68,28 @@ def load_splits(place: str) -> DatasetDict:
         data = load_dataset(FORMATS[path.suffix], data_files={"train": str(path)})
     else:
         data = load_dataset(*place.split(":", 1))
-    found = _found_splits(place, list(data))
-    return DatasetDict({split: data[name] for split, name in found.items()})
+    return with_usual_names(place, data)
+
+
+def with_usual_names(place: str, data: DatasetDict) -> DatasetDict:
+    """The splits of a data set that count as `train`, `validation` and `test`, by these names.
+
+    Raises:
+        ValueError: If there is no training split.
+    """
+    return DatasetDict({split: data[name] for split, name in _found_splits(place, list(data)).items()})
+
+
+def without_unlabelled(name: str, data: DatasetDict, column: str) -> DatasetDict:
+    """Splits that a task can be scored on: test splits on the hub often have no labels at all, or -1 for each."""
+    kept = DatasetDict(data)
+    for split in ("validation", "test"):
+        if split in data and (
+            column not in data[split].column_names or all(label in (None, -1) for label in data[split][column])
+        ):
+            logger.warning("Task %r: its %s split has no labels, so another split scores it.", name, split)
+            del kept[split]
+    return kept
 
 
 def with_scored_split(data: DatasetDict) -> DatasetDict:

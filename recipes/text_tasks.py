@@ -18,7 +18,7 @@ from typing import Any, get_args
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Value
 from datasets import Sequence as ListOf
-from task_data import evaluation_of, first_examples, load_splits, with_scored_split
+from task_data import evaluation_of, first_examples, load_splits, with_scored_split, without_unlabelled
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -156,10 +156,7 @@ def load_text_task(
     """
     splits = load_splits(place)
     column = _label_column(name, splits["train"].column_names)
-    for split in ("validation", "test"):
-        if split in splits and _is_unlabelled(splits[split], column):
-            logger.warning("Task %r: its %s split has no labels, so another split scores it.", name, split)
-            del splits[split]
+    splits = without_unlabelled(name, splits, column)
     _check_labels(name, splits, column)
     splits = with_scored_split(splits)
     columns = tuple(text_columns) if text_columns is not None else _found_text_columns(name, splits["train"], column)
@@ -228,11 +225,6 @@ def _check_text_columns(task: str, splits: DatasetDict, columns: Sequence[str]) 
 
 
 # ---- Labels ---------------------------------------------------------------------------------------------------------
-
-
-def _is_unlabelled(data: Dataset, column: str) -> bool:
-    """Whether a split has no labels, as the test splits of GLUE on the hub: none at all, or -1 for each."""
-    return column not in data.column_names or all(label in (None, -1) for label in data[column])
 
 
 def _check_labels(task: str, splits: DatasetDict, column: str) -> None:

@@ -141,6 +141,19 @@ def test_columns_and_labels_that_are_not_there_are_refused(
         image_tasks.load_images("org/animals")
 
 
+def test_splits_are_found_and_those_without_labels_score_nothing(
+    image_tasks: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = {"image": "images", "label": ["cat", "dog"] * 5}
+    unlabelled = {"image": "images", "label": [None] * 10}
+    saved(tmp_path, monkeypatch, image_tasks, training=kinds, dev=kinds, test=unlabelled)
+    data = image_tasks.load_images("org/animals")
+    assert {name: len(split) for name, split in data.items()} == {"train": 10, "validation": 10}
+    saved(tmp_path, monkeypatch, image_tasks, train=kinds, test={"image": "images"})
+    data = image_tasks.load_images("org/animals")
+    assert {name: len(split) for name, split in data.items()} == {"train": 9, "test": 1}
+
+
 def test_images_become_pixels_of_the_size_of_the_model(image_tasks: ModuleType, vit: Path, shades: Path) -> None:
     data = image_tasks.load_images(str(shades), 30)
     assert data["train"].features["label"].names == ["bright", "dark", "grey"]
