@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset, DatasetDict
+from peft import PeftModel
 from transformers import (
     BertForSequenceClassification,
     PreTrainedModel,
@@ -204,6 +205,25 @@ def test_loras_of_their_own_forget_nothing(run: Callable[..., Run]) -> None:
         outputs = last.model.eval()(input_ids=ids, task=torch.zeros(len(ids), dtype=torch.long))["logits"]
     found = outputs[:, : TASKS["first"].num_labels].numpy()
     np.testing.assert_allclose(found, both.outcome.predictions["first"], atol=1e-5)
+
+
+def test_loras_are_kept_with_their_heads(
+    baselines: ModuleType, tiny_model: Callable[[str], Any], tmp_path: Path
+) -> None:
+    heads = importlib.import_module("_baselines_heads")
+    settings = baselines.BaselineSettings(
+        arguments(str(tmp_path / "out"), num_train_epochs=1), ["query", "value"], rank=RANK
+    )
+    tasks = {name: TASKS[name] for name in ("first", "second")}
+    base = tiny_model("bert")
+    outcome = baselines.train("lora", base, tasks, settings, keep_in=tmp_path / "loras")
+    for name, task in tasks.items():
+        kept = tmp_path / "loras" / name
+        model = PeftModel.from_pretrained(heads.without_classifier(base), kept).eval()
+        head = heads.kept_head(base, 2, kept / baselines.HEAD_FILE)
+        with torch.no_grad():
+            outputs = head(model(input_ids=torch.tensor(list(task.scored["input_ids"]))).logits)
+        np.testing.assert_allclose(outputs.numpy(), outcome.predictions[name], atol=1e-5)
 
 
 def test_one_lora_forgets(run: Callable[..., Run]) -> None:
