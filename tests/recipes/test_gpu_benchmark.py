@@ -73,17 +73,29 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
-def test_the_parts_are_all_the_cuda_tests_and_both_benchmarks_within_eight_minutes(gpu: ModuleType) -> None:
+def test_the_parts_are_all_the_cuda_tests_and_the_benchmarks_within_eight_minutes(gpu: ModuleType) -> None:
     parts = {part.name: part for part in gpu.all_parts("cuda")}
     assert set(parts) == {
         *(file.name for file in (ROOT / "tests" / "cuda").glob("test_*.py")),
         "training.py",
         "merge.py",
+        "inference.py",
+        "continual.py",
     }
     assert gpu.SECONDS + 2 * gpu.SECONDS_TO_STOP < 8 * 60
     assert sum(part.seconds for part in parts.values()) <= gpu.SECONDS
     for name in ("training.py", "merge.py"):
         assert parts[name].command(Path("out"))[1:] == [str(FOLDER / name), "--size", "1b", "--json", "out"]
+
+
+def test_results_of_glue_are_rows(gpu: ModuleType, tmp_path: Path) -> None:
+    share = {"run": {"label": ""}, "matrix": [[0.5, None], [0.5, 0.7]]}
+    tuned = {"run": {"label": "rate=1"}, "matrix": [[0.1, None], [0.1, 0.1]]}
+    (tmp_path / "glue-share-order0-seed0-1.json").write_text(json.dumps(share))
+    (tmp_path / "glue-lora-seed0-2.json").write_text(json.dumps(tuned))
+    found, missing = gpu.glue_rows(tmp_path, gpu.Ending(None, 30))
+    assert (found.name, found.value) == ("continual.py: average of share on GLUE", pytest.approx(60))
+    assert missing.reason == "not run: the time limit of 30 s came first"
 
 
 def test_every_outcome_of_a_test_is_a_row(gpu: ModuleType, tests: Callable[[str], Path], tmp_path: Path) -> None:
@@ -267,7 +279,7 @@ def test_without_a_card_every_row_says_so(tmp_path: Path) -> None:
     done = gpu_sh("--json", "out.json", cwd=tmp_path, **environment)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = rows_in(tmp_path / "out.json")
-    assert len(rows) == 6
+    assert len(rows) == 8
     for name, row in rows.items():
         assert row["ok"] is row["value"] is None
         assert row["reason"].startswith("not run: no CUDA device: torch ")
