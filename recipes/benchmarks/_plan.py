@@ -31,21 +31,21 @@ SHARE: dict[str, Any] = {
     "basis": "joint",
     "num_init_tasks": 2,
     "learning_rate": 2e-3,
-    "init_learning_rate": 1e-3,
+    "init_learning_rate": 2e-3,
 }
 
 METHODS: dict[str, dict[str, Any]] = {
     "share": SHARE,
     "share-paper": SHARE | {"basis": "factor", "center": True, "num_temporary": 2, "num_init_tasks": 1},
     "coefficients": SHARE | {"method": "coefficients", "num_init_tasks": 4, "learning_rate": 1e-2},
-    "lora": {"learning_rate": 1e-3},
-    "sequential": {"learning_rate": 1e-3},
-    "replay-2": {"learning_rate": 1e-3},
-    "replay-5": {"learning_rate": 1e-3},
-    "olora": {"learning_rate": 1e-3},
+    "lora": {"learning_rate": 2e-3},
+    "sequential": {"learning_rate": 2e-3},
+    "replay-2": {"learning_rate": 2e-3},
+    "replay-5": {"learning_rate": 2e-3},
+    "olora": {"learning_rate": 2e-3},
     # Its weights want a smaller rate than a head that starts at random, which would learn little in so few steps.
-    "osf": {"learning_rate": 5e-4, "head_learning_rate": 1e-3},
-    "joint": {"learning_rate": 1e-3},
+    "osf": {"learning_rate": 5e-4, "head_learning_rate": 2e-3},
+    "joint": {"learning_rate": 2e-3},
 }
 SHARE_METHODS = ("share", "share-paper", "coefficients")
 WITHOUT_ORDER = ("lora", "joint")  # their results differ between orders by seeds alone
@@ -97,10 +97,10 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "factor": {"basis": "factor"},
     **{f"init tasks={count}": {"num_init_tasks": count} for count in (1, 4)},
     # Those of a LoRA, at the rate of one.
-    "random temporaries": {"temporary_init": "random", "learning_rate": 1e-3},
+    "random temporaries": {"temporary_init": "random", "learning_rate": 2e-3},
     "finetune": {"finetune_num_train_epochs": 1.0, "finetune_learning_rate": 5e-3},
 }
-OF_LORAS = (5e-4, 1e-3, 2e-3)
+OF_LORAS = (5e-4, 1e-3, 2e-3, 4e-3)
 RATES = dict.fromkeys(("lora", "sequential", "replay-2", "replay-5", "olora", "joint"), OF_LORAS) | {
     "osf": (1e-4, 5e-4, 2e-3),
     "share": (1e-3, 2e-3, 5e-3),
@@ -159,6 +159,9 @@ def tuning() -> Iterator[Run]:
         for rate in rates:
             settings = {**METHODS[method], "learning_rate": rate, **VALIDATION}
             yield run("glue", method, 0, 0, settings, f"rate={rate:g}")
+    for rate in OF_LORAS[1:]:
+        settings = {**SHARE, "temporary_init": "random", "learning_rate": rate, **VALIDATION}
+        yield run("glue", "share", 0, 0, settings, f"random temporaries, rate={rate:g}")
 
 
 def run(stream: str, method: str, seed: int, order: int | None, settings: Settings, label: str = "") -> Run:
