@@ -1,7 +1,7 @@
-"""The predecessors of a tree on this machine, by which a step is taken back.
+"""Predecessors of a tree on this machine, which make it possible to undo a step.
 
-`.<tree>.history` stands beside a tree for which that was asked: a numbered folder for each predecessor, whose files
-are links to what the tree had, so that only what changed takes room. No push reads it.
+`.<tree>.history` is a folder beside a tree whose history is kept on request. It has a numbered folder for each
+predecessor, whose files are links to those that the tree had, so that only changes take space. No push reads it.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from .tree import written_files
 
 
 _SETTINGS = "history.json"
-_ORIGINALS = ".originals.json"  # in a predecessor's folder, what was beside it
+_ORIGINALS = ".originals.json"  # copy, in a predecessor's folder, of the file beside the tree
 
 
 def history_of(tree: Path) -> Path:
-    """The folder beside a tree that keeps its predecessors."""
+    """Return the folder beside a tree that keeps its predecessors."""
     real = Path(os.path.realpath(tree))
     return real.parent / f".{real.name}.history"
 
 
 def begin_history(tree: Path, steps: int) -> None:
-    """Keep so many predecessors of a tree from now on; none, and forget those there are, at 0.
+    """Keep this many predecessors of a tree from now on. 0 keeps none and deletes the existing ones.
 
     Raises:
-        ValueError: If it is no such number.
+        ValueError: If `steps` is not a non-negative integer.
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
         raise ValueError(f"history is {steps!r}, expected a number of steps, 0 for none")
@@ -44,7 +44,7 @@ def begin_history(tree: Path, steps: int) -> None:
 
 
 def keep_predecessor(tree: Path) -> None:
-    """Keep the tree that is about to be replaced, if its history is kept. A crash leaves it whole or not at all."""
+    """Keep the tree that is about to be replaced, if it has a history. A crash leaves the copy whole or absent."""
     folder = history_of(tree)
     if not (folder / _SETTINGS).is_file() or not (tree / INDEX_FILE).is_file():
         return
@@ -66,17 +66,17 @@ def keep_predecessor(tree: Path) -> None:
 
 
 def step_back(tree: Path) -> None:
-    """Put the predecessor of a tree in its place, byte for byte. A crash leaves the one or the other.
+    """Put a tree's predecessor in its place, byte for byte. A crash leaves either the one or the other.
 
     Args:
-        tree: Held by the caller.
+        tree: Folder of the tree. The caller must hold its lock.
 
     Raises:
         ValueError: If no predecessor is kept.
     """
     folder = history_of(tree)
     entries = _entries(folder)
-    while entries and _is_same(entries[-1], tree):  # a step back that was cut off, or a save without a step
+    while entries and _is_same(entries[-1], tree):  # left by an interrupted step back, or a save without a step
         shutil.rmtree(entries.pop())
     if not entries:
         raise ValueError(
@@ -86,7 +86,7 @@ def step_back(tree: Path) -> None:
     read_index(entries[-1])
     with replacing_folder(tree, written_files) as scratch:
         _link_files(entries[-1], scratch)
-    if (originals := entries[-1] / _ORIGINALS).is_file():  # of a replaced task, it names the adapter before
+    if (originals := entries[-1] / _ORIGINALS).is_file():  # for a replaced task, it names the earlier adapter
         originals.replace(originals_file(tree))
     shutil.rmtree(entries[-1])
 
@@ -96,12 +96,12 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _is_same(entry: Path, tree: Path) -> bool:
-    """Whether two trees are at one step: the index tells, which has the checksums of all the rest."""
+    """Return whether two trees are at the same step. The index tells: it has the checksums of all other files."""
     return (tree / INDEX_FILE).is_file() and (entry / INDEX_FILE).read_bytes() == (tree / INDEX_FILE).read_bytes()
 
 
 def _link_files(tree: Path, folder: Path) -> None:
-    """Link the files of a tree into a folder, or copy them where links are not to be had."""
+    """Link the files of a tree into a folder, or copy them where links are unavailable."""
     folder.mkdir(exist_ok=True)
     for name in sorted(written_files(tree)):
         source, target = tree / name, folder / name

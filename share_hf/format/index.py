@@ -1,18 +1,18 @@
-"""`share_config.json`: what a tree holds, and the checksums that tell whether it still does.
+"""`share_config.json`: the contents of a tree, and the checksums that tell whether it is intact.
 
 Fields: `format_version`; `kind` ("tree", or "checkpoint" for the folder of a `PeftModel`, which has the bases but not
 the layout of a tree); `share_hf_version`; `base_model_name_or_path`; `settings` (the fields of
-`SubspaceSettings`); `modules` (module -> `shape` [n, d], `num_components` [k_out, k_in] and, since
-format version 3, `layout` of a module that is no dense layer: its `kind` and `kernel`); `tasks` (names in the
-order they were learned); `default_task`; `lineage` (one object a step); `branches` (task -> its drift when its branch
-on the hub was written, where it was over 0); `branched` (the tasks that have a branch, or are to have one; null where
-all are); `replaced` (task -> the commit of its branch that the push of this tree replaces: where the branch is still
-there, it was not written again); `sha256` (path in the tree -> checksum, of every file that loading depends on; of a
-task, its `metrics.json`, which has the checksums of the others); `digest` (checksum of all the other fields); since
-format version 2 `fingerprint` (of the bases of all layers, see `fingerprint_of_all`). Format version 3 is written only
-where there is something that version 2 does not have: a `layout` of one of the `modules`, which older versions would
-take for a dense layer; in `settings` `coefficient_dtype`, see `coefficients`, or `tolerance`, with which a task has a
-rank of its own in each layer; and `router`, where inputs find their tasks, see `router_file`.
+`SubspaceSettings`); `modules` (module -> `shape` [n, d], `num_components` [k_out, k_in] and, since format version 3,
+the `layout` of a module that is not a dense layer: its `kind` and `kernel`); `tasks` (names in the order in which they
+were learned); `default_task`; `lineage` (one object per step); `branches` (task -> its drift when its branch on the
+hub was written, if it was over 0); `branched` (the tasks that have a branch or are to get one; null means all);
+`replaced` (task -> the commit of its branch that the push of this tree replaces: if the branch is still at this
+commit, it was not written again); `sha256` (path in the tree -> checksum, for every file that loading depends on; for
+a task, this is its `metrics.json`, which has the checksums of its other files); `digest` (checksum of all other
+fields); and since format version 2, `fingerprint` (of the bases of all layers, see `fingerprint_of_all`). Format
+version 3 is written only if the tree has something that version 2 lacks: a `layout` of one of the `modules`, which
+older versions would take for a dense layer; in `settings`, `coefficient_dtype` (see `coefficients`) or `tolerance`,
+with which a task has its own rank in each layer; and `router`, by which inputs find their tasks (see `router_file`).
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ from .router_file import RouterEntry
 
 
 INDEX_FILE = "share_config.json"
-# Of a tree that the first library of this version reads. What only a later one reads is written as that.
+# Version of a tree that uses nothing newer. A tree that needs a newer version is written as that version.
 FORMAT_VERSION = 2
 NEWEST_FORMAT_VERSION = 3
 
-# Names and rank-1 tensors of a safetensors file, over what its matrices take.
+# Room for the names and one-dimensional tensors of a safetensors file, in addition to its matrices.
 _BYTES_BESIDE_MATRICES = 2**20
 
 
 @dataclass(frozen=True)
 class ModuleEntry:
-    """A target module: (n, d) of its weight, (k_out, k_in) of its basis, the layout of one that is no dense layer."""
+    """A target module: (n, d) of its weight, (k_out, k_in) of its basis, and its layout unless it is a dense layer."""
 
     shape: tuple[int, int]
     num_components: tuple[int, int]
@@ -57,12 +57,12 @@ class ModuleEntry:
 
 @dataclass(frozen=True)
 class BranchRecords:
-    """What an index says of the branches of its repository; nothing on disk.
+    """What an index records of the branches of its repository. None of it is about files on disk.
 
     Args:
-        drifts: By task, its drift when its branch was written, where it was over 0.
-        tasks: The tasks that have a branch, or are to have one; None where all are.
-        replaced: By task whose branch was to be written again, the commit that was to be replaced.
+        drifts: Drift of a task when its branch was written, by task, if it was over 0.
+        tasks: Tasks that have a branch or are to get one. None means all.
+        replaced: Commit to be replaced, by task whose branch was to be written again.
     """
 
     drifts: Mapping[str, float] = field(default_factory=dict)
@@ -94,12 +94,12 @@ class TreeIndex:
 
     @property
     def has_fingerprints(self) -> bool:
-        """Whether the coefficients say which basis they belong to: since format version 2 they do."""
+        """Whether coefficients record the basis to which they belong, as they do since format version 2."""
         return self.format_version >= 2
 
     @property
     def branch_records(self) -> BranchRecords:
-        """What is known of the branches of its repository."""
+        """Records of the branches of the tree's repository."""
         return BranchRecords(self.branches, self.branched, self.replaced)
 
     @property
@@ -109,16 +109,16 @@ class TreeIndex:
 
     @property
     def routed_tasks(self) -> tuple[str, ...]:
-        """The tasks that inputs find by themselves."""
+        """Tasks that inputs can find by themselves."""
         return () if self.router is None else self.router.tasks
 
     @property
     def root_task(self) -> str | None:
-        """The default task, or the newest."""
+        """Default task, or the newest task if there is none."""
         return self.default_task or next(reversed(self.tasks), None)
 
     def basis_bytes(self) -> int:
-        """Most bytes that the `subspace.safetensors` of this tree may have."""
+        """Return the largest possible size in bytes of this tree's `subspace.safetensors`."""
         matrices = sum(
             n * k for entry in self.modules.values() for n, k in zip(entry.shape, entry.num_components, strict=True)
         )
@@ -126,7 +126,7 @@ class TreeIndex:
 
 
 def index_bytes(index: TreeIndex) -> bytes:
-    """`share_config.json` of the oldest format version that has all that is in it, with the digest of its content."""
+    """Return `share_config.json`, with its digest, in the oldest format version that can express its content."""
     plain = index.settings.is_plain and not any(entry.layout for entry in index.modules.values()) and not index.router
     content = {
         **asdict(index),
@@ -149,7 +149,7 @@ def read_index(folder: Path) -> TreeIndex:
     """Read and check `share_config.json`.
 
     Raises:
-        ValueError: If it is damaged, was edited, or belongs to a newer format; naming what was found and expected.
+        ValueError: If it is damaged, was edited, or has a newer format. The message says what was found and expected.
     """
     path = folder / INDEX_FILE
     if not path.is_file():
@@ -206,17 +206,17 @@ def check_file(
     listed_in: str = INDEX_FILE,
     content: bytes | None = None,
 ) -> None:
-    """Compare the checksum of a file with the one that is noted for it.
+    """Compare the checksum of a file with the recorded one.
 
     Args:
         folder: Folder of a tree.
         sha256: Checksums by path.
         relative: Path of the file in the folder.
-        listed_in: Where the checksums are from.
-        content: What was read of the file; it is read again if not given.
+        listed_in: File from which the checksums come.
+        content: Content of the file if it was read already. None means to read it.
 
     Raises:
-        ValueError: If it is missing or is not the file that was saved.
+        ValueError: If the file is missing or is not the file that was saved.
     """
     if relative not in sha256:
         raise ValueError(f"{folder / listed_in}: sha256 has no entry for {relative!r}")
@@ -275,7 +275,7 @@ def _lineage(entries: Any) -> tuple[Mapping[str, Any], ...]:
 
 
 def _is_original(original: Any) -> bool:
-    """Whether this is what `originals.split_places` notes of an adapter."""
+    """Return whether this is a record of an adapter as `originals.split_places` makes it."""
     if not isinstance(original, dict) or not all(isinstance(original.get(name), str) for name in ("place", "sha256")):
         return False
     rest = (original.get("commit"), original.get("component"))

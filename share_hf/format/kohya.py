@@ -1,6 +1,6 @@
-"""Names of modules that kohya's trainer and its kin write with underscores for dots, back as their models have them.
+"""Restore names of modules in which kohya's trainer and similar ones write underscores for dots.
 
-A flattened name can be read in one way only where the parts of names are known. They are, for the models of Stable
+A flattened name has a single reading only if the parts of names are known. They are known for the models of Stable
 Diffusion 1, 2 and XL, for Flux, and for the text encoders CLIP and T5. Any other name is refused rather than guessed.
 """
 
@@ -14,11 +14,11 @@ from functools import lru_cache
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The parts that names of modules of a kind of model consist of.
+    """Parts of which the module names of one kind of model consist.
 
     Args:
-        lists: Parts that a number follows, always.
-        parts: All others. No number follows them.
+        lists: Parts that are always followed by a number.
+        parts: All other parts, never followed by a number.
     """
 
     lists: frozenset[str]
@@ -46,7 +46,7 @@ TEXT_ENCODER = _vocabulary(
     "DenseReluDense q k v o wi_0 wi_1 wo",
 )
 
-# Of the U-Net as Stability AI names it, which kohya trains SDXL on: modules beside the blocks, and those of a ResNet.
+# Names in the U-Net of Stability AI, on which kohya trains SDXL: modules outside the blocks, and those in a ResNet.
 _BESIDE_BLOCKS = {
     "input_blocks_0_0": "conv_in",
     "out_2": "conv_out",
@@ -64,9 +64,9 @@ _IN_RESNET = {
 _BLOCK = re.compile(r"(?P<side>input|output)_blocks_(?P<block>\d+)_(?P<inner>[012])_(?P<rest>.+)")
 _MIDDLE = re.compile(r"middle_block_(?P<inner>[012])_(?P<rest>.+)")
 _MIDDLE_PARTS = ("mid_block.resnets.0", "mid_block.attentions.0", "mid_block.resnets.1")
-_LAYERS_AND_SAMPLER = 3  # two ResNets a block and what changes the resolution after them
+_LAYERS_AND_SAMPLER = 3  # two ResNets per block, then a module that changes the resolution
 
-# Of Flux as Black Forest Labs names it, by what stands in a block: its name in diffusers, or those of what it joins.
+# Names in a block of Flux by Black Forest Labs: the name in diffusers, or the names of the layers that it joins.
 _IN_DOUBLE_BLOCK: Mapping[str, tuple[str, ...]] = {
     "img_attn_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
     "img_attn_proj": ("attn.to_out.0",),
@@ -85,26 +85,26 @@ _IN_SINGLE_BLOCK: Mapping[str, tuple[str, ...]] = {
     "modulation_lin": ("norm.linear",),
 }
 
-_MOST_WORDS = 64  # of a name, far above those there are
+_MOST_WORDS = 64  # in a name, far more than any real one has
 _WORDS_OF_A_PART = 3
 _FLUX = re.compile(r"(?P<kind>double|single)_blocks_(?P<block>\d+)_(?P<rest>.+)")
 
 
 def is_of_flux(flat: str) -> bool:
-    """Whether a flattened name is one of a block of Flux as Black Forest Labs names it."""
+    """Return whether a flattened name belongs to a block of Flux as Black Forest Labs names it."""
     return _FLUX.fullmatch(flat) is not None
 
 
 @lru_cache(maxsize=2**16)
 def dotted_names(flat: str, component: str) -> tuple[str, ...]:
-    """The names of the modules that a flattened name stands for: one, or those that Flux joins in one matrix.
+    """Return the names of the modules that a flattened name stands for: one, or those that Flux joins in one matrix.
 
     Args:
-        flat: The name with underscores for dots, without the prefix of its component.
-        component: `unet`, `transformer`, `text_encoder`, or a numbered one of these.
+        flat: Name with underscores for dots, without the prefix of its component.
+        component: Component `unet`, `transformer` or `text_encoder`, or a numbered one of these.
 
     Returns:
-        Names in diffusers or transformers, in the order of the rows of the joined matrix. None where the name has no
+        Names in diffusers or transformers, in the order of the rows of the joined matrix. Empty if the name has no
         reading, or several.
     """
     if (match := _FLUX.fullmatch(flat)) is not None:
@@ -119,7 +119,7 @@ def dotted_names(flat: str, component: str) -> tuple[str, ...]:
 
 
 def _named_by_diffusers(flat: str) -> str | None:
-    """The name in diffusers of a module of a U-Net that Stability AI names; None if it is no such name."""
+    """Return the name in diffusers of a U-Net's module that Stability AI names; None for any other name."""
     if flat in _BESIDE_BLOCKS:
         return _BESIDE_BLOCKS[flat]
     if (match := _MIDDLE.fullmatch(flat)) is not None:
@@ -147,7 +147,7 @@ def _inside(parent: str, rest: str) -> str | None:
 
 
 def _readings(flat: str, vocabulary: Vocabulary) -> Iterator[str]:
-    """All names that flatten to this one, of parts of a vocabulary."""
+    """Yield all names that consist of parts of a vocabulary and flatten to this one."""
     words = flat.split("_")
     if len(words) > _MOST_WORDS:
         return

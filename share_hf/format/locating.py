@@ -1,4 +1,4 @@
-"""The files of an adapter: in a folder, by the name of one, or in a repository of the hub."""
+"""Find the files of an adapter: in a folder, by the name of a file, or in a repository on the hub."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .files import read_json
 from .names import HUB_ID
 
 
-# What diffusers calls the LoRA of a pipeline.
+# Names that diffusers gives to the LoRA of a pipeline.
 PIPELINE_WEIGHTS = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
 PICKLED = frozenset({".bin", ".pt", ".pth", ".ckpt"})
 _SUFFIXES = PICKLED | {".safetensors"}
@@ -36,9 +36,9 @@ class Reference:
     """A place on the hub, written as `org/repo@revision:subfolder`.
 
     Args:
-        repo_id: The repository.
-        revision: A branch, tag or commit; None for the default branch.
-        path: A folder or a file in the repository; empty for its root.
+        repo_id: Id of the repository.
+        revision: Branch, tag or commit. None means the default branch.
+        path: Folder or file in the repository. An empty path means its root.
     """
 
     repo_id: str
@@ -51,7 +51,7 @@ class Reference:
 
     @classmethod
     def parse(cls, text: str) -> Reference | None:
-        """What a text refers to; None if it cannot be a place on the hub."""
+        """Return the place to which a text refers, or None if it cannot be a place on the hub."""
         match = _REFERENCE.fullmatch(text)
         path = (match["path"] or "").rstrip("/") if match else ""
         if match is None or ".." in path.split("/"):
@@ -61,11 +61,11 @@ class Reference:
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """The files of an adapter on this machine.
+    """Files of an adapter on this machine.
 
     Args:
-        weights: Tensors by name, of safetensors or as torch saved them.
-        config: PEFT's configuration; None for the LoRA of a pipeline, which brings none.
+        weights: File with tensors by name, in safetensors format or saved by torch.
+        config: PEFT configuration. None for the LoRA of a pipeline, which has none.
     """
 
     weights: Path
@@ -73,7 +73,7 @@ class AdapterFiles:
 
 
 def last_part(place: str | Path) -> str:
-    """What a person calls an adapter: the last part of its place, without the names that all adapters have."""
+    """Return what a person calls an adapter: the last part of its place, ignoring names that all adapters share."""
     reference = None if isinstance(place, Path) or Path(place).exists() else Reference.parse(place)
     path = PurePosixPath(Path(place).as_posix())
     if reference is not None:
@@ -84,21 +84,21 @@ def last_part(place: str | Path) -> str:
 
 
 def is_weights_file(path: str) -> bool:
-    """Whether a path in a repository is the name of a file of weights, rather than of a folder."""
+    """Return whether a path in a repository is the name of a weights file rather than of a folder."""
     return PurePosixPath(path).suffix in _SUFFIXES
 
 
 def find_adapter(location: str | Path, *, revision: str | None = None, **download_options: Any) -> AdapterFiles:
-    """The files of an adapter, downloaded where they are not at hand.
+    """Find the files of an adapter, and download them if needed.
 
     Args:
-        location: A folder, a file of weights, or a place on the hub.
-        revision: Revision of the repository, where the place names none.
-        **download_options: As for `hf_hub_download`.
+        location: Folder, weights file, or place on the hub.
+        revision: Revision of the repository, if the place names none.
+        **download_options: Options of `hf_hub_download`.
 
     Raises:
         ValueError: If there is no such place, or no adapter in it.
-        LocalEntryNotFoundError: If the hub is out of reach and the cache has nothing of the repository.
+        LocalEntryNotFoundError: If the hub is out of reach and the cache has nothing from the repository.
     """
     path = Path(location)
     if path.is_dir():
@@ -141,12 +141,12 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _config_beside(weights: Path) -> Path | None:
-    """The configuration of a file of weights: PEFT's in its folder, or one of the file's own name."""
+    """Return the configuration of a weights file: PEFT's in its folder, or one with the file's own name."""
     if weights.suffix not in _SUFFIXES:
         raise ValueError(f"{weights}: expected a folder, or a file of weights ({', '.join(sorted(_SUFFIXES))})")
     own, common = weights.with_suffix(".json"), weights.with_name(CONFIG_NAME)
     if weights.name not in _PEFT_WEIGHTS and own.is_file():
-        with suppress(ValueError, json.JSONDecodeError):  # galleries of LoRAs put descriptions there
+        with suppress(ValueError, json.JSONDecodeError):  # galleries of LoRAs put descriptions in such a file
             if "peft_type" in read_json(own):
                 return own
     if common.is_file():
@@ -181,7 +181,7 @@ def _config_on_hub(
 
 
 def _first(location: str, reference: Reference, names: Sequence[str], options: dict[str, Any], expected: str) -> Path:
-    """The first of these files that a repository has."""
+    """Download the first of these files that the repository has."""
     missing: EntryNotFoundError | None = None
     for name in names:
         try:
@@ -194,7 +194,7 @@ def _first(location: str, reference: Reference, names: Sequence[str], options: d
 
 
 def _is_out_of_reach(error: EntryNotFoundError) -> bool:
-    """Whether the hub did not answer, after a while in which it was asked again."""
+    """Return whether the hub did not answer. Each try takes a while, so it is not asked for other files."""
     return isinstance(error, LocalEntryNotFoundError) and not is_offline_mode()
 
 

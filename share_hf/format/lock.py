@@ -1,4 +1,4 @@
-"""One writer at a time: a lock on a folder that a dead process does not keep."""
+"""One writer at a time: a lock on a folder, which a dead process does not keep."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-# What a file system answers that knows no locks, such as some network ones.
+# Answers of a file system without locks, such as some network file systems.
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
 
-# Folders that this thread holds: whoever holds one may ask for it again.
+# Folders that this thread holds. Whoever holds a folder may ask for it again.
 _HELD: ContextVar[frozenset[Path]] = ContextVar("_HELD", default=frozenset())
 
 
 @contextmanager
 def holding(folder: Path) -> Iterator[None]:
-    """Hold a folder, there or not, against other writers; wait for one that holds it.
+    """Hold a folder, existing or not, against other writers, and wait for another holder to finish.
 
-    The lock is a file beside the folder, which is gone when nobody holds it. Where the platform or the file system
+    The lock is a file beside the folder, which is removed when nobody holds it. If the platform or the file system
     has no locks, nothing is held.
 
     Raises:
@@ -46,22 +46,22 @@ def holding(folder: Path) -> Iterator[None]:
         finally:
             _HELD.reset(token)
             with suppress(OSError):
-                if not os.fstat(file.fileno()).st_size:  # one that has content is not ours
+                if not os.fstat(file.fileno()).st_size:  # a file with content is not ours
                     path.unlink()
 
 
 def lock(descriptor: int, *, wait: bool) -> bool:
-    """Lock an open file, for as long as it is open.
+    """Lock an open file for as long as it stays open.
 
     Args:
-        descriptor: The open file.
-        wait: Whether to wait for who holds it.
+        descriptor: Descriptor of the open file.
+        wait: Whether to wait for another holder.
 
     Returns:
-        False where the platform or the file system has no locks.
+        False if the platform or the file system has no locks, else True.
 
     Raises:
-        BlockingIOError: If somebody else holds it, unless it is waited for.
+        BlockingIOError: If somebody else holds the lock and `wait` is False.
     """
     if fcntl is None:
         return False
@@ -75,9 +75,10 @@ def lock(descriptor: int, *, wait: bool) -> bool:
 
 
 def _locked(path: Path) -> FileIO:
-    """The file that is there now, locked; its last holder may have removed the one waited for.
+    """Lock the file that is there now. Its last holder may have removed the one that was waited for.
 
-    An object and no descriptor: whatever an interruption leaves of it is closed, and does not keep the lock.
+    Return an object rather than a descriptor: whatever an interruption leaves of it is closed and does not keep the
+    lock.
     """
     while True:
         file = FileIO(path, "a+")

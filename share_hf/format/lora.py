@@ -1,4 +1,4 @@
-"""Plain LoRA adapters in and out: PEFT folders and repositories, read as updates and written from them."""
+"""Read plain LoRA adapters from PEFT folders and repositories as updates, and write updates as such adapters."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from .saved_modules import saved_module_of, saved_names, targets_beside
 from .unchanged import Stamp
 
 
-# Which modules an adapter targets, in the fields that LoRA and SHARE configurations have in common.
+# Fields that LoRA and SHARE configurations have in common and that determine which modules an adapter targets.
 TARGET_FIELDS = (
     "target_modules",
     "exclude_modules",
@@ -44,7 +44,7 @@ TARGET_FIELDS = (
     "target_parameters",
 )
 
-# Methods that move part of the base weights into the adapter at its start: their LoRA is no update of the base model.
+# Methods that first move part of the base weights into the adapter: their LoRA is not an update of the base model.
 _MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 # Variants of LoRA that compute more than ``W x + s B A x``.
@@ -63,18 +63,18 @@ _VARIANTS = (
 
 @dataclass(frozen=True)
 class LoraAdapter:
-    """A plain LoRA: its updates with the scale folded in, and what came with it.
+    """A plain LoRA: its updates, with the scale folded in, and what came with them.
 
     Args:
-        updates: By module of the base model, ``ΔW = out_factor in_factor^T``. Those of a file are scaled when they are
-            asked for, and not kept.
+        updates: Updates by module of the base model, ``ΔW = out_factor in_factor^T``. Those of a file are scaled on
+            access and not kept.
         head: Weights of `modules_to_save` by name in the base model, such as `classifier.weight`.
         target: Values of `TARGET_FIELDS`, and `auto_mapping`.
-        base_model_name_or_path: As the adapter names it.
-        layouts: By module, how its matrix lies in its weight; without those that are dense layers.
-        component: The part of a pipeline that it is of, where its file names one.
-        shapes: Outputs and inputs of the layers by module, as its file has them.
-        file: Its weights on this machine; None if it was not read.
+        base_model_name_or_path: Base model, as the adapter names it.
+        layouts: Layout by module, that is, how its matrix lies in its weight. Dense layers have no entry.
+        component: Component of a pipeline to which the adapter belongs, if its file names one.
+        shapes: Numbers of outputs and inputs of the layers by module, as stored in its file.
+        file: File of its weights on this machine. None if the adapter was not read from a file.
     """
 
     updates: Mapping[str, LowRankUpdate]
@@ -89,12 +89,12 @@ class LoraAdapter:
 
 @dataclass(frozen=True)
 class ScaledFactors:
-    """A and B of a module as a file has them, as matrices, and the scale of their product.
+    """Factors A and B of a module as stored in a file, as matrices, and the scale of their product.
 
     Args:
-        a: (r, d), in memory that is mapped from the file where it is a safetensors one.
-        b: (n, r).
-        scale: ``alpha / r``, or ``alpha / sqrt(r)`` with rslora.
+        a: Factor A (r, d), in memory mapped from the file if it is a safetensors file.
+        b: Factor B (n, r).
+        scale: Scale ``alpha / r``, or ``alpha / sqrt(r)`` with rslora.
     """
 
     a: Tensor
@@ -102,8 +102,8 @@ class ScaledFactors:
     scale: float
 
     def update(self) -> LowRankUpdate:
-        """The update; of float32 factors, in the memory of the file as far as the scale leaves them as they are."""
-        # A power of two rounds nothing in float32; what another scale would round, no drift bound would know of.
+        """Return the update. float32 factors stay in the memory of the file where the scale does not change them."""
+        # A power of two rounds nothing in float32. Another scale would, and no drift bound would include that error.
         rounds = math.frexp(self.scale)[0] != 0.5 or torch.float64 in (self.a.dtype, self.b.dtype)
         dtype = torch.float64 if rounds else torch.float32
         b = self.b.to(dtype)
@@ -111,11 +111,11 @@ class ScaledFactors:
 
 
 class StoredUpdates(Mapping[str, LowRankUpdate]):
-    """Updates by module, each made from its file when it is asked for: many adapters need no memory before that.
+    """Updates by module, each made from its file on access, so that many adapters need no memory until then.
 
     Args:
-        factors: By module, the factors in the file.
-        stamp: State of the file, where it is mapped into memory: updates are refused once it was written to.
+        factors: Factors in the file, by module.
+        stamp: State of the file if it is mapped into memory. Updates are refused once the file was written to.
     """
 
     def __init__(self, factors: Mapping[str, ScaledFactors], stamp: Stamp | None = None) -> None:
@@ -123,7 +123,7 @@ class StoredUpdates(Mapping[str, LowRankUpdate]):
         self._stamp = stamp
 
     def __getitem__(self, module: str) -> LowRankUpdate:
-        self.expect_unchanged()  # a mapped file that has become shorter must not be touched
+        self.expect_unchanged()  # a mapped file that became shorter must not be touched
         update = self._factors[module].update()
         self.expect_unchanged()
         return update
@@ -135,10 +135,10 @@ class StoredUpdates(Mapping[str, LowRankUpdate]):
         return len(self._factors)
 
     def expect_unchanged(self) -> None:
-        """Refuse a file that was written to since it was opened: what was made of it may be half of each version.
+        """Refuse a file that was written to since it was opened: its updates may mix the two versions.
 
         Raises:
-            ValueError: Naming it.
+            ValueError: If the file has changed. The message names it.
         """
         if self._stamp is not None:
             self._stamp.expect_same_content()
@@ -152,19 +152,19 @@ def read_lora(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
 ) -> LoraAdapter:
-    """Read a LoRA: the folder of a PEFT adapter, a file of weights, or one of these on the hub.
+    """Read a LoRA: the folder of a PEFT adapter, a weights file, or either of these on the hub.
 
     Args:
-        location: A folder, a file, or `org/repo@revision:subfolder`, where the subfolder may be a file too.
-        component: Which model of a pipeline is meant, such as `unet`, where a file has LoRAs of several.
-        revision: Revision of a repository, where the location names none.
-        token: For the hub.
-        cache_dir: Where to keep downloads.
+        location: Folder, file, or `org/repo@revision:subfolder`, where the subfolder may also be a file.
+        component: Model of a pipeline to read, such as `unet`, if a file has LoRAs of several.
+        revision: Revision of a repository, if the location names none.
+        token: Token for the hub.
+        cache_dir: Folder in which to keep downloads.
 
     Raises:
-        ValueError: If it is no plain LoRA (another method, DoRA, a trained bias, an initialization that changes the
-            base weights), a tensor is missing, of a wrong shape, or not finite, or a file changes while it is read;
-            naming what was found.
+        ValueError: If it is not a plain LoRA (another method, DoRA, a trained bias, an initialization that changes the
+            base weights), a tensor is missing, has a wrong shape or is not finite, or a file changes while it is read.
+            The message says what was found.
     """
     files = find_adapter(location, revision=revision, token=token, cache_dir=cache_dir)
     weights_path = files.weights
@@ -228,10 +228,10 @@ def read_lora(
 
 
 def read_target(path: Path | str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a configuration that say which modules of which class it targets, those that are given.
+    """Return the given fields of a configuration that determine which modules of which class it targets.
 
     Raises:
-        ValueError: If one is not of a type that PEFT takes.
+        ValueError: If a field is not of a type that PEFT accepts.
     """
     target = {name: config[name] for name in TARGET_FIELDS if config.get(name) is not None}
     for name, value in target.items():
@@ -258,10 +258,10 @@ def read_target(path: Path | str, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_head_names(path: Path | str, names: Iterable[str], saved: Iterable[str]) -> None:
-    """Refuse weights that belong to no module that the adapter says it saves: a loader would put them into the base.
+    """Refuse weights outside the modules that an adapter declares as saved: a loader would put them into the base.
 
     Raises:
-        ValueError: Naming the first.
+        ValueError: If there are such weights. The message names the first.
     """
     saved = list(saved)
     for name in names:
@@ -277,10 +277,10 @@ def _check_pattern(path: Path | str, name: str, pattern: str) -> None:
 
 
 def lora_files(adapter: LoraAdapter) -> dict[str, bytes]:
-    """The files of updates as a plain PEFT LoRA of scale 1, which any PEFT loads without share_hf.
+    """Return the files of updates as a plain PEFT LoRA of scale 1, which any PEFT loads without share_hf.
 
-    Its rank is the largest of its layers'. Factors of a smaller rank, as of layers with fewer outputs or inputs, are
-    filled up with zeros: unlike a `rank_pattern`, every PEFT and every server of LoRAs reads that.
+    Its rank is the largest rank of its layers. Factors of a smaller rank, such as those of layers with fewer outputs
+    or inputs, are padded with zeros: unlike a `rank_pattern`, every version of PEFT and every LoRA server reads that.
     """
     rank = max((update.out_factor.shape[1] for update in adapter.updates.values()), default=1)
     tensors = {f"{PEFT_PREFIX}{name}": tensor for name, tensor in adapter.head.items()}
@@ -298,21 +298,21 @@ def lora_files(adapter: LoraAdapter) -> dict[str, bytes]:
     )
     config.target_parameters = targets_of(experts, config.target_parameters or []) or None
     if not layers:
-        config.target_modules = []  # or PEFT takes those that it knows for the model
+        config.target_modules = []  # otherwise PEFT takes its defaults for the model
     elif not config.target_modules or not all(check_target_module_exists(config, name) for name in layers):
-        # Of a model that was wrapped when the adapter was saved: PEFT would pass over what its targets do not match.
+        # The model was wrapped when the adapter was saved: PEFT would skip layers that its targets do not match.
         config.target_modules, config.exclude_modules = set(layers), None
         config.layers_to_transform = config.layers_pattern = None
     return adapter_files(config.to_dict(), tensors)
 
 
 def adapter_files(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
-    """The files of an adapter as PEFT lays it out, with bytes that depend only on the content."""
+    """Return the files of an adapter in PEFT's layout, with bytes that depend only on the content."""
     return {CONFIG_NAME: config_bytes(config), SAFETENSORS_WEIGHTS_NAME: tensor_bytes(tensors)}
 
 
 def config_bytes(config: Mapping[str, Any]) -> bytes:
-    """The configuration of an adapter as PEFT writes it, with sorted names."""
+    """Return the configuration of an adapter as PEFT writes it, with sorted names."""
     return (json.dumps(config, indent=2, sort_keys=True, default=_plain) + "\n").encode()
 
 
@@ -376,7 +376,7 @@ def _sort_tensors(
 
 
 def _check_head_shapes(path: Path, head: Mapping[str, Tensor]) -> None:
-    """Refuse weights of a head that no layer can have: none at all, or a bias of another length than its weight."""
+    """Refuse weights of a head that no layer can have: empty ones, or a bias whose length does not fit its weight."""
     for name, tensor in head.items():
         if not tensor.numel():
             raise ValueError(
@@ -400,7 +400,7 @@ def _split_experts(
     target: Mapping[str, Any],
     factors: Mapping[str, dict[str, Tensor]],
 ) -> tuple[dict[str, ScaledFactors], dict[str, dict[str, Tensor]]]:
-    """The experts of an adapter with `target_parameters`, by module, and the factors of its layers."""
+    """Return the experts of an adapter with `target_parameters`, by module, and the factors of its layers."""
     matched = LoraConfig(**without_slow_patterns(target, factors))
     layers = {module: pair for module, pair in factors.items() if check_target_module_exists(matched, module)}
     names = parameter_names(weights_path, factors.keys() - layers.keys(), target["target_parameters"])

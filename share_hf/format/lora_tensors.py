@@ -1,4 +1,4 @@
-"""The tensors that PEFT's LoRA has for each kind of layer, as matrices and back."""
+"""Convert the tensors that PEFT's LoRA has for each kind of layer to matrices and back."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from ..state import Layout
 from ..subspace import LowRankUpdate
 
 
-# Of a layer with a weight of its own, and of an embedding, whose factors are parameters.
+# A layer stores its factors as weights of modules of their own, an embedding as parameters.
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?(embedding)|\.weight)")
 
 
 def factor_of(name: str) -> tuple[str, str] | None:
-    """Module and factor that a tensor of a LoRA is: "A" or "B", or "embedding_A" or "embedding_B" of an embedding."""
+    """Return the module and factor of a LoRA tensor: "A" or "B", or "embedding_A" or "embedding_B" of an embedding."""
     match = _FACTOR.fullmatch(name)
     return None if match is None else (match["module"], (match["embedding"] or "") + match["side"])
 
 
 def as_matrices(path: Path, module: str, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor, Layout | None]:
-    """A (r, d) and B (n, r) of a module, and its layout if it is no dense layer.
+    """Return A (r, d) and B (n, r) of a module, and its layout if it is not a dense layer.
 
-    A convolution's A has a kernel, (r, channels, *kernel), and its B one of ones, (n, r, 1, …).
+    A convolution's A has a kernel, (r, channels, *kernel), and its B a kernel of size one, (n, r, 1, …).
 
     Args:
-        path: The file, for messages.
+        path: Path of the file, for messages.
         module: Name of the module.
-        tensors: By what `factor_of` calls them.
+        tensors: Tensors by factor, as `factor_of` calls it.
 
     Raises:
-        ValueError: If one of the two is missing, or they are those of no layer.
+        ValueError: If one of the two is missing, or no layer has such factors.
     """
     prefix = "embedding_" if any(name.startswith("embedding_") for name in tensors) else ""
     if set(tensors) != {f"{prefix}A", f"{prefix}B"}:
@@ -57,7 +57,7 @@ def as_matrices(path: Path, module: str, tensors: dict[str, Tensor]) -> tuple[Te
 
 
 def as_tensors(module: str, update: LowRankUpdate, layout: Layout | None, rank: int) -> dict[str, Tensor]:
-    """The tensors of an update of a module in a LoRA of this rank, filled up with zeros, by name."""
+    """Return the tensors of a module's update, by name, in a LoRA of this rank, padded with zeros."""
     missing = (0, rank - update.out_factor.shape[1])
     a = torch.nn.functional.pad(update.in_factor, missing).T
     b = torch.nn.functional.pad(update.out_factor, missing)

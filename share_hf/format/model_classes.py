@@ -1,6 +1,6 @@
-"""The class of a base model, where PEFT has no type for its tasks: `auto_mapping` in the configuration of an adapter.
+"""The class of a base model where PEFT has no type for its tasks: `auto_mapping` in an adapter's configuration.
 
-PEFT's `AutoPeftModel` loads a base model by it, and classifiers of images, videos and sounds are known by it.
+PEFT's `AutoPeftModel` uses it to load a base model, and it identifies classifiers of images, videos and sounds.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import (
 
 AUTO_MAPPING = "auto_mapping"
 
-# Where PEFT may import a class from: an adapter of somebody else says what is imported when it is loaded.
+# Modules from which PEFT may import a class: loading somebody else's adapter imports what its configuration says.
 _MODULE = re.compile(r"transformers\.models\.[a-z]\w*\.modeling_\w+", re.ASCII)
 _CLASS = re.compile(r"[A-Z]\w*", re.ASCII)
 
@@ -35,7 +35,7 @@ def _by_class(pipelines: Mapping[str, Mapping[str, str | tuple[str, ...]]]) -> M
     )
 
 
-# The pipelines of the hub, by the class of a model that classifies inputs and for which PEFT has no task type.
+# Pipelines of the hub, by the class of a model that classifies inputs and for which PEFT has no task type.
 CLASSIFIERS = _by_class(
     {
         "image-classification": MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
@@ -46,12 +46,12 @@ CLASSIFIERS = _by_class(
 
 
 def mapping_to(model_class: type) -> dict[str, str] | None:
-    """PEFT's record of a class of transformers; None for any other class, which a reader may not have."""
+    """Return PEFT's record of a transformers class; None for any other class, which a reader may not have."""
     return read_mapping({"base_model_class": model_class.__name__, "parent_library": model_class.__module__})
 
 
 def read_mapping(noted: object) -> dict[str, str] | None:
-    """The `auto_mapping` of a configuration, None where it names no class of transformers."""
+    """Return the `auto_mapping` of a configuration, or None if it does not name a class of transformers."""
     known = noted if isinstance(noted, Mapping) else {}
     name, module = known.get("base_model_class"), known.get("parent_library")
     if not (isinstance(name, str) and isinstance(module, str)):
@@ -61,10 +61,10 @@ def read_mapping(noted: object) -> dict[str, str] | None:
 
 
 def class_name_of(target: Mapping[str, Any]) -> str | None:
-    """The class of the base model of a task that has no type in PEFT, where the task's `target` tells it."""
+    """Return the class of the base model of a task without a type in PEFT, if the task's `target` names it."""
     return target.get(AUTO_MAPPING, {}).get("base_model_class")
 
 
 def pipeline_of(target: Mapping[str, Any]) -> str | None:
-    """What the hub calls a task that classifies images, videos or sounds; None for any other."""
+    """Return the hub's name for a task that classifies images, videos or sounds; None for any other task."""
     return CLASSIFIERS.get(class_name_of(target) or "")

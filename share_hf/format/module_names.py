@@ -1,4 +1,4 @@
-"""Names of tensors in the file of an adapter, without what wrapped the model when they were saved."""
+"""Names of tensors in an adapter's file, without the traces of what wrapped the model when it was saved."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from torch import Tensor
 
 PEFT_PREFIX = "base_model.model."
 
-# Parts that torch.compile, FSDP (the last: before torch 2) and activation checkpointing put into the names of modules.
+# Parts that torch.compile, FSDP (the last one: before torch 2) and activation checkpointing add to module names.
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_fpw_module"}
 
-# What a PeftModel puts before a name, a PeftModel of a PeftModel twice, and DDP or DeepSpeed before that.
+# Prefixes of a PeftModel (a PeftModel of a PeftModel has two), and of DDP or DeepSpeed in front of them.
 _ABOVE_BASE = re.compile(rf"^(?:(?:module\.)*{re.escape(PEFT_PREFIX)})+")
 
-# Names of adapters, which a state dict of the model has and a file that PEFT wrote has not.
+# Names of adapters, which are in a model's state dict but not in a file written by PEFT.
 _OF_LORA = re.compile(r"(?P<before>.*\.lora_[AB]\.)(?P<adapter>[^.]+)\.(?P<after>weight)")
 _OF_LORA_OF_EMBEDDING = re.compile(r"(?P<before>.*\.lora_embedding_[AB])\.(?P<adapter>[^.]+)(?P<after>)")
 _OF_HEAD = re.compile(r"(?P<before>(?:.*\.)?)modules_to_save\.(?P<adapter>[^.]+)\.(?P<after>.+)")
 _BASE_COPY = re.compile(r"((?:.*\.)?)original_module\.(.+)")
 
-# transformers 5 keeps the experts of a layer in one parameter; those of version 4 were linear layers, one by one.
+# transformers 5 keeps the experts of a layer in one parameter. In version 4, each was a linear layer.
 _EXPERT = re.compile(r"(?:.*\.)?experts\.\d+\..+")
 
-# The adapters of a collection have the same names, a few thousand at most.
+# Number of names to cache. The adapters of a collection share names, a few thousand at most.
 _NAMES_KEPT = 2**14
 
 
 @lru_cache(maxsize=_NAMES_KEPT)
 def without_wrappers(name: str) -> str:
-    """The name of a module or tensor as it is when the model is not compiled, sharded or checkpointed."""
+    """Return the name that a module or tensor has when the model is not compiled, sharded or checkpointed."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS) if "_" in name else name
 
 
 @lru_cache(maxsize=_NAMES_KEPT)
 def _parsed(key: str) -> tuple[str, str | None, bool]:
-    """A tensor's name in the base model, the adapter that it names, and whether it is a copy of the base model's."""
+    """Return a tensor's name in the base model, the adapter it names, and whether it is a copy of the base model's."""
     name = _ABOVE_BASE.sub("", without_wrappers(key))
     if match := _OF_LORA.fullmatch(name) or _OF_LORA_OF_EMBEDDING.fullmatch(name) or _OF_HEAD.fullmatch(name):
         return match["before"] + match["after"], match["adapter"], False
@@ -50,14 +50,15 @@ def _parsed(key: str) -> tuple[str, str | None, bool]:
 
 
 def named_as_in_base(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of an adapter by their names in the base model.
+    """Return the tensors of an adapter by their names in the base model.
 
     Args:
-        path: The file that they are from, for messages.
-        tensors: By the names in the file.
+        path: File from which they come, for messages.
+        tensors: Tensors by their names in the file.
 
     Raises:
-        ValueError: If they are of several adapters, or two would have one name.
+        ValueError: If they belong to several adapters, or two would have the same name, or the file has only the base
+            model's copy of a trained tensor.
     """
     named: dict[str, Tensor] = {}
     adapters: set[str] = set()
@@ -80,15 +81,15 @@ def named_as_in_base(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Ten
 
 
 def check_no_single_experts(path: Path, modules: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """Refuse the expert layers of transformers 4 one by one: no model of transformers 5 has them.
+    """Refuse the single expert layers of transformers 4, which no model of transformers 5 has.
 
     Args:
-        path: The file that they are from.
-        modules: By the names of modules that the adapter adapts.
-        config: The configuration of the adapter; PEFT notes in it the class of a model that is not transformers' own.
+        path: File from which they come.
+        modules: Mapping whose keys are the names of the adapted modules.
+        config: Configuration of the adapter. In it, PEFT records the class of a model that is not transformers' own.
 
     Raises:
-        ValueError: Naming a module.
+        ValueError: If there is such a layer. The message names the module.
     """
     of_class = config.get("auto_mapping")
     library = of_class.get("parent_library") if isinstance(of_class, dict) else None

@@ -1,4 +1,4 @@
-"""Names of tasks: what a folder, a branch, a PEFT adapter and an attribute of a module can all be called."""
+"""Names of tasks: they must be valid for a folder, a branch, a PEFT adapter and an attribute of a module alike."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ from collections.abc import Iterable
 from torch import nn
 
 
-# What a repository of the hub can be called, with its organization or without.
+# Valid ids of repositories on the hub, with or without an organization.
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 _LONGEST = 64
 _PATTERN = re.compile(rf"[A-Za-z0-9][A-Za-z0-9_-]{{0,{_LONGEST - 1}}}")
 _REFUSED = re.compile(r"main|default|ref|HEAD|step-\d{4}-.*|[0-9a-f]{40}", re.IGNORECASE)
 
-# What a folder cannot be called on Windows.
+# Names that a folder cannot have on Windows.
 _DEVICES = re.compile(r"con|prn|aux|nul|com[0-9]|lpt[0-9]", re.IGNORECASE)
 
 _ATTRIBUTES = frozenset(dir(nn.ModuleDict())) | frozenset(dir(nn.ParameterDict()))
 
-# Parameters of the layers that a head consists of: PEFT tells them from adapters by their names.
+# Parameters of the layers in a head: PEFT distinguishes them from adapters by their names.
 _PARAMETERS = frozenset({"weight", "bias"})
 
 
 def check_task_name(name: str, taken: Iterable[str] = ()) -> None:
-    """Refuse a name that some part of the stack could not carry, before anything is written.
+    """Refuse a name that some part of the stack cannot handle, before anything is written.
 
     Args:
-        name: The name of a new task.
-        taken: Names of the tasks there are.
+        name: Name of a new task.
+        taken: Names of the existing tasks.
 
     Raises:
         ValueError: If the name is not 1 to 64 letters, digits, `_` and `-` starting with a letter or digit, has a
             meaning of its own (`main`, `default`, a commit, a step tag, an attribute of `torch.nn.ModuleDict`, a
-            parameter of a layer, a device of Windows), or is taken, in this or another case.
+            parameter of a layer, a device of Windows), or is taken, ignoring case.
     """
     _check_usable(name)
     if _DEVICES.fullmatch(name):
@@ -48,10 +48,10 @@ def check_task_name(name: str, taken: Iterable[str] = ()) -> None:
 
 
 def mended_name(text: str) -> str:
-    """A name for a task as close to a text, such as the name of a folder, as `check_task_name` allows.
+    """Return a task name that `check_task_name` accepts, as close as possible to a text such as a folder's name.
 
     Raises:
-        ValueError: If no letter or digit of the text can stay.
+        ValueError: If no letter or digit of the text can be kept.
     """
     letters = (letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter))
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", "".join(letters)).strip("-_")
@@ -59,18 +59,18 @@ def mended_name(text: str) -> str:
         raise ValueError(f"no task can be called {text!r}, expected another name for it")
     try:
         check_task_name(name[:_LONGEST])
-    except ValueError:  # it has a meaning of its own
+    except ValueError:  # the name has a meaning of its own
         name = f"task-{name}"
     return name[:_LONGEST].rstrip("-_")
 
 
 def check_stored_names(names: Iterable[str]) -> None:
-    """Refuse the tasks of a tree if a name is none, or there twice.
+    """Refuse the tasks of a tree if a name is unusable or occurs twice.
 
-    Older trees may have names that `check_task_name` refuses by now.
+    Older trees may have names that `check_task_name` now refuses.
 
     Raises:
-        ValueError: As there.
+        ValueError: If a name is unusable, or occurs twice when case is ignored.
     """
     folded: dict[str, str] = {}
     for name in names:
@@ -99,6 +99,6 @@ def _taken(name: str, other: str) -> str:
 
 
 def listing(names: Iterable[str], limit: int = 20) -> str:
-    """Names for a message, not more than a person reads."""
+    """Return names for a message, no more than a person reads."""
     names = list(names)
     return str(names) if len(names) <= limit else f"{names[:limit]} and {len(names) - limit} more"

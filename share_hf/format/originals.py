@@ -1,7 +1,7 @@
-"""Where the adapters are that tasks came from: hub ids with commit and checksum, and folders on this machine.
+"""Origins of the adapters that became tasks: hub ids with commit and checksum, and folders on this machine.
 
-Those on the hub are noted in the lineage. Folders are nobody else's business: they are in `.<tree>.originals.json`
-beside the tree, if that was asked for, which no push reads.
+The lineage records those on the hub. Folders are private: they are recorded, on request, in
+`.<tree>.originals.json` beside the tree, which no push reads.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class LocalOriginal:
     """An adapter on this machine.
 
     Args:
-        place: Its folder or file.
-        component: The part of a pipeline that it is of, where its file names one.
+        place: Folder or file of the adapter.
+        component: Component of a pipeline to which it belongs, if its file names one.
     """
 
     place: str
@@ -34,10 +34,10 @@ class LocalOriginal:
 
 
 def read_original(original: Mapping[str, Any], *, token: str | bool | None = None) -> LoraAdapter:
-    """The adapter on the hub that a lineage notes.
+    """Read an adapter on the hub that a lineage records.
 
     Raises:
-        ValueError: If it is no longer what it was.
+        ValueError: If it has changed since it was recorded.
     """
     place, component = original["place"], original.get("component")
     lora = read_lora(place, component=component, revision=original.get("commit"), token=token)
@@ -52,18 +52,18 @@ def read_original(original: Mapping[str, Any], *, token: str | bool | None = Non
 def split_places(
     places: Mapping[str, str | Path], loras: Mapping[str, LoraAdapter]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, LocalOriginal]]:
-    """What is to be noted of places by task: of repositories on the hub, and of what is on this machine.
+    """Return what to record of each task's place, separately for repositories on the hub and places on this machine.
 
     Args:
-        places: Where each adapter was read.
-        loras: What was read there.
+        places: Place from which each adapter was read.
+        loras: Adapters that were read there.
     """
     there, here = {}, {}
     for task, lora in loras.items():
         place = places[task]
         reference = None if isinstance(place, Path) else Reference.parse(place)
         commit = None if reference is None else _commit_of(lora.file, reference.repo_id)
-        if commit is None:  # what is not in the cache of the hub may be a folder that is called like a repository
+        if commit is None:  # outside the cache of the hub, this may be a folder with the name of a repository
             here[task] = LocalOriginal(os.path.abspath(place), lora.component)
             continue
         noted = {"place": str(replace(reference, revision=None)), "commit": commit, "sha256": sha256_of(lora.file)}
@@ -72,7 +72,7 @@ def split_places(
 
 
 def _commit_of(path: Path, repo_id: str) -> str | None:
-    """The commit that a file is of, which is in `models--org--repo/snapshots/<commit>` of a cache; None elsewhere."""
+    """Return the commit of a file in a cache's `models--org--repo/snapshots/<commit>`; None for any other file."""
     folder = repo_folder_name(repo_id=repo_id, repo_type="model")
     parts = path.parts
     places = [i for i in range(2, len(parts)) if parts[i - 2 : i] == (folder, "snapshots")]
@@ -80,16 +80,16 @@ def _commit_of(path: Path, repo_id: str) -> str | None:
 
 
 def originals_file(tree: Path) -> Path:
-    """The file beside a tree that names the folders its tasks came from."""
+    """Return the file beside a tree that names the folders from which its tasks came."""
     real = Path(os.path.realpath(tree))
     return real.parent / f".{real.name}.originals.json"
 
 
 def read_originals(tree: Path) -> dict[str, LocalOriginal]:
-    """The adapters on this machine by task; none where there is no such file.
+    """Read the adapters on this machine by task. The result is empty if there is no such file.
 
     Raises:
-        ValueError: If it is damaged.
+        ValueError: If the file is damaged.
     """
     path = originals_file(tree)
     if not path.is_file():
@@ -98,13 +98,13 @@ def read_originals(tree: Path) -> dict[str, LocalOriginal]:
 
 
 def write_originals(tree: Path, originals: Mapping[str, LocalOriginal]) -> None:
-    """Name the adapters on this machine by task beside a tree."""
+    """Write the adapters on this machine, by task, to the file beside a tree."""
     content = {task: _as_json(original) for task, original in originals.items()}
     write_atomically(originals_file(tree), json_bytes(content).decode())
 
 
 def _as_json(original: LocalOriginal) -> str | dict[str, str]:
-    """A folder alone where that says it all."""
+    """Return the place alone if there is no component to record."""
     if original.component is None:
         return original.place
     return {"place": original.place, "component": original.component}

@@ -1,7 +1,7 @@
-"""Patterns of names in foreign configurations: matched as PEFT does, but in a time that is known before.
+"""Match patterns of names in foreign configurations as PEFT does, but in a time that is known in advance.
 
-Python's regular expressions may take for ever on a short name, and whoever writes a configuration chooses them. What
-is bounded here is in how many ways a pattern can be tried on a name.
+Python's regular expressions may take forever on a short name, and whoever writes a configuration chooses them. This
+module bounds the number of ways in which a pattern can be tried on a name.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ except ImportError:  # Python 3.10
 
 Value = TypeVar("Value")
 
-# The fields that say together which modules an adapter targets.
+# Fields that together determine which modules an adapter targets.
 _TARGETING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
-_LITERAL = re.compile(r"[\w.-]+")  # PEFT writes names, whose dots it takes for any character; nobody means that
+_LITERAL = re.compile(r"[\w.-]+")  # names written by PEFT, which matches their dots with any character, by accident
 _USUAL_LENGTH = 128  # of the name of a module, at most
-_QUICK = 10**6  # ways a name
-_LONGEST_MATCHING = 10**9  # ways for an adapter: seconds
+_QUICK = 10**6  # ways per name
+_LONGEST_MATCHING = 10**9  # ways per adapter, which take seconds
 
 _REPEATS = {"MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT"}
 
 
 def is_name(text: str) -> bool:
-    """Whether a pattern is the name of a module, or the end of one."""
+    """Return whether a pattern is the name of a module, or the end of one."""
     return _LITERAL.fullmatch(text) is not None
 
 
 def without_slow_patterns(target: Mapping[str, Any], modules: Iterable[str]) -> dict[str, Any]:
-    """The fields of a configuration with the names of its modules in place of patterns that may take long to match.
+    """Return the fields of a configuration, with module names in place of patterns that may take long to match.
 
     Args:
-        target: Any fields of a configuration, each pattern a regular expression.
-        modules: The modules that the adapter has weights for.
+        target: Fields of a configuration, in which each pattern is a regular expression.
+        modules: Modules for which the adapter has weights.
     """
     patterns = [value for name in _TARGETING[:2] if isinstance(value := target.get(name), str)]
     within = target.get("layers_pattern") or []
@@ -54,16 +54,16 @@ def without_slow_patterns(target: Mapping[str, Any], modules: Iterable[str]) -> 
 def values_by_module(
     path: Path, field: str, patterns: Mapping[str, Value], modules: Collection[str]
 ) -> dict[str, Value]:
-    """By module, the value of the first pattern that matches the end of its name; without those that none matches.
+    """Return, by module, the value of the first pattern that matches the end of its name. Others have no entry.
 
     Args:
-        path: The configuration, for messages.
-        field: Name of the patterns there.
-        patterns: Names, ends of names, or regular expressions for them.
+        path: Path of the configuration, for messages.
+        field: Field of the configuration that has the patterns.
+        patterns: Values by pattern: a name, the end of a name, or a regular expression for either.
         modules: Names of modules.
 
     Raises:
-        ValueError: If that might take longer than seconds.
+        ValueError: If matching might take longer than seconds.
     """
     if not patterns:
         return {}
@@ -93,7 +93,7 @@ def _ends_of(module: str) -> list[str]:
 
 
 def _ways_to_match(pattern: str, length: int) -> float:
-    """In how many ways a pattern may be tried on a text of this length, at most; infinite if it is no pattern."""
+    """Return an upper bound on the ways to try a pattern on a text of this length; infinite if it is not a pattern."""
     try:
         return _ways(_parser.parse(pattern), length)
     except (re.error, RecursionError, OverflowError):

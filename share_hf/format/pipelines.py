@@ -1,7 +1,7 @@
-"""LoRAs of diffusion pipelines: files of weights without a configuration of PEFT, as diffusers and kohya write them.
+"""LoRAs of diffusion pipelines: weights files without a PEFT configuration, as diffusers and kohya write them.
 
-A pipeline has several models, its components, and one file may hold LoRAs of several. Each component is a model of its
-own here: the component that is meant is read, under the names that its modules have in diffusers or transformers.
+A pipeline has several models, its components, and one file may hold LoRAs of several. Here, each component is a model
+of its own: only the requested component is read, under the names that its modules have in diffusers or transformers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .kohya import dotted_names, is_of_flux
 from .module_names import PEFT_PREFIX, without_wrappers
 
 
-# What diffusers writes into the header of a file: the configuration of each component, by dotted names.
+# Key in the header of a file under which diffusers writes each component's configuration, by dotted names.
 _METADATA = "lora_adapter_metadata"
 
 _COMPONENT = re.compile(
@@ -28,7 +28,7 @@ _COMPONENT = re.compile(
     r"\.(?P<name>.+)"
 )
 
-# Components of kohya's trainer and of OneTrainer, which keeps kohya's style, by what stands before a flattened name.
+# Components by the prefix of a flattened name, for kohya's trainer and for OneTrainer, which keeps kohya's style.
 _FLAT_PREFIXES = {
     "lora_unet_": "unet",
     "lora_transformer_": "transformer",
@@ -39,10 +39,10 @@ _FLAT_PREFIXES = {
 }
 _FLAT = re.compile(r"(?P<prefix>lora_(?:unet|transformer|te[123]?)_)(?P<flat>[^.]+)\.(?P<leaf>.+)")
 
-# kohya trains the transformer of Flux under the name of a U-Net, and T5, its second text encoder, as the third.
+# kohya trains Flux's transformer under the name of a U-Net, and T5, its second text encoder, as the third one.
 _OF_FLUX = {"unet": "transformer", "text_encoder_3": "text_encoder_2"}
 
-# Before names in files for other programs than diffusers, which keep the names of the models' authors.
+# Prefixes in files for programs other than diffusers, which keep the names of the models' authors.
 _OF_AUTHORS = ("diffusion_model.", "model.diffusion_model.", "cond_stage_model.", "conditioner.")
 
 # The component of a file that names none, by the first part of its modules' names.
@@ -55,7 +55,7 @@ _BY_FIRST_PART = {
     "text_model": "text_encoder",
 }
 
-# Leaves of the factors and of their scale, newest first.
+# Last parts of the names of the factors and of their scale, newest first.
 _SIDES = {
     "lora_A.weight": "A",
     "lora_B.weight": "B",
@@ -70,14 +70,14 @@ _SIDES = {
 _NOT_OF_PEFT = tuple(f"{kind}.{side}.weight" for kind in ("lora", "lora_linear_layer") for side in ("down", "up"))
 _LEAF = re.compile(r"(?P<module>.+)\.(?P<leaf>" + "|".join(map(re.escape, _SIDES)) + ")")
 
-# Of the attention of early versions of diffusers.
+# Names in the attention of early versions of diffusers.
 _OLD_ATTENTION = re.compile(r"(?P<module>.+)\.to_(?P<which>q|k|v|out)_lora\.(?P<side>down|up)\.weight")
 _OF_ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
 _OF_TEXT_ATTENTION = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "out_proj"}
 
 _CLIP_LAYER = re.compile(r"encoder\.layers\.\d+\..+")
 
-# Parts of names in other methods' files.
+# Parts of names in the files of other methods.
 _OTHER_METHODS = {
     "hada_w": "LoHa",
     "lokr_w": "LoKr",
@@ -94,13 +94,13 @@ _OTHER_METHODS = {
 
 @dataclass(frozen=True)
 class ComponentLora:
-    """The LoRA of one component of a pipeline.
+    """LoRA of one component of a pipeline.
 
     Args:
-        component: Name of the component; None where the file names none.
-        config: A configuration with the fields of PEFT's.
+        component: Name of the component. None if the file names none.
+        config: Configuration with the fields of a PEFT configuration.
         tensors: Factors by the names that PEFT gives them.
-        alphas: By module, the numbers that divided by the rank are its scale; None where the configuration says them.
+        alphas: Numbers by module that give the scale when divided by the rank. None if the configuration has them.
     """
 
     component: str | None
@@ -110,21 +110,21 @@ class ComponentLora:
 
 
 def is_never_of_peft(names: Iterable[str]) -> bool:
-    """Whether the tensors of a file have names that trainers of pipelines give them, and PEFT never does."""
+    """Return whether the tensors of a file have names that trainers of pipelines use and PEFT never does."""
     return any(_FLAT.fullmatch(name) or name.endswith(_NOT_OF_PEFT) for name in names)
 
 
 def read_component(path: Path, tensors: Mapping[str, Tensor], component: str | None = None) -> ComponentLora:
-    """The LoRA of a component out of the tensors of a file.
+    """Return the LoRA of one component from the tensors of a file.
 
     Args:
-        path: The file.
-        tensors: By the names in the file.
-        component: Which one is meant, such as `unet`; the only one there is if not given.
+        path: Path of the file.
+        tensors: Tensors by their names in the file.
+        component: Component to read, such as `unet`. None means the only one in the file.
 
     Raises:
-        ValueError: If there are several and none is named, the named one is not there, a name cannot be read, or the
-            weights are of another method; naming what was found.
+        ValueError: If there are several components and none is named, the named one is missing, a name cannot be read,
+            the scale is not given, or the weights belong to another method. The message says what was found.
     """
     if any(name.startswith(PEFT_PREFIX) for name in tensors):
         raise ValueError(
@@ -154,7 +154,7 @@ def read_component(path: Path, tensors: Mapping[str, Tensor], component: str | N
 
 
 def _by_component(path: Path, tensors: Mapping[str, Tensor]) -> dict[str | None, dict[str, Tensor]]:
-    """By component, its tensors by the names in the file."""
+    """Return the tensors of each component by their names in the file."""
     of_flux = any((match := _FLAT.fullmatch(name)) and is_of_flux(match["flat"]) for name in tensors)
     components: dict[str | None, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -177,7 +177,7 @@ def _component_of(name: str, *, of_flux: bool) -> str | None:
 
 
 def _by_module(path: Path, component: str | None, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """By module of a component, A, B and alpha."""
+    """Return A, B and alpha of each module of a component."""
     flat: dict[str, dict[str, Tensor]] = {}
     modules: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -200,7 +200,7 @@ def _by_module(path: Path, component: str | None, tensors: Mapping[str, Tensor])
 
 
 def _read_name(path: Path, name: str, component: str | None) -> tuple[str, str]:
-    """Module and leaf of a tensor with a dotted name."""
+    """Return the module and the last part of a dotted tensor name."""
     rest = without_wrappers(name.removeprefix(f"{component}.")).replace(".processor.", ".")
     in_text = component is not None and component.startswith("text_encoder")
     if (old := _OLD_ATTENTION.fullmatch(rest)) is not None:
@@ -211,12 +211,12 @@ def _read_name(path: Path, name: str, component: str | None) -> tuple[str, str]:
     else:
         raise _unexpected(path, name)
     if in_text and _CLIP_LAYER.fullmatch(module):
-        module = f"text_model.{module}"  # so named before transformers 5, and in most files
+        module = f"text_model.{module}"  # the name before transformers 5, and in most files
     return module, leaf
 
 
 def _side(path: Path, name: str, leaf: str, tensor: Tensor) -> str:
-    """Which part of a LoRA a tensor is: A, B or alpha."""
+    """Return the part of a LoRA that a tensor is: A, B or alpha."""
     side = _SIDES.get(leaf)
     if side is None:
         raise _unexpected(path, name)
@@ -232,9 +232,9 @@ def _unexpected(path: Path, name: str) -> ValueError:
 
 
 def _unflattened(path: Path, component: str, flat: str, part: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """By the modules that a flattened name stands for, what the file has for them.
+    """Return the tensors of the modules that a flattened name stands for.
 
-    Layers that one file joins and another keeps apart share A; B is divided by rows, which changes no update.
+    Layers that one file joins and another keeps apart share A. B is divided by rows, which does not change any update.
     """
     modules = dotted_names(flat, component)
     if not modules:
@@ -255,7 +255,7 @@ def _unflattened(path: Path, component: str, flat: str, part: Mapping[str, Tenso
 
 
 def _choose(path: Path, found: Mapping[str | None, Mapping[str, Any]], component: str | None) -> str | None:
-    """The component that is meant."""
+    """Return the component to read."""
     counts = ", ".join(sorted(f"{name or 'unnamed'} ({len(tensors)} tensors)" for name, tensors in found.items()))
     if not found:
         raise ValueError(f"{path}: no lora_A and lora_B in it, expected a LoRA")
@@ -274,7 +274,7 @@ def _choose(path: Path, found: Mapping[str | None, Mapping[str, Any]], component
 
 
 def _alphas(path: Path, modules: Mapping[str, Mapping[str, Tensor]], alphas: Mapping[str, float]) -> dict[str, float]:
-    """By module, its alpha; without one a LoRA of a pipeline has the scale 1, as diffusers and kohya load it."""
+    """Return alpha by module. Without one, the scale of a pipeline's LoRA is 1, as in diffusers and kohya."""
     found = {}
     for module, part in modules.items():
         if module in alphas and not part.keys() & {"A", "B"}:
@@ -290,7 +290,7 @@ def _number(path: Path, module: str, alpha: Tensor) -> float:
 
 
 def _metadata(path: Path, component: str | None) -> dict[str, Any] | None:
-    """The configuration of a component in the header of a file that diffusers wrote; None where there is none."""
+    """Return a component's configuration from the header of a file that diffusers wrote; None if there is none."""
     if path.suffix != ".safetensors":
         return None
     try:
@@ -301,16 +301,16 @@ def _metadata(path: Path, component: str | None) -> dict[str, Any] | None:
     content = json_object(f"{path}: {_METADATA} in its header", text) if text else {}
     prefix = f"{component}."
     of_component = {name.removeprefix(prefix): value for name, value in content.items() if name.startswith(prefix)}
-    # A model that saved its own LoRA puts no prefix before the fields.
+    # A model that saved its own LoRA does not prefix the fields.
     return of_component or (content if "lora_alpha" in content else None)
 
 
 def of_other_components(components: Mapping[str, str | None], modules: Iterable[str] = ()) -> dict[str, str]:
-    """By adapter, what is wrong with it, where adapters are of several components of a pipeline.
+    """Return what is wrong with each adapter that belongs to another component of a pipeline than the others.
 
     Args:
-        components: By adapter, its component; None for those that name none, which may be of any.
-        modules: Names of modules that a subspace has which they are to be added to.
+        components: Component by adapter. None stands for an adapter that names none and may belong to any.
+        modules: Names of modules of the subspace to which the adapters are to be added.
     """
     named = {adapter: component for adapter, component in components.items() if component is not None}
     known = {_BY_FIRST_PART.get(module.split(".")[0]) for module in modules} - {None}

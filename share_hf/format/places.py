@@ -1,4 +1,4 @@
-"""Where adapters are, by the name that each gets as a task."""
+"""Places of adapters, by the name that each adapter gets as a task."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class NamedPlaces:
 
     Args:
         places: Folders, files or hub ids.
-        mended: By task name, what its place is called, where no task can be called that.
+        mended: Original name of a place by task name, where the original cannot be the name of a task.
     """
 
     places: dict[str, str | Path]
@@ -28,14 +28,14 @@ class NamedPlaces:
 
 
 def named_places(adapters: Adapters, taken: Iterable[str] = ()) -> NamedPlaces:
-    """Folders or hub ids by task name; in a list, the last part of each is its task's name.
+    """Return folders, files or hub ids by task name. In a list, the last part of a place becomes its task's name.
 
     Args:
-        adapters: At least one. A name in a list that no task can have is mended; one that is given must be usable.
-        taken: Names of the tasks there are.
+        adapters: Places, at least one. An unusable name from a list is mended; a name given in a dict must be usable.
+        taken: Names of the existing tasks.
 
     Raises:
-        ValueError: If there are none, or a name is unusable or taken.
+        ValueError: If there are no places, or a name is unusable or taken.
     """
     if isinstance(adapters, (str, os.PathLike)):
         raise ValueError(f"adapters is {adapters!r}, expected a list of folders or hub ids, or a dict by task name")
@@ -54,10 +54,10 @@ def named_places(adapters: Adapters, taken: Iterable[str] = ()) -> NamedPlaces:
 
 
 def name_of(place: str | Path) -> str:
-    """The name that an adapter gets from its place; one that no task can have is mended.
+    """Return the name that an adapter gets from its place, mended if no task can have it.
 
     Raises:
-        ValueError: If nothing of the place's name can stay in a task's.
+        ValueError: If no part of the place's name can be kept in a task's name.
     """
     text = last_part(place)
     try:
