@@ -4,8 +4,8 @@ In a subspace, each expert is a module of its own, `<module>.<parameter>.<number
 expert is a dense layer like others: its basis is as large as its updates need, each of its tasks has a certificate,
 and a merge takes the memory of one expert. A single block matrix of all experts would have rank E·r, far more than any
 p, and mixing the experts into one basis would lose what sets them apart, because they see different tokens. The price
-is the number of names: a model of 48 layers with two parameters of 128 experts each has 12,288 modules. It stores no
-more numbers for them than the LoRAs do.
+is the number of names: a model of 48 layers with two parameters of 128 experts each has 12,288 modules. The numbers in
+them are only those of the LoRAs.
 
 In a PEFT file, A is (E·r, d), expert by expert, and B is (n, r·E), of which each expert has every E-th column. If a
 module has several such parameters, the later ones are wrapped around the earlier ones, in the order in which the

@@ -328,7 +328,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 @contextmanager
 def naming(place: Path) -> Iterator[None]:
-    """Add the place to an error of writing: a full disk is reported without one."""
+    """Add the path to errors in writing, because a full disk is reported without one."""
     try:
         yield
     except SafetensorError as error:

@@ -27,7 +27,7 @@ Read = TypeVar("Read")
 # Marks a workshop of ours. A folder of that name without this file belongs to somebody else.
 _MARK = "share_hf.txt"
 _MARK_TEXT = "share_hf keeps a folder here while it replaces it. The next save tidies up what a crash left.\n"
-_ATTEMPTS = 100  # of a reader, each as long as a save
+_ATTEMPTS = 100  # tries of a reader, each as long as a save
 _NOT_RENAMED = {errno.EBUSY, errno.EXDEV}
 _AT_ONCE = 8  # paths for which the disk is awaited at the same time
 
@@ -209,7 +209,7 @@ def _set_aside(folder: Path) -> None:
 
 
 def _move_rest(old: Path, new: Path, ours: Collection[str]) -> None:
-    """Move the files that are not ours from the old folder to the new one."""
+    """Move everything that is not ours from the old folder to the new one."""
     ours, mixed = set(ours), set()
     for name in ours:
         while (name := name.rpartition("/")[0]) and name not in mixed:

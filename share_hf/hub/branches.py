@@ -103,7 +103,7 @@ def plan_branches(
     lineage = tip.tree.lineage if tip.tree is not None else ()
     steps = state.lineage[shared_steps(state.lineage, lineage) :]
     changed = tasks_touched(steps)
-    moved = {new for new, old in renamings(steps).items() if old in refs.branches}  # renamed tasks keep a branch
+    moved = {new for new, old in renamings(steps).items() if old in refs.branches}  # a renamed task keeps its branch
     wanted = {*_wanted(state, tip, choice), *moved}
     drifts = {task: rounded(drift) for task, drift in state.drifts().items()}
 
