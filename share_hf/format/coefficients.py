@@ -67,7 +67,8 @@ def with_plain_coefficients(path: Path, tensors: Mapping[str, Tensor], dtype: Co
     Args:
         path: Path of the file.
         tensors: Tensors in the file, by name.
-        dtype: Type in which the file should store coefficients. Tensors of another type are left as they are.
+        dtype: Type in which the file should store coefficients. Only bfloat16 is enforced here: for the two others,
+            tensors of another type are left as they are.
 
     Raises:
         ValueError: If coefficients are of another type or damaged. The message names the file and the tensor.
