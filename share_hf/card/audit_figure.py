@@ -1,4 +1,4 @@
-"""The figure of an audit: explained variance and error against k, and how well each adapter is served."""
+"""Figure of an audit: explained variance and error against k, and how well each adapter is served."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_NAMED = 8  # badly served adapters with their names
-_TICKED = 12  # adapters of which each has its name under its bar
+_NAMED = 8  # badly served adapters that are labeled with their names
+_TICKED = 12  # adapters up to which every bar has a name under it
 
 
 def check_figure(path: Path) -> None:
-    """Refuse a place that no figure can be written to, before the work that it is to show.
+    """Refuse a path to which no figure can be written, before the work that the figure is to show.
 
     Raises:
-        ValueError: If matplotlib is not installed or knows no files of this ending, or the folder is not there or
-            cannot be written to.
+        ValueError: If matplotlib is not installed or does not support the file extension, or the folder does not exist
+            or is not writable.
     """
     known = _figure().canvas.get_supported_filetypes()
     if path.suffix.lstrip(".").lower() not in known:
@@ -34,7 +34,7 @@ def check_figure(path: Path) -> None:
 
 
 def write_audit_figure(report: CollectionReport, path: Path) -> None:
-    """Draw a survey into a PNG file, or one of another ending that matplotlib knows.
+    """Draw a survey into a PNG file, or a file with another extension that matplotlib supports.
 
     Raises:
         ValueError: If matplotlib is not installed.

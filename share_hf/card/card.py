@@ -1,4 +1,4 @@
-"""The model card of a tree, from the template in `model_cards/`."""
+"""Model card of a tree, made from the template in `model_cards/`."""
 
 from __future__ import annotations
 
@@ -40,24 +40,24 @@ GENERATED_END = "<!-- share_hf: generated to here -->"
 
 MAX_CARD_BYTES = 4 * 2**20
 
-# What the audit of a card looks at: enough for two sentences, within a second or two. `share-hf audit` has no limits.
+# Limits of a card's audit: enough for two sentences, within a second or two. `share-hf audit` has no limits.
 AUDITED_LAYERS = 8
 MAX_AUDITED_TASKS = 100
 
-# A table of more columns is no table any more; the figure and `metrics.json` have the whole matrix.
+# A table with more columns is unreadable. The figure and `metrics.json` have the whole matrix.
 MAX_MATRIX_TASKS = 30
 
 
 @dataclass(frozen=True)
 class CardOptions:
-    """How a model card is written.
+    """Options for writing a model card.
 
     Args:
-        repo_id: The repository that the snippets name.
-        template: A Jinja template to use instead of the package's own; it is given the same variables.
-        existing: The card so far. Its text outside the generated part stays, and so do its other metadata.
-        audit: What to say of the audit; found out if not given.
-        branches: The tasks that are at a revision of their name; all of them if not given.
+        repo_id: Repository named in the snippets.
+        template: Jinja template to use instead of the package's own. It receives the same variables.
+        existing: Existing card. Its text outside the generated part and its other metadata are kept.
+        audit: Sentences about the audit. None means to run the audit.
+        branches: Tasks that are available at a revision of their name. None means all.
     """
 
     repo_id: str = "org/share-subspace"
@@ -68,10 +68,10 @@ class CardOptions:
 
 
 def write_card(state: SubspaceState, folder: Path, options: CardOptions) -> None:
-    """Write `README.md` for the tree that is in `folder`.
+    """Write `README.md` for the tree in `folder`.
 
     Raises:
-        ValueError: If the template is missing or no template of a card, or the metadata so far cannot be read.
+        ValueError: If the template is missing or cannot make a card, or the existing metadata cannot be read.
     """
     template = options.template or _template()
     if not template.is_file():
@@ -88,16 +88,16 @@ def write_card(state: SubspaceState, folder: Path, options: CardOptions) -> None
     (folder / CARD_FILE).write_text(str(card), encoding="utf-8")
 
 
-@lru_cache(maxsize=2)  # a push writes a card for each branch
+@lru_cache(maxsize=2)  # because a push writes a card for each branch
 def _compiled(template: str) -> Template:
     return Template(template)
 
 
 def read_card(path: Path) -> str:
-    """The model card so far, whose owner's text is kept.
+    """Read the existing model card, so that its owner's text is kept.
 
     Raises:
-        ValueError: If it is too large for a card, or no UTF-8.
+        ValueError: If it is too large for a card, or not UTF-8.
     """
     if (size := path.stat().st_size) > MAX_CARD_BYTES:
         raise ValueError(f"{path}: {size} bytes, expected a model card of at most {MAX_CARD_BYTES}: move it away")
@@ -110,36 +110,36 @@ def read_card(path: Path) -> str:
 
 
 def audit_sentences(state: SubspaceState) -> tuple[str, ...]:
-    """What can be said of whether the tasks share a subspace; nothing of fewer than two that were learned freely."""
+    """Return sentences on whether the tasks share a subspace, if 2 to `MAX_AUDITED_TASKS` were learned freely."""
     if not 2 <= len(freely_learned(state)) <= MAX_AUDITED_TASKS:
         return ()
     return audit_of(state, max_layers=AUDITED_LAYERS).sentences()
 
 
 def audit_of(state: SubspaceState, **options: Any) -> AuditReport:
-    """The audit of the tasks that were learned freely; options as for `audit_layers`."""
+    """Return the audit of the tasks that were learned freely. Options are passed to `audit_layers`."""
     free = freely_learned(state)
     sketches = {task: sketch_of(state.tasks[task]) for task in free}
     return audit_layers(state.layers, sketches, tasks=free, **options)
 
 
 def freely_learned(state: SubspaceState) -> list[str]:
-    """The tasks whose explained variance tells something of the basis.
+    """Return the tasks whose explained variance is evidence about the basis.
 
-    A task that was trained from the basis, or inside of it, is explained by it for that reason.
+    The basis explains a task that was trained from it, or inside it, for that reason alone.
     """
     return [task for task, info in state.tasks.items() if info.learned_by in (Phase.ADAPTER, Phase.INIT)]
 
 
 def _without_markers(generated: str) -> str:
-    """The generated part, where no name or other field may pass for its beginning or its end."""
+    """Return the generated part with its markers escaped, so that no name or field passes for its beginning or end."""
     for marker in (GENERATED_BEGIN, GENERATED_END):
         generated = generated.replace(marker, marker.replace("<", "&lt;"))
     return generated
 
 
 def _outside(existing: str | None) -> tuple[str, ModelCardData | None, str]:
-    """What a card has before the generated part, its metadata, and what it has after."""
+    """Return the text of a card before the generated part, its metadata, and the text after the generated part."""
     if existing is None:
         return "", None, ""
     try:
@@ -157,7 +157,7 @@ def _outside(existing: str | None) -> tuple[str, ModelCardData | None, str]:
 
 
 def _joined(owned: ModelCardData | None, data: ModelCardData) -> ModelCardData:
-    """The owner's metadata with those of the tree: ours where both have a field, both where it is a list."""
+    """Merge the owner's metadata with the tree's: the tree's value wins, but tags and datasets are joined."""
     if owned is None:
         return data
     fields = {name: value for name, value in owned.to_dict().items() if name != "model-index"}
@@ -169,7 +169,7 @@ def _joined(owned: ModelCardData | None, data: ModelCardData) -> ModelCardData:
 
 
 def _template() -> Path:
-    """The template: inside an installed package, beside it in a checkout."""
+    """Return the path of the template, which is inside an installed package and beside it in a checkout."""
     package = Path(__file__).parents[1]
     return next(
         path
@@ -205,7 +205,7 @@ def _card_data(state: SubspaceState) -> ModelCardData:
 
 
 def _facts(state: SubspaceState, folder: Path, options: CardOptions) -> dict[str, Any]:
-    """What the template says beside the metadata."""
+    """Return the template's variables, apart from the metadata."""
     default_task = state.root_task or ""
     target = state.tasks[default_task].target if default_task else {}
     of_no_type = ("AutoPeftModel", class_name_of(target) or "AutoModel")
@@ -261,7 +261,7 @@ def _facts(state: SubspaceState, folder: Path, options: CardOptions) -> dict[str
 
 
 def _ranks(state: SubspaceState) -> dict[str, str] | None:
-    """The tolerance by which tasks have ranks of their own, and what these are on average; None where all are p."""
+    """Return the tolerance that gives tasks their own ranks, and the mean of these ranks; None if all ranks are p."""
     if not state.settings.has_ranks:
         return None
     ranks = [rank for layer in state.layers.values() for rank in layer.ranks.tolist()]
@@ -294,7 +294,7 @@ def _matrix(state: SubspaceState) -> dict[str, Any] | None:
 
 
 def _num_labels(state: SubspaceState, tasks: Iterable[str]) -> int | None:
-    """Labels of the largest classification head of these tasks."""
+    """Return the number of labels of the largest classification head of these tasks."""
     sizes = []
     for task in tasks:
         info = state.tasks.get(task)

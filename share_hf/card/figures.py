@@ -1,4 +1,4 @@
-"""Figures of a tree: the accuracy matrix, the drift of its tasks, the spectra of its layers."""
+"""Figures of a tree: the accuracy matrix, the drift of its tasks and the spectra of its layers."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ logger = logging.get_logger(__name__)
 
 MATRIX_FIGURE, DRIFT_FIGURE, SPECTRA_FIGURE = FIGURES
 
-# A figure has a readable size at any number of tasks: past these numbers, values and names are left out, not added.
+# Figures stay readable for any number of tasks: above these numbers, values and some of the names are left out.
 _INCHES_PER_TASK = {MATRIX_FIGURE: 0.8, DRIFT_FIGURE: 0.3}
 _LARGEST_SIDE = 12.0  # inches
-_VALUES_SHOWN = 16  # a side, above which the numbers in the cells would touch
+_VALUES_SHOWN = 16  # per side; above this, the numbers in the cells would touch
 _NAMES_SHOWN = 40
 
 CAPTIONS = {
@@ -35,7 +35,7 @@ CAPTIONS = {
 
 
 def write_figures(state: SubspaceState, folder: Path) -> None:
-    """Write what figures there is data for; none without matplotlib."""
+    """Write the figures for which there is data, or none if matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -70,7 +70,7 @@ def _draw_matrix(state: SubspaceState, figure: Figure) -> None:
                     axes.text(j, i, f"{value:.2f}", ha="center", va="center", color=color)
     _name_some(axes.xaxis, tasks, rotation=45, ha="right")
     _name_some(axes.yaxis, row_names(state.metrics))
-    # As it is: a dollar sign begins no formula.
+    # Show text as it is: a dollar sign does not begin a formula.
     axes.set_xlabel(f"{state.metrics.get('score', 'score')} on task", parse_math=False)
     axes.set_ylabel("after learning")
     figure.colorbar(image, shrink=0.8)
@@ -82,7 +82,7 @@ def _draw_drift(state: SubspaceState, figure: Figure) -> None:
     axes = figure.add_subplot()
     if len(drifts) <= _NAMES_SHOWN:
         axes.barh(range(len(drifts)), list(drifts.values()), height=0.8)
-    else:  # one shape: a thousand bars take longer to draw than a tree to write
+    else:  # a single shape, because drawing a thousand bars takes longer than writing a tree
         edges = [i - 0.5 for i in range(len(drifts) + 1)]
         axes.stairs(list(drifts.values()), edges, orientation="horizontal", fill=True)
     _name_some(axes.yaxis, list(drifts))
@@ -95,7 +95,7 @@ def _inches(figure: str, tasks: int, *, margin: float, least: float) -> float:
 
 
 def _name_some(axis: Axis, tasks: Sequence[str], **style: object) -> None:
-    """Name tasks on an axis, evenly spaced where they are too many for all."""
+    """Name tasks on an axis, evenly spaced if there are too many to name all."""
     shown = range(0, len(tasks), max(1, -(-len(tasks) // _NAMES_SHOWN)))
     axis.set_ticks(shown, [tasks[i] for i in shown], **style)
 
@@ -103,7 +103,7 @@ def _name_some(axis: Axis, tasks: Sequence[str], **style: object) -> None:
 def _draw_spectra(state: SubspaceState, figure: Figure) -> None:
     axes = figure.add_subplot()
     for layer in state.layers.values():
-        spectrum = layer.spectrum_out.float()  # as it is stored: a loaded subspace has the same figure
+        spectrum = layer.spectrum_out.float()  # as stored, so that a loaded subspace has the same figure
         if len(spectrum) and spectrum[0] > 0:
             axes.plot(range(1, len(spectrum) + 1), (spectrum / spectrum[0]).tolist(), color="C0", alpha=0.3)
     axes.set_yscale("log")

@@ -1,4 +1,4 @@
-"""A whole tree as a person finds it: with its model card and its figures."""
+"""Write a whole tree for people: with its model card and its figures."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ def write_tree(
     there: TreeIndex | None = None,
     draft: bool = False,
 ) -> dict[str, str]:
-    """Write the whole tree, or on a crash none of it. Other files in the folder stay.
+    """Write a whole tree; a crash writes none of it. Other files in the folder stay.
 
     Args:
-        state: What to write.
-        folder: Where.
-        card: How to write the model card, whose text outside the generated part is kept in any case.
-        branches: As for `format.tree.write_root`.
-        known: What an earlier call returned for this folder, if nobody else has written it since: files that are
-            there already are not written again.
-        there: As for `format.tree.write_root`.
+        state: Subspace to write.
+        folder: Folder to write to.
+        card: Options for the model card. Its text outside the generated part is always kept.
+        branches: Same as in `format.tree.write_root`.
+        known: Checksums that an earlier call returned for this folder, if nobody else has written it since. Files that
+            are there already are not written again.
+        there: Same as in `format.tree.write_root`.
         draft: Whether to leave out the figures and the audit, which take longer than all the rest of a small tree.
 
     Returns:
-        Checksums by path, of all files that loading depends on.
+        Checksums, by path, of all files that loading depends on.
     """
     card = card or CardOptions()
     if (folder / CARD_FILE).is_file() and (card.existing is None or (folder / INDEX_FILE).is_file()):

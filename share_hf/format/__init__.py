@@ -1,1 +1,1 @@
-"""Bytes on disk: the files of a subspace and of plain LoRA adapters, written whole and read with no trust."""
+"""Files of a subspace and of plain LoRA adapters: written atomically, and checked as untrusted input when read."""

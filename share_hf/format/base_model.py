@@ -1,4 +1,4 @@
-"""Which base model a name stands for: one model has an id on the hub, a folder in the cache, copies on disk."""
+"""Names of base models: one model has an id on the hub, a folder in the cache and copies on disk."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ _CACHED = re.compile(r"(?:.*[/\\])?models--([^/\\]+)[/\\]snapshots[/\\][^/\\]+")
 _ADDRESS = re.compile(r"https?://(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)(?:/tree/main)?")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
-# The 4-bit copies that Unsloth keeps beside its models.
+# Suffix of the 4-bit copies that Unsloth keeps beside its models.
 _QUANTIZED = re.compile(r"(?:-unsloth)?-bnb-4bit$")
 
-# What says in a configuration how and by what it was saved, not what the model is.
+# Entries of a configuration that record how and by what it was saved, not what the model is.
 _INCIDENTAL = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "unsloth_fixed"}
 _IN_BITS = {"quantization_config"}
 
 
 def base_name(name: str | None) -> str | None:
-    """A base model's name as it is written everywhere: the hub's id for its folder in the cache or its address."""
+    """Return a base model's name as it is written everywhere: the hub id instead of its cache folder or address."""
     stripped = (name or "").strip().rstrip("/\\") or (name or "").strip()
     if match := _CACHED.fullmatch(stripped):
         return match[1].replace("--", "/")
@@ -43,7 +43,7 @@ def base_name(name: str | None) -> str | None:
 
 
 def published_name(name: str | None) -> str | None:
-    """The name if it is one on the hub, else None: a place on the writer's machine is nobody else's business."""
+    """Return the name if it is one on the hub, else None, to keep paths of the writer's machine private."""
     name = base_name(name)
     if name is None or not HUB_ID.fullmatch(name) or name.startswith(".") or os.path.exists(name):
         return None
@@ -51,27 +51,27 @@ def published_name(name: str | None) -> str | None:
 
 
 def check_base_name(name: object) -> None:
-    """Refuse a base model's name, of a user who gives one, that is none.
+    """Refuse a base model name, given by a user, that names nothing.
 
     Raises:
-        ValueError: Saying what was found.
+        ValueError: If it is neither None nor text with a name in it. The message shows what was found.
     """
     if name is not None and (not isinstance(name, str) or base_name(name) is None):
         raise ValueError(f"base_model is {name!r}, expected an id on the hub or a folder")
 
 
 def common_base(names: Mapping[str, str | None], base: str | None = None) -> str | None:
-    """The one base model of adapters; one that does not name its own fits any.
+    """Return the one base model of several adapters. An adapter that does not name its base model fits any.
 
     Args:
-        names: By adapter, the base model as it names it.
-        base: The base model that they are to have; that of the first adapter if not given.
+        names: Base model of each adapter, as the adapter names it.
+        base: Base model that the adapters must have. None means that of the first adapter that names one.
 
     Returns:
-        Its name, on the hub where there is one.
+        The name of the base model, on the hub where there is one; None if no name is known.
 
     Raises:
-        ValueError: Naming an adapter of another base model.
+        ValueError: If an adapter has another base model. The message names the adapter.
     """
     base = base_name(base)
     known = {None, base}
@@ -86,7 +86,7 @@ def common_base(names: Mapping[str, str | None], base: str | None = None) -> str
 
 
 def of_another_base(adapter: str, found: str | None, base: str) -> ValueError:
-    """What is wrong with an adapter whose base model has a name that stands for another one than is expected."""
+    """Return the error for an adapter whose base model's name stands for another model than the expected one."""
     return ValueError(
         f"adapter {adapter!r} belongs to base model {found!r}, expected {base!r}; if both are one model, name it with "
         "base_model= (share-hf: --base-model)"
@@ -96,15 +96,15 @@ def of_another_base(adapter: str, found: str | None, base: str) -> ValueError:
 def named_alike(
     ours: SubspaceState, theirs: SubspaceState, base_model: str | None = None
 ) -> tuple[SubspaceState, SubspaceState]:
-    """Two subspaces of one base model, with one name for it.
+    """Return two subspaces of one base model, with one name for it.
 
     Args:
-        ours: A subspace.
-        theirs: Another writer's.
-        base_model: The name, if both are to have it whatever they call their base model; not checked.
+        ours: First subspace.
+        theirs: Second subspace, from another writer.
+        base_model: Name that both get, whatever they call their base model. It is not checked.
 
     Raises:
-        ValueError: If they may belong to different base models, naming both.
+        ValueError: If they may belong to different base models. The message names both.
     """
     names = ours.base_model_name_or_path, theirs.base_model_name_or_path
     if base_model is None and None in names:
@@ -119,7 +119,7 @@ def named_alike(
 
 
 def is_same_model(first: str, second: str) -> bool:
-    """Whether two names certainly stand for one model: a 4-bit copy beside it, or the same files on this machine."""
+    """Return whether two names certainly stand for one model: also a 4-bit copy, or the same files on this machine."""
     if first == second:
         return True
     folders = [_folder_of(name) for name in (first, second)]
@@ -132,14 +132,14 @@ def is_same_model(first: str, second: str) -> bool:
     if not ours or ours.keys() != theirs.keys():
         return False
     pairs = [(path, theirs[name]) for name, path in ours.items()]
-    # Sizes first: checksums take a minute for ten gigabytes.
+    # Compare sizes first: checksums take a minute for ten gigabytes.
     return all(a.stat().st_size == b.stat().st_size for a, b in pairs) and all(
         _checksum(a) == _checksum(b) for a, b in pairs
     )
 
 
 def _folder_of(name: str) -> Path | None:
-    """The folder of a model on this machine, its own or its snapshot in the cache; None where there is none."""
+    """Return a model's folder on this machine, its own or its snapshot in the cache; None if there is none."""
     if os.path.isdir(folder := os.path.expanduser(name)):
         return Path(folder)
     with suppress(HFValidationError):
@@ -149,7 +149,7 @@ def _folder_of(name: str) -> Path | None:
 
 
 def _config_of(folder: Path | None) -> dict[str, Any] | None:
-    """The configuration of a model but for what is incidental, None where there is none that can be read."""
+    """Return a model's configuration without its incidental entries; None if there is none that can be read."""
     if folder is None or not (folder / _CONFIG_FILE).is_file():
         return None
     try:
@@ -168,6 +168,6 @@ def _weights_of(folder: Path) -> dict[str, Path]:
 
 
 def _checksum(path: Path) -> str:
-    """The SHA-256 of a file; the cache calls large files by theirs."""
+    """Return the SHA-256 of a file. The cache names large files by their SHA-256, so those need not be read."""
     blob = path.resolve()
     return blob.name if blob.parent.name == "blobs" and _SHA256.fullmatch(blob.name) else sha256_of(path)

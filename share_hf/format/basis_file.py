@@ -1,8 +1,8 @@
-"""`subspace.safetensors`: the bases of all layers, once for all tasks.
+"""`subspace.safetensors`: the bases of all layers, stored once for all tasks.
 
-Per target module: `<module>.beta` (n, k_out) and `<module>.alpha` (d, k_in), float32 with orthonormal columns;
-`<module>.spectrum_out` (k_out,) and `<module>.spectrum_in` (k_in,), singular values of the stack of updates along them
-when the basis was last changed; `<module>.explained_variance` (1,), likewise.
+For each target module, the file holds `<module>.beta` (n, k_out) and `<module>.alpha` (d, k_in), float32 with
+orthonormal columns; `<module>.spectrum_out` (k_out,) and `<module>.spectrum_in` (k_in,), the singular values of the
+stacked updates along these columns when the basis last changed; and `<module>.explained_variance` (1,) at that time.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _PARTS = ("beta", "alpha", "spectrum_out", "spectrum_in", "explained_variance")
 
 @dataclass(frozen=True)
 class StoredBasis:
-    """One layer's entry of `subspace.safetensors`, all float32.
+    """One layer's entry in `subspace.safetensors`. All tensors are float32.
 
     Args:
-        beta: (n, k_out).
-        alpha: (d, k_in).
-        spectrum_out: (k_out,).
-        spectrum_in: (k_in,).
-        explained_variance: In [0, 1].
+        beta: Output basis, (n, k_out).
+        alpha: Input basis, (d, k_in).
+        spectrum_out: Singular values along `beta`, (k_out,).
+        spectrum_in: Singular values along `alpha`, (k_in,).
+        explained_variance: Explained variance when the basis last changed, in [0, 1].
     """
 
     beta: Tensor
@@ -47,7 +47,7 @@ class StoredBasis:
 
     @classmethod
     def of_layer(cls, layer: LayerSubspace) -> StoredBasis:
-        """What is stored of a layer beside the coefficients of its tasks."""
+        """Return what is stored of a layer, apart from the coefficients of its tasks."""
         return cls(
             beta=layer.basis_out,
             alpha=layer.basis_in,
@@ -58,33 +58,33 @@ class StoredBasis:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(n, d) of the layer."""
+        """Shape (n, d) of the layer."""
         return self.beta.shape[0], self.alpha.shape[0]
 
     @property
     def num_components(self) -> tuple[int, int]:
-        """(k_out, k_in)."""
+        """Numbers of components (k_out, k_in)."""
         return self.beta.shape[1], self.alpha.shape[1]
 
     @cached_property
     def fingerprint(self) -> Tensor:
-        """What the coefficients of the layer's tasks know of it, see `fingerprint_of`."""
+        """Fingerprint by which the coefficients of the layer's tasks recognize this basis. See `fingerprint_of`."""
         return fingerprint_of(self.beta, self.alpha)
 
     def equals(self, beta: Tensor, alpha: Tensor) -> bool:
-        """Whether another basis is the same to the bit."""
+        """Return whether another basis is bitwise the same."""
         return torch.equal(self.beta, beta.cpu()) and torch.equal(self.alpha, alpha.cpu())
 
 
 @dataclass(frozen=True)
 class BasisFile:
-    """A `subspace.safetensors` that was read, to be known again without reading it.
+    """A `subspace.safetensors` that was read, to be recognized later without reading it again.
 
     Args:
-        checksum: Its sha256.
-        inode: Number of the file on its disk.
-        size: Bytes.
-        modified: Time of its last change, in nanoseconds.
+        checksum: SHA-256 of the file.
+        inode: Inode number of the file.
+        size: Size in bytes.
+        modified: Time of the last modification, in nanoseconds.
     """
 
     checksum: str
@@ -94,16 +94,16 @@ class BasisFile:
 
     @classmethod
     def at(cls, path: Path, checksum: str) -> BasisFile:
-        """The file as it is there now."""
+        """Return the record of the file as it is now."""
         found = path.stat()
         return cls(checksum, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 def fingerprint_of(beta: Tensor, alpha: Tensor) -> Tensor:
-    """Eight bytes (8,), uint8, that tell a layer's basis from any other.
+    """Return eight bytes (8,), uint8, that distinguish a layer's basis from any other.
 
-    They go with the coefficients of a task wherever those go, which mean nothing in another basis. Bytes survive what
-    is done to state dicts: moves, casts to a 16-bit float, averages of equal ones.
+    They accompany the coefficients of a task everywhere, because coefficients mean nothing in another basis. Bytes
+    survive what is done to state dicts: moves, casts to a 16-bit float, averages of equal values.
     """
     digest = hashlib.sha256()
     for columns in (beta, alpha):
@@ -113,7 +113,7 @@ def fingerprint_of(beta: Tensor, alpha: Tensor) -> Tensor:
 
 
 def fingerprint_of_all(bases: Mapping[str, StoredBasis]) -> str:
-    """The fingerprint of the bases of all layers, as text."""
+    """Return the fingerprint of the bases of all layers, as text."""
     digest = hashlib.sha256()
     for module in sorted(bases):
         digest.update(f"{module}\n".encode())
@@ -122,7 +122,7 @@ def fingerprint_of_all(bases: Mapping[str, StoredBasis]) -> str:
 
 
 def basis_tensors(bases: Mapping[str, StoredBasis]) -> dict[str, Tensor]:
-    """The tensors of `subspace.safetensors` for these modules."""
+    """Return the tensors of `subspace.safetensors` for these modules."""
     tensors: dict[str, Tensor] = {}
     for module, basis in bases.items():
         tensors[f"{module}.beta"] = basis.beta.float()
@@ -134,12 +134,12 @@ def basis_tensors(bases: Mapping[str, StoredBasis]) -> dict[str, Tensor]:
 
 
 def bases_of(layers: Mapping[str, LayerSubspace]) -> dict[str, StoredBasis]:
-    """The bases of a subspace, by module."""
+    """Return the bases of a subspace, by module."""
     return {module: StoredBasis.of_layer(layer) for module, layer in layers.items()}
 
 
 def read_bases(path: Path) -> dict[str, StoredBasis]:
-    """The bases in a `subspace.safetensors`, by module.
+    """Read the bases in a `subspace.safetensors`, by module.
 
     Raises:
         ValueError: If the file is damaged, a module is incomplete, shapes do not fit together, or columns are not
@@ -181,5 +181,5 @@ def _read_columns(path: Path, tensors: Mapping[str, Tensor], name: str) -> Tenso
     error = (gram - torch.eye(len(gram))).abs().max() if columns.numel() else torch.zeros(())
     if error > ORTHONORMALITY_TOLERANCE:
         raise ValueError(f"{path}: the columns of {name!r} are not orthonormal (off by {error:.2g})")
-    # Out of the mapped file, to an address as aligned as any other tensor's: BLAS may round by that too.
+    # Copy it out of the mapped file, to an address as aligned as any other tensor's: BLAS may round by that too.
     return columns.clone()

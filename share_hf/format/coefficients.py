@@ -1,10 +1,10 @@
-"""Coefficients of a task in one layer as tensors of a file, in whatever type the subspace stores them.
+"""Coefficients of a task in one layer as tensors of a file, in any type in which a subspace stores them.
 
 float32, bfloat16   `share_coefficients_out` (k_out, p) and `share_coefficients_in` (k_in, p)
-4bit                of each side, with `_codes` after its name: (p, ⌈k / 2⌉) uint8, column by column, two codes of 1 to
-                    15 a byte, the first in the lower four bits, a last 0 where k is odd; with `_scales`: (p, ⌈k / 32⌉)
-                    bfloat16. A number is the scale of its 32 directions times what code - 8 stands for: 0, 1, 2, 3, 5,
-                    7, 10 or 15 for a size of 0 to 7, with its sign.
+4bit                for each side, its name with `_codes`: (p, ⌈k / 2⌉) uint8, column by column, two codes of 1 to 15
+                    in a byte, the first in the lower four bits, and a final 0 where k is odd; and with `_scales`:
+                    (p, ⌈k / 32⌉) bfloat16. A number is the scale of its block of 32 directions times the value of
+                    code - 8, whose size of 0 to 7 stands for 0, 1, 2, 3, 5, 7, 10 or 15 and whose sign is kept.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ _CODES, _SCALES = "_codes", "_scales"
 
 
 def coefficient_tensors(prefix: str, layer: LayerSubspace, task: str, settings: SubspaceSettings) -> dict[str, Tensor]:
-    """The tensors of a task's coefficients in one layer by their names in a file.
+    """Return the tensors of a task's coefficients in one layer, by their names in a file.
 
     Args:
-        prefix: What precedes the names of the layer's tensors.
-        layer: Has the task.
-        task: Its name.
-        settings: Say how coefficients are stored.
+        prefix: Text that precedes the names of the layer's tensors.
+        layer: Layer that has the task.
+        task: Name of the task.
+        settings: Settings of the subspace, which determine how coefficients are stored.
 
     Raises:
-        ValueError: If they are not numbers of the type that they are stored in, as those of a merge are; naming them.
+        ValueError: If the coefficients are not numbers of the type that stores them, as those that a merge writes
+            are. The message names the layer and the task.
     """
     sides = layer.coefficients_of(task, trimmed=settings.has_ranks)
     try:
@@ -61,15 +62,16 @@ def _to_bfloat16(coefficients: Tensor) -> Tensor:
 
 
 def with_plain_coefficients(path: Path, tensors: Mapping[str, Tensor], dtype: CoefficientDtype) -> dict[str, Tensor]:
-    """The tensors of a task's file with its coefficients as float32 (k, p).
+    """Return the tensors of a task's file with its coefficients as float32 (k, p).
 
     Args:
-        path: The file.
-        tensors: What is in it.
-        dtype: What it should have coefficients in; tensors of another type are left as they are.
+        path: Path of the file.
+        tensors: Tensors in the file, by name.
+        dtype: Type in which the file should store coefficients. Only bfloat16 is enforced here: for the two others,
+            tensors of another type are left as they are.
 
     Raises:
-        ValueError: If coefficients are of another type or damaged; naming file and tensor.
+        ValueError: If coefficients are of another type or damaged. The message names the file and the tensor.
     """
     if dtype == "float32":
         return dict(tensors)
@@ -77,10 +79,10 @@ def with_plain_coefficients(path: Path, tensors: Mapping[str, Tensor], dtype: Co
 
 
 def with_unpacked(path: Path | str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a file with 4-bit coefficients as float32 (k, p).
+    """Return the tensors of a file with 4-bit coefficients unpacked to float32 (k, p).
 
     Raises:
-        ValueError: If codes or scales are missing or damaged; naming file and tensor.
+        ValueError: If codes or scales are missing or damaged. The message names the file and the tensor.
     """
     plain = {}
     for name, tensor in tensors.items():
@@ -111,16 +113,16 @@ def _from_bfloat16(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
 
 
 def rank_of_coefficients(path: Path | str, tensors: Mapping[str, Tensor], prefix: str, most: int) -> int:
-    """The rank that a task has in one layer, where it may be smaller than p.
+    """Return the rank of a task in one layer, where it may be smaller than p.
 
     Args:
-        path: The file.
-        tensors: What is in it, as float32 (k, p_i).
-        prefix: Name of the coefficients there, up to `_out`.
-        most: p.
+        path: Path of the file.
+        tensors: Tensors in the file, with coefficients as float32 (k, p_i).
+        prefix: Name of the coefficients in the file, without the final `_out`.
+        most: The pseudo-rank p, the largest possible rank.
 
     Raises:
-        ValueError: If it is no rank up to p; naming file and tensor.
+        ValueError: If it is not a rank of 1 to p. The message names the file and the tensor.
     """
     name = f"{prefix}_out"
     shape = tuple(tensors[name].shape) if name in tensors else None

@@ -1,4 +1,4 @@
-"""Many adapters at once: all of them looked at before any is used, and what is wrong with which."""
+"""Read many adapters at once: look at all of them before any is used, and report what is wrong with which."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ from .whole_trees import expect_no_tree
 
 logger = logging.get_logger(__name__)
 
-_SHOWN = 20  # broken adapters in a message
-_ROWS_OF_FINGERPRINT = 16  # of a factor
+_SHOWN = 20  # broken adapters listed in a message
+_ROWS_OF_FINGERPRINT = 16  # rows of a factor, roughly
 
-# What is wrong with one adapter alone.
+# Errors that concern one adapter alone.
 _BROKEN = (ValueError, FileNotFoundError, PermissionError, RepositoryNotFoundError, LocalEntryNotFoundError)
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What came of reading adapters, beside the adapters.
+    """Result of reading adapters, apart from the adapters themselves.
 
     Args:
-        skipped: By name, why an adapter was left out.
-        duplicates: Names of adapters that are the same.
-        mended: By task name, what its place is called, where no task can be called that.
-        known: By task name, the task that was there already with the same updates and head.
+        skipped: Reason why an adapter was left out, by its name.
+        duplicates: Groups of names of identical adapters.
+        mended: Original name of a place by task name, where the original cannot be the name of a task.
+        known: Existing task with the same updates and the same head, by task name.
     """
 
     skipped: dict[str, str] = field(default_factory=dict)
@@ -52,7 +52,7 @@ class Reading:
     known: dict[str, str] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
-        """What a person should know of it: which adapters were left out and why, and what stands out in others."""
+        """Return what a person should know: which adapters were left out and why, and what is unusual in others."""
         lines = [f"{text!r} is called {name}" for name, text in _some(self.mended.items())]
         lines += _more(len(self.mended))
         for names in self.duplicates:
@@ -75,9 +75,9 @@ class Collection:
     """Adapters that can be used together.
 
     Args:
-        loras: By task name, at least one.
-        base: Name of their one base model.
-        reading: What else came of reading them.
+        loras: Adapters by task name, at least one.
+        base: Name of the base model that they share.
+        reading: Other results of reading them.
     """
 
     loras: dict[str, LoraAdapter]
@@ -86,26 +86,26 @@ class Collection:
 
     @property
     def updates(self) -> dict[str, Mapping[str, LowRankUpdate]]:
-        """By task name and module."""
+        """Updates by task name and module."""
         return {name: lora.updates for name, lora in self.loras.items()}
 
     @property
     def layouts(self) -> dict[str, Mapping[str, Layout]]:
-        """By task name and module, how the matrix of an update lies in its weight."""
+        """Layout of a module, that is, how the matrix of its update lies in its weight, by task name and module."""
         return {name: lora.layouts for name, lora in self.loras.items()}
 
     def expect_unchanged(self) -> None:
-        """Refuse files that were written to since they were opened, once what was made of them is about to be used.
+        """Refuse files that were written to since they were opened. Call this before using what was made of them.
 
         Raises:
-            ValueError: Naming the first.
+            ValueError: If a file has changed. The message names the first such file.
         """
         for updates in self.updates.values():
             if isinstance(updates, StoredUpdates):
                 updates.expect_unchanged()
 
     def infos(self) -> dict[str, TaskInfo]:
-        """By task name, what a subspace knows of a task beside its coefficients."""
+        """Return what a subspace knows of each task apart from its coefficients, by task name."""
         initializations = initializations_of(self.updates)
         return {
             name: TaskInfo(target=lora.target, head=lora.head, initialization=initializations[name])
@@ -124,24 +124,24 @@ def read_collection(
     token: str | bool | None = None,
     progress: bool = True,
 ) -> Collection:
-    """Plain LoRAs that fit together, all of them looked at before any is used.
+    """Read plain LoRAs that fit together, looking at all of them before any is used.
 
     Args:
         named: Folders, files or hub ids by task name.
-        into: The subspace that they are to be added to, whose base model, modules and kinds of layers they must have;
-            those of the first if not given.
-        base_model: Name of their base model, whatever they call it; not checked.
-        component: Which model of a pipeline is meant, as for `read_lora`.
-        basis: The kind of basis that they are for, if not `into` one.
-        skip_bad: Whether those that cannot be used are left out, and those that a merge would refuse; else one is
-            enough for an error.
-        token: For the hub.
+        into: Subspace to which they are to be added. They must have its base model, modules and kinds of layers, or
+            those of the first adapter if None.
+        base_model: Name of their base model, whatever they call it. It is not checked.
+        component: Model of a pipeline to read. Same as in `read_lora`.
+        basis: Kind of basis for which the adapters are read, unless `into` has one.
+        skip_bad: Whether to leave out adapters that cannot be used or that a merge would refuse. Otherwise one such
+            adapter is an error.
+        token: Token for the hub.
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: As for `read_lora`, or if a place is a whole subspace, or if an adapter has another base model,
-            another component, other shapes or kinds of layers;
-            where several cannot be used, naming each of them and what ails it. Also if none can be used.
+        ValueError: If `read_lora` refuses an adapter, if a place is a whole subspace, or if an adapter has another
+            base model, another component, other shapes or other kinds of layers. If several adapters cannot be used,
+            the message names each of them with its reason. Also raised if no adapter can be used.
     """
     check_base_name(base_model)
     places = named.places
@@ -159,13 +159,13 @@ def read_collection(
             loras[name] = lora
         except _BROKEN as error:
             if isinstance(error, LocalEntryNotFoundError) and not is_offline_mode():
-                raise  # of the network: it would be wrong with all of them, after a while each
+                raise  # the network failed: every other adapter would fail too, each after a while
             broken[name] = error
     broken |= _of_other_components(loras, layers)
     broken |= _of_other_layers(_without(loras, broken), layers, layouts)
     if base_model is None:
         broken |= _of_other_bases(_without(loras, broken), base)
-    if skip_bad:  # else the merge says it, without another look at all of them
+    if skip_bad:  # otherwise the merge reports it, without a second look at all adapters
         broken |= _under_other_names(_without(loras, broken), layers)
         kind = basis if into is None else into.settings.basis
         fitting = {name: lora.updates for name, lora in _without(loras, broken).items()}
@@ -190,15 +190,15 @@ def read_loras(
     token: str | bool | None = None,
     progress: bool = True,
 ) -> dict[str, LoraAdapter]:
-    """The LoRAs of `read_collection` by task name.
+    """Read LoRAs like `read_collection`, by task name.
 
     Args:
-        places: As `NamedPlaces` has them.
-        components: By task name, which model of a pipeline is meant, where one is.
-        base_model: As for `read_collection`, as are `token` and `progress`.
+        places: Places by task name, as in `NamedPlaces`.
+        components: Model of a pipeline to read, by task name, where a place has several.
+        base_model: Same as in `read_collection`, like `token` and `progress`.
 
     Raises:
-        ValueError: As for `read_collection`.
+        ValueError: Same as in `read_collection`.
     """
     loras: dict[str, LoraAdapter] = {}
     of_components = {name: (components or {}).get(name) for name in places}
@@ -235,9 +235,9 @@ def _of_other_components(loras: Mapping[str, LoraAdapter], modules: Iterable[str
 
 
 def _of_other_bases(loras: Mapping[str, LoraAdapter], base: str | None) -> dict[str, Exception]:
-    """Adapters whose base model is not the one that is given, or that of the first."""
+    """Return adapters whose base model is not the given one, or not that of the first adapter, with their errors."""
     wrong: dict[str, Exception] = {}
-    fits: dict[str | None, bool] = {}  # by name: to compare two models may take as long as reading them
+    fits: dict[str | None, bool] = {}  # by name, because comparing two models may take as long as reading them
     for name, lora in loras.items():
         found = base_name(lora.base_model_name_or_path)
         if found not in fits:
@@ -253,7 +253,7 @@ def _of_other_bases(loras: Mapping[str, LoraAdapter], base: str | None) -> dict[
 def _of_other_layers(
     loras: Mapping[str, LoraAdapter], layers: Mapping[str, LayerSubspace], layouts: Mapping[str, Layout]
 ) -> dict[str, Exception]:
-    """Adapters with an update of another shape than the layer, or of another kind of layer, or than the first's."""
+    """Return adapters whose update has another shape or kind than the layer, or than in an earlier adapter."""
     known = {module: (layer.shape, layouts.get(module)) for module, layer in layers.items()}
     wrong: dict[str, Exception] = {}
     for name, lora in loras.items():
@@ -273,7 +273,7 @@ def _of_other_layers(
 
 
 def _under_other_names(loras: Mapping[str, LoraAdapter], layers: Mapping[str, LayerSubspace]) -> dict[str, Exception]:
-    """Adapters that have other names for the layers than the subspace, or than the first."""
+    """Return adapters that name the layers otherwise than the subspace does, or than earlier adapters do."""
     alike: dict[frozenset[str], list[str]] = {}
     for name, lora in loras.items():
         alike.setdefault(prefixes(lora.updates), []).append(name)
@@ -291,13 +291,13 @@ def _under_other_names(loras: Mapping[str, LoraAdapter], layers: Mapping[str, La
 
 
 def _duplicates(loras: Mapping[str, LoraAdapter]) -> list[list[str]]:
-    """Names of adapters that have the same updates and the same head, in groups."""
+    """Return groups of names of adapters with the same updates and the same head."""
     alike: dict[bytes, list[str]] = {}
     for name, lora in loras.items():
         alike.setdefault(_fingerprint(lora), []).append(name)
     groups: list[list[str]] = []
     for names in alike.values():
-        # All updates are compared only where the first ones are the same.
+        # Equal fingerprints are only a hint: compare all updates.
         while len(names) > 1:
             first, *others = names
             same = [other for other in others if _same(loras[first], loras[other])]
@@ -307,7 +307,7 @@ def _duplicates(loras: Mapping[str, LoraAdapter]) -> list[list[str]]:
 
 
 def _fingerprint(lora: LoraAdapter) -> bytes:
-    """A digest of which modules there are, and of some numbers of the update of one."""
+    """Return a digest of the names of the modules and of some numbers of one module's update."""
     modules = sorted(lora.updates)
     digest = sha256(repr([modules, sorted(lora.head)]).encode())
     update = lora.updates[modules[0]]

@@ -1,4 +1,4 @@
-"""One file of a repository, refused before it is downloaded where it cannot be what it is called."""
+"""Download one file of a repository, unless it is larger than it may be."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ def download(repo_id: str, name: str, *, limit: int | None = None, **options: An
 
     Args:
         repo_id: Repository of the file.
-        name: Path of the file in it.
-        limit: Most bytes that the file may have.
-        **options: As for `hf_hub_download`.
+        name: Path of the file in the repository.
+        limit: Largest size in bytes that is accepted. None means any.
+        **options: Options of `hf_hub_download`.
 
     Raises:
-        ValueError: If the hub says that the file is larger; nothing was downloaded then.
+        ValueError: If the hub reports a larger file. Nothing is downloaded in this case.
     """
     if limit is not None:
         size = hf_hub_download(repo_id, name, dry_run=True, **options).file_size

@@ -1,4 +1,4 @@
-"""Whole embeddings that PEFT puts beside a plain LoRA: dropped where the base model has the same, kept where not."""
+"""Whole embeddings that PEFT saves with a plain LoRA: kept unless the base model has the same ones."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ logger = logging.get_logger(__name__)
 
 
 def embedding_of(name: str) -> tuple[str, str] | None:
-    """Module and parameter that a tensor of an adapter is a copy of, if it is one of an embedding.
+    """Return the module and parameter that an adapter's tensor copies, or None if it is not one of an embedding.
 
     Args:
-        name: Name of the tensor in the base model, with `base_layer` in it where the embedding is adapted.
+        name: Name of the tensor in the base model, with `base_layer` in it if the embedding is adapted.
     """
     module, _, leaf = name.rpartition(".")
     module = module.removesuffix(".base_layer")
@@ -35,10 +35,10 @@ def embedding_of(name: str) -> tuple[str, str] | None:
 def changed_embeddings(
     embeddings: Mapping[str, Mapping[str, Tensor]], base_model: str | None
 ) -> dict[str, Mapping[str, Tensor]]:
-    """Those that the base model does not have.
+    """Return the embeddings that differ from those of the base model.
 
     Args:
-        embeddings: Tensors by name, by module of the base model.
+        embeddings: Tensors by module of the base model and by name.
         base_model: Folder or hub id of the base model. Nothing is downloaded: without its files, all are kept.
     """
     changed = {}
@@ -58,7 +58,7 @@ def changed_embeddings(
 def with_update(
     module: str, tensors: Mapping[str, Tensor], update: LowRankUpdate | None, layout: Layout | None
 ) -> dict[str, Tensor]:
-    """Tensors of an embedding or a head by name in the base model, the update of an adapter added to its weight."""
+    """Return the tensors of an embedding or head by name in the base model, with an update added to the weight."""
     kept = {f"{module}.{leaf}": tensor for leaf, tensor in tensors.items()}
     if update is not None:
         weight = f"{module}.weight"
@@ -67,12 +67,12 @@ def with_update(
 
 
 def _equal(tensor: Tensor, original: Tensor | None) -> bool:
-    """Whether a tensor is the original, as it is or cast to another type."""
+    """Return whether a tensor is the original, as it is or cast to another type."""
     return original is not None and torch.equal(original.to(tensor.dtype), tensor)
 
 
 def _original(base_model: str | None, module: str, leaf: str) -> Tensor | None:
-    """A tensor of an embedding in the files of its base model; of a tied one, that of the embedding it is tied to."""
+    """Return a tensor of an embedding from the base model's files; if tied, from the embedding it is tied to."""
     files = dict(_tensor_files(base_model)) if base_model else {}
     kind = module.split(".")[-1]
     found = {name for name in files if name.endswith(f".{leaf}") and name.split(".")[-2] == kind}
@@ -90,7 +90,7 @@ def _original(base_model: str | None, module: str, leaf: str) -> Tensor | None:
 
 
 def _tensor_files(base_model: str) -> Iterator[tuple[str, Path]]:
-    """By the name of a tensor of the base model, the file at hand that it is in."""
+    """Yield the name of each tensor of the base model with the local file that holds it."""
     try:
         if (index := _at_hand(base_model, SAFE_WEIGHTS_INDEX_NAME)) is not None:
             for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
@@ -101,7 +101,7 @@ def _tensor_files(base_model: str) -> Iterator[tuple[str, Path]]:
                 names = list(file.keys())
             yield from ((name, path) for name in names)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError):
-        return  # whatever ails the files of the base model, it is for the loader of the base model to tell
+        return  # whatever is wrong with the files of the base model, its loader has to report it
 
 
 def _at_hand(base_model: str, name: str) -> Path | None:

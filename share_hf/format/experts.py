@@ -1,14 +1,15 @@
 """LoRAs of experts that a model keeps in one parameter (`target_parameters` of PEFT), one expert at a time.
 
 In a subspace, each expert is a module of its own, `<module>.<parameter>.<number>`, with the (n, d) of one expert. An
-expert is a dense layer like others: its basis is as large as its updates need, its tasks have a certificate each, and
-a merge takes the memory of one expert. One block matrix of all would have rank E·r, far over any p, and mixing the
-experts into one basis would lose what sets them apart, for they see different tokens. What it costs are names: a model
-of 48 layers with two parameters of 128 experts each has 12,288 modules, the numbers in them being those of the LoRAs.
+expert is a dense layer like others: its basis is as large as its updates need, each of its tasks has a certificate,
+and a merge takes the memory of one expert. A single block matrix of all experts would have rank E·r, far more than any
+p, and mixing the experts into one basis would lose what sets them apart, because they see different tokens. The price
+is the number of names: a model of 48 layers with two parameters of 128 experts each has 12,288 modules. The numbers in
+them are only those of the LoRAs.
 
-In a file of PEFT, A is (E·r, d), expert by expert, and B (n, r·E), of which each expert has every E-th column. Of
-several parameters of one module, the later ones are wrapped around the earlier ones, in the order the module defines
-them, and no name tells which is which.
+In a PEFT file, A is (E·r, d), expert by expert, and B is (n, r·E), of which each expert has every E-th column. If a
+module has several such parameters, the later ones are wrapped around the earlier ones, in the order in which the
+module defines them, and no name tells which is which.
 """
 
 from __future__ import annotations
@@ -26,22 +27,22 @@ from ..subspace import LowRankUpdate
 
 EXPERT = Layout("expert")
 
-# The orders in which modules of transformers define the parameters of their experts.
+# Orders in which modules of transformers define the parameters of their experts.
 ORDERS = (("gate_up_proj", "down_proj"), ("gate_proj", "down_proj"), ("up_proj", "down_proj"))
 
 _WRAPPED = ".base_layer"
 
 
 def parameter_names(path: Path, modules: Iterable[str], targets: Sequence[str]) -> dict[str, str]:
-    """By module as a file calls it, `…experts` or `…experts.base_layer`, the name of the parameter it stands for.
+    """Return the name of the parameter that each module of a file, `…experts` or `…experts.base_layer`, stands for.
 
     Args:
-        path: The file, for messages.
-        modules: Names in the file of what is no layer.
-        targets: The `target_parameters` of its configuration.
+        path: Path of the file, for messages.
+        modules: Names in the file that belong to no layer.
+        targets: Field `target_parameters` of the file's configuration.
 
     Raises:
-        ValueError: If nothing tells which parameter one is; naming the module.
+        ValueError: If it cannot be determined which parameter a module stands for. The message names the module.
     """
     wrapped: dict[str, list[str]] = defaultdict(list)
     for module in modules:
@@ -70,13 +71,13 @@ def parameter_names(path: Path, modules: Iterable[str], targets: Sequence[str]) 
 def expert_matrices(
     path: Path, parameter: str, tensors: Mapping[str, Tensor], rank: int
 ) -> list[tuple[Tensor, Tensor]]:
-    """A (r, d) and B (n, r) of each expert, views of the tensors of a file.
+    """Return A (r, d) and B (n, r) of each expert, as views of the tensors of a file.
 
     Args:
-        path: The file, for messages.
+        path: Path of the file, for messages.
         parameter: Name of the parameter.
-        tensors: "A" (E·r, d) and "B" (n, r·E).
-        rank: The r that the configuration has for it.
+        tensors: Tensors "A" (E·r, d) and "B" (n, r·E).
+        rank: Rank r of the parameter according to the configuration.
 
     Raises:
         ValueError: If the shapes are not those of several experts of this rank.
@@ -94,19 +95,19 @@ def expert_matrices(
 
 
 def parameter_of(module: str) -> str:
-    """The parameter that an expert is a part of."""
+    """Return the parameter to which an expert belongs."""
     return module.rpartition(".")[0]
 
 
 def expert_tensors(updates: Mapping[str, LowRankUpdate], rank: int) -> dict[str, Tensor]:
-    """The tensors of experts in a LoRA of this rank, filled up with zeros, by name.
+    """Return the tensors of experts in a LoRA of this rank, padded with zeros, by name.
 
     Args:
-        updates: By module, all the experts of each parameter.
-        rank: At least that of each update.
+        updates: Updates by module, with all the experts of each parameter.
+        rank: Rank of the LoRA, at least that of each update.
 
     Raises:
-        ValueError: If an expert is missing, or the parameters of a module have no known order.
+        ValueError: If an expert is missing, or the order of a module's parameters is unknown.
     """
     experts: dict[str, dict[int, LowRankUpdate]] = defaultdict(dict)
     for module, update in updates.items():
@@ -134,7 +135,7 @@ def expert_tensors(updates: Mapping[str, LowRankUpdate], rank: int) -> dict[str,
 
 
 def targets_of(updates: Collection[str], targets: Sequence[str]) -> list[str]:
-    """What to give PEFT as `target_parameters`: these if they name all the parameters of experts, else full names."""
+    """Return `target_parameters` for PEFT: the given ones if they name all parameters of experts, else full names."""
     parameters = sorted({parameter_of(module) for module in updates})
     known = set(targets)
     return list(targets) if all(not known.isdisjoint(_ends_of(name)) for name in parameters) else parameters
@@ -146,5 +147,5 @@ def _ends_of(name: str) -> list[str]:
 
 
 def _padded(updates: Sequence[LowRankUpdate], rank: int, factor: Callable[[LowRankUpdate], Tensor]) -> Tensor:
-    """Factors (E, rows, rank), zeros where an update has a smaller rank."""
+    """Return the factors (E, rows, rank), with zeros where an update has a smaller rank."""
     return torch.stack([torch.nn.functional.pad(f, (0, rank - f.shape[1])) for f in map(factor, updates)])

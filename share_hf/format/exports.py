@@ -1,4 +1,4 @@
-"""Tasks as adapters that other tools read: a weighted sum of several, and the key style of diffusers."""
+"""Tasks as adapters for other tools: a weighted sum of several tasks, and the key style of diffusers."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from .names import listing
 
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 
-# Names of the models in a pipeline of diffusers, which are the first part of a key there.
+# Names of the models in a pipeline of diffusers. They are the first part of a key there.
 COMPONENTS = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3", "prior")
 
-# What a configuration says of how a module stores its weight, and for which class it is.
+# Fields of a configuration that state how a module stores its weight and for which class the adapter is.
 _KEPT_IF_EQUAL = ("fan_in_fan_out", "task_type")
 
 
@@ -31,8 +31,8 @@ class CombinedLora:
     """A weighted sum of tasks as one LoRA.
 
     Args:
-        adapter: The sum, cut to the rank that was asked for.
-        error: ``‖sum - adapter‖ / ‖sum‖`` over all layers: what the rank cost.
+        adapter: Sum, truncated to the rank that was asked for.
+        error: Relative error ``‖sum - adapter‖ / ‖sum‖`` over all layers, caused by the truncation.
     """
 
     adapter: LoraAdapter
@@ -40,10 +40,10 @@ class CombinedLora:
 
 
 def check_weights(weights: Mapping[str, float], tasks: tuple[str, ...]) -> None:
-    """Refuse weights that make no sum of these tasks.
+    """Refuse weights that do not make a sum of these tasks.
 
     Raises:
-        ValueError: If there are none, a task is unknown, a weight is no finite number, or all are zero.
+        ValueError: If there are no weights, a task is unknown, a weight is not a finite number, or all are zero.
     """
     if not weights:
         raise ValueError("weights is empty, expected a weight for at least one task")
@@ -57,15 +57,15 @@ def check_weights(weights: Mapping[str, float], tasks: tuple[str, ...]) -> None:
 
 
 def combined_lora(state: SubspaceState, weights: Mapping[str, float], rank: int | None) -> CombinedLora:
-    """The weighted sum of tasks by optimal truncation, layer by layer.
+    """Return the weighted sum of tasks, optimally truncated layer by layer.
 
     Args:
-        state: Holds the tasks.
-        weights: As `check_weights` takes them.
-        rank: Largest rank of a layer; the exact sum if not given.
+        state: Subspace that holds the tasks.
+        weights: Weight of each task, as in `check_weights`.
+        rank: Largest rank of a layer. None means the exact sum.
 
     Raises:
-        ValueError: If a task has a head of its own, which has no sum, or the rank is no positive integer.
+        ValueError: If a task has a head of its own, which has no sum, or the rank is not a positive integer.
     """
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ValueError(f"rank is {rank!r}, expected a positive integer")
@@ -82,7 +82,7 @@ def combined_lora(state: SubspaceState, weights: Mapping[str, float], rank: int 
             energy, lost = energy + norm**2, lost + error**2
     targets = [state.tasks[task].target for task in weights]
     layouts = {module: layout for module, layout in state.layouts.items() if module in updates}
-    # Experts have no layer of their own: `lora_files` names their parameters.
+    # Experts are not layers that PEFT could target: `lora_files` names their parameters.
     target: dict[str, Any] = {"target_modules": sorted(updates.keys() - of_experts(layouts))}
     for name in _KEPT_IF_EQUAL:
         values = {of_task.get(name) for of_task in targets}
@@ -98,18 +98,18 @@ def combined_lora(state: SubspaceState, weights: Mapping[str, float], rank: int 
 
 
 def diffusers_files(adapter: LoraAdapter, component: str | None = None) -> dict[str, bytes]:
-    """The file of an adapter as the pipelines of diffusers load it, of scale 1.
+    """Return an adapter's file as the pipelines of diffusers load it, with scale 1.
 
-    A key is `<component>.<module>.lora_A.weight`. All have one rank, the largest of the modules'; zeros fill up
-    smaller ones: where a file names no alpha, earlier versions of diffusers take the first rank for that of all.
+    A key is `<component>.<module>.lora_A.weight`. All modules have one rank, the largest of them, and zeros pad the
+    smaller ones: if a file names no alpha, earlier versions of diffusers take the first rank for that of all modules.
 
     Args:
-        adapter: Without a head.
-        component: The model of the pipeline that the modules belong to, such as `"unet"`; not given where the modules
-            are named by it already.
+        adapter: Adapter without a head.
+        component: Model of the pipeline to which the modules belong, such as `"unet"`. None means that the names of
+            the modules start with it already.
 
     Raises:
-        ValueError: If it is not known to which model a module belongs, it is no dense layer or convolution, or the
+        ValueError: If the model of a module is unknown, a module is neither a dense layer nor a convolution, or the
             adapter has a head.
     """
     if adapter.head:

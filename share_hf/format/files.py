@@ -1,4 +1,4 @@
-"""Reading files that may be anything, and writing them whole."""
+"""Read files with any content safely, and write files atomically."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from transformers.utils.import_utils import check_torch_load_is_safe
 
 MAX_JSON_BYTES = 64 * 2**20
 
-LENGTH_BYTES = 8  # in front of the header of a safetensors file, its length
+LENGTH_BYTES = 8  # a safetensors file begins with the length of its header
 
-# What coefficients, bases, LoRA factors and heads may be stored as.
+# Types in which coefficients, bases, LoRA factors and heads may be stored.
 _DTYPES = {
     torch.float64,
     torch.float32,
@@ -39,7 +39,7 @@ _DTYPES = {
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Read the JSON object in a file.
 
     Raises:
         ValueError: If the file is missing, too large, not JSON or not an object.
@@ -48,7 +48,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def json_bytes_of(path: Path | str) -> bytes:
-    """The bytes of a file that should be JSON, for whoever wants its checksum too.
+    """Read a file that should be JSON, as bytes for callers that also need its checksum.
 
     Raises:
         ValueError: If the file is missing or too large.
@@ -62,26 +62,26 @@ def json_bytes_of(path: Path | str) -> bytes:
 
 
 def bytes_of(path: Path | str) -> bytes:
-    """What is in a file. It is read as a whole, so a buffer would only be one more copy."""
+    """Read a whole file, unbuffered because a buffer would only add a copy."""
     with open(path, "rb", buffering=0) as file:
         return file.read()
 
 
 def size_of_file(path: Path | str) -> int | None:
-    """Bytes of a file; None if there is none, or what has its name is no file. The disk is asked once."""
+    """Return the size of a file in bytes, or None if there is no regular file of that name. Takes one disk access."""
     try:
         found = os.stat(path)
     except OSError:
-        Path(path).is_file()  # raises where nobody may look
+        Path(path).is_file()  # raises if access is denied
         return None
     return found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
 def json_in(path: Path | str, content: bytes) -> dict[str, Any]:
-    """The JSON object in the bytes of a file.
+    """Return the JSON object in the bytes of a file.
 
     Raises:
-        ValueError: As for `json_object`; naming the file.
+        ValueError: Same as in `json_object`. The message names the file.
     """
     try:
         text = content.decode("utf-8")
@@ -91,18 +91,18 @@ def json_in(path: Path | str, content: bytes) -> dict[str, Any]:
 
 
 def json_object(place: str, text: str) -> dict[str, Any]:
-    """The JSON object in a text.
+    """Return the JSON object in a text.
 
     Args:
-        place: Where the text is from, for messages.
-        text: Anything.
+        place: Origin of the text, for messages.
+        text: Any text.
 
     Raises:
-        ValueError: If it is not JSON, or not an object.
+        ValueError: If the text is not JSON, or not an object.
     """
     try:
         content = _DECODER.decode(text)
-        if "\\u" in text:  # half a surrogate pair cannot be written again, and comes only from an escape
+        if "\\u" in text:  # half a surrogate pair cannot be written again, and only an escape can produce it
             json.dumps(content, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{place}: not valid JSON ({error})") from error
@@ -127,7 +127,7 @@ _DECODER = json.JSONDecoder(parse_constant=_refuse, parse_float=_finite, parse_i
 
 
 def json_bytes(content: Mapping[str, Any]) -> bytes:
-    """JSON that a person and a diff can read: a line for each field, and for each entry of a field."""
+    """Return JSON that is readable for people and diffs: a line for each field, and for each entry of a field."""
     return (_lines(content, depth=2) + "\n").encode()
 
 
@@ -146,7 +146,7 @@ def _lines(value: Any, depth: int, indent: str = "") -> str:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, each finite.
+    """Read all tensors of a safetensors file and check that they are finite.
 
     Raises:
         ValueError: If the file is missing, is not a whole safetensors file, or a tensor has NaN or infinite entries.
@@ -162,11 +162,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_pickled_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file that torch saved, each finite. Nothing in it is run.
+    """Read all tensors of a file saved by torch and check that they are finite. No code in the file is run.
 
     Raises:
-        ValueError: As for `read_tensors`; also if it holds anything but tensors by name, or torch is too old to read
-            it safely.
+        ValueError: Same as in `read_tensors`; also if the file holds anything but tensors by name, or torch is too old
+            to read it safely.
     """
     check_torch_load_is_safe()
     try:
@@ -183,10 +183,10 @@ def read_pickled_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse tensors that no file of ours holds.
+    """Refuse tensors that no file of this library holds.
 
     Raises:
-        ValueError: Naming the file and the tensor, if one is of an uncommon type or not finite.
+        ValueError: If a tensor is of an uncommon type or not finite. The message names the file and the tensor.
     """
     for name, tensor in tensors.items():
         if tensor.dtype not in _DTYPES:
@@ -196,19 +196,19 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    # One NaN or infinite entry spoils the sum, which takes a small part of the time that looking at each does.
+    # One NaN or infinite entry spoils the sum, which is much faster than looking at each entry.
     return math.isfinite(tensor.sum()) or bool(torch.isfinite(tensor).all())
 
 
 def tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
-    """A safetensors file whose bytes depend only on the tensors."""
+    """Return a safetensors file whose bytes depend only on the tensors."""
     return save({name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}, {"format": "pt"})
 
 
 class TensorFiles:
-    """Makes the bytes of one safetensors file after another, quickly where the file before had the same tensors.
+    """Makes the bytes of successive safetensors files, quickly if a file has the same tensors as the one before.
 
-    The header says names, types and shapes alone, so files that have these in common have one header.
+    The header states only names, types and shapes, so files that share these have the same header.
     """
 
     def __init__(self) -> None:
@@ -216,7 +216,7 @@ class TensorFiles:
         self._header, self._order = b"", [""]
 
     def content(self, tensors: Mapping[str, Tensor]) -> bytes:
-        """The file that `tensor_bytes` makes."""
+        """Return the same bytes as `tensor_bytes`."""
         layout = [(name, tensors[name].dtype, tensors[name].shape) for name in sorted(tensors)]
         if layout == self._layout and sys.byteorder == "little":
             return b"".join([self._header, *(_raw(tensors[name]) for name in self._order)])
@@ -233,10 +233,10 @@ def _raw(tensor: Tensor) -> bytes:
 
 
 def expect_tensor(path: Path | str, tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
-    """The float32 tensor of this name and shape.
+    """Return the float32 tensor of this name and shape.
 
     Raises:
-        ValueError: Naming the file, the tensor, what was found and what was expected.
+        ValueError: If there is none. The message gives the file, the tensor, what was found and what was expected.
     """
     if name not in tensors:
         raise ValueError(f"{path}: {name!r} is missing, expected a tensor of shape {shape}")
@@ -257,30 +257,30 @@ def sha256_of(path: Path) -> str:
 
 
 class FolderWriter:
-    """Puts files into a scratch folder that is to take the place of another.
+    """Puts files into a scratch folder that will replace another folder.
 
     Args:
         scratch: Folder to write into.
         folder: Folder that will be replaced.
-        known: Checksums, by path, of files that `folder` is known to hold, which are not read to compare them. A file
-            with the same content is linked instead of written again.
+        known: Checksums, by path, of files that `folder` is known to hold. These files are not read for a comparison.
+            A file with the same content is linked instead of written again.
 
     Attributes:
-        sha256: By path, the checksums of what was put.
+        sha256: Checksums of the written files, by path.
     """
 
     def __init__(self, scratch: Path, folder: Path | None = None, known: Mapping[str, str] | None = None) -> None:
         self.scratch = scratch
         self.sha256: dict[str, str] = {}
         self._folder, self._known = folder, known or {}
-        self._made: set[str] = set()  # folders, by path: a tree of a thousand tasks has as many
+        self._made: set[str] = set()  # folders by path: a tree of a thousand tasks has as many
 
     def put(self, name: str, content: bytes) -> None:
-        """Write a file, or link it where it is there already."""
+        """Write a file, or link it if the replaced folder has the same one."""
         checksum = hashlib.sha256(content).hexdigest()
         path = os.path.join(self.scratch, name)
         self._make(os.path.dirname(path))
-        if os.path.lexists(path):  # a link to a file of the other folder must not be written through
+        if os.path.lexists(path):  # never write through a link into a file of the other folder
             os.unlink(path)
         there = self._known.get(name) == checksum or self._holds(name, content)
         if not there or not self._link(name, path):
@@ -301,20 +301,20 @@ class FolderWriter:
             if not stat.S_ISREG(found.st_mode) or found.st_size != len(content):
                 return False
             return bytes_of(path) == content
-        except OSError:  # it is not there, or nobody may read it
+        except OSError:  # the file is missing or unreadable
             return False
 
     def _link(self, name: str, path: str) -> bool:
         try:
             os.link(os.path.join(self._folder, name), path)
-        except OSError:  # not every file system has links
+        except OSError:  # not every file system supports links
             return False
         return True
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a text file as a whole."""
-    scratch = path.with_name(f".{path.name}.new")  # one name, so that the next write takes what a crash left
+    """Replace a text file atomically."""
+    scratch = path.with_name(f".{path.name}.new")  # a fixed name, so that the next write reuses what a crash left
     try:
         with naming(path):
             scratch.write_text(text, encoding="utf-8")
@@ -328,7 +328,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 @contextmanager
 def naming(place: Path) -> Iterator[None]:
-    """Name what could not be written: a full disk is told of without."""
+    """Add the path to errors in writing, because a full disk is reported without one."""
     try:
         yield
     except SafetensorError as error:

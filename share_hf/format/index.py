@@ -4,15 +4,15 @@ Fields: `format_version`; `kind` ("tree", or "checkpoint" for the folder of a `P
 the layout of a tree); `share_hf_version`; `base_model_name_or_path`; `settings` (the fields of
 `SubspaceSettings`); `modules` (module -> `shape` [n, d], `num_components` [k_out, k_in] and, since format version 3,
 the `layout` of a module that is not a dense layer: its `kind` and `kernel`); `tasks` (names in the order in which they
-were learned); `default_task`; `lineage` (one object per step); `branches` (task -> its drift when its branch on the hub
-was written, if it was over 0); `branched` (the tasks that have a branch or are to get one; null means all); `replaced`
-(task -> the commit of its branch that the push of this tree replaces: if the branch is still at this commit, it was
-not written again); `sha256` (path in the tree -> checksum, for every file that loading depends on; for a task, this is
-its `metrics.json`, which has the checksums of its other files); `digest` (checksum of all other fields); and since
-format version 2, `fingerprint` (of the bases of all layers, see `fingerprint_of_all`). Format version 3 is written only
-if the tree has something that version 2 lacks: a `layout` of one of the `modules`, which older versions would take for
-a dense layer; in `settings`, `coefficient_dtype` (see `coefficients`) or `tolerance`, with which a task has its own
-rank in each layer; and `router`, by which inputs find their tasks (see `router_file`).
+were learned); `default_task`; `lineage` (one object per step); `branches` (task -> its drift when its branch on the
+hub was written, if it was over 0); `branched` (the tasks that have a branch or are to get one; null means all);
+`replaced` (task -> the commit of its branch that the push of this tree replaces: if the branch is still at this
+commit, it was not written again); `sha256` (path in the tree -> checksum, for every file that loading depends on; for
+a task, this is its `metrics.json`, which has the checksums of its other files); `digest` (checksum of all other
+fields); and since format version 2, `fingerprint` (of the bases of all layers, see `fingerprint_of_all`). Format
+version 3 is written only if the tree has something that version 2 lacks: a `layout` of one of the `modules`, which
+older versions would take for a dense layer; in `settings`, `coefficient_dtype` (see `coefficients`) or `tolerance`,
+with which a task has its own rank in each layer; and `router`, by which inputs find their tasks (see `router_file`).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from .router_file import RouterEntry
 
 
 INDEX_FILE = "share_config.json"
-# Written unless a tree needs a newer version. All libraries with this format version or a later one read it.
+# Version of a tree that uses nothing newer. A tree that needs a newer version is written as that version.
 FORMAT_VERSION = 2
 NEWEST_FORMAT_VERSION = 3
 

@@ -23,8 +23,8 @@ Value = TypeVar("Value")
 # Fields that together determine which modules an adapter targets.
 _TARGETING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
-_LITERAL = re.compile(r"[\w.-]+")  # names written by PEFT, which matches their dots with any character, by accident
-_USUAL_LENGTH = 128  # of the name of a module, at most
+_LITERAL = re.compile(r"[\w.-]+")  # names as PEFT writes them; it lets their dots match anything, which nobody intends
+_USUAL_LENGTH = 128  # upper limit for names of modules
 _QUICK = 10**6  # ways per name
 _LONGEST_MATCHING = 10**9  # ways per adapter, which take seconds
 

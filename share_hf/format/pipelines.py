@@ -274,7 +274,7 @@ def _choose(path: Path, found: Mapping[str | None, Mapping[str, Any]], component
 
 
 def _alphas(path: Path, modules: Mapping[str, Mapping[str, Tensor]], alphas: Mapping[str, float]) -> dict[str, float]:
-    """Return alpha by module. Without one, the scale of a pipeline's LoRA is 1, as in diffusers and kohya's trainer."""
+    """Return alpha by module. Without one, the scale of a pipeline's LoRA is 1, as in diffusers and kohya."""
     found = {}
     for module, part in modules.items():
         if module in alphas and not part.keys() & {"A", "B"}:

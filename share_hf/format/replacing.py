@@ -1,9 +1,9 @@
-"""Replacing a folder as a whole: a crash leaves the old one or the new one, and readers see one of the two.
+"""Replace a folder as a whole: a crash leaves the old one or the new one, and readers see one of the two.
 
-While somebody writes `folder`, its workshop `.<folder>.share_hf` stands beside it. It holds the new folder until that
-is whole, and the old one until what else that held has moved over. There may be one writer at a time, who holds the
-folder's lock, and any number of readers, who write nothing: between the two renames of a replacement they read the
-old folder in the workshop.
+While somebody writes `folder`, its workshop `.<folder>.share_hf` stands beside it. The workshop holds the new folder
+until it is complete, and the old one until its other content has moved over. There may be one writer at a time, who
+holds the folder's lock, and any number of readers, who write nothing: between the two renames of a replacement, they
+read the old folder in the workshop.
 """
 
 from __future__ import annotations
@@ -24,28 +24,29 @@ from .lock import holding
 
 Read = TypeVar("Read")
 
-# In a workshop of ours; a folder of that name without it is somebody else's.
+# Marks a workshop of ours. A folder of that name without this file belongs to somebody else.
 _MARK = "share_hf.txt"
 _MARK_TEXT = "share_hf keeps a folder here while it replaces it. The next save tidies up what a crash left.\n"
-_ATTEMPTS = 100  # of a reader, each as long as a save
+_ATTEMPTS = 100  # tries of a reader, each as long as a save
 _NOT_RENAMED = {errno.EBUSY, errno.EXDEV}
-_AT_ONCE = 8  # files that are waited for
+_AT_ONCE = 8  # paths for which the disk is awaited at the same time
 
 
 @contextmanager
 def replacing_folder(folder: Path, written: Callable[[Path], Collection[str]]) -> Iterator[Path]:
-    """A scratch folder that takes the place of `folder` when the block ends without an error.
+    """Yield a scratch folder that takes the place of `folder` when the block ends without an error.
 
-    The old folder is there until the new one is whole and on disk: it is renamed aside, the new one into place, what
-    else it held moved over, and only then deleted.
+    The old folder stays until the new one is complete and on disk. Then the old folder is renamed aside, the new one
+    is renamed into place, other content of the old folder moves over, and only then is the old folder deleted.
 
     Args:
-        folder: The folder to replace, or to create.
-        written: Gives the relative paths of the files in a folder that an earlier call wrote. They are replaced or
-            removed; all others stay.
+        folder: Folder to replace, or to create.
+        written: Function that returns the relative paths of the files in a folder that an earlier call wrote. These
+            files are replaced or removed; all others stay.
 
     Raises:
-        ValueError: If the folder cannot be replaced, or a file that nobody wrote here is in the way; naming it.
+        ValueError: If the folder cannot be replaced, or a file that was not written here is in the way. The message
+            names it.
     """
     folder = _real(folder)
     _check_replaceable(folder)
@@ -67,11 +68,11 @@ def replacing_folder(folder: Path, written: Callable[[Path], Collection[str]]) -
 
 
 def recover_folder(folder: Path, written: Callable[[Path], Collection[str]]) -> None:
-    """Finish or undo a replacement that was cut off: nothing is lost of what was saved, nor what else was there.
+    """Finish or undo an interrupted replacement, losing neither what was saved nor other files in the folder.
 
     Args:
-        folder: Held by the caller.
-        written: As for `replacing_folder`.
+        folder: Folder that was being replaced. The caller must hold its lock.
+        written: Same as in `replacing_folder`.
     """
     folder = _real(folder)
     if not _is_ours(workshop := _workshop_of(folder)):
@@ -89,29 +90,30 @@ def recover_folder(folder: Path, written: Callable[[Path], Collection[str]]) -> 
 
 
 def standing_at(folder: Path) -> Path:
-    """Where the content of a folder is: in its workshop while a writer replaces it, or where a crash cut that off."""
+    """Return where a folder's content is: in its workshop during a replacement or after an interrupted one."""
     if folder.exists():
         return folder
     aside = _aside(_real(folder))
-    # The other way round a writer could end in between.
+    # `folder` is checked last: in the other order, a writer could finish between the two checks.
     return aside if aside.exists() and _is_ours(aside.parent) and not folder.exists() else folder
 
 
 def holds(folder: Path, name: str) -> bool:
-    """Whether a folder has a file of this name, while a writer may be replacing it."""
+    """Return whether a folder has a file of this name, even while a writer may be replacing the folder."""
     return _version_of(folder, name) is not None
 
 
 def reading_whole(folder: Path, index: str, read: Callable[[Path], Read]) -> Read:
-    """What a function reads of one version of a folder that others may be replacing.
+    """Return what a function reads from a single version of a folder that others may be replacing.
 
     Args:
-        folder: The folder.
-        index: Name of a file in it that is another one in each version.
-        read: Reads, where the folder stands. It is called again if the folder was replaced meanwhile.
+        folder: Folder to read.
+        index: Name of a file in it that differs between versions.
+        read: Function that reads from the folder's current place. It is called again if the folder was replaced
+            meanwhile.
 
     Raises:
-        ValueError: If the folder is replaced each time; also whatever `read` raises of a version that stayed.
+        ValueError: If the folder is replaced each time. Errors that `read` raises for an unchanged version pass.
     """
     for _ in range(_ATTEMPTS):
         place = standing_at(folder)
@@ -120,7 +122,7 @@ def reading_whole(folder: Path, index: str, read: Callable[[Path], Read]) -> Rea
             found = read(place)
         except (ValueError, OSError, RuntimeError):
             if _identity(place / index) == before == _version_of(folder, index):
-                raise  # nothing has moved
+                raise  # the folder was not replaced
         else:
             if _version_of(folder, index) == before:
                 return found
@@ -128,11 +130,11 @@ def reading_whole(folder: Path, index: str, read: Callable[[Path], Read]) -> Rea
 
 
 def retrying_when_replaced(folder: Path, index: str, action: Callable[[Path], Read]) -> Read:
-    """The outcome of an action that reads a folder. It is tried again if it failed while the folder was replaced.
+    """Return the result of an action that reads a folder, retrying if it failed while the folder was replaced.
 
     Args:
-        folder: As for `reading_whole`, as is `index`.
-        action: Sees by itself to it that what it reads is of one version. It is not done again after a success.
+        folder: Same as in `reading_whole`, like `index`.
+        action: Function that itself ensures that what it reads is of one version. It is not repeated after a success.
     """
     for _ in range(_ATTEMPTS):
         place = standing_at(folder)
@@ -141,13 +143,13 @@ def retrying_when_replaced(folder: Path, index: str, action: Callable[[Path], Re
             return action(place)
         except (ValueError, OSError, RuntimeError):
             if _identity(place / index) == before == _version_of(folder, index):
-                raise  # nothing has moved
+                raise  # the folder was not replaced
     return action(standing_at(folder))
 
 
 def _version_of(folder: Path, index: str) -> tuple[int, ...] | None:
-    """What tells the version of a folder from every other, wherever it stands; None if it has no such file."""
-    places = (folder, _aside(_real(folder)), folder)  # a writer may end between the first and the second
+    """Return what distinguishes a folder's version from all others, wherever it is; None if there is no such file."""
+    places = (folder, _aside(_real(folder)), folder)  # a writer may finish between the first look and the second
     return next((found for place in places if (found := _identity(place / index)) is not None), None)
 
 
@@ -185,7 +187,7 @@ def _check_not_in_the_way(scratch: Path, folder: Path, written: Callable[[Path],
 
 
 def _entries_in(folder: Path) -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """What is in a folder and in those in it, by relative path; links are not followed."""
+    """Yield the entries of a folder and its subfolders with their relative paths, without following links."""
     waiting = [""]
     while waiting:
         within = waiting.pop()
@@ -201,13 +203,13 @@ def _set_aside(folder: Path) -> None:
     try:
         folder.rename(_aside(folder))
     except OSError as error:
-        if error.errno in _NOT_RENAMED:  # a mount of the same file system cannot be told before
+        if error.errno in _NOT_RENAMED:  # a mount of the same file system cannot be detected earlier
             raise ValueError(_mounted(folder)) from error
         raise
 
 
 def _move_rest(old: Path, new: Path, ours: Collection[str]) -> None:
-    """Move what is not ours from the old folder to the new one."""
+    """Move everything that is not ours from the old folder to the new one."""
     ours, mixed = set(ours), set()
     for name in ours:
         while (name := name.rpartition("/")[0]) and name not in mixed:
@@ -228,7 +230,7 @@ def _move_rest(old: Path, new: Path, ours: Collection[str]) -> None:
 
 @contextmanager
 def _workshop(folder: Path) -> Iterator[Path]:
-    """The workshop of a folder, gone afterwards unless something of value is left in it."""
+    """Yield the workshop of a folder, and remove it afterwards unless something of value is left in it."""
     workshop = _workshop_of(folder)
     workshop.mkdir(exist_ok=True)
     if not _is_ours(workshop) and any(workshop.iterdir()):
@@ -248,7 +250,7 @@ def _is_ours(workshop: Path) -> bool:
 
 
 def _workshop_of(folder: Path) -> Path:
-    return folder.parent / f".{folder.name}.share_hf"  # of the root of the file system too, which has no name
+    return folder.parent / f".{folder.name}.share_hf"  # also valid for the file system's root, which has no name
 
 
 def _aside(folder: Path) -> Path:
@@ -256,13 +258,13 @@ def _aside(folder: Path) -> Path:
 
 
 def _real(folder: Path) -> Path:
-    """The folder itself where `folder` is a link to it or a relative path: it has a name and a parent."""
+    """Resolve links and relative paths, which gives a folder with a name and a parent."""
     return Path(os.path.realpath(folder))
 
 
 def _flush(folder: Path) -> None:
     written = (entry for _, entry in _entries_in(folder) if entry.is_file(follow_symlinks=False))
-    # A linked one is on disk already.
+    # A linked file is on disk already.
     _for_each(_flush_file, [path for entry in written if (path := Path(entry.path)).stat().st_nlink == 1])
 
 
@@ -272,16 +274,16 @@ def _flush_file(path: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder, first the many that a tree has in one of its folders."""
+    """Remove a folder, beginning with the many folders that a tree has in one of its folders."""
     _for_each(shutil.rmtree, (path for path in folder.glob("*/*") if path.is_dir() and not path.is_symlink()))
     shutil.rmtree(folder)
 
 
 def _for_each(action: Callable[[Path], None], paths: Iterable[Path]) -> None:
-    """Do something that waits for the disk with each path, a few at once: one by one, a thousand take many seconds."""
+    """Run a disk-bound action on the paths, a few at a time: one by one, a thousand paths take many seconds."""
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         for _ in pool.map(action, paths):
-            pass  # the first error is raised here
+            pass  # this raises the first error
 
 
 def _umask() -> int:

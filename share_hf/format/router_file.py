@@ -1,12 +1,12 @@
-"""`router.safetensors`: at the root what all tasks share for routing, and in a task's folder what is the task's own.
+"""`router.safetensors`: at the root, what all tasks share for routing; in a task's folder, what belongs to the task.
 
-At the root: `settled` and `part.<identity>`, the lower triangle (m (m + 1) / 2,), row by row, of a sum of scatter; the
-sum in float64 and each part in float32, which has all its digits. `probe` (m,) float32. The rest is in the index,
-under `router`: `layers`, `width` (m), `tasks` (those that have a route), `degrees` (of "settled" and of each part,
-those in the order they were learned) and `settled` (the identities of what is in that sum).
+At the root: `settled` and `part.<identity>`, each the lower triangle (m (m + 1) / 2,), row by row, of a sum of
+scatter, in float64 for `settled` and in float32, which has all digits, for each part; and `probe` (m,) float32. The
+rest is in the index, under `router`: `layers`, `width` (m), `tasks` (those that have a route), `degrees` (of "settled"
+and of each part, in the order in which the parts were learned) and `settled` (the identities of what is in that sum).
 
-In a task's folder: `mean` (m,), `variances` (m,) and `distances` (d,) float32, `measured` (1,) int64, as
-`TaskFeatures` has them.
+In a task's folder: `mean` (m,), `variances` (m,) and `distances` (d,) float32, and `measured` (1,) int64, as in
+`TaskFeatures`.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ _MOST_WIDTH = 2**14
 
 @dataclass(frozen=True)
 class RouterEntry:
-    """What the index says of a router.
+    """Entry of a router in the index.
 
     Args:
-        layers: As of `Router`.
-        width: How many features an input has (m).
-        tasks: The tasks that have a route.
-        degrees: Degrees of freedom of each sum of scatter in the file; "settled" is the one of older tasks.
-        settled: Identities of what is in that one.
+        layers: Same as in `Router`.
+        width: Number of features of an input (m).
+        tasks: Tasks that have a route.
+        degrees: Degrees of freedom of each sum of scatter in the file, by name; "settled" is the sum of older tasks.
+        settled: Identities of what is in the sum "settled".
     """
 
     layers: tuple[int, ...]
@@ -55,7 +55,7 @@ class RouterEntry:
         return cls(router.layers, router.width, tasks, {**settled, **parts}, router.settled_identities)
 
     def as_json(self) -> dict[str, Any]:
-        """What the index holds; degrees as a list, which keeps its order."""
+        """Return the entry as JSON for the index. Degrees are a list, which keeps their order."""
         return {
             "layers": list(self.layers),
             "width": self.width,
@@ -66,10 +66,10 @@ class RouterEntry:
 
     @classmethod
     def from_json(cls, content: Any, known: tuple[str, ...]) -> RouterEntry:
-        """What an index holds, checked; `known` are its tasks.
+        """Check the content of an index and return it as an entry. `known` are the tasks of the index.
 
         Raises:
-            ValueError: Naming the field, what was found and what was expected.
+            ValueError: If a field is invalid. The message gives the field, what was found and what was expected.
         """
         if not isinstance(content, dict):
             raise ValueError(f"router is {content!r}, expected an object")
@@ -91,12 +91,12 @@ class RouterEntry:
         return cls(tuple(layers), width, tuple(content["tasks"]), dict(map(tuple, degrees)), tuple(content["settled"]))
 
     def most_bytes(self) -> int:
-        """Most bytes that the `router.safetensors` at the root may have."""
+        """Return the largest possible size in bytes of the `router.safetensors` at the root."""
         return 8 * (len(self.degrees) * _triangle(self.width) + self.width) + 2**20
 
 
 def router_bytes(router: Router) -> bytes:
-    """The `router.safetensors` at the root."""
+    """Return the `router.safetensors` at the root."""
     lower = tuple(torch.tril_indices(router.width, router.width))
     tensors = {f"{_PART}{name}": part.products[lower].float() for name, part in router.parts.items()}
     if router.settled is not None:
@@ -107,10 +107,10 @@ def router_bytes(router: Router) -> bytes:
 
 
 def read_router(path: Path, entry: RouterEntry) -> Router:
-    """The router in a file, as the index has announced it.
+    """Read the router in a file, as announced by the index.
 
     Raises:
-        ValueError: If the file is damaged or is not what the index says; naming file and tensor.
+        ValueError: If the file is damaged or does not match the index. The message names the file and the tensor.
     """
     tensors = read_tensors(path)
     expected = {_SETTLED if name == _SETTLED else f"{_PART}{name}" for name in entry.degrees}
@@ -140,10 +140,10 @@ def read_router(path: Path, entry: RouterEntry) -> Router:
 
 
 def route_bytes(features: TaskFeatures, path: Path) -> bytes:
-    """The `router.safetensors` of a task.
+    """Return the `router.safetensors` of a task.
 
     Raises:
-        ValueError: If it could not be read again; naming the file and the tensor.
+        ValueError: If it could not be read back. The message names the file and the tensor.
     """
     tensors = {
         "mean": features.mean,
@@ -156,10 +156,11 @@ def route_bytes(features: TaskFeatures, path: Path) -> bytes:
 
 
 def read_route(path: Path | str, width: int) -> TaskFeatures:
-    """What is kept of a task's texts.
+    """Read the features of a task's inputs.
 
     Raises:
-        ValueError: If the file is damaged, or does not fit a router of so many features; naming file and tensor.
+        ValueError: If the file is damaged, or does not fit a router with `width` features. The message names the file
+            and the tensor.
     """
     tensors = read_tensors(Path(path))
     names = ("mean", "variances", "distances", "measured")
@@ -175,7 +176,7 @@ def read_route(path: Path | str, width: int) -> TaskFeatures:
             raise ValueError(f"{path}: {name!r} has {float(values.min()):.3g}, expected no negative number")
     if bool((distances.diff() < 0).any()):
         raise ValueError(f"{path}: 'distances' are not in ascending order")
-    # Out of the mapped file, which may be replaced.
+    # Copy out of the mapped file, which may be replaced.
     return TaskFeatures(mean.clone(), variances.clone(), distances.clone(), measured)
 
 

@@ -1,4 +1,4 @@
-"""What others have saved in a folder since a subspace last read or wrote it."""
+"""Merge what others have saved in a folder since a subspace last read or wrote it."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from .tree import read_tree
 
 
 def with_saved(state: SubspaceState, folder: Path, seen: Lineage | None) -> SubspaceState:
-    """A state with what others have saved in a folder.
+    """Return a state merged with what others have saved in a folder.
 
     Args:
-        state: What is about to be saved there.
-        folder: Need not be there.
-        seen: The lineage that the folder is known to have had; None if it is not known, and is to be replaced.
+        state: State that is about to be saved there.
+        folder: Folder to save in, which need not exist.
+        seen: Lineage that the folder is known to have had. None means that it is unknown and the folder is to be
+            replaced.
 
     Raises:
-        ValueError: If the two cannot be merged; naming the folder.
+        ValueError: If the two cannot be merged. The message names the folder.
     """
     if seen is None or not holds(folder, INDEX_FILE):
         return state

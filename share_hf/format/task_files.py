@@ -1,11 +1,11 @@
-"""The folder of one task in a tree: its coefficients and head as a SHARE adapter, and what is known of it.
+"""The folder of one task in a tree: its coefficients and head as a SHARE adapter, and what is known of the task.
 
-adapter_config.json         peft_type SHARE
-adapter_model.safetensors   coefficients (k_out, min(p, n, d)) and (k_in, min(p, n, d)) of each layer, or of the
-                            task's own rank there, as `coefficients` has them; fingerprints of the bases that they
-                            belong to, and the head
-metrics.json                scores, the norm and drift of each layer, which merges need, checksums of the others
-router.safetensors          the features by which inputs find the task, if it has a route, see `router_file`
+adapter_config.json         configuration with peft_type SHARE
+adapter_model.safetensors   coefficients (k_out, min(p, n, d)) and (k_in, min(p, n, d)) of each layer, or with the
+                            task's own rank there, stored as in `coefficients`; the fingerprints of the bases to which
+                            they belong; and the head
+metrics.json                scores, the norm and drift of each layer, which merges need, checksums of the other files
+router.safetensors          the features by which inputs find the task, if it has a route (see `router_file`)
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from .saved_modules import saved_names
 METRICS_FILE = "metrics.json"
 TASKS_FOLDER = "tasks"
 
-# After the name of a module, the tensor that says which basis the coefficients there belong to.
+# The name of a module followed by this names the tensor that tells to which basis the coefficients there belong.
 FINGERPRINT = "share_fingerprint"
 
-# What a task's metrics hold of each layer, in this order.
+# Values that a task's metrics hold for each layer, in this order.
 CERTIFICATE_COLUMNS = ("norm", "rank_error", "drift_bound", "drift_estimate")
 
 
@@ -44,7 +44,7 @@ def task_folder(task: str) -> str:
 
 
 def share_adapter_tensors(state: SubspaceState, task: str, bases: Mapping[str, StoredBasis]) -> dict[str, Tensor]:
-    """A task's coefficients, the fingerprints of their bases and its head, as PEFT saves and loads them."""
+    """Return a task's coefficients, the fingerprints of their bases and its head, as PEFT saves and loads them."""
     tensors = {f"{PEFT_PREFIX}{name}": tensor for name, tensor in state.tasks[task].head.items()}
     for module, layer in state.layers_of(task).items():
         tensors |= coefficient_tensors(f"{PEFT_PREFIX}{module}", layer, task, state.settings)
@@ -53,9 +53,9 @@ def share_adapter_tensors(state: SubspaceState, task: str, bases: Mapping[str, S
 
 
 def share_adapter_config(state: SubspaceState, task: str) -> dict[str, Any]:
-    """The values of a task's `ShareConfig`."""
+    """Return the values of a task's `ShareConfig`."""
     settings = state.settings.to_dict()
-    del settings["center"]  # a property of merges, which a single task has no say in
+    del settings["center"]  # a property of merges, on which a single task has no influence
     return {
         "peft_type": "SHARE",
         "base_model_name_or_path": state.base_model_name_or_path,
@@ -66,34 +66,34 @@ def share_adapter_config(state: SubspaceState, task: str) -> dict[str, Any]:
 
 
 class TaskFiles:
-    """Makes the files of one task of a subspace after another; what many have in common is made once.
+    """Makes the files of a subspace's tasks, one task after another. What many tasks share is made once.
 
     Args:
-        state: The subspace.
-        bases: Its bases by module.
+        state: Subspace that has the tasks.
+        bases: Bases of the subspace, by module.
     """
 
     def __init__(self, state: SubspaceState, bases: Mapping[str, StoredBasis]) -> None:
         self._state, self._bases = state, bases
         self._weights = TensorFiles()
-        self._target: Mapping[str, Any] | None = None  # of the task before
+        self._target: Mapping[str, Any] | None = None  # of the previous task
         self._read: Mapping[str, Any] = {}
         self._config = b""
 
     def of(self, task: str) -> dict[str, bytes]:
-        """The files of a task by name.
+        """Return the files of a task by name.
 
         Raises:
-            ValueError: If they could not be read again; naming file and tensor.
+            ValueError: If they could not be read back. The message names the file and the tensor.
         """
         info, place = self._state.tasks[task], Path(task_folder(task))
         if info.target != self._target:
             config = share_adapter_config(self._state, task)
             self._read, self._config = read_target(place / CONFIG_NAME, config), config_bytes(config)
             self._target = info.target
-        # By the rules of the reader: what is written is read again.
+        # Check by the rules of the reader, so that what is written can be read back.
         check_kept(place / SAFETENSORS_WEIGHTS_NAME, info.head, self._read)
-        check_tensors(place / SAFETENSORS_WEIGHTS_NAME, info.head)  # merges have seen to the rest
+        check_tensors(place / SAFETENSORS_WEIGHTS_NAME, info.head)  # merges have checked the other tensors
         tensors = share_adapter_tensors(self._state, task, self._bases)
         files = {CONFIG_NAME: self._config, SAFETENSORS_WEIGHTS_NAME: self._weights.content(tensors)}
         if info.route is not None:
@@ -115,10 +115,10 @@ class TaskFiles:
 
 
 def check_task_files(folder: Path, index: TreeIndex, task: str) -> None:
-    """Compare the files of a task with the checksums that the index leads to.
+    """Compare the files of a task with the checksums recorded in the index and the task's metrics.
 
     Raises:
-        ValueError: Naming the file that is not the one that was saved.
+        ValueError: If a file is not the one that was saved. The message names the file.
     """
     place = task_folder(task)
     metrics_file = f"{place}/{METRICS_FILE}"
@@ -129,17 +129,17 @@ def check_task_files(folder: Path, index: TreeIndex, task: str) -> None:
 
 
 def noted_checksums(task: str, metrics: Mapping[str, Any]) -> dict[str, str]:
-    """By path in the tree, the checksums of a task's other files that its metrics note."""
+    """Return the checksums of a task's other files that its metrics record, by path in the tree."""
     noted = metrics.get("sha256")
     place = task_folder(task)
     return {f"{place}/{name}": checksum for name, checksum in noted.items()} if isinstance(noted, dict) else {}
 
 
 def check_fingerprint(path: Path | str, found: Tensor | None, name: str, basis: StoredBasis) -> None:
-    """Compare the fingerprint of this name in a file of coefficients with the basis that is beside it.
+    """Compare the fingerprint of this name in a file of coefficients with the basis beside the file.
 
     Raises:
-        ValueError: If it is missing or of another basis.
+        ValueError: If the fingerprint is missing or belongs to another basis.
     """
     expected = basis.fingerprint
     if found is None or not torch.equal(found.float(), expected.float()):
@@ -151,9 +151,9 @@ def check_fingerprint(path: Path | str, found: Tensor | None, name: str, basis: 
 
 
 def check_kept(path: Path | str, head: Iterable[str], target: Mapping[str, Any]) -> None:
-    """Refuse a head that a configuration does not say to be kept: its loader would not find it.
+    """Refuse a head that the configuration does not declare as kept: a loader would not find it.
 
     Raises:
-        ValueError: Naming the first of its weights.
+        ValueError: If there is such a weight. The message names the first.
     """
     check_head_names(path, head, saved_names(target.get("modules_to_save"), target.get("task_type")))

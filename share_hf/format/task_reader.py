@@ -1,4 +1,4 @@
-"""Reading the tasks of a tree: each file once, and what most tasks have in common is checked once for all of them."""
+"""Read the tasks of a tree: each file once, and with checks that most tasks share done once for all of them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from .task_files import (
 from .usual_weights import Coefficients, UsualWeights
 
 
-# Of a task in one layer: coefficients, and certificate.
+# Coefficients and certificate of a task in one layer.
 StoredTask = tuple[Coefficients, list[float]]
 
 
@@ -53,19 +53,19 @@ class _Names(NamedTuple):
 
 
 class _Weights(NamedTuple):
-    """The bytes of a file of weights, and the coefficients in them by module."""
+    """Bytes of a weights file, and the coefficients in them by module."""
 
     content: bytes
     of: Mapping[str, Coefficients]
 
 
 class TaskReader:
-    """Reads and checks tasks of one tree.
+    """Reads and checks the tasks of one tree.
 
     Args:
         folder: Folder of the tree.
-        index: What is in it.
-        bases: By module.
+        index: Index of the tree.
+        bases: Bases by module.
     """
 
     def __init__(self, folder: Path, index: TreeIndex, bases: Mapping[str, StoredBasis]) -> None:
@@ -76,13 +76,14 @@ class TaskReader:
         self._usual: dict[tuple[str, ...], UsualWeights] = {}
 
     def read(self, task: str) -> tuple[TaskInfo, dict[str, StoredTask]]:
-        """What is known of a task, and its coefficients and certificate by module.
+        """Read what is known of a task, and its coefficients and certificate by module.
 
         Raises:
-            ValueError: If a file is missing, damaged or edited; naming file, tensor, what was found and expected.
+            ValueError: If a file is missing, damaged or edited. The message gives the file, the tensor, what was found
+                and what was expected.
         """
         place = os.path.join(self._folder, task_folder(task))
-        # As text: a `Path` for each file of many tasks takes a good part of the time of reading them.
+        # Plain text: creating a `Path` for each file of many tasks would take a good part of the reading time.
         config_path, weights_path, metrics_path = (
             os.path.join(place, name) for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, METRICS_FILE)
         )
@@ -142,13 +143,13 @@ class TaskReader:
     def _target(
         self, path: str, content: bytes, config: Mapping[str, Any], modules: tuple[str, ...]
     ) -> dict[str, Any]:
-        """Which modules a configuration targets: its own fields, or these modules where those match too slowly."""
+        """Return a configuration's own target fields, or these modules if the patterns match too slowly."""
         if (content, modules) not in self._targets:
             self._targets[content, modules] = without_slow_patterns(read_target(path, config), modules)
         return dict(self._targets[content, modules])
 
     def _usual_weights(self, path: str, metrics: Mapping[str, Any]) -> _Weights | None:
-        """The weights in a file that has nothing but the coefficients of these metrics' modules; None if it is not."""
+        """Read a file that has only the coefficients of the modules in these metrics; None if it has anything else."""
         certificate = metrics.get("certificate")
         if not UsualWeights.exist_in(self._index) or not isinstance(certificate, dict):
             return None
@@ -168,7 +169,7 @@ class TaskReader:
         return with_plain_coefficients(Path(path), read_tensors(Path(path)), self._index.settings.coefficient_dtype)
 
     def _coefficients(self, path: str, tensors: Mapping[str, Tensor], module: str) -> Coefficients:
-        """Those of one layer among the tensors of any file."""
+        """Return the coefficients of one layer from the tensors of any file."""
         names, entry, settings = _Names.of(module), self._index.modules[module], self._index.settings
         if self._index.has_fingerprints:
             check_fingerprint(path, tensors.get(names.fingerprint), names.fingerprint, self._bases[module])
@@ -181,7 +182,7 @@ class TaskReader:
         return tuple(torch.nn.functional.pad(side, (0, p - rank)).numpy() for side in (out, in_))
 
     def _head(self, tensors: Mapping[str, Tensor], modules: Iterable[str]) -> dict[str, Tensor]:
-        """What a file has beside the coefficients of these modules, by name in the base model."""
+        """Return what a file has besides the coefficients of these modules, by name in the base model."""
         of_modules = {
             name for module in modules for name in _Names.of(module)[: 3 if self._index.has_fingerprints else 2]
         }
@@ -201,7 +202,7 @@ def _task_info(
         learned_by=Phase(metrics["learned_by"]),
         target=target,
         head=head,
-        # The score comes first, what else was measured after it.
+        # The score comes first, followed by other measurements.
         scores={
             name: _finite_score(path, name, metrics["scores"][name])
             for name in sorted(metrics["scores"], key=lambda name: name != score)

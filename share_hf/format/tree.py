@@ -1,14 +1,14 @@
-"""The tree of a shared subspace, on disk as on the hub.
+"""The tree of a shared subspace, on disk and on the hub.
 
 README.md                                the model card
 share_config.json                        index, settings, checksums
-subspace.safetensors                     the bases, once for all tasks
-router.safetensors                       what all tasks share by which inputs find them, if there are routes
+subspace.safetensors                     the bases, stored once for all tasks
+router.safetensors                       what all tasks share for routing inputs to them, if there are routes
 adapter_config.json, adapter_model.safetensors   a plain LoRA of the default task, for any PEFT
-tasks/<task>/                            one folder a task, see `task_files`
+tasks/<task>/                            one folder per task, see `task_files`
 metrics.json, figures/*.png              the stream's accuracy matrix, drift and spectra
 
-The card and the figures are not written here: a tree is whole without them.
+The card and the figures are not written here: a tree is complete without them.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ CARD_FILE = "README.md"
 FIGURES_FOLDER = "figures"
 FIGURES = ("accuracy_matrix.png", "drift.png", "spectra.png")
 
-# The names at the top of a tree; what else a folder holds is its owner's and stays there.
+# Names at the top of a tree. Anything else in its folder belongs to the owner and stays there.
 TREE_ENTRIES = (
     CARD_FILE,
     INDEX_FILE,
@@ -61,13 +61,13 @@ TREE_ENTRIES = (
     FIGURES_FOLDER,
 )
 
-# What in a tree depends on its default task.
+# Files in a tree that depend on its default task.
 ROOT_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, CARD_FILE, INDEX_FILE)
 
-# What an adapter consists of: a task, and the plain LoRA at the root of a tree.
+# Files of an adapter: a task, or the plain LoRA at the root of a tree.
 ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
 
-# What the metrics of a task have the checksums of.
+# Files whose checksums are in the metrics of a task.
 TASK_FILES = (*ADAPTER_FILES, ROUTER_FILE)
 
 
@@ -80,16 +80,16 @@ def writing_tree(
     known: Mapping[str, str] | None = None,
     there: TreeIndex | None = None,
 ) -> Iterator[FolderWriter]:
-    """Write the whole tree when the block ends, or on a crash none of it. Files that are not of a tree stay.
+    """Write a whole tree when the block ends; a crash writes none of it. Files that are not part of a tree stay.
 
-    Inside the block the tree is whole in the scratch folder of the writer, but for card and figures.
+    Inside the block, the writer's scratch folder holds the whole tree except for the card and the figures.
 
     Args:
-        state: What to write.
-        folder: Where.
-        branches: What the index says of the branches of a repository.
-        known: Checksums of files that the folder is known to hold, as an earlier writer had them.
-        there: As for `write_root`.
+        state: Subspace to write.
+        folder: Folder to write to.
+        branches: Records in the index about the branches of a repository.
+        known: Checksums of files that the folder is known to hold, from an earlier writer.
+        there: Same as in `write_root`.
     """
     with replacing_folder(folder, written_files) as scratch:
         writer = FolderWriter(scratch, folder, known)
@@ -107,9 +107,9 @@ def writing_tree(
 
 
 def written_files(folder: Path) -> set[str]:
-    """The files in a folder, by relative path, that are of the tree there; of a damaged one, all that may be.
+    """Return the relative paths of the tree's files in a folder; for a damaged tree, of all possible ones.
 
-    A card is among them in any case: the text that others wrote into it stays.
+    They always include the card, because a new card keeps the text that others wrote into the old one.
     """
     files = {CARD_FILE}
     if not (folder / INDEX_FILE).is_file():
@@ -137,14 +137,14 @@ def write_root(
     branches: BranchRecords = NO_BRANCHES,
     there: TreeIndex | None = None,
 ) -> None:
-    """Write what in a tree depends on the default task: root adapter and index. The rest is there.
+    """Write the files of a tree that depend on the default task: root adapter and index. The others must be there.
 
     Args:
-        state: With the default task.
-        writer: Has put the rest.
+        state: Subspace with the default task.
+        writer: Writer that has put the other files.
         fingerprint: Fingerprint of the bases, as in `share_config.json`.
-        branches: What the index says of the branches of a repository.
-        there: Index of the tree that is to be replaced elsewhere. If its root adapter is computed from the same basis
+        branches: Records in the index about the branches of a repository.
+        there: Index of the tree that will be replaced elsewhere. If its root adapter was computed from the same basis
             and the same task, it stays and is not written: another machine may round the product differently.
     """
     adapter = _root_adapter_of(there, state, writer) if there is not None else {}
@@ -179,7 +179,7 @@ def write_root(
 
 
 def _root_adapter_of(there: TreeIndex, state: SubspaceState, writer: FolderWriter) -> dict[str, str]:
-    """Checksums of the root adapter of another tree; none if it is not that of this state."""
+    """Return the checksums of another tree's root adapter, or none if it differs from that of this state."""
     root = state.root_task
     sources = [SUBSPACE_FILE, f"{task_folder(root)}/{METRICS_FILE}"]  # the metrics have the coefficients' checksum
     same = root == there.root_task and all(writer.sha256.get(name) == there.sha256.get(name) for name in sources)
@@ -191,12 +191,12 @@ def read_tree(folder: Path, tasks: Collection[str] | None = None) -> SubspaceSta
 
     Args:
         folder: Folder of the tree.
-        tasks: Only these of its tasks, and then without the metrics of the stream; the files of others are not
-            touched. All if not given.
+        tasks: Tasks to read, without the metrics of the stream. The files of other tasks are not touched. None means
+            all tasks, with these metrics.
 
     Raises:
-        ValueError: If a file is missing, damaged, edited or of a newer format; naming file, tensor, what was found and
-            what was expected.
+        ValueError: If a file is missing, damaged, edited or of a newer format. The message gives the file, the tensor,
+            what was found and what was expected.
     """
     return reading_whole(folder, INDEX_FILE, partial(_read_whole, wanted=tasks))
 
@@ -239,10 +239,10 @@ def _read_whole(folder: Path, wanted: Collection[str] | None) -> SubspaceState:
 
 
 def expect_tree(folder: Path, index: TreeIndex) -> None:
-    """Refuse what is no tree.
+    """Refuse an index that does not belong to a tree.
 
     Raises:
-        ValueError: If it is the checkpoint of a model.
+        ValueError: If it belongs to the checkpoint of a model.
     """
     if not index.is_tree:
         raise ValueError(
@@ -252,7 +252,7 @@ def expect_tree(folder: Path, index: TreeIndex) -> None:
 
 
 def lora_of(state: SubspaceState, task: str) -> LoraAdapter:
-    """A task as a plain LoRA of rank p."""
+    """Return a task as a plain LoRA of rank p, or of the task's own rank where it has one."""
     info = state.tasks[task]
     return LoraAdapter(
         updates=state.updates_of(task),
@@ -267,7 +267,7 @@ def check_bases(path: Path, bases: Mapping[str, StoredBasis], index: TreeIndex) 
     """Compare the bases in a file with the modules, the checksum and the fingerprint in the index.
 
     Raises:
-        ValueError: If a module is in only one of them or of another shape, or the bases are not those of the index.
+        ValueError: If a module is in only one of them or has another shape, or the bases are not those of the index.
     """
     if set(bases) != set(index.modules):
         odd = sorted(set(bases) ^ set(index.modules))
@@ -285,7 +285,7 @@ def check_bases(path: Path, bases: Mapping[str, StoredBasis], index: TreeIndex) 
 
 
 def _metrics(path: Path, metrics: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a stream measured, as `ContinualMetrics.as_dict` has it, beside what only a later version knows."""
+    """Return the measurements of a stream, as in `ContinualMetrics.as_dict`, with fields of later versions kept."""
     if not metrics:
         return {}
     try:
@@ -295,22 +295,22 @@ def _metrics(path: Path, metrics: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 class _LayerRows:
-    """The tasks of one layer while they are read, each copied to its place at once: memory has them once.
+    """Tasks of one layer while they are read. Each is copied to its place at once, so that memory holds it once.
 
     Args:
-        basis: The basis of the layer.
-        settings: The settings of the subspace.
-        most: How many tasks there may be.
+        basis: Basis of the layer.
+        settings: Settings of the subspace.
+        most: Largest number of tasks.
     """
 
     def __init__(self, basis: StoredBasis, settings: SubspaceSettings, most: int) -> None:
         self._basis, self._tasks, self._certificates = basis, [], []
         p = rank_in_layer(settings.pseudo_rank, basis.shape)
         self._sides = tuple(torch.empty(most, k, p) for k in basis.num_components)
-        self._arrays = tuple(side.numpy() for side in self._sides)  # of the same memory, and quicker to write to
+        self._arrays = tuple(side.numpy() for side in self._sides)  # share the memory and are quicker to write to
 
     def add(self, task: str, stored: StoredTask) -> None:
-        """Put a task behind the others."""
+        """Append a task."""
         coefficients, certificate = stored
         for array, side in zip(self._arrays, coefficients, strict=True):
             array[len(self._tasks)] = side
@@ -318,7 +318,7 @@ class _LayerRows:
         self._certificates.append(certificate)
 
     def layer(self) -> LayerSubspace:
-        """The layer with the tasks that were added."""
+        """Return the layer with the tasks that were added."""
         count, basis = len(self._tasks), self._basis
         out, in_ = (side if len(side) == count else side[:count].clone() for side in self._sides)
         certificates = torch.tensor(self._certificates, dtype=torch.float64).reshape(-1, len(CERTIFICATE_COLUMNS))

@@ -1,4 +1,4 @@
-"""Files that must not change while they are read: adapters are mapped into memory, and read as they are needed."""
+"""Detect changes of files while they are read: adapters are mapped into memory and read only as needed."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Stamp:
-    """How a file was when it was opened.
+    """State of a file when it was opened.
 
     Args:
-        path: The file.
-        inode: Which file of the disk it was. Another one in its place leaves what is mapped as it is.
-        content: Its size in bytes and when it was last written, in nanoseconds.
+        path: Path of the file.
+        inode: Device and inode of the file. Another file in its place leaves mapped content as it is.
+        content: Size in bytes, and time of the last write in nanoseconds.
     """
 
     path: Path
@@ -23,7 +23,7 @@ class Stamp:
 
     @classmethod
     def of(cls, path: Path) -> Stamp:
-        """The stamp of a file as it is now."""
+        """Return the stamp of a file as it is now."""
         found = os.stat(path)
         return cls(path, (found.st_dev, found.st_ino), (found.st_size, found.st_mtime_ns))
 
@@ -31,22 +31,22 @@ class Stamp:
         """Refuse a file that was written, replaced or removed.
 
         Raises:
-            ValueError: Naming it.
+            ValueError: If the file has changed. The message names it.
         """
         if self._now() != self:
             raise self._changed()
 
     def expect_same_content(self) -> None:
-        """Refuse a file that was written to; one that took its place, or none, changes nothing that is mapped.
+        """Refuse a file that was written to. Its replacement or removal does not change what is mapped.
 
         Raises:
-            ValueError: Naming it.
+            ValueError: If the file has changed. The message names it.
         """
         try:
             found = os.stat(self.path)
         except OSError:
             return
-        # Asked for every tensor, so without another stamp.
+        # This is called for every tensor, so avoid creating another stamp.
         if (found.st_size, found.st_mtime_ns) != self.content and (found.st_dev, found.st_ino) == self.inode:
             raise self._changed()
 

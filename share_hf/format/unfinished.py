@@ -1,8 +1,8 @@
-"""The modules of a build that was stopped: kept beside the folder it is for, until its tree is written.
+"""Finished modules of an interrupted build: kept beside the build's folder until its tree is written.
 
-One file a module in `.<folder>.share_hf.unfinished`, as safetensors: a layer and what its merge reports. They are of
-the very inputs that `inputs.json` there names, and of no others. Only a build of that folder reads them, and only if
-they have the checksum that is in their names: what a machine that went down wrote of others is made again.
+`.<folder>.share_hf.unfinished` has one safetensors file per module, with a layer and the report of its merge. They
+belong to exactly the inputs that `inputs.json` there names. Only a build of that folder reads them, and only if they
+have the checksum that is in their names: if a machine went down while writing others, these are made again.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from .files import check_tensors, json_bytes, read_json, sha256_of
 
 logger = logging.get_logger(__name__)
 
-# What a module is after a merge.
+# Result of merging a module.
 Merged = tuple[LayerSubspace, LayerMergeReport]
 
 _INPUTS = "inputs.json"
-_DIGITS = 32  # of a hash, as names of files are not long everywhere
+_DIGITS = 32  # of a hash, because some file systems limit file names to short ones
 _OF_LAYER = (
     *("basis_out", "basis_in", "coefficients_out", "coefficients_in"),
     *("spectrum_out", "spectrum_in"),
@@ -42,11 +42,11 @@ _DAMAGED = (SafetensorError, OSError, ValueError, KeyError, TypeError)
 
 
 class UnfinishedBuild:
-    """The finished modules of a build that is not finished. Whoever uses it holds the folder.
+    """Finished modules of an unfinished build. The caller must hold the folder.
 
     Args:
-        folder: What the build is for.
-        inputs: All that its results depend on, as JSON: those of another build there are removed.
+        folder: Folder for which the build is made.
+        inputs: Everything on which its results depend, as JSON. Modules of a build with other inputs are removed.
 
     Attributes:
         is_other: Whether there were modules of another build.
@@ -63,11 +63,11 @@ class UnfinishedBuild:
         self._earlier = {path.name.partition(".")[0]: path for path in self.place.glob("*.safetensors")}
 
     def has(self, module: str) -> bool:
-        """Whether an earlier run finished a module."""
+        """Return whether an earlier run finished a module."""
         return _hash(module) in self._earlier
 
     def read(self, module: str) -> Merged | None:
-        """A module that an earlier run finished; None if its file is damaged."""
+        """Read a module that an earlier run finished; None if its file is damaged."""
         path = self._earlier[_hash(module)]
         try:
             if path.name != _file_name(module, sha256_of(path)):
@@ -81,7 +81,7 @@ class UnfinishedBuild:
             return None
 
     def write(self, module: str, merged: Merged) -> None:
-        """Keep a finished module; where there is no room, no more are kept, as the build does not need them."""
+        """Keep a finished module. If space runs out, no more are kept, because the build does not need them."""
         if not self._writes:
             return
         try:
@@ -97,7 +97,7 @@ class UnfinishedBuild:
             self.remove()
 
     def remove(self) -> None:
-        """Remove all of it: its tree is written, or its inputs are refused."""
+        """Remove all modules, because the tree is written or the inputs are refused."""
         shutil.rmtree(self.place, ignore_errors=True)
 
     def _found_inputs(self) -> dict[str, Any] | None:
@@ -108,7 +108,7 @@ class UnfinishedBuild:
 
 
 def _hash(module: str) -> str:
-    """What the file of a module is called: names of modules may have any length."""
+    """Return the name of a module's file, because names of modules may have any length."""
     return sha256(module.encode()).hexdigest()[:_DIGITS]
 
 
@@ -127,7 +127,7 @@ def _taken_apart(layer: LayerSubspace, report: LayerMergeReport) -> tuple[dict[s
         "explained_by_basis": layer.explained_by_basis,
         "basis_changed": report.basis_changed,
     }
-    # Tensors that share memory, as the records of undrifted tasks do, are no file's.
+    # No file can hold tensors that share memory, as the records of undrifted tasks do.
     return {name: tensor.clone() for name, tensor in tensors.items()}, facts
 
 

@@ -1,8 +1,8 @@
-"""The files of weights that most tasks of a tree have, known by their bytes.
+"""Recognize the weights files that most tasks of a tree have by their bytes.
 
-Tasks that adapt the same modules and bring no head have files that are alike but for the numbers of the coefficients:
-the header in front of them says the names, types and shapes, and the fingerprints behind them the bases. Where both
-are what they should be, all that there is to check beside the numbers has been checked, without a look at each tensor.
+Tasks that adapt the same modules and have no head have files that differ only in the numbers of the coefficients: the
+header before them states names, types and shapes, and the fingerprints after them identify the bases. If both are as
+expected, everything but the numbers has been checked, without looking at each tensor.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from .files import LENGTH_BYTES, tensor_bytes
 from .index import TreeIndex
 
 
-# Coefficients of a task in one layer, (k_out, p) and (k_in, p) float32: arrays, of which many are stacked quickly.
+# Coefficients of a task in one layer, (k_out, p) and (k_in, p) float32, as arrays because many are stacked quickly.
 Coefficients = tuple[np.ndarray, np.ndarray]
 
 
 class UsualWeights:
-    """The file of a task that has these modules and nothing else.
+    """File of a task that has these modules and nothing else.
 
     Args:
-        names: By module, the names of its coefficients, output and input side, and of its fingerprint.
-        index: Says how large they are.
-        bases: By module, what the fingerprints are of.
+        names: Names of the coefficients, output and input side, and of the fingerprint, by module.
+        index: Index of the tree, which gives the sizes.
+        bases: Bases to which the fingerprints belong, by module.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class UsualWeights:
         content = tensor_bytes(tensors)
         start = LENGTH_BYTES + int.from_bytes(content[:LENGTH_BYTES], "little")
         header = json.loads(content[LENGTH_BYTES:start])
-        # safetensors puts larger types first, so the float32 numbers are together, and the bytes behind them.
+        # safetensors puts larger types first, so the float32 numbers are together and the bytes follow them.
         self._numbers = sum(k * p for sides in self._shapes.values() for k, p in sides)
         self._start = content[:start]
         self._end = content[start + 4 * self._numbers :]
@@ -58,22 +58,22 @@ class UsualWeights:
 
     @staticmethod
     def exist_in(index: TreeIndex) -> bool:
-        """Whether the tasks of a tree have such files: with coefficients of p columns each, as float32 numbers."""
+        """Return whether the tasks of a tree have such files: with float32 coefficients of p columns each."""
         return (
             index.has_fingerprints and index.settings.coefficient_dtype == "float32" and not index.settings.has_ranks
         )
 
     @property
     def size(self) -> int:
-        """Bytes of the file."""
+        """Size of the file in bytes."""
         return self._size
 
     def coefficients_in(self, content: bytes) -> dict[str, Coefficients] | None:
-        """The coefficients by module; None if the file is another one, or its numbers are not all finite."""
+        """Return the coefficients by module; None if the file is a different one or a number is not finite."""
         if len(content) != self._size or not content.startswith(self._start) or not content.endswith(self._end):
             return None
         numbers = np.frombuffer(content, "<f4", self._numbers, len(self._start)).astype(np.float32)
-        # One NaN or infinite number spoils the sum of all; that of float32 numbers does not overflow in float64.
+        # One NaN or infinite number spoils the sum of all. In float64, a sum of float32 numbers does not overflow.
         if not math.isfinite(numbers.sum(dtype=np.float64)):
             return None
         return {

@@ -1,4 +1,4 @@
-"""Whole subspaces where single adapters are expected: the LoRA at their root is one of their tasks only."""
+"""Refuse whole subspaces where single adapters are expected: the LoRA at their root is only one of their tasks."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from .names import listing
 
 
 def expect_no_tree(place: str | Path, *, token: str | bool | None = None) -> None:
-    """Refuse a place of an adapter that is a whole subspace: its root LoRA would stand for all its tasks unnoticed.
+    """Refuse a whole subspace as the place of an adapter: its root LoRA would silently stand for all its tasks.
 
-    The name of that LoRA's file asks for it alone, and so does the branch of a task on the hub.
+    A place that names the file of that LoRA asks for it alone, and so does the branch of a task on the hub.
 
     Args:
-        place: A folder, a file, or a place on the hub, of which a LoRA was read.
-        token: For the hub.
+        place: Folder, file, or place on the hub from which a LoRA was read.
+        token: Token for the hub.
 
     Raises:
-        ValueError: If it is one, with the ways there are to use its tasks; or if its index is damaged.
+        ValueError: If it is a whole subspace, in which case the message gives the ways to use its tasks, or if its
+            index is damaged.
     """
     path = Path(place)
     if path.exists():
@@ -43,7 +44,7 @@ def expect_no_tree(place: str | Path, *, token: str | bool | None = None) -> Non
             revision=reference.revision,
             token=token,
         )
-    except EntryNotFoundError:  # or nothing that is known of it offline, where the adapter was in the cache
+    except EntryNotFoundError:  # also if, offline, the cache has the adapter but knows nothing of an index
         return
     index = read_index(found.parent)
     if reference.revision is not None and reference.revision == index.default_task:

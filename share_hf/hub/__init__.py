@@ -1,1 +1,1 @@
-"""The network: trees in hub repositories, fetched and pushed."""
+"""Network access: fetch trees from hub repositories and push them there."""

@@ -1,4 +1,4 @@
-"""Answers of the hub: waited for where it limits their rate, and told from those of others on the way."""
+"""Answers of the hub: wait while it limits the rate, and distinguish them from answers of others on the way."""
 
 from __future__ import annotations
 
@@ -17,32 +17,33 @@ logger = logging.get_logger(__name__)
 
 Answer = TypeVar("Answer")
 
-# As often, and as long without being told, as `http_backoff` of huggingface_hub waits inside of uploads and listings.
+# Retries, and longest wait if the hub states none, as in huggingface_hub's `http_backoff` for uploads and listings.
 _RETRIES = 5
 _LONGEST_BACKOFF = 8.0  # seconds
-# Most limits hold for five minutes. That of commits holds for an hour: a push that meets it is completed later.
+# Most limits apply for five minutes. That on commits applies for an hour: a push that hits it is completed later.
 _LONGEST_WAIT = 600.0  # seconds
 
 
 class HubAnswerError(OSError):
-    """An answer that the hub does not give, such as the web page of a proxy or of a network's sign-in."""
+    """An answer that the hub does not give, such as the web page of a proxy or a network's sign-in page."""
 
 
 def answer_to(request: Callable[[], Answer]) -> Answer:
-    """The answer to a request that `huggingface_hub` itself sends once, waited for while the hub limits the rate.
+    """Return the answer to a request that `huggingface_hub` itself sends only once, waiting out rate limits.
 
     Args:
-        request: Sends it. It may be sent again, since a hub that refuses a request for its rate has not done it.
+        request: Function that sends the request. It may be called again, because a hub that refuses a request for its
+            rate has not carried it out.
 
     Raises:
-        HubAnswerError: If something else than the hub answers.
-        HfHubHTTPError: Whatever the hub refuses, and a rate limit that lasts too long.
+        HubAnswerError: If something other than the hub answers.
+        HfHubHTTPError: If the hub refuses the request, or a rate limit lasts too long.
     """
     for attempt in range(_RETRIES + 1):
         try:
             return request()
         except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-            # Of a download that could not begin, what the hub said is the cause.
+            # If a download could not begin, the hub's answer is the cause.
             refusal = error if isinstance(error, HfHubHTTPError) else error.__cause__
             if attempt == _RETRIES or not isinstance(refusal, HfHubHTTPError):
                 raise
@@ -64,6 +65,6 @@ def answer_to(request: Callable[[], Answer]) -> Answer:
 def _seconds_to_wait(headers: Mapping[str, str], attempt: int) -> float:
     limit = parse_ratelimit_headers(headers)
     if limit is not None and limit.remaining == 0:
-        return limit.reset_in_seconds + 1.0  # its seconds are rounded
+        return limit.reset_in_seconds + 1.0  # because the seconds are rounded
     told = headers.get("Retry-After", "").strip()
     return float(told) if told.isdigit() else min(_LONGEST_BACKOFF, 2.0**attempt)

@@ -1,8 +1,8 @@
-"""Branches of a repository: each a whole tree whose root adapter is that of one task.
+"""Branches of a repository: each is a whole tree whose root adapter is that of one task.
 
-A branch appears only when its tree is complete, and a newer tree is never replaced by an older one. What the commit on
-`main` says of branches is what the push is about to do: of one that is to be written again, it notes the commit that
-will be replaced, so that the next push sees what was not done.
+A branch appears only when its tree is complete, and a newer tree is never replaced by an older one. The commit on
+`main` records what the push is about to do to branches: for a branch that is to be written again, it records the
+commit that will be replaced, so that the next push sees what was not done.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ from .repository import HubRepository, Refs, Tip, operations
 
 logger = logging.get_logger(__name__)
 
-# Which tasks get a branch, beside those that have one.
+# Tasks that get a branch, in addition to those that have one.
 BranchChoice = Literal["all", "new", "none"] | Collection[str]
 
 _WORDS = ("all", "new", "none")
 
-# Branches are commits, of which the hub takes some hundred an hour.
+# Branches are commits, and the hub accepts some hundred of these per hour.
 MAX_BRANCHES_UNASKED = 100
 
 _TASKS_AT_ONCE = 16
 _OVERTAKEN = {HTTPStatus.NOT_FOUND, HTTPStatus.PRECONDITION_FAILED}
-# Named by the commit on `main` that it begins at; by 32 digits before that.
+# The name contains the commit on `main` where the branch begins; before that, it contained 32 digits.
 _WORKSHOP = re.compile(r"share_hf-(?:[0-9a-f]{40}|[0-9a-f]{32})")
 
 
 @dataclass(frozen=True)
 class BranchPlan:
-    """What a push does to branches.
+    """Actions of a push on branches.
 
     Args:
-        due: The tasks whose branches are to be written, in the order they were learned.
-        records: What the index on `main` is to say.
+        due: Tasks whose branches are to be written, in the order in which the tasks were learned.
+        records: Records for the index on `main`.
     """
 
     due: tuple[str, ...]
@@ -58,10 +58,10 @@ class BranchPlan:
 
 
 def branch_choice(given: str | Collection[str] | None) -> BranchChoice | None:
-    """Which tasks get a branch, as a command line has it: a word, or names of which one may be that word.
+    """Return which tasks get a branch from a command line's value: a word, or names, of which one may be a word.
 
     Raises:
-        ValueError: If it is another word.
+        ValueError: If it is an unknown word.
     """
     names = [given] if isinstance(given, str) else given
     if names is None or len(names) != 1 or next(iter(names)) not in _WORDS:
@@ -71,14 +71,14 @@ def branch_choice(given: str | Collection[str] | None) -> BranchChoice | None:
 
 
 def check_choice(choice: BranchChoice | None, tasks: Collection[str] | None) -> None:
-    """Refuse what does not say which tasks get a branch.
+    """Refuse a value that does not say which tasks get a branch.
 
     Args:
-        choice: What was given.
-        tasks: The tasks there are, None where that is not known yet.
+        choice: Value to check.
+        tasks: Existing tasks. None means that they are not known yet.
 
     Raises:
-        ValueError: If it is another word, or has a name that is no task.
+        ValueError: If it is an unknown word, or contains a name that is not a task.
     """
     if isinstance(choice, str):
         if choice not in _WORDS:
@@ -90,20 +90,20 @@ def check_choice(choice: BranchChoice | None, tasks: Collection[str] | None) -> 
 def plan_branches(
     state: SubspaceState, tip: Tip, refs: Refs, choice: BranchChoice | None, tolerance: float
 ) -> BranchPlan:
-    """What is to be done to branches when a state replaces what is on `main`.
+    """Return what to do to branches when a state replaces what is on `main`.
 
     Args:
-        state: Has all steps of what is on `main`.
-        tip: What is on `main`.
-        refs: The branches there are.
-        choice: Which tasks get a branch; if not given, all up to `MAX_BRANCHES_UNASKED`, none beyond.
-        tolerance: Relative drift since it was written from which a branch is written again.
+        state: State with all the steps that are on `main`.
+        tip: Content of `main`.
+        refs: Existing branches.
+        choice: Tasks that get a branch. None means all of up to `MAX_BRANCHES_UNASKED` tasks, and no new ones beyond.
+        tolerance: Relative drift since a branch was written above which it is written again.
     """
     there = tip.tree.branch_records if tip.tree is not None else BranchRecords()
     lineage = tip.tree.lineage if tip.tree is not None else ()
     steps = state.lineage[shared_steps(state.lineage, lineage) :]
     changed = tasks_touched(steps)
-    moved = {new for new, old in renamings(steps).items() if old in refs.branches}  # their branches move along
+    moved = {new for new, old in renamings(steps).items() if old in refs.branches}  # a renamed task keeps its branch
     wanted = {*_wanted(state, tip, choice), *moved}
     drifts = {task: rounded(drift) for task, drift in state.drifts().items()}
 
@@ -128,7 +128,7 @@ def plan_branches(
 
 
 def _wanted(state: SubspaceState, tip: Tip, choice: BranchChoice | None) -> Collection[str]:
-    """The tasks that are to have a branch: those that are asked for, and what an earlier push was to make."""
+    """Return the tasks that should have a branch: those asked for, and those that an earlier push was to make."""
     if choice == "none":
         return ()
     promised = tip.tree.branched if tip.tree is not None and tip.tree.branched is not None else tip.tasks
@@ -142,15 +142,15 @@ def _wanted(state: SubspaceState, tip: Tip, choice: BranchChoice | None) -> Coll
 
 @dataclass(frozen=True)
 class BranchWriter:
-    """Writes the branches of a push, when its commit is on `main`.
+    """Writes the branches of a push once its commit is on `main`.
 
     Args:
-        repository: Where.
-        state: The subspace on `main`.
-        main: The commit.
-        index: Its index.
-        writer: Has put its tree.
-        card: How to write model cards.
+        repository: Repository to write to.
+        state: Subspace on `main`.
+        main: Commit on `main`.
+        index: Index of that commit.
+        writer: Writer that has put the tree of that commit.
+        card: Options for model cards.
     """
 
     repository: HubRepository
@@ -161,13 +161,13 @@ class BranchWriter:
     card: CardOptions
 
     def write(self, due: Collection[str], there: Mapping[str, str]) -> None:
-        """Write branches, and delete the workshops of pushes that were cut off.
+        """Write branches, and delete the workshops of interrupted pushes.
 
-        Where a later push writes them meanwhile, they are left to it.
+        If a later push writes the branches meanwhile, they are left to that push.
 
         Args:
-            due: The tasks whose branches are to be written.
-            there: The branches there were before the commit on `main`.
+            due: Tasks whose branches are to be written.
+            there: Branches that existed before the commit on `main`.
         """
         for name in there:
             if _WORKSHOP.fullmatch(name):
@@ -185,10 +185,10 @@ class BranchWriter:
                 self._replace(task, there[task], on_main)
 
     def delete_renamed(self, there: Mapping[str, str]) -> None:
-        """Delete branches of names that tasks no longer have, unless somebody else has written more there.
+        """Delete branches with names that tasks no longer have, unless somebody else has written more there.
 
         Args:
-            there: The branches there were before the commit on `main`.
+            there: Branches that existed before the commit on `main`.
         """
         old_names = {entry["renamed"][0] for entry in self.state.lineage if "renamed" in entry}
         for name in sorted(old_names & there.keys() - self.state.tasks.keys()):
@@ -199,15 +199,15 @@ class BranchWriter:
                 self.repository.delete_branch(name)
 
     def _begin(self, task: str, commit: str) -> None:
-        """Make a branch of a commit that already is its whole tree."""
+        """Create a branch at a commit that is its whole tree already."""
         if not self.repository.create_branch(task, commit):
             self._replace_if_older(task, self.repository.blobs(self.main))
 
     def _write_new(self, tasks: list[str]) -> None:
-        """Make branches whose trees become commits, one after another, on a branch of no task."""
+        """Create branches whose trees become commits, one after another, on a temporary branch of no task."""
         workshop = f"share_hf-{self.main}"
         if not self.repository.create_branch(workshop, self.main):
-            self.repository.delete_branch(workshop)  # of a push that was cut off, after the same commit
+            self.repository.delete_branch(workshop)  # left by an interrupted push after the same commit
             self.repository.create_branch(workshop, self.main)
         try:
             tip = self.main
@@ -227,12 +227,12 @@ class BranchWriter:
     def _uploaded(
         self, tasks: list[str], workshop: str, held: dict[str, str | None]
     ) -> Iterator[tuple[str, list[CommitOperationAdd]]]:
-        """Roots of trees, large files uploaded, each as it differs from the one before.
+        """Upload large root files of several trees, and yield for each tree what differs from the one before it.
 
         Args:
-            tasks: The tasks of these trees.
-            workshop: The branch that they become commits of.
-            held: Checksums of the root files at its tip; they are kept up to date.
+            tasks: Tasks of these trees.
+            workshop: Branch on which the trees become commits.
+            held: Checksums of the root files at the tip of that branch, kept up to date.
         """
         with TemporaryDirectory(prefix="share_hf-") as folder:
             before, roots = dict(held), {}
@@ -243,8 +243,8 @@ class BranchWriter:
                 Path(folder, task).mkdir()
                 for name, (_, path) in roots[task].items():
                     (self.writer.scratch / name).replace(path)
-            # The hub is asked what its branch has already of these files. Of one that it has now, and no longer when
-            # its turn comes, it would have to be asked again.
+            # The upload asks the hub which of these files the branch already has. A file that the branch has now, but
+            # no longer when its turn comes, would have to be asked about again, so it is left out.
             additions = {
                 task: {
                     name: CommitOperationAdd(name, path)
@@ -262,14 +262,14 @@ class BranchWriter:
                 held.update({name: checksum for name, (checksum, _) in root.items()})
 
     def _root(self, task: str) -> dict[str, str | None]:
-        """Write the root files of a task's tree: their checksums, None for the card."""
+        """Write the root files of a task's tree, and return their checksums, with None for the card."""
         state = replace(self.state, default_task=task)
         write_root(state, self.writer, fingerprint=self.index.fingerprint, branches=self.index.branch_records)
         write_card(state, self.writer.scratch, self.card)
         return {name: self.writer.sha256[name] if name in ADAPTER_FILES else None for name in ROOT_FILES}
 
     def _replace(self, task: str, there: str, on_main: Mapping[str, str]) -> None:
-        """Write a branch again that is at a commit; what on it is no part of a tree stays."""
+        """Rewrite a branch that is at the commit `there`. Files on it that are not part of a tree stay."""
         self._root(task)
         held = self.repository.blobs(there)
         files = {path.relative_to(self.writer.scratch).as_posix() for path in _files_in(self.writer.scratch)}
@@ -286,7 +286,7 @@ class BranchWriter:
             self._replace_if_older(task, on_main)
 
     def _replace_if_older(self, task: str, on_main: Mapping[str, str]) -> None:
-        """Write a branch again that somebody else has written meanwhile, unless with all the steps of this state."""
+        """Rewrite a branch that somebody else wrote meanwhile, unless it has all the steps of this state."""
         commit = self.repository.refs().branches.get(task)
         if commit is None:
             return

@@ -1,4 +1,4 @@
-"""Trees in hub repositories, read at one commit and no more of them than is asked for."""
+"""Read trees in hub repositories at a single commit, downloading no more of them than is asked for."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ logger = logging.get_logger(__name__)
 
 
 _PATHS_A_REQUEST = 500
-# Up to here one by one: the listing that a download of many begins with may be larger than they are.
+# Up to this number, files are downloaded one by one: the listing that starts a larger download may outweigh them.
 _FEW_FILES = 8
 
 
 def is_local(place: str | os.PathLike) -> bool:
-    """Whether this means a folder, there or not, rather than a repository."""
+    """Return whether this means a folder, existing or not, rather than a repository."""
     path = Path(place)
     named = path.is_absolute() or isinstance(place, Path) or os.fspath(place).startswith(".")
     return named or standing_at(path).exists()
@@ -53,15 +53,15 @@ def is_local(place: str | os.PathLike) -> bool:
 
 @dataclass(frozen=True)
 class RemoteTree:
-    """A tree in a hub repository at one commit, of which some files are in the cache.
+    """A tree in a hub repository at one commit, with some of its files in the cache.
 
     Args:
-        repo_id: The repository.
-        commit: What its revision was when the tree was opened.
-        folder: The commit's folder in the cache.
-        index: Its `share_config.json`.
-        download_options: `token`, `cache_dir` and `local_files_only`.
-        task: The task that was asked for; None where the tree was.
+        repo_id: Id of the repository.
+        commit: Commit of the requested revision when the tree was opened.
+        folder: Folder of the commit in the cache.
+        index: Content of the tree's `share_config.json`.
+        download_options: Options `token`, `cache_dir` and `local_files_only`.
+        task: Task that was asked for. None means that the tree was asked for.
     """
 
     repo_id: str
@@ -81,7 +81,7 @@ class RemoteTree:
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
     ) -> RemoteTree:
-        """Download the index of a tree. A task that has no branch of its own is found on `main`.
+        """Download the index of a tree. A task that has no branch of its own is looked up on `main`.
 
         Raises:
             ValueError: If there is no such revision, or no tree in it.
@@ -111,7 +111,7 @@ class RemoteTree:
 
     @classmethod
     def _holding(cls, repo_id: str, task: str | None, options: Mapping[str, Any]) -> RemoteTree | None:
-        """The tree of `main`, if it has a task."""
+        """Return the tree of `main` if it has the task, else None."""
         if task is None:
             return None
         try:
@@ -121,15 +121,15 @@ class RemoteTree:
         return tree if task in tree.index.tasks else None
 
     def read(self, tasks: Collection[str] | None = None) -> SubspaceState:
-        """Read what was downloaded, as for `format.tree.read_tree`; the task that was asked for is the default."""
+        """Read what was downloaded, as `format.tree.read_tree` does. A task that was asked for becomes the default."""
         state = read_tree(self.folder, tasks)
         return state if self.task is None else replace(state, default_task=self.task)
 
     def fetch(self, tasks: Collection[str] | None = None) -> None:
-        """Download the bases and these tasks, or all of them, the metrics of the stream and the card.
+        """Download the bases and these tasks. None means all tasks, with the metrics of the stream and the card.
 
         Raises:
-            ValueError: If a file is missing, or far larger than it should be; nothing was downloaded then.
+            ValueError: If a file is missing, or larger than it can be. Nothing is downloaded in this case.
         """
         files = [SUBSPACE_FILE] if tasks is not None else [SUBSPACE_FILE, METRICS_FILE]
         if self.index.router is not None:
@@ -160,7 +160,7 @@ class RemoteTree:
 
     @property
     def card(self) -> str | None:
-        """The model card, None where there is none that can be read, or it was not downloaded."""
+        """Model card. None if there is none that can be read, or it was not downloaded."""
         path = self.folder / CARD_FILE
         try:
             return read_card(path) if path.is_file() else None
@@ -173,7 +173,7 @@ class RemoteTree:
         return {"revision": self.commit, **self.download_options}
 
     def _sizes(self, names: Sequence[str]) -> dict[str, int]:
-        """Bytes of the files that there are."""
+        """Return the sizes in bytes of those files that exist."""
         api, sizes = HfApi(token=self.download_options["token"]), {}
         for start in range(0, len(names), _PATHS_A_REQUEST):
             paths = list(names[start : start + _PATHS_A_REQUEST])
@@ -182,7 +182,7 @@ class RemoteTree:
         return sizes
 
     def _check_sizes(self, names: Iterable[str], sizes: Mapping[str, int]) -> None:
-        """Refuse, before anything is downloaded, what cannot be what it is called."""
+        """Refuse missing files and files larger than such a file can be, before anything is downloaded."""
         for name in names:
             if (size := sizes.get(name)) is None:
                 raise ValueError(f"{self.repo_id}: {name} is missing, but {INDEX_FILE} lists it")
@@ -191,13 +191,13 @@ class RemoteTree:
                 raise ValueError(f"{self.repo_id}: {name} has {size} bytes, expected at most {limit}")
 
     def _limits(self) -> dict[str, int]:
-        """Most bytes of the files whose size the index tells."""
+        """Return the largest possible sizes in bytes of the files whose size follows from the index."""
         router = {} if self.index.router is None else {ROUTER_FILE: self.index.router.most_bytes()}
         return {SUBSPACE_FILE: self.index.basis_bytes(), **router}
 
 
 def _unopened(error: Exception, repo_id: str, revision: str | None, options: Mapping[str, Any]) -> Exception:
-    """What to raise where a revision, or its index, is not there."""
+    """Return the error to raise if a revision, or its index, does not exist."""
     if isinstance(error, LocalEntryNotFoundError):
         known = _cached_revisions(repo_id, options["cache_dir"])
         if revision is None or not known or revision in known:
@@ -206,7 +206,7 @@ def _unopened(error: Exception, repo_id: str, revision: str | None, options: Map
 
 
 def _unknown_revision(repo_id: str, revision: str | None, options: Mapping[str, Any]) -> str:
-    """What to tell somebody who asked for a revision that does not exist."""
+    """Return the message for somebody who asked for a revision that does not exist."""
     message = f"{repo_id}: no revision {revision!r}"
     try:
         tasks, known = _revisions(repo_id, options)
@@ -220,7 +220,7 @@ def _unknown_revision(repo_id: str, revision: str | None, options: Mapping[str, 
 
 
 def _revisions(repo_id: str, options: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Tasks of a repository, and names of its branches and tags."""
+    """Return the tasks of a repository, and the names of its branches and tags."""
     if options["local_files_only"] or constants.HF_HUB_OFFLINE:
         known = _cached_revisions(repo_id, options["cache_dir"])
     else:

@@ -1,9 +1,9 @@
-"""A subspace as a hub repository: one commit a push, a branch a task, a tag a step.
+"""Push a subspace to a hub repository: one commit per push, a branch per task, a tag per step.
 
-`main` holds the newest subspace. Branch `<task>` is a whole tree whose root adapter is that task's, so that
-`revision="<task>"` gives it to every loader; it is written when the task is new, and again when the task changed or
-drifted too far since. Tag `step-0007-<task>` is the state right after the seventh task. The commit on `main` comes
-first and is whole by itself. Whatever interrupts a push, the next one adds what is missing.
+`main` holds the newest subspace. Branch `<task>` is a whole tree whose root adapter is that task's, so
+`revision="<task>"` gives it to every loader. The branch is written when the task is new, and again when the task
+changed or drifted too far since. Tag `step-0007-<task>` is the state right after the seventh task. The commit on
+`main` comes first and is complete by itself. If a push is interrupted, the next one adds what is missing.
 """
 
 from __future__ import annotations
@@ -34,32 +34,33 @@ from .repository import MAIN, HubRepository, Refs, Tip, operations
 
 logger = logging.get_logger(__name__)
 
-# Each attempt that fails is one at which somebody else arrives: as many as may push at once.
+# An attempt fails only because somebody else pushes first, so this many may push at once.
 MAX_ATTEMPTS = 50
 _SECONDS_BETWEEN_ATTEMPTS = 0.5
 _LONGEST_WAIT = 8.0  # seconds
 
 
 class PushConflictError(RuntimeError):
-    """Others kept pushing while this push was prepared, as often as it was tried. Nothing is lost, here or there."""
+    """Others kept pushing during every attempt of this push. Nothing is lost, neither here nor there."""
 
 
 @dataclass(frozen=True)
 class PushOptions:
-    """How a subspace is pushed.
+    """Options for pushing a subspace.
 
     Args:
-        commit_message: Message of the commit on `main`; tells the new tasks if not given.
+        commit_message: Message of the commit on `main`. None means a message about the new tasks.
         commit_description: Description of that commit.
-        private: Whether a repository that is created is private; as the hub's default if not given.
-        create_pr: Open a pull request instead of changing `main`. Branches and tags wait for a push after its merge.
-        default_task: The task that the root of `main` stands for; as it is there if not given, the newest at first.
-        branches: Which tasks get a branch, as for `branches.plan_branches`.
-        branch_tolerance: Relative drift since its branch was written from which a task's branch is written again.
-        upcoming_tasks: Names of tasks that are still to be learned here, and that nobody else may have pushed.
-        base_model: Name of the base model here and there, whatever they call it; not checked.
-        card_template: A Jinja template of one's own for the model card.
-        max_attempts: How often to merge and push again when others push at the same time.
+        private: Whether a newly created repository is private. None means the hub's default.
+        create_pr: Whether to open a pull request instead of changing `main`. Branches and tags wait for a push after
+            its merge.
+        default_task: Task at the root of `main`. None keeps the one that is there, at first the newest.
+        branches: Tasks that get a branch. Same as `choice` in `branches.plan_branches`.
+        branch_tolerance: Relative drift since a task's branch was written above which it is written again.
+        upcoming_tasks: Names of tasks that are still to be learned here. Nobody else may have pushed them.
+        base_model: Name of the base model here and there, whatever they call it. It is not checked.
+        card_template: Custom Jinja template for the model card.
+        max_attempts: Number of attempts to merge and push when others push at the same time.
     """
 
     commit_message: str | None = None
@@ -78,22 +79,22 @@ class PushOptions:
 def push_state(
     state: SubspaceState, repo_id: str, *, token: str | bool | None = None, options: PushOptions | None = None
 ) -> tuple[SubspaceState, CommitInfo]:
-    """Push a subspace, merged with what others have pushed since the two had the same steps.
+    """Push a subspace, merged with what others have pushed since the two last had the same steps.
 
     Args:
-        state: Not changed.
-        repo_id: Created if need be.
-        token: Token of a user who may write to it.
-        options: How.
+        state: Subspace to push. It is not changed.
+        repo_id: Id of the repository, which is created if necessary.
+        token: Token of a user who may write to the repository.
+        options: Options for pushing.
 
     Returns:
-        The subspace as it is on `main` now, and the commit there.
+        The subspace as it is now on `main`, and the commit there.
 
     Raises:
-        ValueError: If the repository holds a subspace that this one cannot be merged with, or a name is taken there.
-        PushConflictError: If others keep pushing; this or a later push may be tried again.
-        HubAnswerError: If something else than the hub answers.
-        HfHubHTTPError: Whatever the hub refuses.
+        ValueError: If the repository holds a subspace with which this one cannot be merged, or a name is taken there.
+        PushConflictError: If others keep pushing. The push may be tried again later.
+        HubAnswerError: If something other than the hub answers.
+        HfHubHTTPError: If the hub refuses a request.
     """
     options = options or PushOptions()
     if not state.tasks:
@@ -134,7 +135,7 @@ def push_state(
 
 
 def _published(state: SubspaceState) -> SubspaceState:
-    """The state as others may see it: without a place on this machine, which the base model may be named by."""
+    """Return the state that others may see, without a path on this machine as the name of the base model."""
     base = state.base_model_name_or_path
     published = published_name(base)
     if base is None or published is not None:
@@ -150,7 +151,7 @@ def _published(state: SubspaceState) -> SubspaceState:
 def _check_upcoming(
     repository: HubRepository, state: SubspaceState, tip: Tip, upcoming_tasks: Collection[str]
 ) -> None:
-    """Refuse to take in a task that is to be learned here under the same name, and would then pass for learned."""
+    """Refuse a pushed task with the name of one still to be learned here, which would then count as learned."""
     if taken := [task for task in upcoming_tasks if task in tip.tasks and task not in state.tasks]:
         raise ValueError(
             f"{repository.repo_id}: has {taken} already, which somebody else pushed and which are still to be learned "
@@ -160,7 +161,7 @@ def _check_upcoming(
 
 
 def _with_pushed(state: SubspaceState, tip: Tip, repository: HubRepository, base_model: str | None) -> SubspaceState:
-    """The state with what the repository has beyond it."""
+    """Return the state merged with what the repository has beyond it."""
     if tip.tree is None:
         return state
     if extends(state, tip.tree.lineage):
@@ -173,7 +174,7 @@ def _with_pushed(state: SubspaceState, tip: Tip, repository: HubRepository, base
 def _push_once(
     repository: HubRepository, state: SubspaceState, tip: Tip, refs: Refs, options: PushOptions
 ) -> CommitInfo:
-    """The commit on `main`, then the tag of the newest task and the branches that are due."""
+    """Make the commit on `main`, then the tag of the newest task and the branches that are due."""
     _check_refs(repository, state, tip, refs)
     plan = plan_branches(state, tip, refs, options.branches, options.branch_tolerance)
     with TemporaryDirectory(prefix="share_hf-") as scratch:
@@ -199,7 +200,7 @@ def _push_once(
         )
         if options.create_pr:
             return commit
-        if tip.tree is not None:  # unless the push that made it was cut off, its tag is there
+        if tip.tree is not None:  # its tag exists unless the push that made it was interrupted
             _tag_newest(repository, tip.tree, tip.commit, refs)
         if tip.tree is None or commit.oid != tip.commit:
             _tag_newest(repository, index, commit.oid, refs)
@@ -216,7 +217,7 @@ def _paths(folder: Path) -> set[str]:
 
 
 def _unchanged(index: TreeIndex, tip: Tip) -> set[str]:
-    """Files that the hub has already, as the checksums in both indices say: nothing need be sent to find that out."""
+    """Return files that the hub has already. The checksums in both indices tell, so nothing is sent to find out."""
     there = tip.tree.sha256 if tip.tree is not None else {}
     same = {name for name, checksum in index.sha256.items() if there.get(name) == checksum}
     # The metrics of a task hold the checksums of its other files.
@@ -226,7 +227,7 @@ def _unchanged(index: TreeIndex, tip: Tip) -> set[str]:
 
 
 def _gone(index: TreeIndex, folder: Path, tip: Tip) -> list[str]:
-    """The files of a tree on the hub that the new tree does not have."""
+    """Return the files of the tree on the hub that the new tree does not have."""
     stays = _paths(folder) | index.sha256.keys()
     return [path for path in tip.blobs if path not in stays and path.split("/")[0] in TREE_ENTRIES]
 
@@ -240,7 +241,7 @@ def _check_refs(repository: HubRepository, state: SubspaceState, tip: Tip, refs:
                 "task"
             )
         if task in refs.branches and task not in tip.tasks:
-            # It may have been written for the task before it was removed, or in a push that was cut off.
+            # It may have been written before the task was removed, or in a push that was interrupted.
             index = repository.index_at(refs.branches[task])
             if index is None or task not in index.tasks:
                 raise ValueError(
@@ -250,14 +251,14 @@ def _check_refs(repository: HubRepository, state: SubspaceState, tip: Tip, refs:
 
 
 def _delete_foreign_tags(repository: HubRepository, index: TreeIndex, refs: Refs) -> None:
-    """Delete the tags of a subspace that was removed from the repository, where they would pass for this one's."""
+    """Delete the tags of a subspace that was removed from the repository if they would pass for tags of this one."""
     for tag in step_tags(index.lineage, index.tasks).values():
         if tag in refs.tags:
             repository.delete_tag(tag)
 
 
 def _tag_newest(repository: HubRepository, tree: TreeIndex, commit: str, refs: Refs) -> None:
-    """Tag the state right after the newest task, unless that is done."""
+    """Tag the state right after the newest task, unless it has its tag."""
     if not tree.tasks:
         return
     tag = step_tags(tree.lineage, tree.tasks)[tree.tasks[-1]]

@@ -1,4 +1,4 @@
-"""A repository as a push sees it: what is in it, and what is done to it, one request after another."""
+"""A repository as a push sees it: its content, and the requests that change it, one after another."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Refs:
 
 @dataclass(frozen=True)
 class Tip:
-    """What is in a commit: the blobs of its files by path, its tree if it has one, and its model card."""
+    """Content of a commit: the blobs of its files by path, its tree if it has one, and its model card."""
 
     commit: str
     blobs: Mapping[str, str]
@@ -54,11 +54,11 @@ class Tip:
 
 @dataclass(frozen=True)
 class HubRepository:
-    """A model repository that is written to.
+    """A model repository to write to.
 
     Args:
-        api: Client of its writer.
-        repo_id: The repository.
+        api: Client of the writing user.
+        repo_id: Id of the repository.
     """
 
     api: HfApi
@@ -66,18 +66,18 @@ class HubRepository:
 
     @classmethod
     def create(cls, repo_id: str, *, token: str | bool | None, private: bool | None) -> HubRepository:
-        """A repository, made unless it is there."""
+        """Return a repository, and create it if it does not exist."""
         api = HfApi(token=token)
         return cls(api, answer_to(lambda: api.create_repo(repo_id, private=private, exist_ok=True)).repo_id)
 
     @classmethod
     def existing(cls, repo_id: str, *, token: str | bool | None) -> HubRepository | None:
-        """A repository that need not be one's own; None if there is none."""
+        """Return a repository, which may belong to somebody else; None if it does not exist."""
         api = HfApi(token=token)
         return cls(api, repo_id) if answer_to(lambda: api.repo_exists(repo_id)) else None
 
     def refs(self) -> Refs:
-        """Branches and tags as they are now.
+        """Return the current branches and tags.
 
         Raises:
             ValueError: If there is no branch `main`.
@@ -89,10 +89,10 @@ class HubRepository:
         return Refs(branches, tags)
 
     def tip(self, commit: str) -> Tip:
-        """What is in a commit.
+        """Return the content of a commit.
 
         Raises:
-            ValueError: If it is something else than a tree, or its index or its card cannot be read.
+            ValueError: If it holds something other than a tree, or its index or card cannot be read.
         """
         files = self._files(commit)
         tree = card = None
@@ -109,11 +109,11 @@ class HubRepository:
         return Tip(commit, {path: file.blob_id for path, file in files.items()}, tree, card)
 
     def blobs(self, commit: str) -> dict[str, str]:
-        """The blobs of the files of a commit, by path."""
+        """Return the blobs of a commit's files, by path."""
         return {path: file.blob_id for path, file in self._files(commit).items()}
 
     def index_at(self, commit: str) -> TreeIndex | None:
-        """The index of the tree in a commit; None if there is none that can be read."""
+        """Return the index of the tree in a commit; None if there is none that can be read."""
         try:
             options = {"limit": MAX_JSON_BYTES, "revision": commit, "token": self.api.token}
             return read_index(answer_to(lambda: download(self.repo_id, INDEX_FILE, **options)).parent)
@@ -130,10 +130,10 @@ class HubRepository:
         description: str | None = None,
         create_pr: bool = False,
     ) -> CommitInfo:
-        """Commit to a branch that is at `parent`; files that it has already are left out.
+        """Commit to a branch that is at `parent`. Files that it has already are left out.
 
         Raises:
-            HfHubHTTPError: 412 if the branch is elsewhere.
+            HfHubHTTPError: With status 412 if the branch is at another commit.
         """
         operations = list(operations)
         return answer_to(
@@ -149,12 +149,12 @@ class HubRepository:
         )
 
     def upload(self, additions: Iterable[CommitOperationAdd], *, branch: str) -> None:
-        """Send the large files of commits to come to the storage, all at once."""
+        """Upload the large files of upcoming commits to the storage, all at once."""
         additions = list(additions)
         answer_to(lambda: self.api.preupload_lfs_files(self.repo_id, additions, revision=branch, free_memory=False))
 
     def create_branch(self, name: str, commit: str) -> bool:
-        """Make a branch at a commit; False if there is one of the name."""
+        """Create a branch at a commit, and return whether it was created; False if the name is taken."""
         try:
             answer_to(lambda: self.api.create_branch(self.repo_id, branch=name, revision=commit))
         except HfHubHTTPError as error:
@@ -164,7 +164,7 @@ class HubRepository:
         return True
 
     def delete_branch(self, name: str) -> None:
-        """Delete a branch, unless somebody else did."""
+        """Delete a branch, unless somebody else already did."""
         try:
             answer_to(lambda: self.api.delete_branch(self.repo_id, branch=name))
         except HfHubHTTPError as error:
@@ -172,11 +172,11 @@ class HubRepository:
                 raise
 
     def create_tag(self, name: str, commit: str) -> None:
-        """Give a name to a commit, unless somebody else did."""
+        """Tag a commit, unless somebody else already did."""
         answer_to(lambda: self.api.create_tag(self.repo_id, tag=name, revision=commit, exist_ok=True))
 
     def delete_tag(self, name: str) -> None:
-        """Delete a tag, unless somebody else did."""
+        """Delete a tag, unless somebody else already did."""
         try:
             answer_to(lambda: self.api.delete_tag(self.repo_id, tag=name))
         except HfHubHTTPError as error:
@@ -194,7 +194,7 @@ class HubRepository:
 
 
 def operations(folder: Path, paths: Iterable[str], gone: Iterable[str] = ()) -> list[CommitOperation]:
-    """What a commit does: adds files of a folder, and deletes others."""
+    """Return the operations of a commit that adds files of a folder and deletes others."""
     return [
         *(CommitOperationAdd(path, folder / path) for path in paths),
         *(CommitOperationDelete(path) for path in gone),
