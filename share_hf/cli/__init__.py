@@ -1,6 +1,6 @@
 """The command line `share-hf`: its arguments, its output and its exit codes.
 
-This package needs only the standard library, and is also installed under the name `share_hf_cli`: `import share_hf`
+This module needs only the standard library, and is also installed under the name `share_hf_cli`: `import share_hf`
 waits for torch and PEFT, and `share-hf --help` should not.
 """
 
@@ -394,7 +394,7 @@ _COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]]
 
 
 def _told(error: Exception) -> str:
-    """Format an error for people: as several lines if it lists several faults, else as one line."""
+    """Format an error for people: as several lines if it lists several faults, otherwise as one line."""
     if not (isinstance(error, (ValueError, OSError, RuntimeError)) and str(error)):
         return repr(error)
     if isinstance(error, OSError) and error.filename is not None and error.strerror:

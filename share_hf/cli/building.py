@@ -70,7 +70,7 @@ class Build:
         return told() if self._division.is_first else None
 
     def each_module(self, run: RunHere[Result], modules: Sequence[str], purpose: Purpose) -> Iterator[Result]:
-        """Yield the result of the work on each module, in their order; those of a merge are kept for later runs."""
+        """Yield the result for each module, in order; those of a merge are kept, or taken from an earlier run."""
         if purpose != "merge":
             yield from self._division.each_module(run, modules, purpose)
             return
@@ -148,7 +148,7 @@ def _inputs(args: Namespace, places: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _stamps(place: str, token: str | None) -> list[list[Any]]:
-    """The files of an adapter, and when they were written; none if they cannot be found, which its reader will say."""
+    """Return the files of an adapter and when they were written; none if not found, which its reader reports."""
     try:
         files = find_adapter(place, token=token)
         stamps = [Stamp.of(path) for path in (files.config, files.weights) if path is not None]

@@ -212,7 +212,7 @@ class LoraCache:
                     writer.put(file, content)
 
     def _remove_oldest(self) -> None:
-        """Remove surplus LoRAs, unless one was handed out recently."""
+        """Remove surplus LoRAs, except those that were handed out recently."""
         if self.most is None:
             return
         places = [place for place in self.folder.iterdir() if _PLACE.fullmatch(place.name)]

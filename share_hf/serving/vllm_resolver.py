@@ -6,9 +6,9 @@ set too. The signatures of `LoRAResolver`, `LoRARequest` and `LoRAResolverRegist
 its wheel.
 
 vLLM 0.33 treats an answer as follows: it gives the LoRA a number of its own, and keeps name and place until
-`/v1/unload_lora_adapter`. A task that has changed in the subspace is served anew after that. If a resolver answers
-None, vLLM asks the next one, and if there is none, it tells the client "does not exist". An error in a resolver would
-keep vLLM from asking the others, so any error is logged here and answered with None.
+`/v1/unload_lora_adapter` is called. A task that has changed in the subspace is served anew after that. If a resolver
+answers None, vLLM asks the next one, and if there is none, it tells the client "does not exist". An error in a
+resolver would keep vLLM from asking the others, so any error is logged here and answered with None.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ class Convolution(Linear):
     """
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return False  # PEFT makes a matrix of any layer's update, which has no kernel
+        return False  # PEFT converts any layer's update to a matrix, which has no kernel
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The task's update in the layout and device of the base weight (n, channels, *kernel), float32."""
@@ -51,5 +51,5 @@ class Convolution(Linear):
 
 
 def _at_each_place(z: Tensor, up: Tensor, places: int) -> Tensor:
-    """Apply ``up z`` to the channels of z (…, j, *places) at each place."""
+    """Compute ``up z`` on the channels of z (…, j, *places) at each place."""
     return F.linear(z.movedim(-1 - places, -1), up).movedim(-1, -1 - places)

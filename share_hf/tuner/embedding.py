@@ -28,7 +28,7 @@ class Embedding(Linear):
         return self.factors(adapter).dense().T
 
     def _initial_factors(self, rank: int) -> tuple[Tensor, Tensor]:
-        """B (n, r) at random and A^T (d, r) zero, as PEFT starts: a row of A^T is trained where its id occurs."""
+        """Return random B (n, r) and zero A^T (d, r), as in PEFT: a row of A^T is trained where its id occurs."""
         return torch.randn(self.out_features, rank), torch.zeros(self.in_features, rank)
 
     def _looked_up(self, ids: Tensor, rows: Tensor) -> Tensor:

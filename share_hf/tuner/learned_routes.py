@@ -1,4 +1,4 @@
-"""What a route learns from a task's inputs: sums over the features that the base model computes for them."""
+"""Learning of routes, from sums over the features that the base model computes for a task's inputs."""
 
 from __future__ import annotations
 

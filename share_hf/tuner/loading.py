@@ -1,4 +1,4 @@
-"""What is stored with an adapter: its bases and the shapes of its head, checked before a model is changed.
+"""Data stored with an adapter: its bases and the shapes of its head, checked before a model is changed.
 
 The bases come from a subspace in memory, or are found next to the adapter, in the folder or repository from which its
 configuration was loaded.
@@ -44,7 +44,7 @@ _DOWNLOAD_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "forc
 
 @dataclass(frozen=True)
 class StoredAdapter:
-    """What belongs to an adapter besides its configuration and its weights.
+    """Data stored with an adapter, besides its configuration.
 
     Args:
         modules: Shapes of the layers and bases of its subspace, by module; empty for a fresh adapter.

@@ -1,4 +1,4 @@
-"""What PEFT offers for LoRA only: refused by name, with advice on how to get it, before anything has changed."""
+"""Features that PEFT offers only for LoRA: refused by name, with advice, before anything has changed."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def check_options(config_class: type[PeftConfig], options: Iterable[str]) -> Non
     """Refuse options that LoRA has and a configuration class does not have.
 
     Raises:
-        TypeError: Naming the option, in Python's own words, by which PEFT recognizes what it may drop from a file.
+        TypeError: If there is one. Names it in Python's own words, by which PEFT knows what it may drop from a file.
     """
     of_lora = {field.name for field in fields(LoraConfig)} - {field.name for field in fields(config_class)}
     for name in sorted(of_lora.intersection(options)):

@@ -206,7 +206,7 @@ class MergingTuner(BaseTuner):
                 Whether to keep a copy of each weight that is merged into. If so, unmerging restores all base weights
                 bit for bit, including the packed weights of a quantized model. The copies take as much memory as the
                 weights, on the same device, or in CPU memory for `"cpu"` and for layers that accelerate has offloaded;
-                those of HQQ stay where they are. They follow in copies of the model, are in no state dict, and are
+                those of HQQ stay where they are. Copies of the model carry them along, state dicts do not. They are
                 dropped once they are put back, which undoes any change made to the base weights in the meantime. If
                 not, unmerging subtracts the updates: base weights come back up to rounding in their dtype, and
                 quantized ones up to another quantization, which can be far more. A copy that an earlier call kept

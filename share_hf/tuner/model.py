@@ -87,7 +87,7 @@ class ShareModel(RoutingModel, MergingTuner):
     tuner_layer_cls = ShareLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
-    _stored = StoredAdapter()  # what is stored with the adapter being injected
+    _stored = StoredAdapter()  # data of the adapter being injected
     _share_layers: Sequence[ShareLayer] | None = None
 
     @property

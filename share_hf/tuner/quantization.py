@@ -78,7 +78,7 @@ def _computes_with_its_weight(layer: nn.Module) -> bool:
     return (
         weight.is_floating_point()
         and weight.element_size() > 1
-        and (not is_traceable_wrapper_subclass(weight) or type(weight).__module__.startswith("torch."))  # a DTensor is
+        and (not is_traceable_wrapper_subclass(weight) or type(weight).__module__.startswith("torch."))  # or a DTensor
         and not is_parametrized(layer)
         and not type(layer).__module__.startswith("transformers.integrations.")
     )

@@ -170,7 +170,7 @@ class RoutingModel:
 
         Args:
             inputs (`Mapping[str, Tensor]` or `Tensor`, *optional*):
-                Output of the tokenizer or the processor, or token ids. Its entries may also be given as keywords.
+                Output of the tokenizer or the processor, or token ids. The entries may also be given as keywords.
             tasks (`Sequence[str]`, *optional*): Tasks to choose among. None means all tasks of the model that have a
                 route.
             false_rejects (`float`, *optional*):

@@ -157,8 +157,8 @@ class BatchCoefficients:
     def fold_pays(self, tokens: int) -> bool:
         """Return whether forming each task's factors first takes fewer products than applying the bases to each token.
 
-        With T tokens per sample, over all samples, ``2 T k (n + d)`` become ``2 T p (n + d)``, and ``2 k p (n + d)``
-        are added for each task.
+        With T tokens over all samples, ``2 T k (n + d)`` become ``2 T p (n + d)``, and ``2 k p (n + d)`` are added for
+        each task.
         """
         tasks, k, p = max(self.out.shape, self.in_.shape)
         return len(self.places) * tokens * (k - p) > tasks * k * p

@@ -63,7 +63,7 @@ class StackedParameters(nn.ParameterDict):
 
     @property
     def zeros(self) -> Tensor:
-        """The coefficients (k, 1) for samples without a task: zeros."""
+        """Zero coefficients (k, 1), for samples without a task."""
         return self._stack.new_zeros(self._stack.shape[1], 1)
 
     def is_trained(self, task: str) -> bool:

@@ -24,7 +24,7 @@ def check_trained(adapter_names: Iterable[str], tuner: BaseTuner) -> None:
         tuner: Tuner of a model, in training mode or not.
 
     Raises:
-        ValueError: If there are untrained tasks. Names them, and what trains several tasks.
+        ValueError: If there are untrained tasks. Names them, and says how to train several tasks.
     """
     if tuner.training and (others := sorted(set(adapter_names) - set(tuner.active_adapters))):
         raise ValueError(

@@ -156,7 +156,7 @@ def check_fits(model: nn.Module, state: SubspaceState, tasks: Sequence[str]) -> 
     """Refuse tasks that do not fit a base model, before it is changed.
 
     Raises:
-        ValueError: If a task does not fit. Says what does not fit.
+        ValueError: If a task does not fit. Names the task or module, and says what does not fit.
     """
     modules = {without_wrappers(name): module for name, module in model.named_modules()}
     adapted = {module: layer for module, layer in state.layers.items() if any(map(layer.has, tasks))}
