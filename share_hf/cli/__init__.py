@@ -1,7 +1,7 @@
 """The command line `share-hf`: its arguments, its output and its exit codes.
 
-Needs the standard library alone, and is installed under the name `share_hf_cli` too: `import share_hf` waits for torch
-and PEFT, `share-hf --help` should not.
+This module needs only the standard library, and is also installed under the name `share_hf_cli`: `import share_hf`
+waits for torch and PEFT, and `share-hf --help` should not.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from .routing_arguments import add_route
 
 
 FAILED, INTERRUPTED = 1, 130
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a quota, a limit on the length of files
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a quota, a limit on the size of files
 
-# Commands that the processes of a launcher do together; others are done by the first alone.
+# Commands that the processes of a launcher run together; the first process runs the others alone.
 DIVIDED = ("init", "add", "refit")
 
 Commands = dict[str, argparse.ArgumentParser]
@@ -50,11 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Args:
-        argv: Its name and arguments; those of the process if not given.
+        argv: Name and arguments of the command. None means those of the process.
 
     Returns:
-        Exit code: 0, 1 if the command failed, 130 if it was interrupted. Wrong arguments exit with 2. Of the processes
-        of a launcher, the first alone prints.
+        Exit code: 0 on success, 1 if the command failed, 130 if it was interrupted. Wrong arguments exit with 2. Under
+        a launcher, only the first process prints.
     """
     args = parse(sys.argv[1:] if argv is None else argv)
     if not is_first() and args.command not in DIVIDED:
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
             if not debug:
                 warnings.simplefilter("ignore")
-                # Both warn when they are imported; DeepSpeed sets the level of its logger anew.
+                # Both warn when they are imported, and DeepSpeed resets the level of its logger.
                 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
                 logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
             from . import commands  # torch and all
@@ -85,14 +85,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments of a command, its options anywhere between them. Exits with 2 if they are wrong."""
+    """Parse the arguments of a command, whose options may be anywhere among them. Exit with 2 if they are wrong."""
     parser, commands = build_parser()
     if not argv or argv[0] not in commands:
         return parser.parse_args(argv or ["--help"])
     try:
         args = commands[argv[0]].parse_intermixed_args(argv[1:])
     except AttributeError as error:
-        # Interrupted within, argparse puts back what it has not taken yet.
+        # If it is interrupted, argparse fails to restore the state that it has not saved yet.
         if isinstance(error.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from None
         raise
@@ -106,7 +106,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def build_parser() -> tuple[argparse.ArgumentParser, Commands]:
-    """The parser, and that of each command."""
+    """Build the parser, and the parsers of the commands by name."""
     parser = _Parser(
         prog="share-hf",
         description="Many LoRA adapters of one base model as one shared subspace and a few kilobytes a task.",
@@ -131,7 +131,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, Commands]:
 
 
 def located_adapter(text: str) -> tuple[str, str]:
-    """Name and place of an adapter, from `name=place` or a place whose last part is the name."""
+    """Return name and place of an adapter, from `name=place` or from a place whose last part is the name."""
     name, equals, place = text.partition("=")
     if not equals or "/" in name or Path(text).is_dir():
         name, place = Path(text).name, text
@@ -139,7 +139,7 @@ def located_adapter(text: str) -> tuple[str, str]:
 
 
 def _check_audit(args: argparse.Namespace, command: argparse.ArgumentParser) -> None:
-    """Exit with 2 where an option is for LoRAs and one subspace is given; where not, fill in the default k."""
+    """Exit with 2 if one subspace is given with an option for LoRAs; for LoRAs, fill in the default of k."""
     if len(args.adapters) == 1 and args.from_file is None:
         for_loras = ("num_components", "skip_bad", "component", "base_model")
         if given := [f"--{name.replace('_', '-')}" for name in for_loras if getattr(args, name)]:
@@ -149,7 +149,7 @@ def _check_audit(args: argparse.Namespace, command: argparse.ArgumentParser) -> 
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what a mistyped command or option may have been."""
+    """Parser that suggests what a mistyped command or option may have been."""
 
     def error(self, message: str) -> NoReturn:
         if found := re.search(r"invalid choice: '?([\w-]+)|unrecognized arguments: (--[\w-]+)", message):
@@ -161,7 +161,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Version(argparse.Action):
-    """Finds the version out only if it is asked for."""
+    """Action that looks up the version only on request."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
         try:
@@ -358,7 +358,7 @@ def _pull(command: argparse.ArgumentParser) -> None:
     _add_base_model(command, "both sides")
 
 
-# Summary, example and arguments.
+# Summary, example and arguments of each command.
 _COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]] = {
     "init": (
         "Make a subspace from LoRA adapters",
@@ -394,7 +394,7 @@ _COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]]
 
 
 def _told(error: Exception) -> str:
-    """What a person reads of an error: its lines where it lists several faults, else one line."""
+    """Format an error for people: as several lines if it lists several faults, otherwise as one line."""
     if not (isinstance(error, (ValueError, OSError, RuntimeError)) and str(error)):
         return repr(error)
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
@@ -404,19 +404,19 @@ def _told(error: Exception) -> str:
 
 
 def is_launched() -> bool:
-    """Whether a launcher started this process and others: torchrun, accelerate, or one of MPI."""
-    # Some clusters set WORLD_SIZE for every program, but LOCAL_RANK is a launcher's.
+    """Return whether a launcher started this process among others: torchrun, accelerate, or an MPI launcher."""
+    # Some clusters set WORLD_SIZE for every program, but only launchers set LOCAL_RANK.
     size = _first_set(("WORLD_SIZE",) if "LOCAL_RANK" in os.environ else (), "SIZE")
     return size not in (None, "1")
 
 
 def is_first() -> bool:
-    """Whether this process is the first of its launcher, or alone. Torch, which knows it too, is not waited for."""
+    """Return whether this process is the first of its launcher, or alone, without waiting for torch to be imported."""
     return not is_launched() or _first_set(("RANK",), "RANK") in (None, "0")
 
 
 def _first_set(names: Sequence[str], of_mpi: str) -> str | None:
-    """The first of these variables that is set, or that of an MPI."""
+    """Return the first of these variables that is set, else the variable of an MPI."""
     names = [*names, *(f"{mpi}_{of_mpi}" for mpi in ("PMI", "OMPI_COMM_WORLD", "MV2_COMM_WORLD"))]
     return next((os.environ[name] for name in names if name in os.environ), None)
 
@@ -433,5 +433,5 @@ def _fail(message: str, code: int, *, as_json: bool) -> int:
 def _print(text: str) -> None:
     try:
         print(text, flush=True)
-    except BrokenPipeError:  # `share-hf info … | head`: not here, nor when Python flushes at its exit
+    except BrokenPipeError:  # `share-hf info … | head`: raise neither here nor when Python flushes at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

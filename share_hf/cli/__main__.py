@@ -1,4 +1,4 @@
-"""`python -m share_hf.cli`."""
+"""Entry point of `python -m share_hf.cli`."""
 
 from . import main
 

@@ -1,4 +1,4 @@
-"""The adapters that a command is given, in its arguments and in a file, and what came of reading them."""
+"""Adapters given to a command, in its arguments or in a file, and the results of reading them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from . import located_adapter
 from .outcome import Outcome
 
 
-_MOST_BYTES = 2**24  # of a list, far above any that a person keeps
+_MOST_BYTES = 2**24  # size limit of a list, far above any that a person maintains
 
 
 def adapters_of(args: Namespace) -> NamedPlaces:
-    """Places of the adapters that a command is given, by task name.
+    """Return the places of the adapters that a command is given, by task name.
 
     Raises:
-        ValueError: If two have one name, or a list cannot be read.
+        ValueError: If two adapters have the same name, or a list cannot be read.
     """
     located = [*args.adapters, *(_listed(args.from_file) if args.from_file is not None else ())]
     named = NamedPlaces({})
@@ -46,20 +46,20 @@ def _name_by_place(place: str) -> str:
 
 
 def of_reading(args: Namespace) -> dict[str, Any]:
-    """How the adapters are to be read."""
+    """Return the options with which the adapters are read."""
     names = ("base_model", "component", "skip_bad", "token", "progress")
     return {name: getattr(args, name) for name in names}
 
 
 def with_reading(outcome: Outcome, reading: Reading) -> Outcome:
-    """What a command did, with what came of reading its adapters."""
+    """Add the results of reading the adapters to the outcome of a command."""
     lines = reading.lines()
     text = "\n".join([*lines, "", outcome.text]) if lines else outcome.text
     return Outcome(text, {**outcome.facts, **asdict(reading)})
 
 
 def _listed(path: Path) -> Iterator[tuple[str, str]]:
-    """Names and places in a list: one a line, but for blank lines and comments."""
+    """Yield the names and places in a list, one per line, skipping blank lines and comments."""
     try:
         if path.stat().st_size > _MOST_BYTES:
             raise ValueError(f"{path}: expected a list of adapters, one a line, of at most {_MOST_BYTES} bytes")

@@ -28,7 +28,7 @@ from .tables import percent, some, table
 
 
 def audit(args: Namespace) -> Outcome:
-    """`share-hf audit`: whether adapters share a subspace, how many directions it needs, and whom it serves badly."""
+    """Run `share-hf audit`: whether adapters share a subspace, how many directions it needs, and which fit badly."""
     if args.figure is not None:
         check_figure(args.figure)
     progress = partial(tqdm, desc="Auditing", unit="layer", leave=False, disable=not args.progress)
@@ -57,7 +57,7 @@ def audit(args: Namespace) -> Outcome:
 
 
 class _ByModule(Mapping[str, Mapping[str, LowRankUpdate]]):
-    """Module -> task -> update of adapters; those of a module are read when it is asked for."""
+    """Map module -> task -> update of adapters. The updates of a module are read on access."""
 
     def __init__(self, updates: Mapping[str, Mapping[str, LowRankUpdate]]) -> None:
         self._updates = updates

@@ -1,4 +1,4 @@
-"""Builds as commands run them: divided between the processes of a launcher, and going on after they were stopped."""
+"""Builds by commands: divided between the processes of a launcher, and continued after an interruption."""
 
 from __future__ import annotations
 
@@ -36,23 +36,24 @@ _UNREADABLE = (ValueError, OSError, HfHubHTTPError, HFValidationError)
 
 
 class Build:
-    """One build of a folder, by one process or by all that a launcher started.
+    """One build of a folder, by one process or by all processes of a launcher.
 
     Args:
-        division: What the processes do together.
-        unfinished: The modules that are finished, on the first process.
-        folder: What is built.
+        division: Division of work between the processes.
+        unfinished: Modules finished so far. Used on the first process only.
+        folder: Folder that is built.
     """
 
     def __init__(self, division: Division, unfinished: UnfinishedBuild | None, folder: Path) -> None:
         self._division, self._unfinished, self._folder = division, unfinished, folder
 
     def end(self, save: Callable[[], None], told: Callable[[], Outcome]) -> Outcome | None:
-        """Write the tree and say what came of it, on the first process alone; None elsewhere.
+        """Write the tree and return the outcome, on the first process only; None on the others.
 
         Args:
-            save: Writes the tree. Called again where what this build keeps takes the room for it.
-            told: What came of it.
+            save: Function that writes the tree. Called again if the disk is full and removing what this build keeps
+                makes room.
+            told: Function that returns the outcome.
         """
 
         def write() -> None:
@@ -69,7 +70,7 @@ class Build:
         return told() if self._division.is_first else None
 
     def each_module(self, run: RunHere[Result], modules: Sequence[str], purpose: Purpose) -> Iterator[Result]:
-        """The result of the work on each module, in their order; those of a merge are kept, or were."""
+        """Yield the result for each module, in order; those of a merge are kept, or taken from an earlier run."""
         if purpose != "merge":
             yield from self._division.each_module(run, modules, purpose)
             return
@@ -88,35 +89,35 @@ class Build:
             yield result
 
     def _read(self, module: str) -> Any:
-        """A module that is finished already, on the first process, which has what is kept; None if it is damaged."""
+        """Read a finished module, on the first process, which has the files; None if it is damaged."""
         return self._unfinished.read(module)
 
 
 def save(subspace: SharedSubspace, args: Namespace) -> None:
-    """Write the tree of a command that builds one."""
+    """Write the tree of a command that builds a subspace."""
     subspace.save_pretrained(args.folder, history=args.history, keep_originals=args.keep_originals)
 
 
 @contextmanager
 def building(args: Namespace, places: Mapping[str, str]) -> Iterator[Build]:
-    """Hold a folder against others while it is built.
+    """Lock a folder while it is built.
 
     Args:
-        args: Those of the command.
-        places: The adapters by task name, as far as they are known: with them and the arguments, what is kept of a
-            run that was stopped must fit.
+        args: Arguments of the command.
+        places: Places of the adapters by task name, as far as they are known. What is kept of an interrupted run is
+            used only if it matches them and the arguments.
 
     Raises:
-        Exception: What one of the processes raises; elsewhere a `RuntimeError` that names its rank. Nothing is kept
+        Exception: Error of one of the processes; on the others, a `RuntimeError` that names its rank. Nothing is kept
             of a build that is refused.
     """
     folder = Path(args.folder)
     if is_launched():
-        PartialState(cpu=True)  # what is merged is on the CPU, and there may be more processes than GPUs
+        PartialState(cpu=True)  # merges run on the CPU, and there may be more processes than GPUs
     watching = naming_lost_ranks("the same command continues it") if is_launched() else nullcontext()
     with watching, dividing_modules() as division, holding(folder) if division.is_first else nullcontext():
         unfinished = _unfinished(args, places) if division.is_first else None
-        division.meet()  # the others read the folder when it is held
+        division.meet()  # the others read the folder once it is locked
         build = Build(division, unfinished, folder)
         try:
             with working_by(build.each_module):
@@ -135,7 +136,7 @@ def _unfinished(args: Namespace, places: Mapping[str, str]) -> UnfinishedBuild:
 
 
 def _inputs(args: Namespace, places: Mapping[str, str]) -> dict[str, Any]:
-    """What a build depends on: the command, the tree there is, the files of the adapters, and the libraries."""
+    """Return everything a build depends on: command, existing tree, files of the adapters, and libraries."""
     given = {name: value for name, value in vars(args).items() if name not in _NOT_INPUTS}
     index = Path(args.folder) / INDEX_FILE
     return {
@@ -147,7 +148,7 @@ def _inputs(args: Namespace, places: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _stamps(place: str, token: str | None) -> list[list[Any]]:
-    """The files of an adapter, and when they were written; none if they cannot be found, which its reader will say."""
+    """Return the files of an adapter and when they were written; none if not found, which its reader reports."""
     try:
         files = find_adapter(place, token=token)
         stamps = [Stamp.of(path) for path in (files.config, files.weights) if path is not None]

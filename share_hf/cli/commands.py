@@ -1,4 +1,4 @@
-"""What the commands do: call the library, and say what came of it as text and as JSON."""
+"""The commands: each calls the library and reports the outcome as text and as JSON."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from .tables import count, drift, names, percent, score, size, table
 
 
 def run(args: Namespace, *, debug: bool = False) -> Outcome | None:
-    """Run the command that the arguments are of; None on processes of a launcher that have nothing to say."""
+    """Run the command that was parsed. Returns None on processes of a launcher that have nothing to report."""
     if not debug:
         transformers_logging.set_verbosity_error()
         hub_logging.set_verbosity_error()
@@ -64,7 +64,7 @@ def init(args: Namespace) -> Outcome | None:
 
 def add(args: Namespace) -> Outcome | None:
     adapters = adapters_of(args)
-    with building(args, adapters.places) as build:  # a second one begins from what this one saves
+    with building(args, adapters.places) as build:  # a concurrent command starts from what this one saves
         subspace = SharedSubspace.from_pretrained(args.folder)
         with naming_what_is_missing(adapters.places.values(), CONFIG_NAME):
             merge = subspace.add_adapters(adapters.places, tolerance=args.tolerance, **of_reading(args))
@@ -136,7 +136,7 @@ def upgrade(args: Namespace) -> Outcome:
         return Outcome(f"{args.place}: has format version {facts['from']} already", facts)
     subspace = load(args.place, args)
     if on_hub:
-        # Under any drift, so that every task's branch is written.
+        # Below any drift, so that every task's branch is written.
         subspace.push_to_hub(
             args.place,
             commit_message=f"Upgrade to format version {FORMAT_VERSION}",
@@ -170,7 +170,7 @@ _MEANS = ("average", "forgetting", "backward_transfer", "forward_transfer")
 
 @contextmanager
 def _unless_printed() -> Iterator[None]:
-    """Keep the library from warning of what the command prints: what came of reading, and the dimensions chosen."""
+    """Silence the library's warnings about what the command prints: results of reading, and the chosen dimensions."""
     loggers = [logging.getLogger(name) for name in _PRINTED]
     before = [logger.disabled for logger in loggers]
     for logger in loggers:
@@ -198,7 +198,7 @@ def _format_version(folder: Path) -> int:
 
 
 def _format_versions(repo_id: str, token: str | None) -> dict[str, int]:
-    """The format version of `main` and, where that is the newest, of the branches, which an upgrade writes last."""
+    """Return the format version of `main` and, if it is the newest, of the branches, which an upgrade writes last."""
     with naming_what_is_missing([repo_id], INDEX_FILE):
         index = RemoteTree.open(repo_id, token=token).index
     versions = {"main": index.format_version}
@@ -210,7 +210,7 @@ def _format_versions(repo_id: str, token: str | None) -> dict[str, int]:
 
 
 def _tasks_of(repo_id: str, token: str | None) -> tuple[str, ...]:
-    """The tasks of a repository; none where there is no subspace yet."""
+    """Return the tasks of a repository; none if it has no subspace yet."""
     try:
         return RemoteTree.open(repo_id, token=token).index.tasks
     except (RepositoryNotFoundError, ValueError):

@@ -26,7 +26,7 @@ from .tables import count, drift, names, table
 
 
 def export(args: Namespace) -> Outcome:
-    """`share-hf export`: tasks as LoRAs, their weighted sum, or a model that has them in its weights."""
+    """Run `share-hf export`: write tasks as LoRAs, their weighted sum, or a model with them merged in."""
     subspace = load(args.place, args)
     if args.merge_into is not None:
         subspace.export_merged(args.weights or args.task, args.merge_into, args.out, token=args.token)
@@ -70,7 +70,7 @@ def _export_gguf(subspace: SharedSubspace, args: Namespace) -> Outcome:
 
 
 def remove(args: Namespace) -> Outcome:
-    """`share-hf remove`: a subspace without some of its tasks."""
+    """Run `share-hf remove`: remove some tasks from a subspace."""
     removed = list(dict.fromkeys(args.tasks))
     with holding(args.folder):
         subspace = SharedSubspace.from_pretrained(args.folder)
@@ -84,7 +84,7 @@ def remove(args: Namespace) -> Outcome:
 
 
 def rename(args: Namespace) -> Outcome:
-    """`share-hf rename`: a task under another name."""
+    """Run `share-hf rename`: rename a task."""
     with holding(args.folder):
         subspace = SharedSubspace.from_pretrained(args.folder)
         subspace.rename_task(args.task, args.new_name)
@@ -94,7 +94,7 @@ def rename(args: Namespace) -> Outcome:
 
 
 def replace_task(args: Namespace) -> Outcome:
-    """`share-hf replace`: another adapter in the place of a task."""
+    """Run `share-hf replace`: replace a task by another adapter."""
     task, place = args.adapter
     with holding(args.folder):
         subspace = SharedSubspace.from_pretrained(args.folder)
@@ -113,7 +113,7 @@ def replace_task(args: Namespace) -> Outcome:
 
 
 def refit(args: Namespace) -> Outcome | None:
-    """`share-hf refit`: bases built anew from the adapters that tasks came from."""
+    """Run `share-hf refit`: rebuild the bases from the adapters that tasks came from."""
     originals = dict(args.originals)
     known = {task: of.place for task, of in read_originals(args.folder).items()}
     with building(args, {**known, **originals}) as build:
@@ -138,7 +138,7 @@ def _built_anew(subspace: SharedSubspace, before: dict[str, float], folder: Path
 
 
 def undo(args: Namespace) -> Outcome:
-    """`share-hf undo`: the predecessor of a subspace in its place."""
+    """Run `share-hf undo`: replace a subspace by its predecessor."""
     before = SharedSubspace.from_pretrained(args.folder)
     step = before.state.lineage[-1] if before.state.lineage else {}
     now = SharedSubspace.undo(args.folder)
@@ -147,7 +147,7 @@ def undo(args: Namespace) -> Outcome:
 
 
 def added(subspace: SharedSubspace, merge: MergeReport, folder: Path, verb: str = "added") -> Outcome:
-    """What came of new tasks: which were projected, which were merged, and what that changed of the others."""
+    """Report new tasks: which were projected, which were merged, and what that changed for the other tasks."""
     tasks = subspace.report().tasks
     rows = [
         (task.name, drift(merge.drift[task.name]), drift(task.drift), drift(task.drift_bound))
@@ -170,7 +170,7 @@ def added(subspace: SharedSubspace, merge: MergeReport, folder: Path, verb: str 
 
 
 def _step(step: Mapping[str, Any]) -> str:
-    """What a step of the lineage did, such as `the merge of mnli, wic`."""
+    """Describe a step of the lineage, for example `the merge of mnli, wic`."""
     if "renamed" in step:
         old, new = step["renamed"]
         return f"the renaming of {old} to {new}"

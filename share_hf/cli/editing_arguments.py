@@ -1,4 +1,4 @@
-"""Arguments of the commands that export and edit tasks. Needs the standard library alone."""
+"""Arguments of the commands that export and edit tasks. This module needs only the standard library."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def add_export(command: argparse.ArgumentParser) -> None:
 
 
 def add_tolerance(command: argparse.ArgumentParser) -> None:
-    """Add `--tolerance`, of commands that add tasks."""
+    """Add `--tolerance` to a command that adds tasks."""
     command.add_argument(
         "--tolerance",
         type=float,
@@ -54,7 +54,7 @@ def add_tolerance(command: argparse.ArgumentParser) -> None:
 
 
 def add_keeping(command: argparse.ArgumentParser) -> None:
-    """Add `--history` and `--keep-originals`, of commands that save a subspace."""
+    """Add `--history` and `--keep-originals` to a command that saves a subspace."""
     keep = command.add_argument_group("kept beside the folder, and never pushed").add_argument
     keep(
         "--history",
@@ -107,7 +107,7 @@ def add_replace(command: argparse.ArgumentParser, located_adapter: Callable[[str
 
 
 def check_export(args: argparse.Namespace, command: argparse.ArgumentParser) -> None:
-    """Exit with 2 where the options of `share-hf export` contradict each other."""
+    """Exit with 2 if the options of `share-hf export` contradict each other."""
     if (args.task is not None) + args.all + (args.weights is not None) != 1:
         command.error("expected one TASK, or --all, or --weights")
     if args.merge_into is not None and args.all:
@@ -125,10 +125,10 @@ def check_export(args: argparse.Namespace, command: argparse.ArgumentParser) -> 
 
 
 def task_weights(text: str) -> dict[str, float]:
-    """Weights by task, from `mrpc=0.5,sst2=0.5`.
+    """Parse weights by task, such as `mrpc=0.5,sst2=0.5`.
 
     Raises:
-        argparse.ArgumentTypeError: If it is something else.
+        argparse.ArgumentTypeError: If the text has another form.
     """
     weights: dict[str, float] = {}
     for part in text.split(","):

@@ -1,4 +1,4 @@
-"""What the commands share: opening what an argument names."""
+"""Shared parts of the commands: opening the places that arguments name."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from .tables import names
 
 
 def load(place: str, args: Namespace, *, revision: str | None = None) -> SharedSubspace:
-    """The subspace in a folder or repository."""
+    """Load the subspace in a folder or repository."""
     with naming_what_is_missing([place], INDEX_FILE):
         return SharedSubspace.from_pretrained(place, revision=revision, token=args.token)
 
 
 @contextmanager
 def naming_what_is_missing(places: Iterable[str], file: str) -> Iterator[None]:
-    """Say which places are neither folders nor repositories, and which folder with such a file may have been meant."""
+    """Report which places are neither folders nor repositories, and which folder with such a file may be meant."""
     try:
         yield
     except (RepositoryNotFoundError, LocalEntryNotFoundError, HFValidationError) as error:
@@ -38,7 +38,7 @@ def naming_what_is_missing(places: Iterable[str], file: str) -> Iterator[None]:
 
 
 def expect_no_adapter(folder: Path, advice: str = "expected another folder") -> None:
-    """Refuse to write over a subspace, or into the folder of an adapter."""
+    """Refuse to overwrite a subspace, or to write into the folder of an adapter."""
     if holds(folder, INDEX_FILE):
         raise ValueError(f"{folder} is a shared subspace already, {advice}")
     if holds(folder, CONFIG_NAME):

@@ -1,4 +1,4 @@
-"""What a command found or did."""
+"""The outcome of a command."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command found or did, for a person and as JSON."""
+    """The outcome of a command, as text for people and as JSON."""
 
     text: str
     facts: dict[str, Any]

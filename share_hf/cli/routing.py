@@ -1,4 +1,4 @@
-"""The command that tells which tasks texts belong to."""
+"""The command that finds the tasks that texts belong to."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .outcome import Outcome
 from .tables import score, table
 
 
-_SHOWN = 60  # characters of a text
+_SHOWN = 60  # characters shown of a text
 _NEAREST = 3
 
 
 def route(args: Namespace) -> Outcome:
-    """Names and scores of the tasks that the texts of the arguments belong to."""
+    """Run `share-hf route`: names and scores of the tasks that the given texts belong to."""
     texts = _texts(args)
     subspace = load(args.place, args, revision=args.revision)
     base = args.base_model or subspace.base_model_name_or_path

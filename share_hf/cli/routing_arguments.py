@@ -1,4 +1,4 @@
-"""Arguments of the command that tells which tasks texts belong to. Needs the standard library alone."""
+"""Arguments of the command that finds the tasks that texts belong to. This module needs only the standard library."""
 
 from __future__ import annotations
 

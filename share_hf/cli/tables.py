@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Numbers and tables formatted for people."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Columns under their names, the first to the left."""
+    """Format columns under their names, with the first one aligned to the left."""
     lines = [header, *rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     aligned = [[cell.rjust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
@@ -16,7 +16,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes, to three digits."""
+    """Format a number of bytes, to three digits."""
     if count < 1000:
         return f"{count:.0f} B"
     for unit in ("kB", "MB"):
@@ -27,12 +27,12 @@ def size(count: float) -> str:
 
 
 def drift(value: float) -> str:
-    """A relative drift; 0 where it is rounding."""
+    """Format a relative drift; rounding errors are shown as 0."""
     return f"{value:.2g}" if value >= 1e-6 else "0"
 
 
 def count(number: int, noun: str) -> str:
-    """A number of things, such as `1 task` and `2 tasks`."""
+    """Format a number of things, such as `1 task` and `2 tasks`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
@@ -49,6 +49,6 @@ def names(tasks: Iterable[str]) -> str:
 
 
 def some(texts: Iterable[str], separator: str = ", ", limit: int = 20) -> str:
-    """Texts in one line, not more than a person reads."""
+    """Join texts in one line, up to a number that people can read."""
     texts = list(texts)
     return separator.join(texts[:limit]) + (f" and {len(texts) - limit} more" if len(texts) > limit else "")

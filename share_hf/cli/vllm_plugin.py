@@ -1,6 +1,6 @@
-"""The entry point that vLLM calls in each of its processes; it needs the standard library alone.
+"""The entry point that vLLM calls in each of its processes. This module needs only the standard library.
 
-`import share_hf` takes about 3 s, most of it for PEFT, which servers without a subspace should not wait for.
+`import share_hf` takes about 3 s, mostly for PEFT, and servers without a subspace should not wait for it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Tasks of a subspace in the hands of other servers: a LoRA by name for vLLM, a file for llama.cpp and Ollama.
+"""Tasks of a subspace for other servers: a LoRA by name for vLLM, a file for llama.cpp and Ollama.
 
-`vllm_resolver` is loaded by vLLM alone, and needs it; it is not imported here.
+Only vLLM loads `vllm_resolver`, which needs vLLM; it is not imported here.
 """
 
 from .gguf_lora import GgufBase, GgufDtype, export_gguf

@@ -1,12 +1,13 @@
-"""Tasks as LoRAs in GGUF, as llama.cpp and Ollama load them.
+"""Export of tasks as LoRAs in GGUF, which llama.cpp and Ollama load.
 
-A file is what `convert_lora_to_gguf.py` of llama.cpp makes of the same LoRA: `general.type` is "adapter",
-`adapter.type` "lora", `general.architecture` that of the base model's file, `adapter.lora.alpha` the rank, so that
-the scale is 1, and each adapted weight has `<name>.lora_a` (r, d) and `<name>.lora_b` (n, r). The names are those of
-gguf's own map.
+A file has the content that llama.cpp's `convert_lora_to_gguf.py` produces from the same LoRA: `general.type` is
+"adapter", `adapter.type` is "lora", `general.architecture` is that of the base model's file, `adapter.lora.alpha` is
+the rank, so that the scale is 1, and each adapted weight has `<name>.lora_a` (r, d) and `<name>.lora_b` (n, r). The
+names come from gguf's own map.
 
-Of some architectures, llama.cpp stores the rows of the query and key weights in another order than transformers: its
-rotary embedding turns neighbours (2i, 2i + 1), that of transformers turns i and i + half. The rows of `lora_b` follow.
+For some architectures, llama.cpp stores the rows of the query and key weights in another order than transformers: its
+rotary embedding rotates neighbours (2i, 2i + 1), that of transformers rotates i and i + half. The rows of `lora_b` are
+reordered accordingly.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
 
 GgufDtype = Literal["float32", "float16"]
 
-# By class of transformers, the architecture of llama.cpp, as its converters register them. Only those are here whose
-# weights they take over as they are, but for the order of query and key rows; others split or mix them.
+# Architecture in llama.cpp by class of transformers, as llama.cpp's converters register them. Only classes whose
+# weights they take unchanged are listed, except for the order of query and key rows; others split or mix weights.
 _REORDERED = {
     "ArceeForCausalLM": "ARCEE",
     "GraniteForCausalLM": "GRANITE",
@@ -79,25 +80,26 @@ def export_gguf(
     token: str | bool | None = None,
 ) -> float:
     """
-    Write a task, or the weighted sum of tasks, as a LoRA in GGUF, for llama.cpp and Ollama. Needs the package `gguf`.
+    Write a task, or the weighted sum of tasks, as a LoRA in GGUF for llama.cpp and Ollama. Needs the package `gguf`.
 
     Args:
-        subspace ([`SharedSubspace`]): Holds the tasks.
-        tasks (`str` or `Mapping[str, float]`): A task, or weights as [`~SharedSubspace.export_combined`] takes them.
-        file (`str`): Where to write; there must be none yet. A crash leaves no half of it there.
+        subspace ([`SharedSubspace`]): Subspace that holds the tasks.
+        tasks (`str` or `Mapping[str, float]`): Name of a task, or weights by task. See
+            [`~SharedSubspace.export_combined`].
+        file (`str`): File to write, which must not exist yet. A crash leaves no partial file behind.
         base_model (`str` or [`GgufBase`], *optional*):
-            Folder or hub id of the base model, of which `config.json` alone is read; the subspace's if not given. Who
-            writes many files has it read once, by [`GgufBase.of`].
-        rank (`int`, *optional*): Largest rank of a layer of a sum; the pseudo rank p of the subspace if not given.
+            Folder or Hub id of the base model, from which only `config.json` is read. Defaults to the subspace's base
+            model. To write many files, read it once with [`GgufBase.of`].
+        rank (`int`, *optional*): Largest rank of a sum in a layer. Defaults to the pseudo rank p of the subspace.
         dtype (`Literal["float32", "float16"]`, *optional*, defaults to `"float32"`): Type of the factors in the file.
-        token (`str` or `bool`, *optional*): For a private base model.
+        token (`str` or `bool`, *optional*): Token for a private base model.
 
     Returns:
         `float`: Relative error that the rank of a sum costs; 0 for a task.
 
     Raises:
-        ValueError: If the file is there already, gguf is not installed, a task is unknown, or llama.cpp has no place
-            for something: the architecture of the base model, a head, a convolution, experts, a module; naming it.
+        ValueError: If the file exists already, gguf is not installed, a task is unknown, or llama.cpp does not support
+            the architecture of the base model, a head, a convolution, experts, or a module, which the message names.
             Nothing is written then.
     """
     if dtype not in get_args(GgufDtype):
@@ -135,15 +137,15 @@ def _gguf() -> ModuleType:
 
 @dataclass(frozen=True)
 class GgufBase:
-    """What an export needs to know of a base model: its modules without their weights, and their names in llama.cpp.
+    """Description of a base model for exports: its modules without their weights, and their names in llama.cpp.
 
     Args:
-        place: Its folder or hub id.
-        model: On the meta device.
-        config: Its configuration.
-        architecture: As llama.cpp calls it.
-        names: llama.cpp's names of weights by that of their module.
-        heads: By the last name of the modules whose rows llama.cpp orders in another way, how many heads they have.
+        place: Folder or Hub id of the base model.
+        model: Model on the meta device.
+        config: Configuration of the model.
+        architecture: Name of the architecture in llama.cpp.
+        names: Map from the names of modules to llama.cpp's names of their weights.
+        heads: Number of heads of the modules whose rows llama.cpp orders differently, by the last part of their name.
     """
 
     place: str
@@ -159,11 +161,11 @@ class GgufBase:
         Read the `config.json` of a base model.
 
         Args:
-            place (`str`): Its folder or hub id.
-            token (`str` or `bool`, *optional*): For a private one.
+            place (`str`): Folder or Hub id of the base model.
+            token (`str` or `bool`, *optional*): Token for a private base model.
 
         Raises:
-            ValueError: If there is none, it is of another architecture than those in `ARCHITECTURES`, or gguf is not
+            ValueError: If there is none, its architecture is not among those in `ARCHITECTURES`, or gguf is not
                 installed.
         """
         if place is None:
@@ -190,15 +192,15 @@ class GgufBase:
         return cls(place, model, config, gguf.MODEL_ARCH_NAMES[architecture], names, heads)
 
     def tensor_name(self, module: str, shape: tuple[int, int], layout: Layout | None) -> str:
-        """The name of a module's weight in llama.cpp.
+        """Return the name of a module's weight in llama.cpp.
 
         Args:
-            module: Name in the model of transformers.
-            shape: (n, d) of the update.
-            layout: How its matrix lies in the weight.
+            module: Name of the module in the model of transformers.
+            shape: Shape (n, d) of the update.
+            layout: Layout of the update's matrix in the weight.
 
         Raises:
-            ValueError: If llama.cpp has no place for an update of it, or it is another module.
+            ValueError: If llama.cpp does not support an update of the module, or the module does not match the task.
         """
         if layout is not None and layout.kind != "embedding":
             raise ValueError(f"{module!r} is no dense layer ({layout}), which GGUF has no place for")
@@ -222,7 +224,7 @@ class GgufBase:
         return name
 
     def ordered(self, module: str, out_factor: Tensor) -> Tensor:
-        """The rows (n, r) of a factor in the order in which llama.cpp has those of the weight."""
+        """Return the rows (n, r) of a factor in the order in which llama.cpp stores the rows of the weight."""
         heads = self.heads.get(module.rpartition(".")[2])
         if heads is None:
             return out_factor
@@ -233,7 +235,7 @@ class GgufBase:
 
 
 def _named_factors(adapter: LoraAdapter, base: GgufBase) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a LoRA of one rank, filled up with zeros: llama.cpp scales each by alpha over its own rank."""
+    """Yield a LoRA's tensors, zero-padded to one rank: llama.cpp scales each by alpha over the tensor's own rank."""
     if adapter.head:
         raise ValueError(
             f"the task has weights of its own for {listing(adapter.head)}, which GGUF has no place for, expected a "
@@ -244,7 +246,7 @@ def _named_factors(adapter: LoraAdapter, base: GgufBase) -> Iterator[tuple[str, 
         layout = adapter.layouts.get(module)
         name = base.tensor_name(module, (len(update.out_factor), len(update.in_factor)), layout)
         a, b = (_filled_up(factor, rank) for factor in (update.in_factor, base.ordered(module, update.out_factor)))
-        # Of an embedding, llama.cpp looks up rows of A.
+        # For an embedding, llama.cpp looks up rows of A.
         yield f"{name}.lora_a", a.contiguous() if layout is not None else a.T.contiguous()
         yield f"{name}.lora_b", b.contiguous()
 
@@ -284,7 +286,7 @@ def _write_metadata(
 
 @contextmanager
 def _new_file(path: Path) -> Iterator[Path]:
-    """A scratch file that is called `path` when the block ends without an error."""
+    """Yield a scratch file that is renamed to `path` when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:

@@ -1,11 +1,12 @@
-"""Tasks of a subspace as plain LoRAs in a folder, written when they are asked for by name.
+"""Cache of a subspace's tasks as plain LoRAs in a folder, written when they are requested by name.
 
-A LoRA is in `<task>-<key>`, where the key depends on the checksums of the basis and of the task: a subspace that has
-changed gives new places, and what a server has open stays as it is. A task that a merge left alone keeps its place.
+A LoRA is stored in `<task>-<key>`, where the key depends on the checksums of the basis and of the task. A subspace
+that has changed therefore yields new places, and files that a server has open stay as they are. A task that a merge
+did not change keeps its place.
 
-A server keeps the places that it was told, and reads them again whenever its own memory of LoRAs has dropped one. So
-nothing is removed unless a number of LoRAs is given: then a new one takes the place of the one that was used longest
-ago, but never of one that was handed out in the last ten minutes, which a server may not have read yet.
+A server remembers the places it was given, and reads them again whenever its own cache of LoRAs has dropped one.
+Nothing is therefore removed unless a maximum number of LoRAs is given. Then a new LoRA displaces the least recently
+used one, but never one that was handed out in the last ten minutes, which a server may not have read yet.
 """
 
 from __future__ import annotations
@@ -51,43 +52,43 @@ MOST_VARIABLE = "SHARE_HF_SERVING_MAX_LORAS"
 
 ServingDtype = Literal["float32", "bfloat16", "float16"]
 
-# Says in the folder of a LoRA what it is, and what it lacks. It is written with the LoRA, in one step.
+# Describes a LoRA, and what was left out of it, in its folder. It is written together with the LoRA, in one step.
 _NOTE_FILE = "share_hf.json"
 _FILES = (*ADAPTER_FILES, _NOTE_FILE)
-# Part of every key: a LoRA that is written in another way has another place.
+# Part of every key: a LoRA that is written in a different way gets a different place.
 _WRITING = "1"
 _PLACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}-[0-9a-f]{32}")
-_KEPT_SECONDS = 600  # after it was handed out, for the server to read it
+_KEPT_SECONDS = 600  # for which a LoRA is kept after it was handed out, so that the server can read it
 
-# A task of the subspace, or of a revision of its repository. Whatever else is asked for is somebody else's.
+# A task of the subspace, or of a revision of its repository. Any other name is not a task of this cache.
 _NAME = re.compile(r"(?P<task>[A-Za-z0-9][A-Za-z0-9_-]{0,63})(?:@(?P<revision>[A-Za-z0-9](?:[\w-]|\.(?!\.)){0,127}))?")
 
-_same_model = lru_cache(maxsize=64)(is_same_model)  # it may compare the weights of two folders
+_same_model = lru_cache(maxsize=64)(is_same_model)  # cached because it may compare the weights of two folders
 
 
 @dataclass(frozen=True)
 class LoraCache:
     """
-    The tasks of one subspace as plain LoRAs in a folder. Any number of threads and processes may use it at once.
+    The tasks of one subspace as plain LoRAs in a folder, safe for use by any number of threads and processes at once.
 
-    The first request for a task reads the bases of all layers and the coefficients of this one task, and nothing of
-    the other tasks; a later one reads the index. Nothing stays in memory in between.
+    The first request for a task reads the bases of all layers and the coefficients of this one task, but nothing of
+    the other tasks. A later request reads only the index. Nothing stays in memory between requests.
 
     Args:
-        subspace (`str`): Folder or hub id of the subspace.
-        folder (`Path`): Where to write the LoRAs.
+        subspace (`str`): Folder or Hub id of the subspace.
+        folder (`Path`): Folder for the LoRAs.
         base_model (`str`, *optional*):
-            Name of the base model as a server calls it, where that is not what the subspace calls it, such as that of
-            a quantized copy. Not checked.
+            Name of the base model on the server, if it differs from the subspace's name for it, such as the name of a
+            quantized copy. Not checked.
         dtype (`Literal["float32", "bfloat16", "float16"]`, *optional*, defaults to `"float32"`):
             Type of the factors on disk. A server that computes in a smaller type rounds them to it in any case.
         most (`int`, *optional*):
-            Number of LoRAs past which the least recently used ones are removed; nothing is removed if not given. A
-            server reads a LoRA again from the place that it was told once, so allow for more LoRAs than it is asked
-            for between two of its starts.
+            Number of LoRAs above which the least recently used ones are removed. None means that nothing is removed.
+            A server reads a LoRA again from the place that it was given once, so choose a number larger than that of
+            the LoRAs requested between two restarts of the server.
 
     Raises:
-        ValueError: If there is no such type, or the number is below one.
+        ValueError: If the type is unknown, or the number is below one.
     """
 
     subspace: str
@@ -105,14 +106,14 @@ class LoraCache:
     @classmethod
     def from_environment(cls) -> LoraCache | None:
         """
-        The cache that the environment asks for; None where `SHARE_HF_SUBSPACE` is not set.
+        Create the cache that the environment asks for; None if `SHARE_HF_SUBSPACE` is not set.
 
         `SHARE_HF_SERVING_CACHE` is its folder (`share_hf/loras` in the assets cache of huggingface_hub if not set),
         `SHARE_HF_BASE_MODEL` its `base_model`, `SHARE_HF_SERVING_DTYPE` its `dtype`, `SHARE_HF_SERVING_MAX_LORAS` its
         `most`.
 
         Raises:
-            ValueError: If the subspace is a folder that holds none, there is no such type, or the number is none.
+            ValueError: If the subspace is a folder without a subspace, the type is unknown, or the number is invalid.
         """
         subspace = os.path.expanduser(os.environ.get(SUBSPACE_VARIABLE, "").strip())
         if not subspace:
@@ -136,20 +137,20 @@ class LoraCache:
 
     def folder_of(self, name: str, base_model: str) -> Path | None:
         """
-        The folder of a task's LoRA, written if it is not there yet. Heads are left out, with a warning.
+        Return the folder of a task's LoRA, which is written if it does not exist. Heads are left out, with a warning.
 
         Args:
-            name (`str`): A task, or `task@revision` for one of a revision of the repository, such as
+            name (`str`): Name of a task, or `task@revision` for a task in a revision of the repository, such as
                 `mrpc@step-0007-mrpc`.
             base_model (`str`): Name or folder of the base model that is served.
 
         Returns:
-            `Path`: The folder; None where the name is no task of this subspace.
+            `Path`: Folder of the LoRA; None if the name is not a task of this subspace.
 
         Raises:
             ValueError: If the subspace belongs to another base model, there is no such revision, a file of the
                 subspace is damaged, or the task adapts a convolution or has entries that the type cannot hold.
-            OSError: If the hub cannot be reached, or the folder cannot be written.
+            OSError: If the Hub cannot be reached, or the folder cannot be written.
         """
         asked = _NAME.fullmatch(name)
         if asked is None:
@@ -211,7 +212,7 @@ class LoraCache:
                     writer.put(file, content)
 
     def _remove_oldest(self) -> None:
-        """Remove surplus LoRAs, unless one was handed out recently."""
+        """Remove surplus LoRAs, except those that were handed out recently."""
         if self.most is None:
             return
         places = [place for place in self.folder.iterdir() if _PLACE.fullmatch(place.name)]
@@ -222,24 +223,24 @@ class LoraCache:
                     if time.time() - _last_use(place) > _KEPT_SECONDS:
                         logger.info("Removing %s, as there are more than %d LoRAs.", place, self.most)
                         _remove(place)
-            except OSError as error:  # it is somebody else's, say; the LoRA that was asked for is there all the same
+            except OSError as error:  # for example, others own it; the requested LoRA is available all the same
                 logger.warning(
                     "%s: could not be removed (%s), though there are more than %d LoRAs.", place, error, self.most
                 )
 
 
 def _is_handed_out(place: Path) -> bool:
-    """Whether a LoRA is there, which counts as used now: nobody removes it before a server has read it."""
+    """Return whether a LoRA exists. It then counts as used now, so it is not removed before a server has read it."""
     if not (note := place / _NOTE_FILE).is_file():
         return False
-    # Held against who is about to remove it. Where nobody may write, nobody removes it either.
+        # The lock excludes processes about to remove it. Where nobody may write, nobody removes it either.
     with suppress(OSError), holding(place):
         os.utime(note)
     return note.is_file()
 
 
 def _last_use(place: Path) -> float:
-    """When a LoRA was last handed out, or read as far as the file system keeps that; 0 if it is half removed."""
+    """Return when a LoRA was last handed out, or read if the file system records that; 0 if it is half removed."""
     try:
         return max((place / _NOTE_FILE).stat().st_mtime, (place / SAFETENSORS_WEIGHTS_NAME).stat().st_atime)
     except FileNotFoundError:
@@ -247,10 +248,10 @@ def _last_use(place: Path) -> float:
 
 
 def _remove(place: Path) -> None:
-    """Remove a LoRA: first the note, without which it counts as not there, and nothing that is not ours."""
+    """Remove a LoRA: first the note, without which it counts as missing, and no files that are not part of it."""
     for name in (_NOTE_FILE, *ADAPTER_FILES):
         (place / name).unlink(missing_ok=True)
-    with suppress(OSError):  # something else is in it
+    with suppress(OSError):  # the folder contains something else
         place.rmdir()
 
 
@@ -261,7 +262,7 @@ def _index_in(folder: Path) -> TreeIndex:
 
 
 def _read(tree: RemoteTree | Path, index: TreeIndex, task: str) -> tuple[TreeIndex, LoraAdapter]:
-    """A task's LoRA, and the index of the very tree that it is from: a folder may have been replaced since."""
+    """Return a task's LoRA and the index of the very tree it comes from: a folder may have been replaced since."""
     if isinstance(tree, RemoteTree):
         tree.fetch([task])
         state = tree.read([task])
@@ -277,7 +278,7 @@ def _read(tree: RemoteTree | Path, index: TreeIndex, task: str) -> tuple[TreeInd
 
 
 def _without_head(adapter: LoraAdapter, dtype: ServingDtype) -> LoraAdapter:
-    """The LoRA alone, its factors in this type."""
+    """Return the LoRA without its head, with factors of this type."""
     target = {name: value for name, value in adapter.target.items() if name != "modules_to_save"}
     updates = {}
     for module, update in adapter.updates.items():

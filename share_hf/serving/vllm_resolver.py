@@ -1,14 +1,14 @@
-"""A LoRA resolver for vLLM: `vllm serve BASE --enable-lora` answers every task of a subspace by its name.
+"""A LoRA resolver for vLLM: `vllm serve BASE --enable-lora` serves every task of a subspace by its name.
 
-vLLM loads this module through the entry point `share_hf_resolver` of the group `vllm.general_plugins`, in each of its
-processes, where `SHARE_HF_SUBSPACE` is set. It asks resolvers only where `VLLM_ALLOW_RUNTIME_LORA_UPDATING` is set
-too. The signatures of `LoRAResolver`, `LoRARequest` and `LoRAResolverRegistry`
-are those of vLLM 0.33.0, read in its wheel.
+vLLM loads this module in each of its processes through the entry point `share_hf_resolver` of the group
+`vllm.general_plugins`, if `SHARE_HF_SUBSPACE` is set. It asks resolvers only if `VLLM_ALLOW_RUNTIME_LORA_UPDATING` is
+set too. The signatures of `LoRAResolver`, `LoRARequest` and `LoRAResolverRegistry` are those of vLLM 0.33.0, read in
+its wheel.
 
-What vLLM 0.33 does with an answer: it gives the LoRA a number of its own, and keeps name and place until
-`/v1/unload_lora_adapter`; a task that has changed in the subspace is served anew after that. Where a resolver answers
-None it asks the next one, and tells the client "does not exist" if there is none. An error of a resolver would keep it
-from asking the others, so that whatever is wrong is logged here and answered with None.
+vLLM 0.33 treats an answer as follows: it gives the LoRA a number of its own, and keeps name and place until
+`/v1/unload_lora_adapter` is called. A task that has changed in the subspace is served anew after that. If a resolver
+answers None, vLLM asks the next one, and if there is none, it tells the client "does not exist". An error in a
+resolver would keep vLLM from asking the others, so any error is logged here and answered with None.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ _ALLOWED = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 
 class ShareResolver(LoRAResolver):
     """
-    Finds tasks of a subspace for vLLM.
+    Resolver that finds tasks of a subspace for vLLM.
 
     Args:
-        cache ([`LoraCache`]): Has the LoRAs.
+        cache ([`LoraCache`]): Cache that provides the LoRAs.
     """
 
     def __init__(self, cache: LoraCache) -> None:
@@ -43,19 +43,19 @@ class ShareResolver(LoRAResolver):
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
         """
-        A task's LoRA.
+        Find a task's LoRA.
 
         Args:
             base_model_name (`str`): Name or folder of the model that is served.
-            lora_name (`str`): As [`LoraCache.folder_of`] takes it.
+            lora_name (`str`): Name of the LoRA. See [`LoraCache.folder_of`].
 
         Returns:
-            `LoRARequest`: With the place of the LoRA; None where there is no such task, or it cannot be served, which
-                the log tells.
+            `LoRARequest`: Request with the place of the LoRA; None if there is no such task, or it cannot be served,
+                which is logged.
         """
         try:
             folder = await asyncio.to_thread(self._cache.folder_of, lora_name, base_model_name)
-        except Exception as error:  # of any kind: the other resolvers are still to be asked
+        except Exception as error:  # of any kind, because vLLM must still ask the other resolvers
             logger.error("LoRA %r cannot be served: %s", lora_name, error)
             return None
         if folder is None:
@@ -71,7 +71,7 @@ def register_resolver() -> None:
     vLLM may call this several times in a process.
 
     Raises:
-        ValueError: If it names a folder without a subspace: the server does not start.
+        ValueError: If it names a folder without a subspace. The server does not start then.
     """
     if RESOLVER_NAME in LoRAResolverRegistry.get_supported_resolvers():
         return
@@ -84,6 +84,6 @@ def register_resolver() -> None:
 
 
 def stable_id(name: str, place: str) -> int:
-    """A positive number of 63 bits that is the same in every process for one LoRA in one state of its subspace."""
+    """Return a positive 63-bit number that is the same in every process for one LoRA in one state of its subspace."""
     digest = hashlib.sha256(f"{name}\n{place}".encode()).digest()
     return (int.from_bytes(digest[:8], "big") >> 1) or 1

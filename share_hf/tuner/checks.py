@@ -1,4 +1,4 @@
-"""Whether an adapter fits the model that is to take it."""
+"""Checks that an adapter fits the model that is to take it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from .loading import StoredAdapter
 
 
 def check_modules(model: nn.Module, stored: StoredAdapter, *, from_file: bool) -> None:
-    """Refuse an adapter that PEFT would load in part: it passes over what the model has no place for.
+    """Refuse an adapter that PEFT would load only in part, because PEFT ignores what the model has no place for.
 
     Raises:
-        ValueError: Naming a module that the model does not have, or has inside a compiled one.
+        ValueError: If the model lacks a module of the adapter, or has it inside a compiled module. Names the module.
     """
     modules = {without_wrappers(name): module for name, module in model.named_modules()}
     names = {without_wrappers(name): name for name, _ in model.named_modules()}
@@ -35,10 +35,10 @@ def check_modules(model: nn.Module, stored: StoredAdapter, *, from_file: bool) -
 
 
 def check_has_basis(stored: StoredAdapter, module_name: str) -> None:
-    """Refuse a module that a stored subspace has nothing for.
+    """Refuse a module for which the stored subspace has no basis.
 
     Raises:
-        ValueError: Naming it.
+        ValueError: If there is no basis. Names the module.
     """
     if stored.modules and module_name not in stored.modules:
         raise ValueError(f"the stored subspace has no basis for {module_name!r}, it has {len(stored.modules)}")

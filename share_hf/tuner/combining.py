@@ -24,17 +24,18 @@ def combined_config(
     weights: Sequence[float],
     combination_type: str,
 ) -> ShareConfig:
-    """The configuration of a weighted sum of adapters.
+    """Build the configuration of a weighted sum of adapters.
 
     Args:
-        configs: Configurations of the adapters of a model.
+        configs: Configurations of a model's adapters, by name.
         layers: Layers of the model, by name.
-        adapters: What is summed.
-        weights: One for each.
-        combination_type: As LoRA's; these all mean the sum of the updates, which the subspace holds.
+        adapters: Names of the adapters to sum.
+        weights: Weights, one for each adapter.
+        combination_type: Type of combination, named as in LoRA. The types accepted here all mean the sum of the
+            updates, which the subspace contains.
 
     Raises:
-        ValueError: If there is no such sum of these adapters.
+        ValueError: If these adapters cannot be summed.
     """
     if combination_type not in COMBINATIONS:
         raise ValueError(
@@ -58,7 +59,7 @@ def combined_config(
     config.target_modules = {
         name
         for name, layer in layers.items()
-        if layer.layout != EXPERT and any(map(layer.has_task, adapters))  # those are told by target_parameters
+        if layer.layout != EXPERT and any(map(layer.has_task, adapters))  # target_parameters names the experts
     }
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     return config

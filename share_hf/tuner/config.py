@@ -17,19 +17,19 @@ from .lora_only import without_options_of_lora
 
 TemporaryInit = Literal["basis", "random"]
 
-# What a configuration may have trained; tasks of the subspace that are trained further are in `coefficients`.
+# Phases that a configuration may have. A task of the subspace that is trained further is in `coefficients`.
 PHASES = (Phase.COEFFICIENTS, Phase.ADAPT, Phase.INIT)
 
 
 class ShareType(str):
-    """The PEFT type of this tuner: a plain string that also has what others read from a member of PEFT's own enum."""
+    """The PEFT type of this tuner: a plain string that also has the attributes of a member of PEFT's own enum."""
 
     @property
     def value(self) -> str:
         return str.__str__(self)
 
     def __str__(self) -> str:
-        return f"PeftType.{self.value}"  # of which PEFT's `get_model_status` tells what is after the dot
+        return f"PeftType.{self.value}"  # PEFT's `get_model_status` reports the part after the dot
 
     def __format__(self, specification: str) -> str:
         return format(self.value, specification)
@@ -40,11 +40,11 @@ SHARE = ShareType("SHARE")
 
 @dataclass(frozen=True)
 class AdapterOrigin:
-    """Where the configuration of an adapter was loaded from: its basis and its weights are there too.
+    """The place that an adapter's configuration was loaded from, which also holds its basis and its weights.
 
     Args:
         location: Folder, or id of a repository.
-        subfolder: Place of the adapter in it.
+        subfolder: Folder of the adapter within the location.
         download_options: Options of `hf_hub_download`.
     """
 
@@ -54,17 +54,17 @@ class AdapterOrigin:
 
     @property
     def folder(self) -> Path:
-        """The adapter's own folder, where the location is one."""
+        """The adapter's own folder, if the location is a folder."""
         return Path(self.location, self.subfolder or "")
 
 
 @dataclass(frozen=True)
 class GivenBases:
-    """Bases by module that an adapter belongs to, of a subspace in memory.
+    """The bases that an adapter belongs to, by module, from a subspace in memory.
 
     Args:
         bases: Bases of all modules of the subspace.
-        adapted: The modules that the adapter has coefficients for; those that its configuration targets if None.
+        adapted: Modules that the adapter has coefficients for. None means the modules that its configuration targets.
     """
 
     bases: Mapping[str, StoredBasis]
@@ -77,22 +77,22 @@ class ShareConfig(PeftConfig):
     """
     Configuration of a task in a shared subspace (Share, https://huggingface.co/papers/2602.06043).
 
-    All tasks of a model share one basis a layer; a task is the coefficients of its update in it, two matrices of k x p
-    numbers a layer. The adapter's name is the task's name.
+    All tasks of a model share one basis per layer. A task consists of the coefficients of its update in that basis:
+    two matrices of k x p numbers per layer. The adapter's name is the task's name.
 
     Args:
         num_components (`int`, *optional*, defaults to `32`):
-            Cap k on the directions of a layer's basis, on the output and on the input side.
+            Upper limit k on the number of directions in a layer's basis, on the output side and on the input side.
         pseudo_rank (`int`, *optional*, defaults to `8`):
-            Cap p on the rank of a task's update in each layer (n, d), which has at most min(p, n, d). At most
-            `num_components`.
+            Upper limit p on the rank of a task's update. In a layer (n, d) the rank is at most min(p, n, d). Must not
+            exceed `num_components`.
         num_temporary (`int`, *optional*):
-            Number φ of leading basis vectors that are trained as temporary factors while a new task is learned. Less
-            than `num_components`; `num_components // 4` if not given.
+            Number φ of leading basis vectors that are trained as temporary factors while a new task is learned. Must
+            be less than `num_components`. None means `num_components // 4`.
         temporary_init (`Literal["basis", "random"]`, *optional*, defaults to `"basis"`):
-            What temporary factors begin as: the leading basis vectors, as in the paper (Sec. 3.2.2), or those of a
-            fresh LoRA of rank p, whose input side is random and most of it outside the span of earlier tasks. The
-            latter has no coefficients, hence `num_temporary` and `init_std` do not matter.
+            Initial values of the temporary factors: the leading basis vectors, as in the paper (Sec. 3.2.2), or the
+            factors of a fresh LoRA of rank p, whose input side is random and lies mostly outside the span of earlier
+            tasks. The latter has no coefficients, so `num_temporary` and `init_std` have no effect.
         target_modules (`Union[list[str], str]`, *optional*):
             Names of the modules to adapt, a regex, or `"all-linear"`, as for LoRA.
         exclude_modules (`Union[list[str], str]`, *optional*):
@@ -100,49 +100,52 @@ class ShareConfig(PeftConfig):
         layers_to_transform (`Union[list[int], int]`, *optional*):
             Indices of the layers to adapt.
         layers_pattern (`Union[list[str], str]`, *optional*):
-            Name of the `nn.ModuleList` that `layers_to_transform` counts in.
+            Name of the `nn.ModuleList` that `layers_to_transform` indexes.
         target_parameters (`list[str]`, *optional*):
-            Names of parameters to adapt, or ends of them, in which a model keeps the weights (experts, n, d) of
-            experts; each expert is a layer. As for LoRA, `target_modules=[]` leaves everything else alone.
+            Names, or ends of names, of parameters to adapt, each holding the weights (experts, n, d) of all experts
+            of a module. Each expert is a layer. As with LoRA, `target_modules=[]` leaves everything else alone.
         modules_to_save (`list[str]`, *optional*):
-            Modules, such as a classification head, that are trained as a whole and kept with their task; PEFT compares
-            the ends of names. [`ShareTrainer`] and [`ShareCallback`] add those that the base model's checkpoint lacks.
+            Modules, such as a classification head, that are trained as a whole and kept with their task. PEFT compares
+            the ends of names. [`ShareTrainer`] and [`ShareCallback`] add the modules that the base model's checkpoint
+            lacks.
         basis (`Literal["joint", "factor"]`, *optional*, defaults to `"joint"`):
-            How a merge chooses the basis: weighing all tasks' updates equally, or from the stacked LoRA factors as in
-            the paper.
+            Method by which a merge chooses the basis: `"joint"` weighs the updates of all tasks equally, `"factor"`
+            starts from the stacked LoRA factors as in the paper.
         center (`bool`, *optional*, defaults to `False`):
-            Whether merges subtract the mean column of the stacked factors, as the paper does; `basis="factor"` only.
+            Whether merges subtract the mean column of the stacked factors, as the paper does. Only for
+            `basis="factor"`.
         explained_variance (`float`, *optional*):
-            Use the fewest directions that explain this fraction of the tasks' variance.
+            Fraction of the tasks' variance that merges explain with as few directions as possible.
         drift_tolerance (`float`, *optional*):
-            Largest relative drift of any task that merges may add up to; layers grow to meet it.
+            Largest relative drift that merges may accumulate for any task. Layers grow to meet it.
         max_components (`int`, *optional*):
-            How far layers may grow for `drift_tolerance`.
+            Number of components up to which layers may grow to meet `drift_tolerance`.
         coefficient_dtype (`Literal["float32", "bfloat16", "4bit"]`, *optional*, defaults to `"float32"`):
-            What a subspace stores coefficients in. In a model they are float32 in any case.
+            Data type in which a subspace stores coefficients. In a model they are always float32.
         tolerance (`float`, *optional*):
-            Relative error up to which a task that is merged takes a smaller rank than `pseudo_rank` in a layer.
+            Relative error up to which a merged task takes a rank smaller than `pseudo_rank` in a layer.
         dropout (`float`, *optional*, defaults to `0.0`):
-            Probability with which inputs of a task's update are dropped in training, as LoRA's `lora_dropout`.
+            Dropout probability of the inputs of a task's update in training, like LoRA's `lora_dropout`.
         init_std (`float`, *optional*, defaults to `0.05`):
             Standard deviation σ of a new task's coefficients.
         fan_in_fan_out (`bool`, *optional*, defaults to `False`):
-            Whether the target layers store their weight as (in, out), as GPT-2's `Conv1D` does.
+            Whether the target layers store their weight as (in, out), like GPT-2's `Conv1D`.
         phase (`Literal["coefficients", "adapt", "init"]`, *optional*, defaults to `"coefficients"`):
-            What of the task is trained: its coefficients in the frozen basis; coefficients and temporary factors
-            (Sec. 3.2.2); or, before there is a subspace, free factors of rank p, as in LoRA. Set by the trainer.
+            Part of the task that is trained: its coefficients in the frozen basis; its coefficients and temporary
+            factors (Sec. 3.2.2); or, before there is a subspace, free factors of rank p, as in LoRA. Set by the
+            trainer.
 
     Attributes:
         origin (`AdapterOrigin` or `GivenBases`, *optional*):
-            Where the basis of the adapter comes from; None for a fresh configuration. No field, so it is never saved.
-            The model that takes the adapter reads it, and lets go of bases that were given.
+            Source of the adapter's basis. None for a fresh configuration. Not a field, so it is never saved. The model
+            that takes the adapter reads it, and then drops bases that were given.
         fingerprints (`Mapping[str, torch.Tensor]`, *optional*):
-            By module, the fingerprint of the basis that the coefficients to come belong to, if they are in memory. No
-            field either; the model that takes the adapter compares them with its bases.
-        ranks (`Mapping[str, int]`, *optional*): By module, the rank of these coefficients. No field either.
+            Fingerprints, by module, of the basis that the coefficients to be loaded belong to, if these are in memory.
+            Not a field either. The model that takes the adapter compares them with its bases.
+        ranks (`Mapping[str, int]`, *optional*): Ranks of these coefficients, by module. Not a field either.
 
     Raises:
-        ValueError: If a value is out of range, or two contradict each other.
+        ValueError: If a value is out of range, or two values contradict each other.
     """
 
     num_components: int = field(default=32, metadata={"help": "Cap on the directions of a layer's basis (k)."})

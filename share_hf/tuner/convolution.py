@@ -13,13 +13,13 @@ class Convolution(Linear):
     """
     Share on `nn.Conv1d`, `nn.Conv2d` and `nn.Conv3d`, whose update is a matrix (n, d) of low rank.
 
-    It has a row for each output channel and a column for each number under the kernel, ``d = channels · kernel``. As
-    PEFT's LoRA does, it first convolves with A, or with the basis α of a mixed batch, to p channels, or k, by the
-    layer's own stride and padding, and makes n channels of them at each place.
+    The matrix has a row for each output channel and a column for each number under the kernel, ``d = channels ·
+    kernel``. Like PEFT's LoRA, the layer first convolves with A to p channels (or with the basis α of a mixed batch to
+    k channels), using its own stride and padding, and then maps these to n channels at each place.
     """
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return False  # PEFT makes a matrix of any layer's update, which has no kernel
+        return False  # PEFT converts any layer's update to a matrix, which has no kernel
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The task's update in the layout and device of the base weight (n, channels, *kernel), float32."""
@@ -27,7 +27,7 @@ class Convolution(Linear):
 
     @property
     def _places(self) -> int:
-        """In how many dimensions the kernel moves."""
+        """Number of dimensions in which the kernel moves."""
         return len(self.get_base_layer().kernel_size)
 
     def _as_kernels(self, rows: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ class Convolution(Linear):
         return rows.reshape(len(rows), layer.in_channels, *layer.kernel_size)
 
     def _convolved(self, x: Tensor, rows: Tensor) -> Tensor:
-        """What the layer computes with kernels (j, d) and without a bias, (…, j, *places)."""
+        """Compute the layer with kernels (j, d) and without a bias, (…, j, *places)."""
         return self.get_base_layer()._conv_forward(x, self._as_kernels(rows), None)
 
     def _with_update(self, result: Tensor, x: Tensor, adapter: str) -> Tensor:
@@ -51,5 +51,5 @@ class Convolution(Linear):
 
 
 def _at_each_place(z: Tensor, up: Tensor, places: int) -> Tensor:
-    """``up z`` of the channels (…, j, *places) at each place."""
+    """Compute ``up z`` on the channels of z (…, j, *places) at each place."""
     return F.linear(z.movedim(-1 - places, -1), up).movedim(-1, -1 - places)

@@ -13,22 +13,22 @@ from .rows import MixedBatch
 
 class Embedding(Linear):
     """
-    Share on `nn.Embedding`, whose update is a matrix (n, d) = (size of a vector, number of vectors), as PEFT's is.
+    Share on `nn.Embedding`, whose update is a matrix (n, d) = (size of a vector, number of vectors), as in PEFT.
 
-    Rows of A^T, or of the basis α, are looked up instead of multiplied: what a forward costs does not depend on the
-    number of vectors, so nothing is folded and kept. As in PEFT's LoRA, inputs are not dropped, for ids have no zero,
-    and `embed_scale` of an embedding that scales its output scales that of the update too.
+    Rows of A^T, or of the basis α, are looked up rather than multiplied. The cost of a forward therefore does not
+    depend on the number of vectors, and no folded factors are kept. As in PEFT's LoRA, inputs are not dropped, because
+    ids have no zero, and the `embed_scale` of an embedding that scales its output also scales the update.
     """
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return False  # PEFT makes a `lora_A` of any layer, which an embedding does not have
+        return False  # PEFT converts any layer to a `lora_A`, which an embedding does not have
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """The task's update in the layout and device of the base weight (d, n), float32."""
+        """The task's update in the layout of the base weight (d, n) and on its device, float32."""
         return self.factors(adapter).dense().T
 
     def _initial_factors(self, rank: int) -> tuple[Tensor, Tensor]:
-        """B (n, r) at random and A^T (d, r) zero, as PEFT begins: a row of A^T is trained where its id is seen."""
+        """Return random B (n, r) and zero A^T (d, r), as in PEFT: a row of A^T is trained where its id occurs."""
         return torch.randn(self.out_features, rank), torch.zeros(self.in_features, rank)
 
     def _looked_up(self, ids: Tensor, rows: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Experts that a model keeps in one parameter, each with an update in a shared subspace of its own."""
+"""Experts that a model keeps in one parameter, each of which has an update in a shared subspace of its own."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from .linear import Linear
 
 class Expert(Linear):
     """
-    One of the experts in a parameter (experts, n, d), or (experts, d, n) where the module says `is_transposed`.
+    One of the experts in a parameter (experts, n, d), or (experts, d, n) if the module has `is_transposed` set.
 
-    It has what a dense layer has but a forward: the experts of a parameter are computed together, by `Experts`.
+    It has everything that a dense layer has except a forward: `Experts` computes all experts of a parameter together.
     """
 
     base_layer: ExpertWeight
@@ -33,7 +33,7 @@ class Expert(Linear):
         self.base_layer.weight.data.copy_(weight_data)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return False  # PEFT makes a LoRA of layers, of which an expert is none
+        return False  # PEFT converts layers to LoRA, and an expert is not a layer
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         raise NotImplementedError("an expert has no forward of its own, the module that holds it computes all of them")
@@ -41,13 +41,14 @@ class Expert(Linear):
 
 class Experts(nn.Module):
     """
-    The module that holds the parameters of experts, computed with their updates in them.
+    A module that holds the parameters of experts, computed with the experts' updates applied.
 
-    It has a list of `Expert` for each adapted parameter, by its name. As PEFT's LoRA does, a forward adds the updates
-    of all experts to the parameter, for as long as it takes: what the module does with it is its own affair.
+    It has a list of `Expert` for each adapted parameter, under the parameter's name. Like PEFT's LoRA, a forward adds
+    the updates of all experts to the parameter for the duration of the call. What the module does with the parameter
+    does not matter.
 
     Args:
-        base_layer: The module.
+        base_layer: Module that holds the parameters.
     """
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -56,7 +57,7 @@ class Experts(nn.Module):
         self.is_transposed = bool(getattr(base_layer, "is_transposed", False))
 
     def lists(self) -> dict[str, nn.ModuleList]:
-        """The experts by name of their parameter."""
+        """The experts, by the name of their parameter."""
         return {name: child for name, child in self.named_children() if name != "base_layer"}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -77,7 +78,7 @@ class Experts(nn.Module):
         return torch.func.functional_call(self.base_layer, updated, args, kwargs)
 
     def _with_task(self, parameter: Tensor, experts: nn.ModuleList, task: str) -> Tensor:
-        """The parameter with the update of a task in each expert that it adapts."""
+        """Return the parameter with a task's update added to each expert that the task adapts."""
         factors = {
             number: expert.folded_factors(task, parameter.dtype)
             for number, expert in enumerate(experts)
@@ -87,7 +88,7 @@ class Experts(nn.Module):
             return parameter
         absent = tuple(map(torch.zeros_like, next(iter(factors.values()))))
         downs, ups = zip(*(factors.get(number, absent) for number in range(len(experts))), strict=True)
-        rank = max(map(len, downs))  # each expert may have one of its own
+        rank = max(map(len, downs))  # experts may differ in rank
         down = torch.stack([F.pad(each, (0, 0, 0, rank - len(each))) for each in downs])
         up = torch.stack([F.pad(each, (0, rank - each.shape[1])) for each in ups])
         left, right = (down.mT, up.mT) if self.is_transposed else (up, down)
@@ -97,7 +98,7 @@ class Experts(nn.Module):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """The module as it was, or with the adapters in its parameters; PEFT calls it so."""
+        """Return the module as it was, or with the adapters merged into its parameters. Called by PEFT."""
         if merge:
             for expert in (expert for experts in self.lists().values() for expert in experts):
                 expert.merge(safe_merge=safe_merge, adapter_names=adapter_names)
@@ -115,15 +116,15 @@ def adapt_experts(
     """Add a task to the experts of a parameter.
 
     Args:
-        parent: The module around the one that holds the parameter.
-        name: Its name in there; "base_layer" where it is held by an `Experts` already.
-        adapter_name: The task.
-        config: Its configuration.
+        parent: Parent of the module that holds the parameter.
+        name: Name of that module in its parent; "base_layer" if an `Experts` holds it already.
+        adapter_name: Name of the task.
+        config: Configuration of the task.
         parameter: Name of the parameter.
-        adapt: Makes an expert of a number and a weight, or adds the task to one that is there.
+        adapt: Function that makes an expert from a number and a weight, or adds the task to an existing expert.
 
     Raises:
-        ValueError: If inputs are to be dropped, as no expert has them apart.
+        ValueError: If inputs are to be dropped, because the inputs of an expert are not available separately.
     """
     if config.dropout:
         raise ValueError(
@@ -149,14 +150,14 @@ def adapt_experts(
 
 
 def parameters_adapted(targets: Sequence[str] | None, adapted: Collection[str]) -> Sequence[str] | None:
-    """The `target_parameters` of a stored adapter: PEFT compares each with each parameter of a model.
+    """Shorten the `target_parameters` of a stored adapter, each of which PEFT compares with each parameter of a model.
 
     Args:
-        targets: As its configuration has them.
-        adapted: The modules that it has coefficients for.
+        targets: Targets in the adapter's configuration.
+        adapted: Modules that the adapter has coefficients for.
 
     Returns:
-        The same, or the names of parameters with experts that it has if those are fewer.
+        The same targets, or the names of the adapter's parameters with experts if there are fewer of these.
     """
     if not targets:
         return targets
@@ -165,12 +166,12 @@ def parameters_adapted(targets: Sequence[str] | None, adapted: Collection[str]) 
 
 
 def remove_new_layers(model: nn.Module, adapter_name: str, before: Collection[ShareLayer]) -> None:
-    """Take an adapter out of a model that could not be added as a whole.
+    """Remove an adapter that could not be added to a model as a whole.
 
     Args:
-        model: The base model, with what was added.
-        adapter_name: The adapter.
-        before: The layers that were there before; others are unwrapped.
+        model: Base model, with the layers that were added.
+        adapter_name: Name of the adapter.
+        before: Layers that were there before. All others are unwrapped.
     """
     for module_name, module in list(model.named_modules()):
         parent_name, _, child_name = module_name.rpartition(".")

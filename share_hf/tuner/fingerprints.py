@@ -1,4 +1,4 @@
-"""Which basis the coefficients of a layer's tasks belong to: in state dicts it goes with them."""
+"""Fingerprints of the basis that the coefficients of a layer's tasks belong to; state dicts carry both together."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 class Fingerprints(nn.Module):
     """
-    By task with coefficients in the basis, the fingerprint (8,) uint8 of the basis.
+    The fingerprint (8,) uint8 of the basis, by task with coefficients in that basis.
 
-    A layer has one basis, so it is one tensor in memory. State dicts have a copy for each task: safetensors refuses
-    tensors that share memory.
+    A layer has one basis, so the fingerprint is one tensor in memory. State dicts have a copy for each task, because
+    safetensors refuses tensors that share memory.
     """
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ class Fingerprints(nn.Module):
         self.of_basis = torch.zeros(8, dtype=torch.uint8)
 
     def mark(self, tasks: Iterable[str]) -> None:
-        """Take the coefficients of these tasks to belong to the basis."""
+        """Record that the coefficients of these tasks belong to the basis."""
         self._tasks.update(dict.fromkeys(tasks))
 
     def keys(self) -> KeysView[str]:
@@ -52,17 +52,17 @@ class Fingerprints(nn.Module):
         return super().__getattr__(name)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Ignore what a loader of transformers sets as an attribute: it was compared before."""
+        """Ignore what a loader of transformers sets as an attribute: it has been compared already."""
         if name not in self._tasks:
             super().register_parameter(name, param)
 
     def check(self, found: Tensor | None, name: str) -> None:
-        """Refuse coefficients whose fingerprint, of this name, is another than that of the layer's basis.
+        """Refuse coefficients whose fingerprint, stored under this name, differs from that of the layer's basis.
 
         Raises:
-            ValueError: Naming it, with what was found and what was expected.
+            ValueError: If the fingerprint is missing or differs. Names it, with the value found and the one expected.
         """
-        # Rounded: an average of equal ones, such as an EMA of all tensors, is the same but for rounding.
+        # Rounded because an average of equal fingerprints, such as an EMA of all tensors, equals them up to rounding.
         if found is not None and torch.equal(found.cpu().float().round(), self.of_basis.float()):
             return
         value = "missing" if found is None else found.tolist()
@@ -87,7 +87,7 @@ class Fingerprints(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Load nothing: the layer has compared them before."""
+        """Load nothing: the layer has compared the fingerprints already."""
         missing_keys.extend(name for task in self._tasks if (name := f"{prefix}{task}") not in state_dict)
         unexpected_keys.extend(
             name for name in state_dict if name.startswith(prefix) and name.removeprefix(prefix) not in self._tasks

@@ -1,4 +1,4 @@
-"""Factors that a forward folded, kept for as long as they are right, and their product."""
+"""Factors folded by a forward and kept for as long as they are valid, and the product with them."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-# How many tasks' folded factors a layer keeps. At rank 8 and 4096 x 4096 they take 128 kB each in bfloat16.
+# Number of tasks whose folded factors a layer keeps. At rank 8 and 4096 x 4096 they take 128 kB each in bfloat16.
 FOLDED_TASKS = 8
 
 
 class _Held:
-    """A tensor as it was, without a copy.
+    """The state of a tensor at a point in time, without a copy.
 
-    It and its storage are held, so that no other tensor can take their identity or address.
+    The tensor and its storage are kept alive, so that no other tensor can take over their identity or address.
     """
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor, self._storage, self._version = tensor, tensor.detach(), tensor._version
 
     def is_as(self, tensor: Tensor) -> bool:
-        """Whether this is the tensor and nothing has changed it; in-place changes count up its version."""
+        """Return whether this is the same tensor, unchanged; in-place changes increment its version."""
         return (
             tensor is self._tensor
             and tensor.data_ptr() == self._storage.data_ptr()
@@ -33,7 +33,7 @@ class _Held:
 
 
 class _Copied:
-    """A tensor as it was, by its content."""
+    """The state of a tensor at a point in time, as a copy of its content."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._content = tensor.detach().clone()
@@ -43,7 +43,7 @@ class _Copied:
 
 
 class _Row:
-    """A task's row in a stack of coefficients, as it was."""
+    """The state of a task's row in a stack of coefficients at a point in time."""
 
     def __init__(self, stack: Tensor, row: Tensor) -> None:
         self._stack = stack
@@ -51,16 +51,16 @@ class _Row:
         self._was = _Copied(row) if row.device.type == "cpu" else _Held(stack)
 
     def is_as(self, stack: Tensor) -> bool:
-        """Whether this is the stack, and the row there is the same."""
+        """Return whether this is the same stack and the row in it is unchanged."""
         return stack is self._stack and self._was.is_as(self._compared)
 
 
 class FoldedFactors:
-    """A task's folded factors, and what they were formed from.
+    """A task's folded factors, and the tensors that they were formed from.
 
-    Fused optimizers, writes through `.data` and averages that are swapped in change parameters behind autograd's
-    back. On a CPU, contents are compared, which are small. Elsewhere that would wait for the device in each layer, so
-    nothing that may be trained is kept.
+    Fused optimizers, writes through `.data`, and averages that are swapped in change parameters without autograd
+    noticing. On a CPU, the contents are compared, which are small. Elsewhere a comparison would wait for the device in
+    each layer, so factors of anything that may be trained are not kept.
     """
 
     def __init__(
@@ -74,11 +74,11 @@ class FoldedFactors:
         """Remember what the factors were formed from.
 
         Args:
-            factors: A (p, d) and B (n, p).
-            dtype: Theirs.
-            parameters: What the task has, with whole stacks where it has a row in one.
-            bases: The bases.
-            rows: Its rows, by the place of their stack among the parameters.
+            factors: Factors A (p, d) and B (n, p).
+            dtype: Data type of the factors.
+            parameters: Parameters of the task, with the whole stack where the task has a row in one.
+            bases: Bases of the layer.
+            rows: Rows of the task, by the position of their stack among the parameters.
         """
         self.factors = factors
         self._dtype = dtype
@@ -90,13 +90,13 @@ class FoldedFactors:
 
     @staticmethod
     def may_keep(parameters: list[Tensor], bases: list[Tensor]) -> bool:
-        """Whether a change of these would be noticed: the tensors of an inference mode count no versions."""
+        """Return whether a change of these would be noticed: inference tensors do not count versions."""
         return not any(basis.is_inference() for basis in bases) and all(
             p.device.type == "cpu" or not (p.requires_grad or p.is_inference()) for p in parameters
         )
 
     def is_of(self, parameters: list[Tensor], bases: list[Tensor], dtype: torch.dtype) -> bool:
-        """Whether these are the parameters and bases as they were then."""
+        """Return whether these are the same parameters and bases, unchanged since then."""
         sources = [*parameters, *bases]
         return (
             dtype == self._dtype
@@ -106,7 +106,7 @@ class FoldedFactors:
 
 
 def with_product(result: Tensor, z: Tensor, up: Tensor) -> Tensor:
-    """``result + z up^T``, if dtypes allow in one product, without the update as a tensor of its own."""
+    """Compute ``result + z up^T``, in one product if the dtypes allow it, without a tensor for the update's output."""
     if z.dtype != result.dtype:
         return result + F.linear(z, up).to(result.dtype)
     n = result.shape[-1]

@@ -1,4 +1,4 @@
-"""What is kept whole with a task (`modules_to_save`): what it has to be, and whether it fits a model."""
+"""Modules kept whole with a task (`modules_to_save`): which modules these are, and whether they fit a model."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from ..format.saved_modules import EMBEDDINGS, is_saved, saved_module_of
 
 logger = logging.get_logger(__name__)
 
-# Bias of a label that a task does not have, in a head with the labels of its model.
+# Bias of a label that a task does not have, in a head extended to the labels of its model.
 NEVER_PREDICTED = -1e4
 
-# Fraction of a model's parameters: where more have no mark, the marks do not tell what was loaded.
+# Largest fraction of a model's parameters that may be unmarked. Above it, the marks do not show what was loaded.
 _LARGEST_REST = 0.25
 
 _Shape = tuple[int, ...]
 
-# PEFT cannot wrap them: they have no forward.
+# Modules that PEFT cannot wrap, because they have no forward.
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
 def saved_tensors(model: nn.Module, saved: Iterable[str]) -> dict[str, Tensor]:
-    """The base model's own tensors of the modules that PEFT keeps with a task, by name in the base model.
+    """Return the base model's own tensors of the modules that PEFT keeps with a task, by name in the base model.
 
     Args:
-        model: The base model, with or without adapters.
+        model: Base model, with or without adapters.
         saved: The `modules_to_save` of the task.
     """
     saved = list(saved)
@@ -41,10 +41,10 @@ def saved_tensors(model: nn.Module, saved: Iterable[str]) -> dict[str, Tensor]:
 
 
 def check_apart(adapted: Iterable[str], saved: Collection[str]) -> None:
-    """Refuse to adapt a module that is kept whole, be it by another task: PEFT wraps a module in one way only.
+    """Refuse to adapt a module that is kept whole, even by another task: PEFT wraps a module in one way only.
 
     Raises:
-        ValueError: Naming the module.
+        ValueError: If a module would be adapted and kept whole. Names the module.
     """
     for module in adapted:
         if (kept := saved_module_of(f"{module}.", saved)) is not None:
@@ -58,16 +58,16 @@ def check_head(
     *,
     may_lack_labels: bool = False,
 ) -> None:
-    """Refuse what is kept with a task, unless it is what PEFT loads into a model for these `modules_to_save`.
+    """Refuse the modules kept with a task unless PEFT loads exactly these into a model for these `modules_to_save`.
 
     Args:
-        model: The base model, with or without adapters.
+        model: Base model, with or without adapters.
         saved: The `modules_to_save` of the task.
-        head: Shapes of the tensors that are kept, by name in the base model.
+        head: Shapes of the kept tensors, by name in the base model.
         may_lack_labels: Whether classification heads may have fewer labels than the model's.
 
     Raises:
-        ValueError: Naming the tensor or module.
+        ValueError: If something does not fit. Names the tensor or module.
     """
     saved = list(saved)
     expected = {name: shape_of(tensor) for name, tensor in saved_tensors(model, saved).items()}
@@ -81,7 +81,7 @@ def check_shapes(
     *,
     may_lack_labels: bool = False,
 ) -> None:
-    """Refuse what is kept with a task, as `check_head` does; `expected` are the shapes of the base model's tensors."""
+    """Refuse kept modules as `check_head` does, where `expected` are the shapes of the base model's tensors."""
     for name in expected:
         if name not in head:
             raise ValueError(
@@ -101,11 +101,11 @@ def check_shapes(
 
 
 def with_labels_of(of_model: Mapping[str, _Shape], head: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A task's head with all labels of a model, those that it lacks ruled out: PEFT keeps one shape for all tasks.
+    """Extend a task's head to all labels of a model and rule out those it lacks: PEFT keeps one shape for all tasks.
 
     Args:
         of_model: Shapes of the model's own tensors of the head, by name.
-        head: The task's, by name.
+        head: Tensors of the task's head, by name.
     """
     fitting = dict(head)
     for name, shape in of_model.items():
@@ -117,17 +117,17 @@ def with_labels_of(of_model: Mapping[str, _Shape], head: Mapping[str, Tensor]) -
 def rule_out_labels(
     head: Mapping[str, Tensor], layer: str, num_labels: int, of_model: int, *, several: bool = False
 ) -> dict[str, Tensor]:
-    """Tensors of the last layer of a head, of which labels from `num_labels` on are never predicted.
+    """Return tensors for the last layer of a head that never predict the labels from `num_labels` on.
 
-    A bias rules them out in predictions and probabilities. Without one, only a row of weights in the convex hull of
-    the others never has the largest logit whatever the input is: their mean is the farthest from all of them. Where
-    each label is predicted by the sign of its own logit, zeros predict it never.
+    A bias rules these labels out in predictions and probabilities. Without a bias, only a row of weights in the convex
+    hull of the others never has the largest logit, whatever the input. The mean of the others is used because it is
+    the farthest from all of them. If each label is predicted by the sign of its own logit, zeros never predict it.
 
     Args:
         head: Tensors by name.
-        layer: The layer that computes the logits.
+        layer: Name of the layer that computes the logits.
         num_labels: Number of labels of the task.
-        of_model: Rows that the layer is to have.
+        of_model: Number of rows that the layer is to have.
         several: Whether an input may have several labels.
     """
     weight, bias = head[f"{layer}.weight"], head.get(f"{layer}.bias")
@@ -143,7 +143,7 @@ def rule_out_labels(
 
 
 def layer_of_labels(names_and_shapes: Mapping[str, _Shape], num_labels: int) -> str | None:
-    """The layer that computes the logits: the last one with an output for each label, in the order of the model."""
+    """Find the layer that computes the logits: the last one, in model order, with an output for each label."""
     layers = [
         name.removesuffix(".weight")
         for name, shape in names_and_shapes.items()
@@ -153,15 +153,15 @@ def layer_of_labels(names_and_shapes: Mapping[str, _Shape], num_labels: int) -> 
 
 
 def parts_to_keep(model: nn.Module, task_type: str | None) -> list[str]:
-    """Modules that a new task has to keep, so that it is the same wherever its base model is loaded.
+    """Return the modules that a new task has to keep to be the same wherever its base model is loaded.
 
-    These are the modules that the base model's checkpoint lacks: every process starts them from other random values.
-    transformers marks the tensors that a checkpoint has. Where there are no marks (a model made from a configuration,
-    a copy), all that is outside the pretrained body counts, unless the model is a language model. A classifier keeps
-    all of it, as PEFT's own classes keep its `classifier`.
+    These are the modules that the base model's checkpoint lacks, which every process initializes with different random
+    values. transformers marks the tensors that a checkpoint has. If there are no marks (a model made from a
+    configuration, or a copy), everything outside the pretrained body counts, unless the model is a language model. A
+    classifier always keeps everything outside the body, just as PEFT's own classes keep its `classifier`.
 
     Args:
-        model: The base model, with or without adapters.
+        model: Base model, with or without adapters.
         task_type: Task type of the configuration.
     """
     base = _without_adapters(model)
@@ -170,7 +170,7 @@ def parts_to_keep(model: nn.Module, task_type: str | None) -> list[str]:
     body, embeddings = _body_of(base), _embeddings_of(base)
     outside = {name for name in tensors if body and not name.startswith(f"{body}.")} - embeddings
     inside = unmarked - outside - embeddings
-    # Weights that were quantized, or loaded by other means, have no mark either.
+    # Weights that were quantized or loaded by other means have no mark either.
     is_marked = len(unmarked) <= _LARGEST_REST * len(tensors)
     if not is_marked or getattr(base, "is_quantized", False):
         inside = set()
@@ -183,17 +183,17 @@ def parts_to_keep(model: nn.Module, task_type: str | None) -> list[str]:
 
 
 def classifies_inputs(model: nn.Module, task_type: str | None) -> bool:
-    """Whether a model gives each of its inputs, a text, an image, a video or a sound, one of its labels.
+    """Return whether a model assigns one of its labels to each input: a text, an image, a video or a sound.
 
     Args:
-        model: The base model, with or without adapters.
-        task_type: Task type of the configuration. PEFT has one for texts alone.
+        model: Base model, with or without adapters.
+        task_type: Task type of the configuration. PEFT has such a type for texts only.
     """
     return task_type == TaskType.SEQ_CLS or type(_without_adapters(model)).__name__ in CLASSIFIERS
 
 
 def shape_of(tensor: Tensor) -> _Shape:
-    """The shape of a tensor, also where DeepSpeed has parted it among processes."""
+    """Return the shape of a tensor, even if DeepSpeed has partitioned it among processes."""
     return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 
@@ -228,7 +228,7 @@ def _parameters(name: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _modules_of(name: str, module: nn.Module, kept: Collection[str], tensors: Collection[str]) -> Iterator[str]:
-    """The largest modules that hold nothing but parameters to keep, and single layers that hold one."""
+    """Yield the largest modules that hold only parameters to keep, and single layers that hold at least one."""
     prefix = f"{name}." if name else ""
     within = {tensor for tensor in tensors if tensor.startswith(prefix)}
     is_layer = next(module.children(), None) is None
@@ -247,7 +247,7 @@ def _modules_of(name: str, module: nn.Module, kept: Collection[str], tensors: Co
 
 
 def _body_of(base: nn.Module) -> str:
-    """Name of the pretrained body within a model for a task; empty where the model is the body, or none is known."""
+    """Name of the pretrained body within a model for a task; empty if the model is the body, or none is known."""
     body = getattr(base, "base_model", base)
     prefix = getattr(base, "base_model_prefix", "")
     return prefix if body is not base and isinstance(getattr(base, prefix, None), nn.Module) else ""
@@ -258,7 +258,7 @@ def _is_language_model(base: nn.Module) -> bool:
 
 
 def _embeddings_of(base: nn.Module, *, inputs: bool = True) -> set[str]:
-    """Parameters of the embeddings: they are trained where they are asked for only."""
+    """Names of the embeddings' parameters, which are trained only on request."""
     getters = ["get_output_embeddings", *(["get_input_embeddings"] if inputs else [])]
     found = set()
     for getter in getters:
@@ -271,7 +271,7 @@ def _embeddings_of(base: nn.Module, *, inputs: bool = True) -> set[str]:
 
 
 def _lacks_labels(name: str, head: Mapping[str, _Shape], expected: Mapping[str, _Shape]) -> bool:
-    """Whether a tensor is of a linear layer that has fewer outputs than the model's, and is the same otherwise."""
+    """Return whether a tensor is from a linear layer that differs from the model's only in having fewer outputs."""
     weight = f"{name.rpartition('.')[0]}.weight"
     shape, of_model = head.get(weight, ()), expected.get(weight, ())
     same_inputs = len(shape) == 2 == len(of_model) and shape[1] == of_model[1]

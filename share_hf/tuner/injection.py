@@ -1,4 +1,4 @@
-"""Tasks of a subspace put into a model: all at once, or a few more at run time."""
+"""Injection of a subspace's tasks into a model: all at once, or a few more at run time."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from .transfer import check_fits, load_coefficients, load_router, load_tasks, sh
 def inject_tasks(
     model: nn.Module, state: SubspaceState, tasks: Sequence[str], *, trainable: bool = False
 ) -> PeftModel:
-    """A base model with tasks of a subspace, one adapter each; the first is active.
+    """Inject tasks of a subspace into a base model, one adapter each; the first is active.
 
     Args:
-        model: The base model, without adapters.
-        state: The subspace.
-        tasks: At least one of its tasks.
+        model: Base model without adapters.
+        state: State of the subspace.
+        tasks: Names of tasks in the subspace, at least one.
         trainable: Whether the active task's coefficients are trained.
 
     Raises:
-        ValueError: If a task does not fit the model, which is as it was then.
+        ValueError: If a task does not fit the model, which is then unchanged.
     """
     if isinstance(model, PeftModel) or getattr(model, "peft_config", None):
         raise ValueError("model has adapters already, expected the base model")
@@ -46,10 +46,10 @@ def inject_tasks(
 
 
 def add_tasks(model: PeftModel, state: SubspaceState, tasks: Sequence[str]) -> None:
-    """Put further tasks of a subspace into a model that has some of them; those that it has stay as they are.
+    """Add tasks of a subspace to a model that has some of them already; the tasks that it has stay as they are.
 
     Raises:
-        ValueError: If a task does not fit the model, or the model has another basis; it is as it was then.
+        ValueError: If a task does not fit the model, or the model has another basis. The model is then unchanged.
     """
     state = named_as_in(model, state)
     check_fits(model.get_base_model(), state, tasks)
@@ -59,16 +59,16 @@ def add_tasks(model: PeftModel, state: SubspaceState, tasks: Sequence[str]) -> N
 
 
 def add_adapters(model: PeftModel, state: SubspaceState, tasks: Sequence[str], *, trainable: bool = False) -> None:
-    """Adapters for tasks of a subspace, whose coefficients and heads are yet to be loaded.
+    """Add adapters for tasks of a subspace, whose coefficients and heads are loaded later.
 
-    PEFT goes over the model for each adapter that it adds. It adds one of each kind here, which most subspaces have
-    one of; the others are set up as that one was.
+    PEFT goes over the whole model for each adapter that it adds. It therefore adds only one of each kind here, and the
+    others are set up like it. Most subspaces have only one kind.
 
     Args:
-        model: Has at least one adapter.
-        state: The subspace.
-        tasks: Some of its tasks, the first of which the model may have already.
-        trainable: What the configurations say of whether they are trained when they are active.
+        model: PEFT model with at least one adapter.
+        state: State of the subspace.
+        tasks: Names of tasks in the subspace, the first of which the model may already have.
+        trainable: Whether the configurations say that the adapters are trained while they are active.
     """
     alike: dict[str, list[str]] = {}
     for task in tasks:
@@ -90,12 +90,12 @@ def add_adapters(model: PeftModel, state: SubspaceState, tasks: Sequence[str], *
 
 
 def add_untrained(model: PeftModel, tasks: Sequence[str], config: ShareConfig) -> None:
-    """Adapters for new tasks that are yet to be trained. PEFT goes over the model for the first one alone.
+    """Add adapters for new, untrained tasks. PEFT goes over the whole model for the first one only.
 
     Args:
-        model: Has another adapter, and none of these. The first of the tasks is its active one afterwards.
-        tasks: At least one, none of which adapts the experts of a parameter.
-        config: What all of them are configured by; the first takes it as it is.
+        model: PEFT model with another adapter and none of these. The first task is its active one afterwards.
+        tasks: Names of the tasks, at least one. None of them adapts the experts of a parameter.
+        config: Configuration of all of them. The first adapter takes it as it is.
     """
     first, *others = tasks
     model.add_adapter(first, config)
@@ -108,11 +108,11 @@ def add_untrained(model: PeftModel, tasks: Sequence[str], config: ShareConfig) -
 
 
 def _configure_alike(model: PeftModel, alike: Mapping[str, Sequence[str]]) -> None:
-    """Give tasks the configuration, and copies of heads, of others that are there.
+    """Set up new tasks with the configuration, and copies of the heads, of existing ones.
 
     Args:
-        model: Has the keys of `alike` as adapters.
-        alike: By adapter, the new tasks to set up like it.
+        model: PEFT model that has the keys of `alike` as adapters.
+        alike: New tasks to set up, by the adapter that they are set up like.
     """
     wrappers = head_wrappers(model)
     for first, new in alike.items():
@@ -125,7 +125,7 @@ def _configure_alike(model: PeftModel, alike: Mapping[str, Sequence[str]]) -> No
 
 
 def _kind_of(state: SubspaceState, task: str) -> str:
-    """What tasks have in common whose adapters are set up alike."""
+    """Return a key that is equal for tasks whose adapters are set up alike."""
     config = share_adapter_config(state, task)
     modules = [module for module, layer in state.layers.items() if layer.has(task)]
     return json.dumps([config, modules], sort_keys=True, default=str)

@@ -1,4 +1,4 @@
-"""The kinds of layers that are adapted, and the matrix that an update of each is."""
+"""The kinds of layers that can be adapted, and the shape of the update matrix of each."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class ExpertWeight:
-    """The weight (n, d) of one of the experts that a module keeps in one parameter; no module, as it has none.
+    """The weight (n, d) of one of the experts that a module keeps in one parameter. An expert is not itself a module.
 
     Args:
-        holder: The module.
-        parameter: Name of the parameter there, (experts, n, d), or (experts, d, n) where `holder.is_transposed`.
-        number: Which of the experts.
+        holder: Module that holds the parameter.
+        parameter: Name of the parameter in the module, (experts, n, d), or (experts, d, n) if `holder.is_transposed`.
+        number: Number of the expert.
     """
 
     def __init__(self, holder: nn.Module, parameter: str, number: int) -> None:
@@ -28,17 +28,17 @@ class ExpertWeight:
 
     @property
     def weight(self) -> Tensor:
-        """(n, d), a view of the parameter."""
+        """The weight (n, d), a view of the parameter."""
         weight = getattr(self._holder, self._parameter)[self._number]
         return weight.mT if getattr(self._holder, "is_transposed", False) else weight
 
 
 def layer_named(name: str, modules: Mapping[str, nn.Module]) -> nn.Module | ExpertWeight | None:
-    """The layer of this name, or the expert: `…experts.down_proj.3` is in the parameter `down_proj` of `…experts`.
+    """Find the layer or expert of this name: `…experts.down_proj.3` is in the parameter `down_proj` of `…experts`.
 
     Args:
-        name: As in a subspace.
-        modules: The modules of a model by name.
+        name: Name as in a subspace.
+        modules: Modules of a model, by name.
     """
     if name in modules:
         return modules[name]
@@ -53,7 +53,7 @@ def layer_named(name: str, modules: Mapping[str, nn.Module]) -> nn.Module | Expe
 
 
 def matrix_shape(layer: nn.Module | ExpertWeight) -> tuple[int, int]:
-    """(n, d) of an update of a layer: outputs and inputs, of a convolution channels and what a kernel sees."""
+    """Return (n, d) of a layer's update: outputs and inputs; in a convolution, channels and what the kernel covers."""
     if isinstance(layer, ExpertWeight):
         return tuple(layer.weight.shape)
     in_features, out_features = _get_in_out_features(layer)
@@ -63,7 +63,7 @@ def matrix_shape(layer: nn.Module | ExpertWeight) -> tuple[int, int]:
 
 
 def layout_of(layer: nn.Module | ExpertWeight) -> Layout | None:
-    """How the matrix of an update lies in the weight of a layer; None for dense layers."""
+    """Return how the matrix of an update lies in a layer's weight; None for dense layers."""
     if isinstance(layer, CONVOLUTIONS):
         return Layout("convolution", tuple(layer.kernel_size))
     if isinstance(layer, ExpertWeight):
@@ -72,15 +72,15 @@ def layout_of(layer: nn.Module | ExpertWeight) -> Layout | None:
 
 
 def check_experts(holder: nn.Module, parameter: str, name: str) -> None:
-    """Refuse a parameter that is not the weights of experts as they stand.
+    """Refuse a parameter that does not hold the plain weights of experts.
 
     Args:
-        holder: The module that has it.
-        parameter: Its name there.
-        name: Its name in the model, for the message.
+        holder: Module that holds the parameter.
+        parameter: Name of the parameter in the module.
+        name: Name of the parameter in the model, for the message.
 
     Raises:
-        TypeError: Naming the parameter, and what it is.
+        TypeError: If it is something else. Names the parameter and describes it.
     """
     found = getattr(holder, parameter)
     plain = found.is_floating_point() and found.element_size() > 1 and not found.is_meta
@@ -93,14 +93,14 @@ def check_experts(holder: nn.Module, parameter: str, name: str) -> None:
 
 
 def check_computes_as_known(layer: nn.Module, module_name: str) -> None:
-    """Refuse a convolution or an embedding whose update PEFT's LoRA would compute in another way than its weight.
+    """Refuse a convolution or embedding that PEFT's LoRA computes differently than the layer computes its own weight.
 
     Args:
-        layer: A convolution or an embedding.
-        module_name: For the message.
+        layer: Convolution or embedding to check.
+        module_name: Name of the module, for the message.
 
     Raises:
-        ValueError: Naming the layer, and what it does.
+        ValueError: If the computations differ. Names the layer and what it does.
     """
     what = _done_otherwise_than_by_lora(layer)
     if what is not None:

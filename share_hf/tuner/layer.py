@@ -1,4 +1,4 @@
-"""What a layer whose update lies in a shared subspace holds: a basis, and tasks."""
+"""A layer whose update lies in a shared subspace: its basis and its tasks."""
 
 from __future__ import annotations
 
@@ -28,26 +28,27 @@ from .stacked import StackedParameters
 
 class ShareLayer(BaseTunerLayer):
     """
-    The shared basis of a layer and, by task, what the task trains.
+    The shared basis of a layer and the trained parameters of each task.
 
-    The update of a task is ``(factor_out)(factor_in)^T`` with ``factor_out = β ε_out``, ``factor_in = α ε_in``. While
-    a task is adapted, its temporary factors stand in for the basis; before there is a subspace, they are the factors.
+    The update of a task is ``(factor_out)(factor_in)^T`` with ``factor_out = β ε_out`` and ``factor_in = α ε_in``.
+    While a task is adapted, its temporary factors replace the basis. Before there is a subspace, they are the factors
+    themselves.
 
     Attributes:
-        share_basis_out: (n, k_out) buffer, float32, β. Once a layer, and saved once for all tasks, so not persistent.
-        share_basis_in: (d, k_in) buffer, float32, α.
-        share_coefficients_out: By task, (k_out, p_i), or (φ, p) while it is adapted. None in the init phase. Those of
-            frozen tasks share one tensor.
-        share_coefficients_in: By task, (k_in, p_i) or (φ, p).
-        share_temporary_out: By task in the adapt phase (n, φ), in the init phase (n, p).
-        share_temporary_in: By task, (d, φ) or (d, p).
-        share_fingerprint: By task with coefficients in the basis, (8,) uint8, that of the basis.
-        share_dropout: By task, the probability with which inputs of its update are dropped in training.
-        share_ranks: By task, the smallest and the largest rank that coefficients of a file may have.
-        layout: How the update's matrix lies in the weight; None for a dense layer.
-        basis_file: The `subspace.safetensors` that the basis was read from; None if it is from elsewhere.
+        share_basis_out: Buffer β (n, k_out), float32. One per layer, saved once for all tasks and so not persistent.
+        share_basis_in: Buffer α (d, k_in), float32.
+        share_coefficients_out: Coefficients by task, (k_out, p_i), or (φ, p) while the task is adapted. A task with
+            free factors (in the init phase, or from `temporary_init="random"`) has none. Frozen tasks share a tensor.
+        share_coefficients_in: Coefficients by task, (k_in, p_i) or (φ, p).
+        share_temporary_out: Temporary factors by task, (n, φ), or (n, p) if they are free.
+        share_temporary_in: Temporary factors by task, (d, φ) or (d, p).
+        share_fingerprint: Fingerprint (8,) uint8 of the basis, by task with coefficients in the basis.
+        share_dropout: Dropout probability of the inputs of a task's update in training, by task.
+        share_ranks: Smallest and largest rank that coefficients loaded from a file may have, by task.
+        layout: Layout of the update's matrix in the weight; None for a dense layer.
+        basis_file: The `subspace.safetensors` that the basis was read from; None if it came from elsewhere.
 
-    In eval mode, the factors that a forward folds are kept for the last `FOLDED_TASKS` tasks that were used.
+    In eval mode, the layer keeps the folded factors of the `FOLDED_TASKS` tasks used last.
     """
 
     adapter_layer_names = (
@@ -82,8 +83,8 @@ class ShareLayer(BaseTunerLayer):
         self.set_basis(basis_out, basis_in)
 
     def set_basis(self, basis_out: Tensor, basis_in: Tensor) -> None:
-        """Replace the basis, (n, k_out) and (d, k_in). The coefficients of the tasks are not touched: they are taken
-        to be meant in this basis, or to be replaced next."""
+        """Replace the basis, (n, k_out) and (d, k_in). The tasks' coefficients stay as they are: they are assumed to
+        refer to this basis already, or to be replaced next."""
         if self.merged:
             raise ValueError("the basis cannot change while adapters are merged, call unmerge_adapter() first")
         for name, basis, features in (
@@ -104,14 +105,14 @@ class ShareLayer(BaseTunerLayer):
         self.share_fingerprint.of_basis = fingerprint_of(basis_out, basis_in)
 
     def check_fingerprints(self, state_dict: Mapping[str, Tensor], prefix: str) -> None:
-        """Refuse coefficients that belong to another basis than the one that the layer has.
+        """Refuse coefficients that belong to a basis other than the layer's.
 
         Args:
-            state_dict: What is about to be loaded.
-            prefix: What precedes the names of this layer's tensors there.
+            state_dict: State dict that is about to be loaded.
+            prefix: Prefix of the names of this layer's tensors in it.
 
         Raises:
-            ValueError: Naming the task, the fingerprint that was found and the one that was expected.
+            ValueError: If a fingerprint differs. Names the task, the fingerprint found and the one expected.
         """
         for task in self.share_fingerprint:
             sides = [f"{prefix}share_coefficients_{side}.{task}" for side in ("out", "in")]
@@ -121,14 +122,14 @@ class ShareLayer(BaseTunerLayer):
 
     @property
     def tasks(self) -> list[str]:
-        """Tasks that adapt this layer."""
+        """Names of the tasks that adapt this layer."""
         return self._all_available_adapter_names()
 
     def has_task(self, task: str) -> bool:
         return task in self.share_coefficients_out or task in self.share_temporary_out
 
     def update_layer(self, adapter_name: str, config: ShareConfig, inference_mode: bool = False) -> None:
-        """Add a task, untrained: its update is zero, or next to it if it adapts leading basis vectors (Sec. 3.2.2)."""
+        """Add an untrained task. Its update is zero, or nearly so if it adapts leading basis vectors (Sec. 3.2.2)."""
         p, std = rank_in_layer(config.pseudo_rank, (self.out_features, self.in_features)), config.init_std
         k_out, k_in = self.share_basis_out.shape[1], self.share_basis_in.shape[1]
         is_free = config.temporary_init == "random" or not min(k_out, k_in)
@@ -142,7 +143,7 @@ class ShareLayer(BaseTunerLayer):
                 self.share_basis_out[:, :phi].clone(),
                 self.share_basis_in[:, :phi].clone(),
             )
-            # Both sides random: were both zero, the gradient of either would vanish.
+            # Both sides are random: if both were zero, both gradients would vanish.
             self._set(adapter_name, "coefficients", torch.randn(phi, p) * std, torch.randn(phi, p) * std)
         else:
             self._set(adapter_name, "coefficients", torch.zeros(k_out, p), torch.randn(k_in, p) * std)
@@ -152,13 +153,13 @@ class ShareLayer(BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def _initial_factors(self, rank: int) -> tuple[Tensor, Tensor]:
-        """B (n, r) and A^T (d, r) of a LoRA that is not trained yet."""
+        """Return B (n, r) and A^T (d, r) of an untrained LoRA."""
         factor_in = torch.empty(self.in_features, rank)
         nn.init.kaiming_uniform_(factor_in.T, a=math.sqrt(5))
         return torch.zeros(self.out_features, rank), factor_in
 
     def set_coefficients(self, task: str, coefficients_out: Tensor, coefficients_in: Tensor) -> None:
-        """Give a task its coefficients (k_out, p), (k_in, p) in the current basis; temporary factors are dropped."""
+        """Give a task coefficients (k_out, p), (k_in, p) in the current basis and drop its temporary factors."""
         self._end_adaptation([task])
         self._set(task, "coefficients", coefficients_out, coefficients_in)
         self.share_fingerprint.mark([task])
@@ -169,12 +170,12 @@ class ShareLayer(BaseTunerLayer):
         """Give many tasks their coefficients in the current basis, as `set_coefficients` does for one.
 
         Args:
-            coefficients_out: (tasks, k_out, p) float32, zeros filling up smaller ranks.
-            coefficients_in: (tasks, k_in, p) float32, likewise.
-            ranks: By task, its rank, in this order.
+            coefficients_out: Coefficients (tasks, k_out, p), float32, with smaller ranks padded with zeros.
+            coefficients_in: Coefficients (tasks, k_in, p), float32, padded in the same way.
+            ranks: Ranks by task, in the order of the coefficients.
 
         Raises:
-            ValueError: If one of the tasks is merged.
+            ValueError: If one of the tasks is merged into the weight.
         """
         self._end_adaptation(ranks)
         trained = () if self.disable_adapters else self.active_adapters
@@ -187,7 +188,7 @@ class ShareLayer(BaseTunerLayer):
         """Drop the temporary factors of tasks that are about to get coefficients in the basis.
 
         Raises:
-            ValueError: If one of them is merged.
+            ValueError: If one of the tasks is merged into the weight.
         """
         for task in self.merged_adapters:
             if task in tasks:
@@ -197,13 +198,13 @@ class ShareLayer(BaseTunerLayer):
                 del parameters[task]
 
     def add_alike(self, tasks: Iterable[str], like: str) -> None:
-        """Add tasks, whose coefficients are yet to come, that are set up as one that is there."""
+        """Add tasks that are set up like an existing one; their coefficients follow later."""
         tasks = list(tasks)
         self.share_dropout.update(dict.fromkeys(tasks, self.share_dropout[like]))
         self.share_ranks.update(dict.fromkeys(tasks, self.share_ranks[like]))
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Set the active adapter(s); what it costs does not depend on how many there are."""
+        """Set the active adapter(s). The cost does not depend on the number of tasks in the layer."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         self._train_only(() if inference_mode else names)
         self._active_adapter = names
@@ -227,7 +228,7 @@ class ShareLayer(BaseTunerLayer):
         self.share_coefficients_out.train_only(tasks)
         self.share_coefficients_in.train_only(tasks)
         for parameters in (self.share_temporary_out, self.share_temporary_in):
-            for task, parameter in parameters.items():  # of the few tasks that are not merged yet
+            for task, parameter in parameters.items():  # only the few tasks that are still being adapted
                 parameter.requires_grad_(task in tasks)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -237,7 +238,7 @@ class ShareLayer(BaseTunerLayer):
     def _set(self, task: str, kind: str, out: Tensor, in_: Tensor) -> None:
         trained = task in self.active_adapters and not self.disable_adapters
         for side, value in (("out", out), ("in", in_)):
-            # In one memory layout, so that a task computes the same to the bit whether merged or loaded.
+            # One memory layout, so that a task computes bit-identical results whether merged or loaded.
             value = value.detach().to(self._device(), torch.float32, copy=True, memory_format=torch.contiguous_format)
             parameters = getattr(self, f"share_{kind}_{side}")
             if kind == "coefficients":
@@ -247,7 +248,7 @@ class ShareLayer(BaseTunerLayer):
         self._folded.pop(task, None)
 
     def cast_to_base(self, task: str) -> None:
-        """Give a task's parameters the type of the layer's weight, if that is a float16 or a bfloat16 one."""
+        """Cast a task's parameters to the dtype of the layer's weight if that is float16 or bfloat16."""
         _, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
         for name in self.adapter_layer_names:
             if task in (parameters := getattr(self, name)) and dtype in (torch.float16, torch.bfloat16):
@@ -256,7 +257,7 @@ class ShareLayer(BaseTunerLayer):
                 parameters[task] = parameter
 
     def _device(self) -> torch.device | None:
-        """Where the layer computes; None if that is not known."""
+        """The device that the layer computes on; None if it is unknown."""
         if (hook := offload_hook_of(self.get_base_layer())) is not None:
             place = hook.execution_device
             return torch.device(place) if not isinstance(place, torch.device) else place
@@ -264,7 +265,7 @@ class ShareLayer(BaseTunerLayer):
         return None if device == torch.device("meta") else device
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Move a task's parameters and the basis; unlike other tuners', they stay float32 whatever the base is."""
+        """Move a task's parameters and the basis. Unlike in other tuners, they stay float32 whatever the base is."""
         device = device or self._device()
         if device is None:
             return
@@ -276,29 +277,29 @@ class ShareLayer(BaseTunerLayer):
         self.share_basis_out, self.share_basis_in = self.share_basis_out.to(device), self.share_basis_in.to(device)
 
     def factors(self, task: str) -> LowRankUpdate:
-        """The task's update as factors (n, p), (d, p) in float32: what a LoRA calls B and A^T. Differentiable."""
+        """The task's update as factors (n, p), (d, p) in float32: B and A^T in the terms of LoRA. Differentiable."""
         if not self.has_task(task):
             raise ValueError(f"task {task!r} does not adapt this layer, expected one of {self.tasks}")
         sides = []
         with without_autocast(self.share_basis_out.device):
             for side in ("out", "in"):
-                # Some trainers cast what they train to bfloat16.
+                # Some trainers cast trained parameters to bfloat16.
                 basis, coefficients = self._columns(task, side).float(), self._coefficients(task, side)
                 sides.append(basis if coefficients is None else basis @ coefficients.float())
         return LowRankUpdate(*sides)
 
     def _coefficients(self, task: str, side: str) -> Tensor | None:
-        """The coefficients of a task on a side; None in the init phase."""
+        """The coefficients of a task on a side; None if its factors are free."""
         parameters: StackedParameters = getattr(self, f"share_coefficients_{side}")
         return parameters.of_task(task)
 
     def _columns(self, task: str, side: str) -> Tensor:
-        """What the coefficients of a task are of on a side, "out" or "in": its temporary factors, or the basis."""
+        """The columns that a task's coefficients combine on a side, "out" or "in": temporary factors or the basis."""
         temporary = getattr(self, f"share_temporary_{side}")
         return temporary[task] if task in temporary else getattr(self, f"share_basis_{side}")
 
     def folded_factors(self, task: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The task's factors A (p, d) and B (n, p) in the forward's dtype; in eval, kept while nothing changes."""
+        """The task's factors A (p, d) and B (n, p) in the forward's dtype; in eval mode kept while nothing changes."""
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             update = self.factors(task)
             return update.in_factor.T.to(dtype), update.out_factor.to(dtype)
@@ -306,10 +307,10 @@ class ShareLayer(BaseTunerLayer):
         bases = [self.share_basis_out, self.share_basis_in]
         kept = self._folded.pop(task, None)
         if kept is not None and kept.is_of(parameters, bases, dtype):
-            self._folded[task] = kept  # as the last that was used
+            self._folded[task] = kept  # as the most recently used
             return kept.factors
         update = self.factors(task)
-        # B lies in memory as B^T does, which is what is multiplied by.
+        # B is stored in memory as B^T, which is the operand of the product.
         factors = update.in_factor.T.to(dtype).contiguous(), update.out_factor.T.to(dtype).contiguous().T
         if FoldedFactors.may_keep(parameters, bases):
             self._folded[task] = FoldedFactors(factors, dtype, parameters, bases, self._rows_among_sources(task))
@@ -318,7 +319,7 @@ class ShareLayer(BaseTunerLayer):
         return factors
 
     def _sources(self, task: str) -> list[Tensor]:
-        """What a task's factors are formed from, beside the basis; the stack for coefficients that are in one."""
+        """The tensors other than the basis that form a task's factors; for stacked coefficients, the whole stack."""
         sources = []
         for parameters in (self.share_coefficients_out, self.share_coefficients_in):
             own = parameters.own(task)
@@ -333,26 +334,26 @@ class ShareLayer(BaseTunerLayer):
         return {place: row for place, row in enumerate(rows) if row is not None}
 
     def _mixed_batch(self, adapter_names: Sequence[str] | None) -> MixedBatch | None:
-        """The mixed batch that a forward is to compute: that of the call, or the one that the model is given."""
+        """The mixed batch that a forward computes: the one of the call, or the one that the model was given."""
         if adapter_names is None:
             batch = self.rows.current()
         else:
-            self.write_own()  # first: it gives them rows
+            self.write_own()  # first, because it assigns rows to the tasks
             batch = MixedBatch(adapter_names, self.rows)
         if batch is not None and self.merged:
             raise ValueError("adapter_names cannot be mixed while adapters are merged, call unmerge_adapter() first")
         return batch
 
     def write_own(self) -> None:
-        """Let the stacks have what is trained too, which mixed batches take from there."""
+        """Write trained coefficients to the stacks too, where mixed batches read them."""
         self.share_coefficients_out.write_own()
         self.share_coefficients_in.write_own()
 
     def check_mixed(self, batch: MixedBatch) -> bool:
-        """Whether a task of a mixed batch adapts this layer.
+        """Return whether a task of a mixed batch adapts this layer.
 
         Raises:
-            ValueError: If one of them is not merged yet.
+            ValueError: If one of the tasks is still being adapted.
         """
         for name in batch.tasks:
             if name in self.share_temporary_out:
@@ -360,13 +361,13 @@ class ShareLayer(BaseTunerLayer):
         return any(map(self.share_coefficients_out.__contains__, batch.tasks))
 
     def coefficients_of_batch(self, batch: MixedBatch, samples: int, like: Tensor) -> BatchCoefficients:
-        """The coefficients of the tasks of a mixed batch, on the device and in the dtype of a tensor.
+        """The coefficients of a mixed batch's tasks, on the device and in the dtype of a tensor.
 
-        Where one of them is trained they are its parameters: what a task learns comes from its own samples alone.
+        If one of the tasks is trained, they are its parameters, so that a task learns from its own samples alone.
         """
         indices = batch.indices(samples, like.device)
         sides = self.share_coefficients_out, self.share_coefficients_in
-        if torch.compiler.is_compiling():  # for one graph, however many different tasks there are
+        if torch.compiler.is_compiling():  # one graph, whatever the number of different tasks
             every = torch.arange(samples, device=like.device)
             return BatchCoefficients(*(side.stack[indices.rows].to(like.dtype) for side in sides), every)
         if torch.is_grad_enabled() and any(side.is_trained(task) for side in sides for task in batch.tasks):

@@ -1,4 +1,4 @@
-"""What is learned of a task's inputs: sums over the features that the base model has of them."""
+"""Learning of routes, from sums over the features that the base model computes for a task's inputs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .routing import RoutingModel, base_alone, count_of, default_layers, feature
 
 
 def tuner_of(model: nn.Module) -> nn.Module:
-    """What computes features: the tuner of a PEFT model, or a base model itself.
+    """Return the module that computes features: the tuner of a PEFT model, or a base model itself.
 
     Raises:
         ValueError: If the model has adapters of another kind.
@@ -30,10 +30,10 @@ def tuner_of(model: nn.Module) -> nn.Module:
 
 
 def layers_for(state: SubspaceState, tuner: nn.Module, layers: Sequence[int] | None) -> tuple[int, ...]:
-    """The layers that features are of: those of the router there is, or else these, or the default of the model.
+    """Return the layers to take features from: the existing router's, else the given ones, else the model's default.
 
     Raises:
-        ValueError: If both are given and differ.
+        ValueError: If `layers` is invalid, or differs from the layers of the existing router.
     """
     known = state.router.layers if state.router is not None else None
     if layers is None:
@@ -48,7 +48,7 @@ def layers_for(state: SubspaceState, tuner: nn.Module, layers: Sequence[int] | N
 def with_learned_route(
     state: SubspaceState, task: str, tuner: nn.Module, sums: FeatureSums, layers: tuple[int, ...]
 ) -> SubspaceState:
-    """A state with the route of a task, from the sums over its inputs."""
+    """Add a task's route, learned from the sums over its inputs, to a state."""
     try:
         features, scatter = sums.learned()
     except ValueError as error:
@@ -59,15 +59,15 @@ def with_learned_route(
 
 
 def sums_over(model: nn.Module, batches: Iterable[Mapping[str, Any]], layers: Sequence[int]) -> FeatureSums:
-    """Sums over the features of inputs.
+    """Sum over the features of inputs.
 
     Args:
         model: A `ShareModel`, or a base model.
-        batches: As the model takes them.
-        layers: As for `features_of`.
+        batches: Batches of inputs in the form that the model takes.
+        layers: Layers to take features from. See `features_of`.
 
     Raises:
-        ValueError: As for `features_of`; also if features are not finite.
+        ValueError: As for `features_of`, and if features are not finite.
     """
     sums, base = FeatureSums(), model.model if isinstance(model, RoutingModel) else model
     for batch in batches:

@@ -21,7 +21,7 @@ from .together import dropped_inputs
 
 
 class Linear(nn.Module, MergingLayer, ShareLayer):
-    """Share on a dense layer: `nn.Linear`, `Conv1D`, or a quantized one that PEFT knows."""
+    """Share on a dense layer: `nn.Linear`, `Conv1D`, or a quantized layer that PEFT supports."""
 
     def __init__(
         self,
@@ -38,12 +38,12 @@ class Linear(nn.Module, MergingLayer, ShareLayer):
         self.update_layer(adapter_name, config, inference_mode=config.inference_mode)
 
     def train(self, mode: bool = True) -> Linear:
-        # What is written behind autograd's back is not always noticed, so nothing folded outlives a change of mode.
+        # Writes behind autograd's back are not always noticed, so nothing folded outlives a change of mode.
         self._folded.clear()
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear:
-        """Move the layer; a cast of the model, as `model.bfloat16()` or a trainer's full-precision flag, does not
+        """Move the layer. A cast of the model, by `model.bfloat16()` or a trainer's full-precision flag, does not
         round the basis."""
         self._folded.clear()
         basis = self.share_basis_out, self.share_basis_in
@@ -61,13 +61,13 @@ class Linear(nn.Module, MergingLayer, ShareLayer):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """The task's update in the layout and device of the base weight, float32."""
+        """The task's update in the layout of the base weight and on its device, float32."""
         return transpose(self.factors(adapter).dense(), self.fan_in_fan_out)
 
     def set_base_weight(self, weight_data: Tensor) -> None:
         bias = getattr(self.get_base_layer(), "bias", None)
         super().set_base_weight(weight_data)
-        if bias is not None and self.get_base_layer().bias is None:  # PEFT's layer of HQQ is a new one, without it
+        if bias is not None and self.get_base_layer().bias is None:  # PEFT's new layer of HQQ lacks the bias
             self.get_base_layer().bias = bias
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -92,14 +92,14 @@ class Linear(nn.Module, MergingLayer, ShareLayer):
         return result
 
     def _with_update(self, result: Tensor, x: Tensor, adapter: str) -> Tensor:
-        """The output of the layer with that of the update of a task."""
+        """Add the output of a task's update to the output of the layer."""
         down, up = self.folded_factors(adapter, x.dtype)
         inputs = F.dropout(x, self.share_dropout[adapter]) if self.training else x
         return with_product(result, F.linear(inputs, down), up)
 
     def _with_updates(self, result: Tensor, x: Tensor, batch: MixedBatch) -> Tensor:
-        """The output of the layer with that of the update of each sample's task."""
-        if not torch.compiler.is_compiling():  # which would compile anew for other names
+        """Add the output of each sample's task to the output of the layer."""
+        if not torch.compiler.is_compiling():  # a compiled graph would be compiled anew for other names
             batch.indices(len(x), x.device)
             if not self.check_mixed(batch):
                 return result
@@ -110,11 +110,11 @@ class Linear(nn.Module, MergingLayer, ShareLayer):
         return self._with_mixed(result, x, batch)
 
     def _with_mixed(self, result: Tensor, x: Tensor, batch: MixedBatch) -> Tensor:
-        """The output with the updates of a batch of any tasks.
+        """Add the updates of a batch with arbitrary tasks to the output.
 
         Only the (k, p) coefficients differ between samples, so the bases can be applied once to all of them, ``z = x
-        α``, ``y = (z ε_in) ε_out^T``, ``y β^T``, whatever the number of tasks. Where each task has many tokens, as in
-        a prefill, it costs less to form the factors of every task first, ``α ε_in`` and ``β ε_out``.
+        α``, ``y = (z ε_in) ε_out^T``, ``y β^T``, whatever the number of tasks. If each task has many tokens, as in a
+        prefill, it is cheaper to form the factors of every task first, ``α ε_in`` and ``β ε_out``.
         """
         tokens = x.flatten(1, -2) if x.ndim > 2 else x.unsqueeze(1)
         coefficients = self.coefficients_of_batch(batch, len(x), x)

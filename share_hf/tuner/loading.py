@@ -1,7 +1,7 @@
-"""What an adapter brings along: the bases it belongs to and the shapes of its head, checked before a model is touched.
+"""Data stored with an adapter: its bases and the shapes of its head, checked before a model is changed.
 
-The bases come from a subspace in memory, or are found beside the adapter, in the folder or repository that its
-configuration was loaded from.
+The bases come from a subspace in memory, or are found next to the adapter, in the folder or repository from which its
+configuration was loaded.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from .weights import check_weights
 
 Loaded = TypeVar("Loaded")
 
-# While a loader of PEFT is at work: the weights that were read and checked, by location and subfolder.
+# Weights that were read and checked, by location and subfolder, while a loader of PEFT is at work.
 _KEPT: ContextVar[dict[tuple[str, str | None], dict[str, Tensor]] | None] = ContextVar("_KEPT", default=None)
 
 _DOWNLOAD_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "repo_type")
@@ -44,19 +44,20 @@ _DOWNLOAD_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "forc
 
 @dataclass(frozen=True)
 class StoredAdapter:
-    """What belongs to an adapter beside its configuration and its weights.
+    """Data stored with an adapter, besides its configuration.
 
     Args:
         modules: Shapes of the layers and bases of its subspace, by module; empty for a fresh adapter.
-        bases: The bases; empty where the model has them already.
-        adapted: The modules that it has coefficients for; None where its configuration says which it adapts.
+        bases: Bases by module; empty if the model has them already.
+        adapted: Modules that it has coefficients for. None means that its configuration says which ones it adapts.
         head: Shapes of its `modules_to_save` weights, by name in the base model; None if unknown.
-        embeddings: Shapes of the base model's embeddings that PEFT saved with it, by name there: it does so where the
-            vocabulary was resized, and loads them into the base model. Only in checkpoints of the user's own.
-        basis_file: The file that the bases are in; None if they are not from a file with a checksum.
-        fingerprints: By module, the fingerprint of the basis that its coefficients belong to, where they have one.
-        weights: What was read of its file, by the names there; empty if it is not from a file.
-        ranks: By module, the rank of its coefficients, where they are at hand.
+        embeddings: Shapes of the base model's embeddings that PEFT saved with the adapter, by name in the base model.
+            PEFT does so if the vocabulary was resized, and loads them into the base model. Only in the user's own
+            checkpoints.
+        basis_file: File that the bases are in; None if they do not come from a file with a checksum.
+        fingerprints: Fingerprints of the basis that its coefficients belong to, by module, where they have one.
+        weights: Tensors read from its file, by name in the file; empty if it does not come from a file.
+        ranks: Ranks of its coefficients, by module, where these are at hand.
     """
 
     modules: Mapping[str, ModuleEntry] = field(default_factory=dict)
@@ -71,16 +72,16 @@ class StoredAdapter:
 
 
 def stored_adapter(config: ShareConfig, loaded: Mapping[str, BasisFile | None]) -> StoredAdapter:
-    """What is stored with an adapter, read and checked; nothing for a fresh one.
+    """Read and check what is stored with an adapter; nothing for a fresh one.
 
     Args:
-        config: Its origin says where it is from, or is what was read there.
-        loaded: By module of the model, the file that its basis was read from. The bases are not read again if this is
-            the file of all modules of the adapter.
+        config: Configuration of the adapter, whose origin says where the adapter is, or is what was read there.
+        loaded: File that each basis of the model was read from, by module. The bases are not read again if this is the
+            file of all modules of the adapter.
 
     Raises:
-        ValueError: If the configuration was loaded from a place without bases, or they or the adapter's weights are
-            damaged.
+        ValueError: If the configuration was loaded from a place without bases, or the bases or the adapter's weights
+            are damaged.
     """
     if isinstance(config.origin, StoredAdapter):
         return config.origin
@@ -93,7 +94,7 @@ def stored_adapter(config: ShareConfig, loaded: Mapping[str, BasisFile | None]) 
 
 
 def remember_origins() -> None:
-    """Make every loader of PEFT configurations note its source on SHARE ones: PEFT's and transformers' own."""
+    """Make all loaders of PEFT configurations, PEFT's and transformers' own, record the source of SHARE ones."""
     original = _advising_on_revisions(PeftConfigMixin.from_pretrained.__func__)
     PeftConfigMixin._get_peft_type = classmethod(_advising_on_revisions(PeftConfigMixin._get_peft_type.__func__))
 
@@ -110,7 +111,7 @@ def remember_origins() -> None:
 
 
 def _advising_on_revisions(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a loader that finds no adapter at the revision of a task say where the task is."""
+    """Make a loader that finds no adapter at a revision named like a task say where the task is."""
 
     @functools.wraps(original)
     def advising(cls: type, location: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
@@ -129,7 +130,7 @@ def _advising_on_revisions(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _is_task_on_main(repo_id: str, task: str, options: Mapping[str, Any]) -> bool:
-    """Whether a revision is missing, and is the name of a task of the repository's newest tree."""
+    """Return whether a revision is missing and is the name of a task in the repository's newest tree."""
     options = {name: options[name] for name in _DOWNLOAD_OPTIONS if options.get(name) is not None}
     try:
         download(repo_id, INDEX_FILE, limit=MAX_JSON_BYTES, **options)
@@ -146,16 +147,16 @@ def _is_task_on_main(repo_id: str, task: str, options: Mapping[str, Any]) -> boo
 
 
 def origin_of(location: str | os.PathLike, options: Mapping[str, Any]) -> AdapterOrigin:
-    """Where a loader that was called with these keyword arguments reads an adapter."""
+    """Return the place from which a loader called with these keyword arguments reads an adapter."""
     download_options = {name: options[name] for name in _DOWNLOAD_OPTIONS if options.get(name) is not None}
     return AdapterOrigin(str(location), options.get("subfolder"), download_options)
 
 
 def with_fingerprints(weights: Mapping[str, Tensor], origin: AdapterOrigin) -> dict[str, Tensor]:
-    """The weights that a loader read, with the fingerprints that files of format version 1 lack.
+    """Return the weights that a loader read, with the fingerprints that files of format version 1 lack.
 
     Raises:
-        ValueError: If there is no basis beside them.
+        ValueError: If there is no basis next to the weights.
     """
     modules = {name.removesuffix(".share_coefficients_out") for name in weights if name.endswith("_coefficients_out")}
     adapting = {name.removesuffix(".share_temporary_out") for name in weights if name.endswith("_temporary_out")}
@@ -169,10 +170,10 @@ def with_fingerprints(weights: Mapping[str, Tensor], origin: AdapterOrigin) -> d
 
 
 def fingerprints_of(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The fingerprints in a state dict of coefficients, by module.
+    """Return the fingerprints in a state dict of coefficients, by module.
 
     Raises:
-        ValueError: If coefficients have none.
+        ValueError: If coefficients have no fingerprint.
     """
     found = {}
     for name in weights:
@@ -189,7 +190,7 @@ def fingerprints_of(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-@functools.lru_cache(maxsize=2)  # for folders of a thousand tasks
+@functools.lru_cache(maxsize=2)  # speeds up folders with a thousand tasks
 def _fingerprints_in(path: Path, _: BasisFile) -> dict[str, Tensor]:
     return {module: basis.fingerprint for module, basis in read_bases(path).items()}
 
@@ -201,7 +202,7 @@ def _with_bases(bases: Mapping[str, StoredBasis]) -> StoredAdapter:
 
 @contextmanager
 def keeping_weights() -> Iterator[None]:
-    """Keep the weights of adapters that are read in the block: PEFT reads no others than those that were checked."""
+    """Keep the weights of adapters read in the block, so that PEFT reads exactly the weights that were checked."""
     if _KEPT.get() is not None:
         yield
         return
@@ -213,27 +214,27 @@ def keeping_weights() -> Iterator[None]:
 
 
 def keep_weights(origin: AdapterOrigin, weights: Mapping[str, Tensor]) -> None:
-    """Keep the weights of an adapter for the loader that is at work, if there is one."""
+    """Keep the weights of an adapter for the loader at work, if there is one."""
     if (kept := _KEPT.get()) is not None:
         kept[origin.location, origin.subfolder] = dict(weights)
 
 
 def are_kept(origin: AdapterOrigin) -> bool:
-    """Whether the weights of an adapter are kept, so that its basis is in the model."""
+    """Return whether the weights of an adapter are kept, so that its basis is in the model."""
     return (origin.location, origin.subfolder) in (_KEPT.get() or {})
 
 
 def kept_weights(origin: AdapterOrigin) -> dict[str, Tensor] | None:
-    """The weights that were kept of an adapter, which are let go; None if there are none."""
+    """Return the weights kept for an adapter and forget them; None if there are none."""
     return (_KEPT.get() or {}).pop((origin.location, origin.subfolder), None)
 
 
 def load_whole(origin: AdapterOrigin, load: Callable[[str], Loaded]) -> Loaded:
-    """What a loader makes of an adapter, of which others may be saving a new version.
+    """Run a loader on an adapter that others may be replacing by a new version.
 
     Args:
-        origin: Where the adapter is.
-        load: Is given the location, or where its content stands while a writer replaces it.
+        origin: Place of the adapter.
+        load: Loader, called with the location, or with the place of its content while a writer replaces it.
     """
     with keeping_weights():
         if (root := _root_of(origin)) is None:
@@ -248,19 +249,19 @@ def load_whole(origin: AdapterOrigin, load: Callable[[str], Loaded]) -> Loaded:
 
 
 def in_folder_of_bases(origin: AdapterOrigin) -> bool:
-    """Whether an adapter is in a folder of this machine that has bases beside it."""
+    """Return whether an adapter is in a local folder that has bases next to it."""
     return _root_of(origin) is not None
 
 
 def _root_of(origin: AdapterOrigin) -> Path | None:
-    """The folder of this machine that has the bases of an adapter, which is replaced as a whole; None without one."""
+    """The local folder that has an adapter's bases and is replaced as a whole; None if there is none."""
     folder = Path(os.path.abspath(origin.folder))
     candidates = (folder, folder.parent, folder.parent.parent)
     return next((candidate for candidate in candidates if holds(candidate, SUBSPACE_FILE)), None)
 
 
 def _read_adapter(origin: AdapterOrigin, config: ShareConfig, loaded: Mapping[str, BasisFile | None]) -> StoredAdapter:
-    """What is stored with an adapter, all of it of one version of its folder or one commit of its repository."""
+    """Read what is stored with an adapter, all from one version of its folder or one commit of its repository."""
     if (root := _root_of(origin)) is None:
         return _read_version(_pinned(origin), config, loaded)
     within = Path(os.path.abspath(origin.folder)).relative_to(root)
@@ -273,7 +274,7 @@ def _read_adapter(origin: AdapterOrigin, config: ShareConfig, loaded: Mapping[st
 
 
 def _pinned(origin: AdapterOrigin) -> AdapterOrigin:
-    """The place of an adapter in a repository at the commit that its revision is now; as it is where there is none."""
+    """Pin an adapter in a repository to the commit of its revision; without such a commit, return it unchanged."""
     if Path(origin.location).is_dir():
         return origin
     for candidate in _places_beside(origin):
@@ -286,7 +287,7 @@ def _pinned(origin: AdapterOrigin) -> AdapterOrigin:
 
 
 def _places_beside(origin: AdapterOrigin) -> list[PurePosixPath]:
-    """Where the bases of an adapter of a repository may be: in its folder, the parent or the grandparent."""
+    """Folders of a repository that may hold an adapter's bases: its own, the parent or the grandparent."""
     place = PurePosixPath(origin.subfolder or ".")
     return list(dict.fromkeys((place, place.parent, place.parent.parent)))
 
@@ -314,7 +315,7 @@ def _read_version(origin: AdapterOrigin, config: ShareConfig, loaded: Mapping[st
     if index is not None:
         _check_against_tree(origin, config, place, path.parent, index)
         if weights.adapted and all(loaded.get(module) == stored.basis_file for module in weights.adapted):
-            return stored  # whose fingerprints the model compares with those of its bases
+            return stored  # the model compares its fingerprints with those of the model's bases
         bases = read_bases(path)
         check_bases(path, bases, index)
         stored = replace(stored, bases=bases)
@@ -324,7 +325,7 @@ def _read_version(origin: AdapterOrigin, config: ShareConfig, loaded: Mapping[st
 
 
 def _find_beside_adapter(origin: AdapterOrigin) -> Path:
-    """`subspace.safetensors` in the adapter's folder, its parent or its grandparent, downloaded if need be.
+    """Find `subspace.safetensors` in the adapter's folder, its parent or its grandparent, downloading it if needed.
 
     Raises:
         ValueError: If there is none.
@@ -345,14 +346,14 @@ def _find_beside_adapter(origin: AdapterOrigin) -> Path:
 
 
 def _fetch(origin: AdapterOrigin, name: str, limit: int | None = None) -> Path:
-    """A file of the place that an adapter is from, downloaded if it is a repository and no larger than it may be."""
+    """Return a file from an adapter's location, downloaded within its size limit if the location is a repository."""
     if Path(origin.location).is_dir():
         return Path(origin.location, name)
     return download(origin.location, name, limit=limit, **origin.download_options)
 
 
 def _weights_file(origin: AdapterOrigin, index: TreeIndex | None) -> Path:
-    """The file of an adapter's weights, which may be a pickled one in a checkpoint of the user's own."""
+    """Find the file of an adapter's weights, which may be a pickled one in the user's own checkpoint."""
     name = str(PurePosixPath(origin.subfolder or ".") / SAFETENSORS_WEIGHTS_NAME)
     with suppress(EntryNotFoundError):
         if (path := _fetch(origin, name)).is_file():
@@ -366,11 +367,11 @@ def _weights_file(origin: AdapterOrigin, index: TreeIndex | None) -> Path:
 def _check_against_tree(
     origin: AdapterOrigin, config: ShareConfig, weights: Path, root: Path, index: TreeIndex
 ) -> None:
-    """Compare the files of a task of a tree with their checksums, and its base model with the tree's."""
+    """Compare the files of a task in a tree with their checksums, and its base model with the tree's."""
     task = next((task for task in index.tasks if root / task_folder(task) == weights.parent), None)
-    if task is None:  # a checkpoint of the user's own
+    if task is None:  # the user's own checkpoint
         return
-    for name in (CONFIG_NAME, METRICS_FILE):  # PEFT may have read the configuration at an older commit
+    for name in (CONFIG_NAME, METRICS_FILE):  # PEFT may have read the configuration from an older commit
         _fetch(origin, f"{task_folder(task)}/{name}", MAX_JSON_BYTES)
     check_task_files(root, index, task)
     if config.base_model_name_or_path != index.base_model_name_or_path:

@@ -1,4 +1,4 @@
-"""What PEFT has for LoRA alone: refused by name, with the way to it, before anything has changed."""
+"""Features that PEFT offers only for LoRA: refused by name, with advice, before anything has changed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from peft.utils import hotswap, loftq_utils
 
 _WAY = "make the task a LoRA by SharedSubspace.export_lora and use it with that"
 
-# Options of LoRA that have another name here, or need none.
+# Options of LoRA that have another name here, or are not needed.
 _INSTEAD = {
     "r": "expected pseudo_rank, the rank of a task's update, and num_components, the size of the basis",
     "lora_dropout": "expected dropout",
@@ -25,7 +25,7 @@ _INSTEAD = {
     "use_rslora": "expected none: the coefficients have the scale of an update in them",
 }
 
-# Functions of a model, or of a configuration, and where their names are.
+# Functions that take a model or a configuration, and the modules that hold their names.
 _FUNCTIONS: Mapping[str, tuple[ModuleType, ...]] = {
     "rescale_adapter_scale": (helpers,),
     "hotswap_adapter": (hotswap,),
@@ -37,7 +37,7 @@ _FUNCTIONS: Mapping[str, tuple[ModuleType, ...]] = {
 
 
 def without_options_of_lora(config_class: type[PeftConfig]) -> type[PeftConfig]:
-    """Let a configuration say, for an option that LoRA alone has, what there is instead."""
+    """Make a configuration class say what to use instead of an option that only LoRA has."""
     original = config_class.__init__
 
     @functools.wraps(original)
@@ -50,10 +50,10 @@ def without_options_of_lora(config_class: type[PeftConfig]) -> type[PeftConfig]:
 
 
 def check_options(config_class: type[PeftConfig], options: Iterable[str]) -> None:
-    """Refuse options that LoRA has and a configuration has not.
+    """Refuse options that LoRA has and a configuration class does not have.
 
     Raises:
-        TypeError: Naming the option, in Python's own words, by which PEFT knows what it may leave out of a file.
+        TypeError: If there is one. Names it in Python's own words, by which PEFT knows what it may drop from a file.
     """
     of_lora = {field.name for field in fields(LoraConfig)} - {field.name for field in fields(config_class)}
     for name in sorted(of_lora.intersection(options)):
@@ -64,16 +64,16 @@ def check_options(config_class: type[PeftConfig], options: Iterable[str]) -> Non
 
 
 def refuse(name: str) -> None:
-    """Refuse what has this name.
+    """Refuse the feature of this name.
 
     Raises:
-        ValueError: Always, with the way to it.
+        ValueError: Always, with advice on how to get the feature.
     """
     raise ValueError(f"{name} is LoRA's alone, expected no adapter of SHARE: {_WAY}")
 
 
 def advise_on_functions_of_lora(config_class: type[PeftConfig]) -> None:
-    """Let PEFT's functions for LoRA refuse models with adapters of another class, and so its mixed models."""
+    """Make PEFT's functions for LoRA, and its mixed models, refuse models with adapters of this class."""
     for name, modules in _FUNCTIONS.items():
         function = _for_others(getattr(modules[0], name), name, config_class)
         for module in modules:

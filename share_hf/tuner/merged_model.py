@@ -1,4 +1,4 @@
-"""A task, or a weighted sum of tasks, added to the weights of its base model: a full model without adapters."""
+"""A task, or a weighted sum of tasks, merged into the weights of its base model: a full model without adapters."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ _AUTO_CLASSES = {
 
 
 def base_model_for(base: str | Path, info: TaskInfo, *, token: str | bool | None = None) -> PreTrainedModel:
-    """The base model in the class and with the labels that a task needs, in the dtype that it is stored in.
+    """Load the base model in the class and with the labels that a task needs, in the dtype that it is stored in.
 
     Args:
-        base: Folder or hub id of the base model.
-        info: What is known of the task. Where it names no task type and no class, it is that which the model was
-            saved as.
-        token: For the hub.
+        base: Folder or Hub id of the base model.
+        info: Information about the task. If it names neither a task type nor a class, the class that the model was
+            saved as is used.
+        token: Token for the Hub.
 
     Raises:
-        ValueError: If there is no such model, or it is not known which class it has.
+        ValueError: If there is no such model, or its class is unknown.
     """
     options: dict[str, Any] = {"token": token}
     of_labels = info.target.get("task_type") in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS) or pipeline_of(info.target)
@@ -67,7 +67,7 @@ def base_model_for(base: str | Path, info: TaskInfo, *, token: str | bool | None
             f"{base}: its configuration names no class of transformers ({config.architectures}), expected a model "
             "that transformers loads"
         )
-    # A head of the base model that has other labels gives way to the task's.
+    # A head of the base model with other labels gives way to the task's head.
     return model_class.from_pretrained(
         base, config=config, dtype="auto", token=token, ignore_mismatched_sizes=labels is not None
     )
@@ -76,12 +76,12 @@ def base_model_for(base: str | Path, info: TaskInfo, *, token: str | bool | None
 def merge_tasks_into(model: PreTrainedModel, state: SubspaceState, weights: Mapping[str, float]) -> PreTrainedModel:
     """Add the exact weighted sum of tasks to the weights of their base model.
 
-    PEFT does the arithmetic: it knows layers that store their weight the other way round, and quantized ones.
+    PEFT does the arithmetic, because it supports quantized layers and layers that store their weight transposed.
 
     Args:
-        model: The base model, without adapters; it is changed.
-        state: Holds the tasks.
-        weights: By task. One task of weight 1 brings its head.
+        model: Base model without adapters. It is changed in place.
+        state: State that holds the tasks.
+        weights: Weights by task. A single task of weight 1 brings its head along.
 
     Raises:
         ValueError: If a module of the tasks is not in the model, or a weight would not be finite.
@@ -96,19 +96,19 @@ def merge_tasks_into(model: PreTrainedModel, state: SubspaceState, weights: Mapp
         for name, content in lora_files(adapter).items():
             Path(folder, name).write_bytes(content)
         merged = PeftModel.from_pretrained(model, folder).merge_and_unload(safe_merge=True)
-    if hasattr(merged, "peft_config"):  # or transformers would save an adapter
+    if hasattr(merged, "peft_config"):  # otherwise transformers would save an adapter
         del merged.peft_config
         merged._hf_peft_config_loaded = False
     return merged
 
 
 def save_tokenizer_of(base: str | Path, folder: Path, *, token: str | bool | None = None) -> None:
-    """Save the tokenizer of a base model beside a merged one, where it has one."""
+    """Save the tokenizer of a base model, if it has one, next to a merged model."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(base, token=token)
     except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
         logger.info("%s: no tokenizer could be read from it (%s), the merged model has none.", base, error)
         return
-    # Of a folder without one, transformers makes a tokenizer that knows its special tokens alone.
+    # For a folder without a tokenizer, transformers makes one that knows only its special tokens.
     if not set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         tokenizer.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Tasks merged into the weights of their layers, and taken out again, by subtraction or from a copy of the weights."""
+"""Merging of tasks into the weights of their layers, undone by subtraction or from a copy of the weights."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from ..format.module_names import without_wrappers
 from .placement import check_held_once
 
 
-# Whether a merge keeps a copy of the weight: no; yes, where the weight is; yes, in the memory of the CPU.
+# Whether a merge keeps a copy of the weight: no; yes, on the weight's device; or yes, in CPU memory.
 KeepBase: TypeAlias = bool | Literal["cpu"]
 
 
 @dataclass(frozen=True)
 class KeptBase:
-    """The weight of a layer as it was before tasks were merged into it, packed as it was if it is quantized.
+    """The weight of a layer before tasks were merged into it, packed as it was if it is quantized.
 
-    It is neither a tensor nor a module itself, so that the layer that holds it does not save, move or cast it.
+    It is neither a tensor nor a module itself, so the layer that holds it does not save, move or cast it.
 
     Args:
-        content: The weight, with the scales of a quantized one; for HQQ the layer, which a merge replaces.
+        content: Weight, with its scales if quantized; for HQQ the layer itself, which a merge replaces.
     """
 
     content: Tensor | nn.Module
 
     @classmethod
     def of(cls, layer: MergingLayer, keep: KeepBase) -> KeptBase:
-        """A copy of the weight that a layer has now.
+        """Copy the weight that a layer has now.
 
-        The weight of an offloaded layer is copied to the memory of the CPU, so that it does not fill the device.
+        The weight of an offloaded layer is copied to CPU memory, so that the copy does not fill the device.
         """
         base, backend = layer.get_base_layer(), layer.quantization_backend
         if isinstance(backend, HqqBackend):
@@ -54,7 +54,7 @@ class KeptBase:
         return cls(weight.to("cpu") if in_memory else weight)
 
     def put_back(self, layer: MergingLayer) -> None:
-        """Make this the weight of the layer, where the layer is now and, unless quantized, in the type it has now."""
+        """Restore this as the layer's weight, on the current device and, unless quantized, in the current dtype."""
         base, backend = layer.get_base_layer(), layer.quantization_backend
         if isinstance(backend, HqqBackend):
             layer.base_layer = self.content
@@ -66,7 +66,7 @@ class KeptBase:
         elif isinstance(backend, Bnb8bitBackend):
             weight.CB = weight.data
             base.weight = weight
-            base.state.reset_grads()  # the next forward takes weight and scales from the parameter
+            base.state.reset_grads()  # makes the next forward take weight and scales from the parameter
         elif backend is not None:
             base.weight = nn.Parameter(weight, requires_grad=False)
         else:
@@ -74,9 +74,9 @@ class KeptBase:
 
 
 class MergingLayer(BaseTunerLayer):
-    """What merges tasks into the weight of a layer, and takes them out again.
+    """A layer whose weight tasks can be merged into and taken out of again.
 
-    Nothing of this is differentiated: a weight that is quantized anew would else hold on to the task's parameters.
+    Nothing here is differentiated: a newly quantized weight would otherwise hold on to the task's parameters.
     """
 
     _kept_base: KeptBase | None = None
@@ -89,16 +89,16 @@ class MergingLayer(BaseTunerLayer):
 
         Args:
             safe_merge (`bool`, *optional*):
-                Whether to check the merged weights for NaN and infinity first, and leave the layer as it is if there
+                Whether to check the merged weights for NaN and infinity first, and leave the layer unchanged if there
                 are any.
             adapter_names (`list[str]`, *optional*):
-                The adapters to merge; the active ones if not given.
+                Names of the adapters to merge. None means the active ones.
             keep_base (`bool` or `"cpu"`, *optional*):
-                Whether to keep a copy of the weight, as for [`ShareModel.merge_adapter`]. One that an earlier merge
-                has kept stays in any case.
+                Whether to keep a copy of the weight. See [`ShareModel.merge_adapter`]. A copy that an earlier merge
+                kept stays in any case.
 
         Raises:
-            ValueError: If a merged weight is not finite, or a copy is to be kept of a weight that has tasks in it.
+            ValueError: If a merged weight is not finite, or a copy is requested of a weight that has tasks merged in.
         """
         adapters = self._adapters_in(check_adapters_to_merge(self, adapter_names))
         if not adapters:
@@ -112,14 +112,14 @@ class MergingLayer(BaseTunerLayer):
         self.merged_adapters.extend(adapters)
 
     def _adapters_in(self, names: list[str]) -> list[str]:
-        """Those of the adapters that adapt the layer and are not merged into it, each once."""
+        """The adapters among these that adapt the layer and are not merged into it yet, each once."""
         return [name for name in dict.fromkeys(names) if self.has_task(name) and name not in self.merged_adapters]
 
     def check_may_keep(self) -> None:
-        """Refuse to keep a copy of a weight that has tasks in it and was not kept before they came.
+        """Refuse to keep a copy of a weight that has tasks merged in and was not kept before the first of them.
 
         Raises:
-            ValueError: Naming the tasks.
+            ValueError: If there is no earlier copy. Names the tasks.
         """
         if self.merged and self._kept_base is None:
             raise ValueError(
@@ -131,21 +131,21 @@ class MergingLayer(BaseTunerLayer):
         """Refuse a merge after which the weight would hold NaN or infinity.
 
         Args:
-            adapter_names: The adapters to merge; None for the active ones.
+            adapter_names: Names of the adapters to merge. None means the active ones.
 
         Raises:
-            ValueError: Naming the adapter.
+            ValueError: If the weight would not be finite. Names the adapter.
         """
         names = self.active_adapters if adapter_names is None else adapter_names
         self.merged_weight(self._adapters_in(names), safe=True)
 
     @torch.no_grad()
     def merged_weight(self, adapters: list[str], *, safe: bool) -> Tensor:
-        """The base weight, dequantized, with the updates of adapters; rounded once to the type that it has.
+        """Return the dequantized base weight plus the updates of adapters, rounded once to its dtype.
 
         Args:
-            adapters: They adapt this layer.
-            safe: Whether to raise a `ValueError` where NaN or infinity comes up.
+            adapters: Names of adapters that adapt this layer.
+            safe: Whether to raise a `ValueError` if NaN or infinity occurs.
         """
         weight = self.get_base_weight()
         merged = weight.to(torch.promote_types(weight.dtype, torch.float32))
@@ -159,8 +159,8 @@ class MergingLayer(BaseTunerLayer):
     def unmerge(self) -> None:
         """Take all merged adapters out of the base weight again.
 
-        Where a copy of the weight was kept, the weight is the same to the bit as before the first of them came. Else
-        the updates are subtracted, which leaves rounding errors, and those of a new quantization if it is quantized.
+        If a copy of the weight was kept, the weight is bit-identical to the one before the first merge. Otherwise the
+        updates are subtracted, which leaves rounding errors, and errors of a new quantization if it is quantized.
         """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
@@ -178,43 +178,43 @@ class MergingLayer(BaseTunerLayer):
         self.merged_adapters.clear()
 
     def _loaded(self) -> AbstractContextManager[None]:
-        """Where a forward or a choice of another task unmerges, the weight of an offloaded layer is not there yet."""
+        """Load the weight of an offloaded layer, which is missing when a forward or a change of task unmerges."""
         weight = getattr(self.get_base_layer(), "weight", None)
         return onload_layer(self) if isinstance(weight, Tensor) and weight.is_meta else nullcontext()
 
 
 class MergingTuner(BaseTuner):
-    """What merges tasks into all layers of a model: into every one of them, or into none."""
+    """A tuner that merges tasks into all layers of a model, or into none."""
 
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False, keep_base: KeepBase = False
     ) -> None:
         """
-        Merge adapters into the base weights, so that a forward costs what it costs without adapters.
+        Merge adapters into the base weights, so that a forward costs the same as without adapters.
 
-        `unmerge_adapter()` takes out all that are merged, whatever the number of calls that merged them. So do
-        `set_adapter`, and a forward within `disable_adapter()`. `unload()` does not: as in other tuners of PEFT, the
-        model that it returns has what is merged in its weights.
+        `unmerge_adapter()` takes all merged adapters out, whatever the number of calls that merged them. So do
+        `set_adapter` and a forward within `disable_adapter()`. `unload()` does not: as in other tuners of PEFT, the
+        model that it returns has the merged adapters in its weights.
 
         Args:
             adapter_names (`list[str]`, *optional*):
-                The adapters to merge; the active ones if not given.
+                Names of the adapters to merge. None means the active ones.
             safe_merge (`bool`, *optional*):
                 Whether to check the merged weights of all layers for NaN and infinity first. Each layer's merge is
-                computed twice then.
+                then computed twice.
             keep_base (`bool` or `"cpu"`, *optional*):
                 Whether to keep a copy of each weight that is merged into. If so, unmerging restores all base weights
-                to the bit, packed weights of a quantized model included. The copies take as much memory as the
-                weights, on the same device, or in the memory of the CPU for `"cpu"` and for layers that accelerate
-                has offloaded; those of HQQ stay where they are. They follow in copies of the model, are in no state
-                dict, and are dropped when they are put back, which undoes any change of the base weights meanwhile.
-                If not, unmerging subtracts the updates: base weights come back up to rounding in their type, and of
-                quantized ones up to another quantization, which can be far more. A copy that an earlier call has kept
-                stays, and serves what later calls merge.
+                bit for bit, including the packed weights of a quantized model. The copies take as much memory as the
+                weights, on the same device, or in CPU memory for `"cpu"` and for layers that accelerate has offloaded;
+                those of HQQ stay where they are. Copies of the model carry them along, state dicts do not. They are
+                dropped once they are put back, which undoes any change made to the base weights in the meantime. If
+                not, unmerging subtracts the updates: base weights come back up to rounding in their dtype, and
+                quantized ones up to another quantization, which can be far more. A copy that an earlier call kept
+                stays, and also serves what later calls merge.
 
         Raises:
-            ValueError: If an adapter is unknown, a merged weight would not be finite, weights of which a copy is to
-                be kept have tasks in them, or the model uses a weight twice. No weight has changed then.
+            ValueError: If an adapter is unknown, a merged weight would not be finite, a copy is requested of weights
+                that have tasks merged in, or the model uses a weight twice. No weight has changed then.
             TypeError: If a layer cannot be merged into.
         """
         if keep_base not in (False, True, "cpu"):
@@ -241,7 +241,7 @@ class MergingTuner(BaseTuner):
         return super()._unload_and_optionally_merge(merge=merge, progressbar=progressbar, adapter_names=adapter_names)
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
-        """Refuse what cannot be merged, or, if it is to be safe, is not finite, before any layer has been merged."""
+        """Refuse adapters that cannot be merged or, if `safe_merge`, are not finite, before any layer is changed."""
         if isinstance(adapter_names, str):
             raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
         unknown = [name for name in adapter_names or () if name not in self.peft_config]
@@ -258,7 +258,7 @@ class MergingTuner(BaseTuner):
                 raise ValueError(f"{name!r}: {error}") from error
 
     def _check_merge_allowed(self) -> None:
-        """Refuse to merge into layers that cannot be dequantized or are tied, before any layer has been merged."""
+        """Refuse to merge into layers that cannot be dequantized or are tied, before any layer is changed."""
         super()._check_merge_allowed()
         check_held_once(self.model, self._merging_layers())
         tried = set()
@@ -275,14 +275,14 @@ class MergingTuner(BaseTuner):
             tried.add(kind)
 
     def _merging_layers(self) -> Iterator[tuple[str, MergingLayer]]:
-        """Layers that tasks can be merged into, with their names in the base model."""
+        """Yield the layers that tasks can be merged into, with their names in the base model."""
         for name, module in self.model.named_modules():
             if isinstance(module, MergingLayer):
                 yield without_wrappers(name), module
 
 
 def offload_hook_of(layer: Any) -> AlignDevicesHook | None:
-    """What fetches the weights of a layer for each forward, if accelerate keeps them in memory or on disk."""
+    """The hook that fetches a layer's weights for each forward if accelerate keeps them in memory or on disk."""
     hook = getattr(layer, "_hf_hook", None)
     hooks = hook.hooks if isinstance(hook, SequentialHook) else [hook]
     return next((each for each in hooks if isinstance(each, AlignDevicesHook) and each.offload), None)

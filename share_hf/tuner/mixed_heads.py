@@ -1,4 +1,4 @@
-"""Heads (`modules_to_save`) in batches whose samples have a task each."""
+"""Heads (`modules_to_save`) in batches in which each sample has its own task."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .rows import BASE, Rows
 
 class MixedHead(ModulesToSaveWrapper):
     """
-    PEFT's wrapper of a module that each task has a copy of, also in mixed batches.
+    PEFT's wrapper of a module of which each task has a copy, extended to mixed batches.
 
-    PEFT's own computes a mixed batch only where the active task has a copy, all tasks of the batch have one, and the
-    module is a single layer. This one takes the base model's module for tasks without a copy, and any module that
-    makes one tensor of a batch.
+    PEFT's own wrapper computes a mixed batch only if the active task has a copy, all tasks of the batch have one, and
+    the module is a single layer. This one uses the base model's module for tasks without a copy, and supports any
+    module that returns one tensor for a batch.
     """
 
     share_rows: Rows
@@ -46,14 +46,14 @@ class MixedHead(ModulesToSaveWrapper):
 
 
 def head_wrappers(model: nn.Module) -> dict[str, ModulesToSaveWrapper]:
-    """PEFT's wrappers of what tasks keep whole, by the name of the module in the base model."""
+    """PEFT's wrappers of the modules that tasks keep whole, by the module's name in the base model."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     wrappers = ((name, module) for name, module in base.named_modules() if isinstance(module, ModulesToSaveWrapper))
     return {without_wrappers(name): module for name, module in wrappers}
 
 
 def mix_heads(model: nn.Module, rows: Rows) -> None:
-    """Make PEFT's wrappers of heads in a model take part in mixed batches."""
+    """Make PEFT's wrappers of heads in a model support mixed batches."""
     for module in model.modules():
         if type(module) is ModulesToSaveWrapper:
             module.__class__ = MixedHead

@@ -1,4 +1,4 @@
-"""What a call with `adapter_names` asks for."""
+"""Mixed batches, as requested by calls with `adapter_names`."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
     from .model import ShareModel
 
 
-@torch.compiler.disable  # or other names would make it compile anew
+@torch.compiler.disable  # other names would make it compile anew
 def mixed_batch(tuner: ShareModel, adapter_names: Sequence[str], arguments: Mapping[str, Any]) -> MixedBatch:
-    """The mixed batch of a call of `forward` or `generate`, which the layers' stacks have what they need for.
+    """Build the mixed batch of a call of `forward` or `generate`, and prepare the layers' stacks for it.
 
     Args:
-        tuner: Has the adapters.
-        adapter_names: One for each sample, or `__base__`.
+        tuner: Tuner that has the adapters.
+        adapter_names: Names of adapters, one for each sample, or `__base__`.
         arguments: All keyword arguments of the call.
 
     Raises:
-        ValueError: If the tuner is in training mode and tasks are not trained, or there is no adapter of a name;
-            naming all of these.
+        ValueError: If the tuner is in training mode and tasks are not trained, if a layer holds experts, or if there
+            are no adapters of some names, all of which the message names.
     """
     check_trained(adapter_names, tuner)
     if any(isinstance(layer, Expert) for layer in tuner.layers()):
@@ -43,7 +43,7 @@ def mixed_batch(tuner: ShareModel, adapter_names: Sequence[str], arguments: Mapp
         raise ValueError(f"adapter_names has {listing(unknown)}, expected names among {expected}")
     repeats = _repeats(arguments, tuner.model)
     for layer in tuner.layers():
-        layer.write_own()  # first: it gives them rows
+        layer.write_own()  # first, because it assigns rows to the tasks
     batch = MixedBatch(adapter_names, tuner.rows, repeats)
     for layer in tuner.layers():
         for samples in (len(adapter_names), len(adapter_names) * repeats):
@@ -52,7 +52,7 @@ def mixed_batch(tuner: ShareModel, adapter_names: Sequence[str], arguments: Mapp
 
 
 def _repeats(arguments: Mapping[str, Any], model: nn.Module) -> int:
-    """How often `generate` repeats each sample; 1 for a forward."""
+    """Return how often `generate` repeats each sample; 1 for a forward."""
     given = arguments.get("generation_config") or getattr(model, "generation_config", None)
     names = ("num_beams", "num_return_sequences")
     return max(1, *(arguments.get(name, getattr(given, name, None)) or 1 for name in names))

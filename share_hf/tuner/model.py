@@ -1,4 +1,4 @@
-"""Where Share is injected into a model, and how PEFT sees it."""
+"""The tuner, which injects Share into a model and connects it to PEFT."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ from .together import activate_together, train_heads
 
 logger = logging.get_logger(__name__)
 
-# By the kind of a layer's layout, None for dense ones.
+# Classes by the kind of a layer's layout; None for dense layers.
 _CLASSES = {None: Linear, "convolution": Convolution, "embedding": Embedding}
 
 _OTHER_BASIS = (
@@ -62,15 +62,15 @@ class ShareModel(RoutingModel, MergingTuner):
     """
     Tuner of a shared subspace.
 
-    Every adapted layer holds one basis for all tasks; an adapter is the coefficients of one task. An adapter that was
-    loaded from a folder or repository brings the basis it was saved with, found beside it; the first one sets the
-    basis, and others must come with the same. A model that starts from a fresh [`ShareConfig`] has a random
-    orthonormal basis until a merge learns one.
+    Every adapted layer holds one basis for all tasks; an adapter consists of the coefficients of one task. An adapter
+    that is loaded from a folder or repository brings the basis it was saved with, which is found next to it. The first
+    one sets the basis, and others must come with the same. A model that starts from a fresh [`ShareConfig`] has a
+    random orthonormal basis until a merge learns one.
 
     Args:
         model (`torch.nn.Module`): The model to adapt.
-        config ([`ShareConfig`]): The configuration of the first task.
-        adapter_name (`str`): The first task's name.
+        config ([`ShareConfig`]): Configuration of the first task.
+        adapter_name (`str`): Name of the first task.
 
     Example:
         ```py
@@ -87,21 +87,21 @@ class ShareModel(RoutingModel, MergingTuner):
     tuner_layer_cls = ShareLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
-    _stored = StoredAdapter()  # of the adapter that is being injected
+    _stored = StoredAdapter()  # data of the adapter being injected
     _share_layers: Sequence[ShareLayer] | None = None
 
     @property
     def rows(self) -> Rows:
         """The rows of all tasks in the stacks of the layers."""
         if "_rows" not in vars(self):
-            layers = share_layers(self.model).values()  # of a model that transformers gave adapters to
+            layers = share_layers(self.model).values()  # not empty if transformers added adapters to the model
             self._rows = next((layer.rows for layer in layers), None) or Rows()
         return self._rows
 
     def _check_new_adapter_config(self, config: ShareConfig) -> None:
         super()._check_new_adapter_config(config)
         check_options(ShareConfig, vars(config))
-        # The newest, as one object may configure several adapters.
+        # Take the newest, because one object may configure several adapters.
         name = next(name for name in reversed(self.peft_config) if self.peft_config[name] is config)
         ours = name.startswith("_") and hasattr(StackedParameters(Rows(), 0), name)
         if not name or "." in name or ours or hasattr(nn.ParameterDict(), name):
@@ -115,7 +115,7 @@ class ShareModel(RoutingModel, MergingTuner):
             check_same_dimensions(config, f"adapter {name!r}", other, f"adapter {other_name!r}")
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter to the model; one that does not fit raises, and leaves the model as it was."""
+        """Add an adapter to the model. If it does not fit, raise and leave the model as it was."""
         layers_before = set(share_layers(model).values())
         requires_grad_before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
@@ -136,7 +136,7 @@ class ShareModel(RoutingModel, MergingTuner):
             self._stored = StoredAdapter()
 
     def _tell_smaller_layers(self, model: nn.Module, config: ShareConfig, layers_before: set[str]) -> None:
-        """Log one line about fresh layers without room for k directions; a stored basis is no news."""
+        """Log one line about new layers that have no room for k directions, unless their basis was stored."""
         layers = {} if self._stored.bases else share_layers(model)
         fresh = [name for name in layers if name not in layers_before]
         shapes = {name: (layers[name].out_features, layers[name].in_features) for name in fresh}
@@ -144,7 +144,7 @@ class ShareModel(RoutingModel, MergingTuner):
             logger.warning_once(line)
 
     def _set_fan_in_fan_out(self, config: ShareConfig, adapter_name: str) -> None:
-        """Let the configuration say what the layers found out by themselves; some models have both kinds."""
+        """Make the configuration state what the layers found out by themselves; some models have both kinds."""
         layers = [layer for layer in share_layers(self.model).values() if layer.has_task(adapter_name)]
         found = any(layer.fan_in_fan_out for layer in layers)
         if config.fan_in_fan_out and not found:
@@ -152,7 +152,7 @@ class ShareModel(RoutingModel, MergingTuner):
         config.fan_in_fan_out = found
 
     def _check_target_module_compatiblity(self, peft_config: ShareConfig, model: nn.Module, target_name: str) -> None:
-        """Refuse what PEFT refuses for LoRA: layers whose weight a model reads past their forward, as Mamba does."""
+        """Refuse what PEFT refuses for LoRA: layers whose weight the model reads itself, as Mamba does."""
         super()._check_target_module_compatiblity(LoraConfig(), model, target_name)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -162,7 +162,7 @@ class ShareModel(RoutingModel, MergingTuner):
                 layer.cast_to_base(adapter_name)
 
     def _prepare_model(self, peft_config: ShareConfig, model: nn.Module) -> None:
-        """Read the basis that an adapter was saved with. Runs for every adapter, before the model is touched."""
+        """Read the basis that an adapter was saved with. Runs for every adapter, before the model is changed."""
         if hasattr(model, "get_base_model"):
             raise ValueError(
                 f"model is a {type(model).__name__}, expected the base model: add a task to it by add_adapter, or "
@@ -175,9 +175,9 @@ class ShareModel(RoutingModel, MergingTuner):
         if isinstance(peft_config.origin, AdapterOrigin):
             keep_weights(peft_config.origin, self._stored.weights)
         else:
-            peft_config.origin = None  # the layers have them now; a configuration would keep them alive past a merge
+            peft_config.origin = None  # The layers hold the bases now; the configuration would keep them past a merge.
         if (adapted := self._stored.adapted) is not None:
-            # Nothing need be matched now; later something may.
+            # Names that match nothing now may match something later.
             vars(peft_config).update(without_slow_patterns(vars(peft_config), adapted))
             peft_config.target_parameters = parameters_adapted(peft_config.target_parameters, adapted)
         if (head := self._stored.head) is not None:
@@ -192,10 +192,10 @@ class ShareModel(RoutingModel, MergingTuner):
                 raise ValueError(_OTHER_BASIS.format(module_name))
 
     def _check_target_module_exists(self, config: ShareConfig, key: str) -> object:
-        """Whether an adapter adapts a module: a stored one those that it has coefficients for, and no others.
+        """Return whether an adapter adapts a module. A stored one adapts exactly the modules it has coefficients for.
 
-        What is kept whole is not adapted. PEFT itself keeps modules by the ends of their names, `pre_classifier` for
-        `classifier`, but leaves them alone by whole parts.
+        A module that is kept whole is not adapted. PEFT itself keeps modules by the ends of their names, for example
+        `pre_classifier` for `classifier`, but exempts modules from adaptation by whole parts of their names.
         """
         if saved_module_of(f"{without_wrappers(key)}.", config.modules_to_save or []) is not None:
             return False
@@ -250,7 +250,7 @@ class ShareModel(RoutingModel, MergingTuner):
     def _adapt_experts(
         self, config: ShareConfig, adapter_name: str, parent: nn.Module, target_name: str, name: str, parameter: str
     ) -> None:
-        """Adapt all experts in a parameter of this name in the model; a stored adapter those that it has."""
+        """Adapt all experts in a parameter of this name in the model, or those that a stored adapter has."""
         if self._stored.adapted is not None and f"{name}.0" not in self._stored.adapted:
             return
         holder = getattr(parent, target_name)
@@ -300,19 +300,19 @@ class ShareModel(RoutingModel, MergingTuner):
         if isinstance(new_module, ShareLayer) and offload_hook_of(new_module.get_base_layer()) is None:
             super()._replace_module(parent, child_name, new_module, child)
         else:
-            # Offloaded: PEFT would move the adapter to the meta device, where its values are lost. Unloaded: complete
-            # as it is, and PEFT would look for a `weight`, which HQQ's and GPTQ's layers lack.
+            # An offloaded layer: PEFT would move the adapter to the meta device, where its values are lost. An
+            # unloaded layer: it is complete, and PEFT would look for a `weight`, which HQQ's and GPTQ's layers lack.
             setattr(parent, child_name, new_module)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Refuse coefficients of another basis in any layer before any layer has been loaded."""
+        """Refuse coefficients that belong to another basis in any layer before any layer is loaded."""
         for name, layer in share_layers(self.model).items():
             layer.check_fingerprints(state_dict, f"{prefix}model.{name}.")
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @classmethod
     def _get_adapter_state_dict(cls, model: nn.Module, adapter_name: str, **kwargs: Any) -> dict[str, Tensor]:
-        """The weights of an adapter. Where an engine gathered parameters alone, the fingerprints come from here."""
+        """Return an adapter's weights, with the fingerprints even if an engine gathered only the parameters."""
         selected = super()._get_adapter_state_dict(model=model, adapter_name=adapter_name, **kwargs)
         for name, module in model.named_modules():
             if isinstance(module, ShareLayer) and adapter_name in module.share_fingerprint:
@@ -323,10 +323,10 @@ class ShareModel(RoutingModel, MergingTuner):
         return selected
 
     def take_basis(self, adapter_name: str, origin: AdapterOrigin) -> None:
-        """Make the model's bases those of an adapter that is to be loaded in place of one that is there.
+        """Replace the model's bases by those of an adapter that is about to be loaded in place of an existing one.
 
         Raises:
-            ValueError: If they are not those that the model has, and other adapters need these, or have other sizes.
+            ValueError: If the bases differ from the model's and other adapters need these, or the sizes differ.
         """
         config = PeftConfig.from_pretrained(origin.location, subfolder=origin.subfolder, **origin.download_options)
         if not isinstance(config, ShareConfig):
@@ -355,17 +355,17 @@ class ShareModel(RoutingModel, MergingTuner):
         self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str = "svd"
     ) -> None:
         """
-        Add an adapter whose update is the weighted sum of others', cut to the best of rank p.
+        Add an adapter whose update is the weighted sum of others' updates, cut to the best approximation of rank p.
 
         Args:
-            adapters (`Sequence[str]`): Tasks of the model.
-            weights (`Sequence[float]`): One for each, of any sign.
-            adapter_name (`str`): The new adapter; one of this name stays as it is, as with LoRA.
+            adapters (`Sequence[str]`): Names of the tasks to sum.
+            weights (`Sequence[float]`): Weights, one for each task, of any sign.
+            adapter_name (`str`): Name of the new adapter. An existing adapter of this name stays as it is, as in LoRA.
             combination_type (`Literal["svd", "linear", "cat"]`, *optional*, defaults to `"svd"`):
-                How LoRA would combine its factors. All mean the same here, as the tasks share their bases.
+                How LoRA would combine its factors. All mean the same here, because the tasks share their bases.
 
         Raises:
-            ValueError: If the tasks have no such sum; nothing was added then.
+            ValueError: If the tasks cannot be summed. Nothing is added then.
         """
         if adapter_name in self.peft_config:
             return
@@ -384,7 +384,7 @@ class ShareModel(RoutingModel, MergingTuner):
     @routed_if_auto
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Hand `adapter_names`, one for each sample, to all layers for the length of a forward or generate call."""
+        """Pass `adapter_names`, one for each sample, to all layers for the duration of a forward or generate call."""
         adapter_names = kwargs.get("adapter_names")
         if adapter_names is None:
             yield
@@ -393,7 +393,7 @@ class ShareModel(RoutingModel, MergingTuner):
             yield
 
     def layers(self) -> Sequence[ShareLayer]:
-        """The layers, looked for once: a model with a head for each of many tasks has many modules."""
+        """The layers, searched for only once: a model with a head for each of many tasks has many modules."""
         if self._share_layers is None:
             self._share_layers = tuple(share_layers(self.model).values())
         return self._share_layers
@@ -413,23 +413,23 @@ class ShareModel(RoutingModel, MergingTuner):
 
 
 def share_layers(model: nn.Module) -> dict[str, ShareLayer]:
-    """All Share layers of a model by the name of their module in the base model, whatever wraps it."""
+    """Return all Share layers of a model, by the name of their module in the base model, whatever wraps it."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return {without_wrappers(name): module for name, module in base.named_modules() if isinstance(module, ShareLayer)}
 
 
 def basis_files(model: nn.Module) -> dict[str, BasisFile | None]:
-    """By layer, the file that its basis was read from."""
+    """Return the file that each layer's basis was read from, by layer."""
     return {name: layer.basis_file for name, layer in share_layers(model).items()}
 
 
 def layouts_of(model: nn.Module) -> dict[str, Layout]:
-    """By layer that is no dense one, how the matrix of an update lies in its weight."""
+    """Return how the matrix of an update lies in the weight, by layer, for all layers that are not dense."""
     return {name: layer.layout for name, layer in share_layers(model).items() if layer.layout is not None}
 
 
 def stored_bases(model: nn.Module) -> dict[str, StoredBasis]:
-    """The bases of a model's layers, as `subspace.safetensors` holds them; spectra are not known to a model."""
+    """Return the bases of a model's layers as `subspace.safetensors` holds them; a model does not know the spectra."""
     return {
         name: StoredBasis(
             beta=layer.share_basis_out,

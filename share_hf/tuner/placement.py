@@ -1,4 +1,4 @@
-"""Where a layer is in its model, and what that rules out: some modules read the weights of their layers themselves."""
+"""Restrictions from a layer's place in its model: some modules read the weights of their layers themselves."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import nn
 from ..format.module_names import without_wrappers
 
 
-# By class of the module around it, layers whose weight is read past their forward, at least in training or with fused
-# kernels. An update would be without effect there.
+# Layers by the class of their parent module, which reads their weight directly, bypassing their forward, at least in
+# training or with fused kernels. An update would have no effect there.
 READ_BY_THEIR_MODULE: dict[str, frozenset[str]] = {
     "MultiheadAttention": frozenset({"out_proj"}),
     "MambaMixer": frozenset({"x_proj", "dt_proj", "out_proj"}),
@@ -39,8 +39,8 @@ READ_BY_THEIR_MODULE: dict[str, frozenset[str]] = {
 }
 
 
-# By name of an embedding, classes of the modules that read its weight: queries of detectors, tokens of prompts, codes,
-# and positions that are interpolated for images of another size.
+# Classes of the modules that read an embedding's weight, by name of the embedding: queries of detectors, tokens of
+# prompts, codes, and positions that are interpolated for images of another size.
 EMBEDDINGS_READ_BY_THEIR_MODULE: dict[str, str] = {
     "cls_embed": "Sam3GeometryEncoder Sam3LiteTextGeometryEncoder",
     "codebook": "DacVectorQuantize",
@@ -109,10 +109,10 @@ EMBEDDINGS_READ_BY_THEIR_MODULE: dict[str, str] = {
 
 
 def check_reached(parent: nn.Module, child_name: str, module_name: str) -> None:
-    """Refuse a layer whose forward the module around it does not always call.
+    """Refuse a layer whose forward its parent module does not always call.
 
     Raises:
-        ValueError: Naming the layer, and the class of the module around it.
+        ValueError: If the layer is one of these. Names the layer and the class of its parent module.
     """
     for base in type(parent).__mro__:
         embeddings_in = EMBEDDINGS_READ_BY_THEIR_MODULE.get(child_name, "").split()
@@ -125,25 +125,25 @@ def check_reached(parent: nn.Module, child_name: str, module_name: str) -> None:
 
 
 def call_layers_of(parent: nn.Module, layer: nn.Module) -> None:
-    """Keep torch's encoder layers from computing in one kernel, which reads the weights: where there are hooks, they
-    call their layers. Unloaded, the layer takes the hook along."""
+    """Keep torch's encoder layers from using their fused kernel, which reads the weights: if hooks are registered,
+    they call their layers. When the layer is unloaded, its hook goes with it."""
     if isinstance(parent, nn.TransformerEncoderLayer):
         layer.register_forward_pre_hook(_no_change)
 
 
 def _no_change(layer: nn.Module, args: tuple[Any, ...]) -> None:
-    """A hook that is there, and no more."""
+    """Do nothing: the hook only has to be registered."""
 
 
 def check_held_once(model: nn.Module, layers: Iterable[tuple[str, nn.Module]]) -> None:
-    """Refuse to merge into a weight that others in the model use too, which would be changed with it.
+    """Refuse to merge into a weight that is used elsewhere in the model too and would change there as well.
 
     Args:
-        model: The model.
+        model: Model that contains the layers.
         layers: Names and layers that adapters are wrapped around.
 
     Raises:
-        ValueError: Naming the layer and where else its weight is.
+        ValueError: If a weight is used twice. Names the layer and the other places of its weight.
     """
     holders: dict[int, list[str]] = {}
     for name, module in model.named_modules():

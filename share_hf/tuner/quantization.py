@@ -1,4 +1,4 @@
-"""Quantized layers: what PEFT knows of them, and what is known of those that it does not know."""
+"""Quantized layers: those that PEFT supports, and handling of those that it does not."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from .kinds import CONVOLUTIONS, check_computes_as_known
 def quantization_backend_of(
     layer: nn.Module, get_apply_tensor_subclass: Callable[[], Any] | None = None
 ) -> QuantizationBackend | None:
-    """How to read and write the weight of a quantized layer; None if it is not quantized.
+    """Return the backend that reads and writes a quantized layer's weight; None if the layer is not quantized.
 
-    Layers that can be adapted but not merged into have a backend that says so: those of quantizers that PEFT does not
-    know, whose weight PEFT's LoRA would take for a plain one, and torchao's if no `TorchAoConfig` made them.
+    Layers that can be adapted but not merged into get a backend that says so: layers of quantizers unknown to PEFT,
+    whose weight PEFT's LoRA would take for a plain one, and torchao's layers if no `TorchAoConfig` made them.
     """
     try:
         backend = resolve_quantization_backend(layer, get_apply_tensor_subclass=get_apply_tensor_subclass)
-    except ValueError:  # nothing tells how to quantize a merged weight again
+    except ValueError:  # it is unknown how to quantize a merged weight again
         return ForwardOnlyQuantizationBackend("torchao (quantized without a TorchAoConfig)")
     if backend is None and isinstance(layer, nn.Linear) and not _computes_with_its_weight(layer):
         return ForwardOnlyQuantizationBackend(type(layer).__name__)
@@ -33,7 +33,7 @@ def quantization_backend_of(
 
 
 def check_supported(layer: nn.Module, module_name: str, model: nn.Module) -> None:
-    """Refuse a layer that is not of a known kind, by its name, its class and the model's quantizer."""
+    """Refuse a layer of an unsupported kind; the message gives its name, its class and the model's quantizer."""
     found = type(layer).__name__
     if isinstance(layer, nn.Linear) and not hasattr(layer, "weight"):
         found += " without a weight (one that is still compressed may have it after a forward)"
@@ -57,10 +57,10 @@ def check_supported(layer: nn.Module, module_name: str, model: nn.Module) -> Non
 
 
 def keep_4bit_weights_differentiable(model: nn.Module) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights, of adapted layers and of others.
+    """Keep bitsandbytes from repacking 4-bit weights, both of adapted layers and of others.
 
-    On a CPU with AVX512-BF16 an eval forward repacks them in place, after which gradients through them are wrong or
-    missing, and merges into them garbage.
+    On a CPU with AVX512-BF16, a forward in eval mode repacks them in place. Afterwards, gradients through them are
+    wrong or missing, and merges into them give garbage.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -68,17 +68,17 @@ def keep_4bit_weights_differentiable(model: nn.Module) -> None:
             quant_state = getattr(module.weight, "quant_state", None)
             if getattr(quant_state, "packing_format_for_cpu", False):
                 module.state_dict()  # reading it unpacks a weight that was repacked already
-                if quant_state.absmax.ndim == 2:  # but leaves its scales transposed
+                if quant_state.absmax.ndim == 2:  # unpacking leaves the scales transposed
                     quant_state.absmax = quant_state.absmax.T.reshape(-1).float()
 
 
 def _computes_with_its_weight(layer: nn.Module) -> bool:
-    """Whether `weight` as it stands is what the forward multiplies with: not packed, scaled, rounded or computed."""
+    """Return whether the forward multiplies with `weight` as it is: not packed, scaled, rounded or computed."""
     weight = layer.weight
     return (
         weight.is_floating_point()
         and weight.element_size() > 1
-        and (not is_traceable_wrapper_subclass(weight) or type(weight).__module__.startswith("torch."))  # a DTensor is
+        and (not is_traceable_wrapper_subclass(weight) or type(weight).__module__.startswith("torch."))  # or a DTensor
         and not is_parametrized(layer)
         and not type(layer).__module__.startswith("transformers.integrations.")
     )

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 
 def stacked(coefficients: Sequence[Tensor]) -> Tensor:
-    """Coefficients (tasks, k, p) of tasks of any rank up to p; zeros fill up smaller ones."""
+    """Stack coefficients to (tasks, k, p), for tasks of any rank up to p; smaller ranks are padded with zeros."""
     most = max(each.shape[1] for each in coefficients)
     return torch.stack([F.pad(each, (0, most - each.shape[1])) for each in coefficients])
 
 
 def ranks_of(weights: Mapping[str, Tensor]) -> dict[str, int]:
-    """The rank of coefficients in a state dict, by module."""
+    """Return the rank of the coefficients in a state dict, by module."""
     found = {}
     for name, tensor in weights.items():
         module, is_coefficients, _ = name.partition(".share_coefficients_out")
@@ -33,12 +33,12 @@ def ranks_of(weights: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def make_room_in(layer: ShareLayer, task: str, rank: int | None) -> None:
-    """Give a task room for stored coefficients of a rank, which some loaders compare with it.
+    """Give a task room for stored coefficients of a rank, because some loaders compare the two shapes.
 
     Args:
-        layer: Has the task.
-        task: Its name.
-        rank: None where nothing is stored.
+        layer: Layer that has the task.
+        task: Name of the task.
+        rank: Rank of the stored coefficients. None means that nothing is stored.
     """
     if rank is not None and task in layer.share_fingerprint:
         for parameters in (layer.share_coefficients_out, layer.share_coefficients_in):
@@ -51,13 +51,13 @@ def make_room(
     state_dict: Mapping[str, Tensor],
     prefix: str,
 ) -> None:
-    """Give tasks room for coefficients (k, p_i) that are about to be loaded, where their rank may be another.
+    """Give tasks room for coefficients (k, p_i) that are about to be loaded, if their rank may differ.
 
     Args:
-        parameters: One side's coefficients by task.
-        ranks: By task, the smallest and the largest rank that it may have.
-        state_dict: What is about to be loaded; a rank that a task may not have is left for torch to refuse.
-        prefix: What precedes a task's name there.
+        parameters: Coefficients of one side, by task.
+        ranks: Smallest and largest rank that a task may have, by task.
+        state_dict: State dict that is about to be loaded. A rank outside the limits is left for torch to refuse.
+        prefix: Prefix of the tasks' names in it.
     """
     for task, limits in ranks.items():
         given = state_dict.get(f"{prefix}{task}")
@@ -66,7 +66,7 @@ def make_room(
 
 
 def resize(parameters: nn.ParameterDict, task: str, rank: int, limits: tuple[int, int]) -> None:
-    """Give a task room for coefficients of another rank, within limits, that are about to be loaded."""
+    """Give a task room for coefficients of another rank, within limits, before they are loaded."""
     kept, (least, most) = parameters[task], limits
     if rank != kept.shape[1] and least <= rank <= most:
         room = kept.data.new_zeros(kept.shape[0], rank)

@@ -1,4 +1,4 @@
-"""What PEFT needs to be told: that there is a tuner called SHARE, and that its basis is saved with a model."""
+"""Registration with PEFT: of the tuner called SHARE, and of the basis that is saved with a model."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from .saving import check_no_remote_tree, check_no_tree, check_same_bases, write
 
 
 def register() -> None:
-    """Register SHARE with PEFT. Doing it twice changes nothing."""
+    """Register SHARE with PEFT. Registering it twice changes nothing."""
     if SHARE in PEFT_TYPE_TO_TUNER_MAPPING:
         return
     PEFT_TYPE_TO_CONFIG_MAPPING[SHARE] = ShareConfig
@@ -60,9 +60,9 @@ def register() -> None:
 
 
 def _save_basis_with(model_class: type[PeftModel] | type[PreTrainedModel]) -> None:
-    """Let `save_pretrained` write the basis once, at the top of the folder, whatever adapters it saves there.
+    """Make `save_pretrained` write the basis once, at the top of the folder, whatever adapters it saves there.
 
-    It does not write into the tree of a subspace.
+    It never writes into the tree of a subspace.
     """
     original = model_class.save_pretrained
 
@@ -92,7 +92,7 @@ def _save_basis_with(model_class: type[PeftModel] | type[PreTrainedModel]) -> No
 
 
 def _keep_trees_on_the_hub(model_class: type[PeftModel] | type[PreTrainedModel]) -> None:
-    """Let `push_to_hub` of a model with adapters not overwrite a subspace."""
+    """Keep `push_to_hub` of a model with adapters from overwriting a subspace."""
     original = model_class.push_to_hub
 
     @functools.wraps(original)
@@ -105,7 +105,7 @@ def _keep_trees_on_the_hub(model_class: type[PeftModel] | type[PreTrainedModel])
 
 
 def _advise_on_plain_adapters() -> None:
-    """Let a model of tasks say how to load one when it is given a LoRA, such as the root of a subspace."""
+    """Make a model with tasks say how to load a task when it is given a LoRA, such as the root of a subspace."""
     original = PeftModel.add_adapter
 
     @functools.wraps(original)
@@ -122,7 +122,7 @@ def _advise_on_plain_adapters() -> None:
 
 
 def _advise_on_other_methods() -> None:
-    """Let transformers' `add_adapter` and `load_adapter` say that other methods do not go beside tasks."""
+    """Make transformers' `add_adapter` and `load_adapter` say that other methods cannot be used beside tasks."""
     original = peft.inject_adapter_in_model
 
     @functools.wraps(original)
@@ -143,7 +143,7 @@ def _advise_on_other_methods() -> None:
 
 
 def _load_bases_with_given_configs() -> None:
-    """Let `PeftModel.from_pretrained(config=…)` read the basis where it reads the coefficients."""
+    """Make `PeftModel.from_pretrained(config=…)` read the basis from where it reads the coefficients."""
     original = PeftModel.from_pretrained.__func__
 
     @functools.wraps(original)
@@ -166,7 +166,7 @@ def _load_bases_with_given_configs() -> None:
 
 
 def _load_bases_with_adapters_that_are_there() -> None:
-    """Let `PeftModel.load_adapter` read the basis too where it only reads weights: under a name that is there."""
+    """Make `PeftModel.load_adapter` read the basis too where it only reads weights: under an existing name."""
     original = PeftModel.load_adapter
 
     @functools.wraps(original)
@@ -175,7 +175,7 @@ def _load_bases_with_adapters_that_are_there() -> None:
     ) -> Any:
         def load(location: str) -> Any:
             origin = origin_of(location, kwargs)
-            # A model that was just made for the adapter has its basis.
+            # A model that was just made for the adapter already has its basis.
             if isinstance(self.peft_config.get(adapter_name), ShareConfig) and not are_kept(origin):
                 self.base_model.take_basis(adapter_name, origin)
             return original(self, location, adapter_name, *args, **kwargs)
@@ -186,7 +186,7 @@ def _load_bases_with_adapters_that_are_there() -> None:
 
 
 def _check_coefficients_of_transformers() -> None:
-    """Let transformers' `load_adapter` compare coefficients with the bases, and load those that were checked."""
+    """Make transformers' `load_adapter` compare coefficients with the bases and load exactly what was checked."""
     original = PreTrainedModel.load_adapter
 
     @functools.wraps(original)
@@ -226,9 +226,9 @@ def _check_coefficients_of_transformers() -> None:
 
 
 def _prepare_weights() -> None:
-    """Let PEFT find weights in a subfolder of a cached repository, and know the basis of old ones.
+    """Make PEFT find weights in a subfolder of a cached repository, and add fingerprints that old files lack.
 
-    Offline, it looks for a subfolder in itself.
+    Offline, PEFT looks for the subfolder inside the subfolder itself.
     """
     original = save_and_load.load_peft_weights
 
@@ -257,7 +257,7 @@ def _prepare_weights() -> None:
 
 
 def _check_not_renamed(renamed: Collection[str], stored: Collection[str]) -> None:
-    """Refuse a `key_mapping` that renames the weights of a task: its basis has the names of the same modules."""
+    """Refuse a `key_mapping` that renames a task's weights: the modules of its basis keep their stored names."""
     if odd := sorted(set(stored) - set(renamed)):
         raise ValueError(
             f"key_mapping renames {odd[0]!r}, expected a mapping that leaves the weights of a task as they are: the "

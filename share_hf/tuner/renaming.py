@@ -1,4 +1,4 @@
-"""The names that a model of this transformers has for the modules of adapters which an older one saved."""
+"""Current names of modules that adapters know by the names of an older version of transformers."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ Value = TypeVar("Value")
 
 
 def named_as_in(model: nn.Module, state: SubspaceState) -> SubspaceState:
-    """A subspace whose modules and heads have the names of a model, where transformers has renamed them since.
+    """Give the modules and heads of a subspace the names that a model has for them, if transformers renamed them.
 
     Args:
-        model: The base model, with adapters or without.
-        state: Not changed. What the model has no name for keeps its own.
+        model: Base model, with or without adapters.
+        state: State of the subspace, which is not changed. Whatever the model has no name for keeps its own name.
     """
     if isinstance(model, PeftModel):
         model = model.get_base_model()
@@ -47,7 +47,7 @@ def named_as_in(model: nn.Module, state: SubspaceState) -> SubspaceState:
 
 
 def adapter_named_as_in(model: nn.Module, stored: StoredAdapter) -> StoredAdapter:
-    """An adapter from a file whose modules, head and weights have the names of a model; else as `named_as_in`."""
+    """Give the modules, head and weights of an adapter from a file the names of a model. See `named_as_in`."""
     if not isinstance(model, PreTrainedModel) or not stored.weights:
         return stored
     heads = {name.rpartition(".")[0] for name in stored.head or ()}
@@ -74,7 +74,7 @@ def adapter_named_as_in(model: nn.Module, stored: StoredAdapter) -> StoredAdapte
 
 
 def _current_names(model: PreTrainedModel, modules: Collection[str], free: Collection[str]) -> dict[str, str]:
-    """By old name, the name that a model has for a module; without those that it has none for."""
+    """Return the model's name of each module by its old name, leaving out modules that the model has no name for."""
     renamings = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
     found: dict[str, str] = {}
     for module in sorted(modules):

@@ -1,7 +1,7 @@
-"""Inputs that find their task by themselves: features of the base model, and what follows from them.
+"""Routing of inputs to their tasks by features of the base model.
 
-The features of an input are the means of hidden states over its tokens, computed without adapters, so that they stay
-what they were however many tasks are learned.
+The features of an input are the means of hidden states over its tokens, computed without adapters, so that they do
+not change however many tasks are learned.
 """
 
 from __future__ import annotations
@@ -31,28 +31,28 @@ if TYPE_CHECKING:
 AUTO = "auto"
 BASE = "__base__"
 
-# Layers that features are of where none are named: those about so far up, by this rule and no measurement of the tasks
-# at hand. The last ones know what comes next, or what a text means; what kind of text it is, those in the middle know.
+# Default heights of the layers that features are taken from. This is a rule, not a measurement of the tasks at hand:
+# the last layers know what comes next, or what a text means; the middle ones know what kind of text it is.
 _HEIGHTS = (1 / 3, 2 / 3)
 
-# What inputs are called that a model has one of; the first found says how many there are.
+# Names of a model's main input; the first one found determines the number of inputs.
 _INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values")
-# What goes with tokens, (b, t, …), and is brought to the left with them.
+# Arguments that go with tokens, (b, t, …), and are shifted to the left with them.
 _OF_TOKENS = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids")
-# Arguments of a model that say nothing of the input, or that the features must not depend on.
+# Arguments of a model that say nothing about the input, or that the features must not depend on.
 _LEFT_OUT = {"labels", "label_ids", "label", "position_ids", "past_key_values", "use_cache", "return_dict"}
 _PROBE_LENGTH = 16
 
 
 @dataclass(frozen=True)
 class Routes:
-    """Where inputs go.
+    """Tasks that inputs are routed to.
 
     Args:
-        names: The task of each input, or None for one of none of the tasks.
-        scores: For each input, the probability of its most likely task, with all tasks as likely before.
-        tasks: The tasks that were asked about.
-        probabilities: (inputs, tasks) float32.
+        names: Task of each input; None if the input belongs to none of the tasks.
+        scores: Probability of the most likely task of each input, given equal prior probabilities of all tasks.
+        tasks: Tasks that were considered.
+        probabilities: Probabilities of the tasks, (inputs, tasks), float32.
     """
 
     names: tuple[str | None, ...]
@@ -62,7 +62,7 @@ class Routes:
 
     @classmethod
     def together(cls, parts: Iterable[Routes]) -> Routes:
-        """The routes of all batches of parts, at least one, of the same tasks."""
+        """Join the routes of several batches, at least one, that consider the same tasks."""
         parts = list(parts)
         return cls(
             names=tuple(name for part in parts for name in part.names),
@@ -73,15 +73,15 @@ class Routes:
 
 
 class TaskRouter:
-    """Routes of the tasks of a model.
+    """Router of inputs to the tasks of a model.
 
     Args:
-        router: What all tasks share.
-        routes: By task, what is kept of its texts.
+        router: The part that all tasks share.
+        routes: Features of each task's inputs, by task.
 
     Attributes:
-        false_rejects (`float`, *optional*): How many of a task's own inputs may be said to be of none, at most, where
-            nothing else is asked for; None if each input is to go to some task. Defaults to 0.01.
+        false_rejects (`float`, *optional*): Largest fraction of a task's own inputs that may be assigned to no task,
+            unless a call asks for another. None means that each input goes to some task. Defaults to 0.01.
     """
 
     def __init__(self, router: Router, routes: Mapping[str, TaskFeatures]) -> None:
@@ -97,15 +97,16 @@ class TaskRouter:
         tasks: Sequence[str] | None = None,
         false_rejects: float | EllipsisType | None = ...,
     ) -> Routes:
-        """Tell which tasks inputs belong to.
+        """Find the tasks that inputs belong to.
 
         Args:
             model: A `ShareModel`, or the base model.
-            inputs: A batch as the model takes it.
-            tasks: As for `RoutingModel.route`, as is `false_rejects`.
+            inputs: Batch in the form that the model takes.
+            tasks: Tasks to choose among. See `RoutingModel.route`.
+            false_rejects: Largest fraction of inputs to reject falsely. See `RoutingModel.route`.
 
         Raises:
-            ValueError: If the model is another base model, or an argument is unusable.
+            ValueError: If the model is another base model, or an argument is invalid.
         """
         names = list(self.routes) if tasks is None else list(tasks)
         if unknown := [task for task in names if task not in self.routes]:
@@ -125,7 +126,7 @@ class TaskRouter:
         return self.routes_of(features, names, rejects)
 
     def _check_model(self, model: nn.Module) -> None:
-        """Refuse another base model than the router was learned with; it is run on a few tokens."""
+        """Refuse a base model other than the one the router was learned with, by running it on a few tokens."""
         if max(self.router.layers) > (depth := depth_of(model)):
             raise ValueError(
                 f"{type(model).__name__} has {depth} layers, expected at least {max(self.router.layers)}, which the "
@@ -136,7 +137,7 @@ class TaskRouter:
         check_same_features(self.router, self.router.layers, width, probe, f"the model ({type(model).__name__})")
 
     def routes_of(self, features: Tensor, tasks: Sequence[str], false_rejects: float | None) -> Routes:
-        """Where inputs of these features (n, m) go, of these tasks."""
+        """Route inputs with these features (n, m) to the given tasks."""
         key = tuple(tasks)
         if key not in self._found:
             of_tasks = (self.routes[task] for task in key)
@@ -152,7 +153,7 @@ class TaskRouter:
 
 
 class RoutingModel:
-    """The part of a tuner that sends inputs to their tasks."""
+    """The part of a tuner that routes inputs to their tasks."""
 
     router: TaskRouter | None = None
 
@@ -165,22 +166,22 @@ class RoutingModel:
         **more_inputs: Tensor,
     ) -> Routes:
         """
-        Tell which tasks inputs belong to, by features of the base model, whatever adapter is active.
+        Find the tasks that inputs belong to, by features of the base model, whatever adapter is active.
 
         Args:
             inputs (`Mapping[str, Tensor]` or `Tensor`, *optional*):
-                What the tokenizer or the processor returns, or token ids; or its entries as keywords.
-            tasks (`Sequence[str]`, *optional*): Tasks to choose among; all with a route that the model has if not
-                given.
+                Output of the tokenizer or the processor, or token ids. The entries may also be given as keywords.
+            tasks (`Sequence[str]`, *optional*): Tasks to choose among. None means all tasks of the model that have a
+                route.
             false_rejects (`float`, *optional*):
-                How many of a task's own inputs may be said to be of none of the tasks, at most; None to send each to
-                some task. As `router.false_rejects` says, 0.01, if not given.
+                Largest fraction of a task's own inputs that may be assigned to none of the tasks. None means that each
+                input goes to some task. Defaults to `router.false_rejects`, which is 0.01 unless changed.
 
         Returns:
             [`~share_hf.tuner.routing.Routes`]: Names and scores.
 
         Raises:
-            ValueError: If the model has no routes, or an argument is unusable.
+            ValueError: If the model has no routes, or an argument is invalid.
         """
         given = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs or {})
         router = self._known_router()
@@ -203,10 +204,10 @@ class RoutingModel:
 def routed_if_auto(
     enable: Callable[..., AbstractContextManager[None]],
 ) -> Callable[..., AbstractContextManager[None]]:
-    """Let `adapter_names="auto"` stand for the names of the tasks that the inputs of the call belong to.
+    """Make `adapter_names="auto"` stand for the names of the tasks that the inputs of the call belong to.
 
     Args:
-        enable: `_enable_peft_forward_hooks` of a `ShareModel`, which takes a name for each sample.
+        enable: Method `_enable_peft_forward_hooks` of a `ShareModel`, which takes a name for each sample.
     """
 
     @wraps(enable)
@@ -223,9 +224,9 @@ def routed_if_auto(
 def _routed(
     enable: Callable[..., AbstractContextManager[None]], model: ShareModel, args: tuple[Any, ...], kwargs: dict
 ) -> Iterator[None]:
-    """Route the inputs of a call: those that it has in sight, or else those that reach the model in the block.
+    """Route the inputs of a call, if its arguments contain them, or else the inputs that reach the model in the block.
 
-    `generate` shows its inputs. `forward` of PEFT's classes for tasks does not, but hands them to the model.
+    `generate` passes its inputs. `forward` of PEFT's classes for tasks does not, but hands them to the model.
     """
     if model.training:
         raise ValueError("adapter_names='auto' routes in inference only, call model.eval() first")
@@ -257,11 +258,11 @@ def _names_for(model: ShareModel, given: Mapping[str, Any]) -> list[str]:
 
 @contextmanager
 def base_alone(model: nn.Module, count: int) -> Iterator[None]:
-    """A block in which a model computes what its base model does, without dropout and without gradients.
+    """Make a model compute the same as its base model within the block, without dropout and without gradients.
 
     Args:
         model: A `ShareModel`, or a base model.
-        count: Inputs in each batch of the block.
+        count: Number of inputs in each batch of the block.
     """
     modes = {module: module.training for module in model.modules() if module.training}
     model.eval()
@@ -269,7 +270,7 @@ def base_alone(model: nn.Module, count: int) -> Iterator[None]:
         stack.enter_context(torch.no_grad())
         stack.callback(_set_training, modes)
         experts = any(isinstance(module, Experts) for module in model.modules())
-        if experts:  # they cannot be told sample by sample, and so not by two threads at once
+        if experts:  # adapters of experts cannot be switched per sample, and so not by two threads at once
             switched = [module for module in model.modules() if getattr(module, "_disable_adapters", None) is False]
             stack.callback(_set_disabled, switched, False)
             _set_disabled(switched, True)
@@ -289,12 +290,13 @@ def _set_disabled(modules: Iterable[nn.Module], disabled: bool) -> None:
 
 
 def features_of(model: nn.Module, inputs: Mapping[str, Any], layers: Sequence[int]) -> Tensor:
-    """Features (b, m) float32 of a batch, by the base model as it computes now; m is layers * d, at most 1,024.
+    """Compute the features (b, m) float32 of a batch with the base model; m is layers * d, at most 1,024.
 
     Args:
-        model: A model of transformers. Of an encoder-decoder, the encoder is run.
-        inputs: As the model takes them; what is no input of its encoder, such as labels, is left out.
-        layers: Hidden states to take: 0 for the embeddings, i for what layer i puts out.
+        model: Model of transformers. Of an encoder-decoder, only the encoder runs.
+        inputs: Inputs in the form that the model takes. Those that its encoder does not take, such as labels, are
+            left out.
+        layers: Hidden states to use: 0 for the embeddings, i for the output of layer i.
 
     Raises:
         ValueError: If there is no input among them, or the model has no hidden states (b, t, d).
@@ -317,7 +319,7 @@ def features_of(model: nn.Module, inputs: Mapping[str, Any], layers: Sequence[in
         mask = _mask_of(model, given.get("input_ids"), tokens)
         given["attention_mask"] = mask
     if tokens is not None and mask.shape == tokens.shape[:2]:
-        # With the padding last, positions are the same as without it, for every model.
+        # With the padding last, positions are the same as without padding, for every model.
         of_tokens = {name: given[name] for name in _OF_TOKENS if name in given}
         given |= {name: to_the_left(value, mask) for name, value in of_tokens.items()}
         mask = given["attention_mask"]
@@ -334,10 +336,10 @@ def features_of(model: nn.Module, inputs: Mapping[str, Any], layers: Sequence[in
 
 
 def count_of(inputs: Mapping[str, Any]) -> int:
-    """How many inputs there are in a batch.
+    """Return the number of inputs in a batch.
 
     Raises:
-        ValueError: If there is none that a model has one of, or no text or image in it.
+        ValueError: If the batch has no main input of a model, or this is empty.
     """
     found = next((inputs[name] for name in _INPUTS if isinstance(inputs.get(name), Tensor)), None)
     if found is None or found.ndim < 2 or not len(found):
@@ -347,7 +349,7 @@ def count_of(inputs: Mapping[str, Any]) -> int:
 
 
 def _mask_of(model: nn.Module, input_ids: Tensor | None, tokens: Tensor) -> Tensor:
-    """The attention mask of tokens that come without, as `generate` guesses it."""
+    """Return the attention mask of tokens that come without one, inferred as in `generate`."""
     pad, end = (getattr(model.config, name, None) for name in ("pad_token_id", "eos_token_id"))
     ends = end if isinstance(end, (list, tuple)) else [end]
     if input_ids is None or pad is None or pad in ends:
@@ -356,10 +358,10 @@ def _mask_of(model: nn.Module, input_ids: Tensor | None, tokens: Tensor) -> Tens
 
 
 def encoder_of(model: nn.Module) -> nn.Module:
-    """What of a model computes hidden states: the encoder, or all but the head.
+    """Return the part of a model that computes hidden states: the encoder, or everything but the head.
 
     Raises:
-        ValueError: If it is no model of transformers.
+        ValueError: If it is not a model of transformers.
     """
     if not hasattr(model, "config") or not hasattr(model, "base_model"):
         raise ValueError(
@@ -371,10 +373,10 @@ def encoder_of(model: nn.Module) -> nn.Module:
 
 
 def depth_of(model: nn.Module) -> int:
-    """How many layers have hidden states that features may be of.
+    """Return the number of layers whose hidden states can be used as features.
 
     Raises:
-        ValueError: If the model does not say.
+        ValueError: If the model's configuration does not say.
     """
     encoder = encoder_of(model)
     config = encoder.config.get_text_config() if hasattr(encoder.config, "get_text_config") else encoder.config
@@ -388,13 +390,13 @@ def depth_of(model: nn.Module) -> int:
 
 
 def default_layers(model: nn.Module) -> tuple[int, ...]:
-    """The layers that features are of where none are named: a third and two thirds of the way up."""
+    """Return the layers that features are taken from by default: a third and two thirds of the way up."""
     depth = depth_of(model)
     return tuple(sorted({max(1, round(height * depth)) for height in _HEIGHTS}))
 
 
 def probe_of(model: nn.Module, layers: Sequence[int]) -> Tensor | None:
-    """Features (m,) of a few tokens that every vocabulary has, on the CPU; None of a model that takes no tokens."""
+    """Return features (m,), on the CPU, of a few tokens in every vocabulary; None if the model takes no tokens."""
     encoder = encoder_of(model)
     if "input_ids" not in inspect.signature(encoder.forward).parameters:
         return None

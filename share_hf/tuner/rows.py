@@ -1,4 +1,4 @@
-"""Which row of a layer's stacks a task has, and which rows the samples of a mixed batch need."""
+"""Rows of tasks in the stacks of layers, and the rows that the samples of a mixed batch need."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ BASE = "__base__"  # PEFT's name for a sample without a task
 
 class Rows:
     """
-    The row of each task in the stacks of all layers of a model, so that a mixed batch needs one index, and not one for
-    each layer.
+    The row of each task in the stacks of all layers of a model. A mixed batch therefore needs one index rather than
+    one for each layer.
 
     Row 0 belongs to no task. It is zero in every stack, as is the row of a task in a layer that it does not adapt, so
-    that both add nothing.
+    neither adds anything.
     """
 
     def __init__(self) -> None:
         self._of: dict[str, int] = {}
         self._free: list[int] = []
-        self.count = 1  # with row 0 and those that were given back
+        self.count = 1  # includes row 0 and rows that were given back
         self._latest: MixedBatch | None = None
         self._trained: MixedBatch | None = None
 
     def take(self, task: str) -> int:
-        """The row of a task, which it gets if it has none."""
+        """Return the row of a task, assigning one if it has none."""
         if task not in self._of:
             if self._free:
                 self._of[task] = self._free.pop()
@@ -41,21 +41,21 @@ class Rows:
         return self._of[task]
 
     def of(self, tasks: Iterable[str]) -> list[int]:
-        """The rows of tasks; 0 for one without."""
+        """Return the rows of tasks; 0 for a task without a row."""
         return [self._of.get(task, 0) for task in tasks]
 
     def give_back(self, task: str) -> None:
-        """Let another task have the row of one that no layer has any longer."""
+        """Free the row of a task that no layer has any more, for use by another task."""
         if task in self._of:
             self._free.append(self._of.pop(task))
 
     @contextmanager
     def mixing(self, batch: MixedBatch, *, training: bool) -> Iterator[None]:
-        """Let the layers of the model compute a mixed batch, in this thread and within the block.
+        """Make the layers of the model compute a mixed batch, in this thread and within the block.
 
         Args:
-            batch: The tasks of its samples.
-            training: Whether a backward pass may compute layers once more, as with gradient checkpointing.
+            batch: Tasks of the batch's samples.
+            training: Whether a backward pass may recompute layers, as with gradient checkpointing.
         """
         token, outer = _CURRENT.set(batch), self._latest
         self._latest, self._trained = batch, batch if training else None
@@ -66,8 +66,8 @@ class Rows:
             _CURRENT.reset(token)
 
     def current(self) -> MixedBatch | None:
-        """The mixed batch that is being computed; None if there is none."""
-        if torch.compiler.is_compiling():  # which knows no context variables
+        """The mixed batch being computed; None if there is none."""
+        if torch.compiler.is_compiling():  # the compiler does not support context variables
             return self._latest
         batch = _CURRENT.get()
         if batch is None and self._trained is not None and torch._C._current_graph_task_id() != -1:
@@ -80,9 +80,9 @@ class MixedBatch:
     The tasks of the samples of a batch.
 
     Args:
-        names: One for each sample.
-        rows: The rows of the model's tasks.
-        beams: How often generation repeats each sample.
+        names: Names of the tasks, one for each sample.
+        rows: Rows of the model's tasks.
+        beams: Number of times that generation repeats each sample.
     """
 
     def __init__(self, names: Sequence[str], rows: Rows, beams: int = 1) -> None:
@@ -97,14 +97,14 @@ class MixedBatch:
         self._indices: dict[tuple[int, torch.device], Indices] = {}
 
     def indices(self, samples: int, device: torch.device) -> Indices:
-        """What a layer looks the coefficients of its samples up by.
+        """Return the indices by which a layer looks up the coefficients of its samples.
 
         Args:
-            samples: Size of the batch that the layer is given: with beams or, in an encoder, without.
-            device: Where the layer computes.
+            samples: Size of the batch that the layer receives: with beams or, in an encoder, without.
+            device: Device that the layer computes on.
 
         Raises:
-            ValueError: If the batch has another size.
+            ValueError: If the size does not match the batch.
         """
         if (known := self._indices.get((samples, device))) is None:
             places = self._places.repeat_interleave(self._check_size(samples)).to(device)
@@ -113,7 +113,7 @@ class MixedBatch:
         return known
 
     def names_of(self, samples: int) -> list[str]:
-        """The name for each sample that a module is given; arguments and errors as for `indices`."""
+        """Return the name for each sample that a module receives. Argument and errors are those of `indices`."""
         repeats = self._check_size(samples)
         return [name for name in self.names for _ in range(repeats)]
 
@@ -126,12 +126,12 @@ class MixedBatch:
 @dataclass(frozen=True)
 class Indices:
     """
-    What a layer looks the coefficients of its samples up by, on its device, each int64.
+    Indices by which a layer looks up the coefficients of its samples, on its device, all int64.
 
     Args:
-        rows: (samples,), the row of each sample's task.
-        task_rows: (tasks + 1,), the row of each task of the batch, and row 0 for samples without one.
-        places: (samples,), the place of each sample's task there.
+        rows: Row of each sample's task, (samples,).
+        task_rows: Row of each task of the batch, and row 0 for samples without a task, (tasks + 1,).
+        places: Position of each sample's task in `task_rows`, (samples,).
     """
 
     rows: Tensor
@@ -145,9 +145,9 @@ class BatchCoefficients:
     The coefficients of a mixed batch in one layer.
 
     Args:
-        out: (tasks, k_out, p), those of each task of the batch, and zeros for samples without one.
-        in_: (tasks, k_in, p), likewise.
-        places: (samples,) int64, the place of each sample's task there.
+        out: Output-side coefficients (tasks, k_out, p) of each task of the batch, and zeros for samples without one.
+        in_: Input-side coefficients (tasks, k_in, p), in the same order.
+        places: Position of each sample's task in them, (samples,), int64.
     """
 
     out: Tensor
@@ -155,16 +155,16 @@ class BatchCoefficients:
     places: Tensor
 
     def fold_pays(self, tokens: int) -> bool:
-        """Whether forming the factors of each task first takes fewer products than applying the bases to each token.
+        """Return whether forming each task's factors first takes fewer products than applying the bases to each token.
 
-        With T tokens a sample and all samples together, ``2 T k (n + d)`` become ``2 T p (n + d)``, and ``2 k p (n +
-        d)`` for each task are added.
+        With T tokens over all samples, ``2 T k (n + d)`` become ``2 T p (n + d)``, and ``2 k p (n + d)`` are added for
+        each task.
         """
         tasks, k, p = max(self.out.shape, self.in_.shape)
         return len(self.places) * tokens * (k - p) > tasks * k * p
 
     def folded(self, basis_in: Tensor, basis_out: Tensor) -> tuple[Tensor, Tensor]:
-        """The factors A (samples, p, d) and B^T (samples, p, n) of each sample's task."""
+        """Return the factors A (samples, p, d) and B^T (samples, p, n) of each sample's task."""
         down, up = (
             (side.mT.flatten(0, 1) @ basis.T).view(len(side), -1, len(basis))
             for side, basis in ((self.in_, basis_in), (self.out, basis_out))
@@ -172,7 +172,7 @@ class BatchCoefficients:
         return down[self.places], up[self.places]
 
     def of_samples(self) -> tuple[Tensor, Tensor]:
-        """The coefficients (samples, k_out, p), (samples, k_in, p) of each sample's task."""
+        """Return the coefficients (samples, k_out, p), (samples, k_in, p) of each sample's task."""
         return self.out[self.places], self.in_[self.places]
 
 

@@ -1,4 +1,4 @@
-"""What a model's `save_pretrained` writes beside its adapters, and what it must not write over."""
+"""Files that a model's `save_pretrained` writes next to its adapters, and files that it must not overwrite."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from .config import SHARE, ShareConfig
 
 
 def check_no_tree(folder: Path) -> None:
-    """Refuse to save adapters into a tree, or over a task of one.
+    """Refuse to save adapters into a tree, or over a task in one.
 
     Raises:
-        ValueError: Naming the tree.
+        ValueError: If the folder belongs to a tree. Names the tree.
     """
     of_task = folder.absolute().parent
     trees = [folder, *([of_task.parent] if of_task.name == TASKS_FOLDER else [])]
@@ -43,16 +43,16 @@ def check_no_tree(folder: Path) -> None:
 
 
 def check_no_remote_tree(repo_id: str, revision: str | None, token: str | bool | None) -> None:
-    """Refuse to push adapters into a repository that holds a tree.
+    """Refuse to push adapters to a repository that holds a tree.
 
     Raises:
-        ValueError: Naming the repository.
+        ValueError: If it holds one. Names the repository.
     """
     try:
         full_id = repo_id if "/" in repo_id else get_full_repo_name(repo_id, token=token)
         index = download(full_id, INDEX_FILE, limit=MAX_JSON_BYTES, revision=revision, token=token)
     except (HfHubHTTPError, LocalEntryNotFoundError, EntryNotFoundError, LocalTokenNotFoundError):
-        return  # nothing to write over, or the push itself says what is wrong
+        return  # there is nothing to overwrite, or the push itself reports the error
     if _is_tree(index.parent):
         raise ValueError(
             f"{repo_id}: holds a shared subspace, which the adapters of a model would overwrite; expected another "
@@ -61,15 +61,15 @@ def check_no_remote_tree(repo_id: str, revision: str | None, token: str | bool |
 
 
 def check_same_bases(folder: Path, bases: Mapping[str, StoredBasis], saved: Collection[str]) -> None:
-    """Refuse to replace the bases of a checkpoint that has other adapters, which would be of no use then.
+    """Refuse to replace the bases of a checkpoint that other adapters need.
 
     Args:
-        folder: Where the model is about to be saved.
+        folder: Folder in which the model is about to be saved.
         bases: Bases of the model.
-        saved: The adapters that are about to be saved.
+        saved: Names of the adapters that are about to be saved.
 
     Raises:
-        ValueError: Naming these adapters.
+        ValueError: If other adapters in the folder need other bases. Names these adapters.
     """
     if not (folder / SUBSPACE_FILE).is_file():
         return
@@ -86,7 +86,7 @@ def check_same_bases(folder: Path, bases: Mapping[str, StoredBasis], saved: Coll
 def write_bases(
     folder: Path, bases: Mapping[str, StoredBasis], layouts: Mapping[str, Layout], config: ShareConfig
 ) -> None:
-    """Write the bases of a model and the index that has their checksums."""
+    """Write the bases of a model and the index with their checksums."""
     writer = FolderWriter(folder)
     writer.put(SUBSPACE_FILE, tensor_bytes(basis_tensors(bases)))
     index = TreeIndex(
@@ -115,7 +115,7 @@ def _is_tree(folder: Path) -> bool:
 def _is_share(path: Path) -> bool:
     try:
         return read_json(path).get("peft_type") == SHARE
-    except ValueError:  # missing, or none of ours
+    except ValueError:  # missing, or not an adapter of this library
         return False
 
 
@@ -123,5 +123,5 @@ def _fingerprint_in(folder: Path) -> str | None:
     try:
         known = read_index(folder).fingerprint if (folder / INDEX_FILE).is_file() else None
         return known or fingerprint_of_all(read_bases(folder / SUBSPACE_FILE))
-    except ValueError:  # damaged, so that nothing is lost
+    except ValueError:  # damaged, so nothing is lost
         return None

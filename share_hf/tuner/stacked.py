@@ -1,4 +1,4 @@
-"""Coefficients of any number of tasks in one tensor, which PEFT sees as one parameter a task."""
+"""Coefficients of any number of tasks in one tensor, which PEFT sees as one parameter per task."""
 
 from __future__ import annotations
 
@@ -14,40 +14,40 @@ from .rows import Rows
 
 class StackedParameters(nn.ParameterDict):
     """
-    By task, its coefficients (k, p_i) on one side of a layer.
+    The coefficients (k, p_i) of tasks on one side of a layer, by task.
 
-    Those that are not trained share one tensor (rows, k, p), with zeros behind the rank of a task; what is read here
-    is a parameter that shows its row. A task has a parameter of its own while it is trained, or as long as somebody
-    else holds it, such as an optimizer, and where its dtype or device is another than the stack's. A parameter of its
-    own goes back into the stack with the next choice of what is trained.
+    Coefficients that are not trained share one tensor (rows, k, p), padded with zeros beyond the rank of a task.
+    Reading a task returns a parameter that is a view of its row. A task has a parameter of its own while it is
+    trained, or as long as something else, such as an optimizer, holds the parameter, or if its dtype or device differs
+    from the stack's. Such a parameter goes back into the stack with the next choice of what is trained.
 
     Args:
-        rows: The rows of the tasks in all layers of the model.
-        components: k.
+        rows: Rows of the tasks in all layers of the model.
+        components: Number of components k.
     """
 
-    # A task may have any name that begins with a letter or digit, and is looked for among the attributes of a module.
+    # A task may have any name that begins with a letter or digit, and is looked up among the attributes of a module.
     _stack: Tensor
 
     def __init__(self, rows: Rows, components: int) -> None:
         super().__init__()
         self._rows = rows
-        self._ranks: dict[str, int] = {}  # of the tasks in the stack
+        self._ranks: dict[str, int] = {}  # ranks of the tasks in the stack
         self.register_buffer("_stack", torch.zeros(0, components, 0), persistent=False)
 
     @property
     def stack(self) -> Tensor:
-        """(rows, k, p), with the coefficients of all tasks but those that have a parameter of their own."""
-        return self._buffers["_stack"]  # in each forward: a lookup as an attribute takes longer
+        """The coefficients (rows, k, p) of all tasks except those that have a parameter of their own."""
+        return self._buffers["_stack"]  # used in each forward: an attribute lookup takes longer
 
     def own(self, task: str) -> nn.Parameter | None:
-        """The parameter that a task has of its own, if it has one."""
+        """Return a task's own parameter; None if it has none."""
         if task not in self._parameters:
             return None
-        return self._parameters[task]  # not by `get`: ZeRO-3 of DeepSpeed gathers what is asked for by its key
+        return self._parameters[task]  # not by `get`: DeepSpeed's ZeRO-3 gathers parameters that are read by key
 
     def row_of(self, task: str) -> Tensor | None:
-        """A view of a task's coefficients (k, p_i) in the stack; None if they are not there."""
+        """Return a view of a task's coefficients (k, p_i) in the stack; None if they are not in it."""
         if (rank := self._ranks.get(task)) is None:
             return None
         (place,) = self._rows.of([task])
@@ -55,7 +55,7 @@ class StackedParameters(nn.ParameterDict):
         return row if rank == row.shape[1] else row[:, :rank]
 
     def of_task(self, task: str) -> Tensor | None:
-        """A task's coefficients (k, p_i), wherever they are, and contiguous; None if it has none."""
+        """Return a task's coefficients (k, p_i), contiguous, from wherever they are; None if it has none."""
         return self.own(task) if (row := self.row_of(task)) is None else row.contiguous()
 
     def of_task_or_zeros(self, task: str) -> Tensor:
@@ -63,14 +63,14 @@ class StackedParameters(nn.ParameterDict):
 
     @property
     def zeros(self) -> Tensor:
-        """The coefficients (k, 1) of no task."""
+        """Zero coefficients (k, 1), for samples without a task."""
         return self._stack.new_zeros(self._stack.shape[1], 1)
 
     def is_trained(self, task: str) -> bool:
         return (own := self.own(task)) is not None and own.requires_grad
 
     def train_only(self, tasks: Collection[str]) -> None:
-        """Train these tasks and no others; what has no parameter of its own is not looked at."""
+        """Train these tasks and no others. Tasks without a parameter of their own are not visited."""
         wanted = set(tasks)
         for task in [task for task in self._parameters if task not in wanted]:
             self._parameters[task].requires_grad_(False)
@@ -79,7 +79,7 @@ class StackedParameters(nn.ParameterDict):
             self.train_also(task)
 
     def train_also(self, task: str, trained: bool = True) -> None:
-        """Train a task, or no longer, and leave the others as they are."""
+        """Start or stop training a task and leave the others as they are."""
         if task in self._ranks and trained:
             row = self.row_of(task).clone(memory_format=torch.contiguous_format)
             del self._ranks[task]
@@ -88,7 +88,7 @@ class StackedParameters(nn.ParameterDict):
             self._parameters[task].requires_grad_(trained)
 
     def _settle(self, task: str) -> None:
-        """Put a parameter into the stack, unless it has a gradient or somebody else holds it."""
+        """Move a parameter into the stack, unless it has a gradient or something else holds it."""
         parameter = self._parameters[task]
         if parameter.grad is not None or not self._fits(parameter):
             return
@@ -110,7 +110,7 @@ class StackedParameters(nn.ParameterDict):
         return not value.is_meta and value.ndim == 2 and value.shape[0] == self._stack.shape[1]
 
     def _put(self, task: str, value: Tensor) -> None:
-        """Give a task's coefficients (k, p_i) a place in the stack."""
+        """Place a task's coefficients (k, p_i) in the stack."""
         if not self._ranks:
             self._stack = self._stack.to(value.device, value.dtype)
         self._write(task, value)
@@ -118,13 +118,13 @@ class StackedParameters(nn.ParameterDict):
         self._ranks[task] = value.shape[1]
 
     def set(self, task: str, value: Tensor, *, trained: bool) -> None:
-        """Give a task its coefficients (k, p_i) float32.
+        """Give a task its coefficients (k, p_i), float32.
 
         Args:
-            task: Its name. If it has a parameter of its own of this shape, that takes the values; if it is in the
-                stack, it stays there.
-            value: The coefficients, which nothing else uses.
-            trained: Whether a parameter that is made for it is trained.
+            task: Name of the task. If it has a parameter of its own of this shape, that parameter takes the values; if
+                it is in the stack, it stays there.
+            value: Coefficients, in a tensor that nothing else uses.
+            trained: Whether a parameter made for the task is trained.
         """
         own = self.own(task)
         if own is not None and own.shape == value.shape and own.dtype == torch.float32:
@@ -138,10 +138,10 @@ class StackedParameters(nn.ParameterDict):
         """Give many tasks their coefficients, as `set` does for one.
 
         Args:
-            values: (tasks, k, p) float32, zeros filling up smaller ranks.
-            ranks: By task, its rank, in the order of the values.
-            trained: As for `set`, the tasks for which it is so.
-            device: Where the layer computes; None if that is not known.
+            values: Coefficients (tasks, k, p), float32, with smaller ranks padded with zeros.
+            ranks: Ranks by task, in the order of the values.
+            trained: Tasks for which a new parameter is trained. See `set`.
+            device: Device that the layer computes on; None if it is unknown.
         """
         device = device or self._stack.device
         if self._ranks.keys() <= ranks.keys():  # nothing else is in the stack
@@ -167,12 +167,12 @@ class StackedParameters(nn.ParameterDict):
         self._ranks.update((tasks[place], ranks[tasks[place]]) for place in places)
 
     def set_components(self, components: int) -> None:
-        """Give the tasks in the stack room for another k, of zeros; their values are yet to come."""
+        """Give the tasks in the stack room, filled with zeros, for another k; their values are set later."""
         if components != self._stack.shape[1]:
             self._resize(len(self._stack), components, self._stack.shape[2])
 
     def write_own(self) -> None:
-        """Copy what has a parameter of its own into its row too, for the stack to have a row for every task."""
+        """Copy each task's own parameter into its row too, so that the stack has a row for every task."""
         self._make_room(self._rows.count - 1, 0)
         for task, parameter in self._parameters.items():
             if self._has_shape(parameter):
@@ -191,7 +191,7 @@ class StackedParameters(nn.ParameterDict):
             self._resize(row + 1, self._stack.shape[1], max(rank, self._stack.shape[2]))
 
     def _resize(self, rows: int, components: int, rank: int) -> None:
-        """Make room; a little more than is needed, so that tasks that come one by one cost a copy now and then."""
+        """Enlarge the stack by a little more than needed, so that adding tasks one by one rarely costs a copy."""
         rows = max(rows, self._rows.count, len(self._stack))
         if rows > len(self._stack) > 0:
             rows += len(self._stack) // 8
@@ -202,7 +202,7 @@ class StackedParameters(nn.ParameterDict):
         self._stack = stack
 
     def _clear(self, task: str) -> None:
-        """Make the row of a task zero, which it may have without being in the stack, by `write_own`."""
+        """Set the row of a task to zero. `write_own` may have given it one without it being in the stack."""
         (row,) = self._rows.of([task])
         if 0 < row < len(self._stack):
             with torch.no_grad():
@@ -229,7 +229,7 @@ class StackedParameters(nn.ParameterDict):
         )
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Take what is set as an attribute, as loaders of transformers do, in place of what is in the stack."""
+        """Replace what is in the stack by a parameter set as an attribute, as loaders of transformers do."""
         if name in self._ranks and param is not None:
             self[name] = param
         else:
@@ -249,14 +249,14 @@ class StackedParameters(nn.ParameterDict):
         return value
 
     def move(self, task: str, device: torch.device) -> None:
-        """Move the coefficients of a task, with those of all others in the stack if it is there."""
+        """Move the coefficients of a task; if they are in the stack, all others in it move too."""
         if task in self._ranks:
             self._stack = self._stack.to(device)
         elif task in self._parameters and not self._parameters[task].is_meta:
             self[task] = self._parameters[task].to(device)
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
-        """Give every task a tensor; copies of what is in the stack, as safetensors refuses views of one tensor."""
+        """Save a tensor for every task; stacked ones are copied, because safetensors refuses views of one tensor."""
         rows = self._stack.detach().unbind()
         for task, place in zip(self._keys, self._rows.of(self._keys), strict=True):
             if (rank := self._ranks.get(task)) is not None:

@@ -1,4 +1,4 @@
-"""Several tasks of a model that are trained at once, each on its own samples of a batch."""
+"""Training of several tasks of a model at once, each on its own samples of a batch."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 
 def check_trained(adapter_names: Iterable[str], tuner: BaseTuner) -> None:
-    """Refuse a mixed batch in training mode with tasks that are not trained: their samples would teach nothing.
+    """Refuse a mixed batch in training mode with untrained tasks, because nothing would be learned from their samples.
 
     Args:
-        adapter_names: A task or `"__base__"` for each sample.
-        tuner: The tuner of a model, in training mode or not.
+        adapter_names: Name of a task or `"__base__"` for each sample.
+        tuner: Tuner of a model, in training mode or not.
 
     Raises:
-        ValueError: Naming the others, and what trains several tasks.
+        ValueError: If there are untrained tasks. Names them, and says how to train several tasks.
     """
     if tuner.training and (others := sorted(set(adapter_names) - set(tuner.active_adapters))):
         raise ValueError(
@@ -34,11 +34,11 @@ def check_trained(adapter_names: Iterable[str], tuner: BaseTuner) -> None:
 
 
 def activate_together(tuner: BaseTuner, tasks: list[str], inference_mode: bool) -> None:
-    """Make several tasks the active ones of all layers, and train their heads; the head of the first is active.
+    """Activate several tasks in all layers and train their heads; the first task's head is the active one.
 
     Args:
-        tuner: The tuner of a model with these tasks.
-        tasks: At least two.
+        tuner: Tuner of a model with these tasks.
+        tasks: Names of the tasks, at least two.
         inference_mode: Whether they stay frozen.
     """
     for module in tuner.model.modules():
@@ -49,11 +49,11 @@ def activate_together(tuner: BaseTuner, tasks: list[str], inference_mode: bool) 
 
 
 def train_heads(model: nn.Module, tasks: Sequence[str], *, trained: bool) -> None:
-    """Set whether the heads of tasks are trained. PEFT has one active head, and turns off that one alone.
+    """Set whether the heads of tasks are trained. PEFT has one active head, and turns off only that one.
 
     Args:
-        model: Has the `modules_to_save` of the tasks, if they have any.
-        tasks: The tasks.
+        model: Model with the `modules_to_save` of the tasks, if they have any.
+        tasks: Names of the tasks.
         trained: Whether their heads require gradients from now on.
     """
     for module in model.modules():
@@ -62,14 +62,14 @@ def train_heads(model: nn.Module, tasks: Sequence[str], *, trained: bool) -> Non
 
 
 def dropped_inputs(layer: ShareLayer, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
-    """Inputs (samples, ...) of a mixed update; in training, those of each sample are dropped as its task says.
+    """Apply dropout, in training, to the inputs (samples, ...) of a mixed update: for each sample that of its task.
 
-    The ids that an embedding looks up are no numbers to drop.
+    Ids that an embedding looks up are not numbers, and are not dropped.
 
     Args:
-        layer: The layer whose update it is.
-        x: The inputs.
-        adapter_names: A task or `"__base__"` for each sample.
+        layer: Layer that the update belongs to.
+        x: Inputs of the layer.
+        adapter_names: Name of a task or `"__base__"` for each sample.
     """
     probabilities = [layer.share_dropout.get(name, 0.0) for name in adapter_names]
     if not layer.training or not any(probabilities) or not x.is_floating_point():
@@ -81,11 +81,11 @@ def dropped_inputs(layer: ShareLayer, x: Tensor, adapter_names: Sequence[str]) -
 
 
 def trained_by_task(model: nn.Module, tasks: Sequence[str]) -> dict[str, list[nn.Parameter]]:
-    """By task, the parameters of it that are trained: coefficients, temporary factors, and modules that it keeps.
+    """Return the trained parameters of each task: coefficients, temporary factors, and modules that it keeps whole.
 
     Args:
-        model: Has the tasks as adapters.
-        tasks: The tasks.
+        model: Model that has the tasks as adapters.
+        tasks: Names of the tasks.
     """
     found: dict[str, list[nn.Parameter]] = {task: [] for task in tasks}
     for name, parameter in model.named_parameters():

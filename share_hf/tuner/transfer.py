@@ -1,4 +1,4 @@
-"""Between a model with Share layers and the immutable state of a subspace."""
+"""Transfer between a model with Share layers and the immutable state of a subspace."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .routing import TaskRouter
 
 
 def share_config_for(state: SubspaceState, task: str, *, trainable: bool = False) -> ShareConfig:
-    """The configuration that injects a task of a subspace with its bases, into the modules that it has."""
+    """Return the configuration that injects a task of a subspace, with its bases, into the modules that it adapts."""
     values = copy.deepcopy({**share_adapter_config(state, task), "inference_mode": not trainable})
     values.pop("peft_type")
     config = ShareConfig(**values)
@@ -40,13 +40,13 @@ def share_config_for(state: SubspaceState, task: str, *, trainable: bool = False
 
 
 def router_of(state: SubspaceState) -> TaskRouter | None:
-    """The routes of a subspace, None where there are none."""
+    """Return the router of a subspace; None if it has no routes."""
     routes = {task: info.route for task, info in state.tasks.items() if info.route is not None}
     return TaskRouter(state.router, routes) if state.router is not None and routes else None
 
 
 def load_router(model: PeftModel, state: SubspaceState) -> None:
-    """Give a model the routes of a subspace, or none where it has none."""
+    """Give a model the router of a subspace, or None if it has no routes."""
     model.base_model.router = router_of(state)
 
 
@@ -58,14 +58,14 @@ def load_tasks(
     held: SubspaceState | None = None,
     trained: Collection[str] = (),
 ) -> None:
-    """Give tasks of a subspace to a model that has their adapters: bases, coefficients and heads.
+    """Load tasks of a subspace into a model that has their adapters: bases, coefficients and heads.
 
     Args:
-        model: Has an adapter for each task.
-        state: The subspace.
-        tasks: The tasks; all of the subspace if not given.
-        held: The subspace that the model holds now, to the bit: what is the same there is not loaded again. A model
-            that was cast since, as for an evaluation in bfloat16, is loaded whole.
+        model: PEFT model with an adapter for each task.
+        state: State of the subspace.
+        tasks: Names of the tasks. None means all tasks of the subspace.
+        held: State that the model holds now, bit for bit. What is the same there is not loaded again. A model that was
+            cast in the meantime, as for an evaluation in bfloat16, is loaded completely.
         trained: Tasks of `held` whose adapters were trained since.
     """
     if held is not None and _was_cast(model):
@@ -83,7 +83,7 @@ def load_coefficients(
     held: SubspaceState | None = None,
     trained: Collection[str] = (),
 ) -> None:
-    """Give tasks of a subspace, whose bases the model has, their coefficients and heads; see `load_tasks`."""
+    """Load the coefficients and heads of tasks into a model that has the subspace's bases. See `load_tasks`."""
     known = set() if held is None else held.tasks.keys() - set(trained)
     for module, layer in share_layers(model).items():
         if (stored := state.layers.get(module)) is None:
@@ -116,7 +116,7 @@ def _load_coefficients(layer: ShareLayer, stored: LayerSubspace, tasks: Sequence
 
 
 def _load_heads(model: PeftModel, state: SubspaceState, heads: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Give tasks their heads, with all labels of the model, in one pass over it."""
+    """Load the heads of tasks, extended to all labels of the model, in one pass over the model."""
     if not heads:
         return
     wrappers = head_wrappers(model)
@@ -134,7 +134,7 @@ def _load_heads(model: PeftModel, state: SubspaceState, heads: Mapping[str, Mapp
 
 
 def load_bases(model: PeftModel, state: SubspaceState, *, held: SubspaceState | None = None) -> None:
-    """Replace the bases of a model by those of a subspace; `held` as for `load_tasks`."""
+    """Replace the bases of a model by those of a subspace. See `load_tasks` for `held`."""
     for module, layer in share_layers(model).items():
         stored = state.layers.get(module)
         before = held.layers.get(module) if held is not None else None
@@ -143,7 +143,7 @@ def load_bases(model: PeftModel, state: SubspaceState, *, held: SubspaceState | 
 
 
 def _was_cast(model: PeftModel) -> bool:
-    """Whether the coefficients are no longer in float32; a cast of a model casts them all, so one a layer tells."""
+    """Return whether the coefficients are no longer float32. One per layer is enough, as a cast converts them all."""
     first = (next(iter(layer.share_coefficients_out.values()), None) for layer in share_layers(model).values())
     return any(coefficients is not None and coefficients.dtype != torch.float32 for coefficients in first)
 
@@ -153,10 +153,10 @@ def _same_basis(layer: LayerSubspace, other: LayerSubspace) -> bool:
 
 
 def check_fits(model: nn.Module, state: SubspaceState, tasks: Sequence[str]) -> None:
-    """Refuse tasks that do not fit a base model, before it is touched.
+    """Refuse tasks that do not fit a base model, before it is changed.
 
     Raises:
-        ValueError: Naming the task and what does not fit.
+        ValueError: If a task does not fit. Names the task or module, and says what does not fit.
     """
     modules = {without_wrappers(name): module for name, module in model.named_modules()}
     adapted = {module: layer for module, layer in state.layers.items() if any(map(layer.has, tasks))}
@@ -196,13 +196,13 @@ def _check_head_of_task(
 
 
 def saved_by(state: SubspaceState, task: str) -> list[str]:
-    """What a task keeps whole, as PEFT names it."""
+    """Return the modules that a task keeps whole, as PEFT names them."""
     target = state.tasks[task].target
     return saved_names(target.get("modules_to_save"), target.get("task_type"))
 
 
 def head_of(model: PeftModel, task: str) -> dict[str, Tensor]:
-    """Copies of a task's `modules_to_save` weights by name in the base model."""
+    """Return copies of a task's `modules_to_save` weights, by name in the base model."""
     return {
         f"{name}.{key}": tensor.detach().cpu().clone()
         for name, wrapper in head_wrappers(model).items()
@@ -212,7 +212,7 @@ def head_of(model: PeftModel, task: str) -> dict[str, Tensor]:
 
 
 def updates_of(model: PeftModel, task: str) -> dict[str, LowRankUpdate]:
-    """A task's updates by module, from whatever it was trained as; detached, float32, on the CPU."""
+    """Return a task's updates by module, whatever phase it was trained in; detached, float32, on the CPU."""
     updates = {}
     for module, layer in share_layers(model).items():
         if layer.has_task(task):
@@ -222,7 +222,7 @@ def updates_of(model: PeftModel, task: str) -> dict[str, LowRankUpdate]:
 
 
 def coefficients_of(model: PeftModel, task: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """A task's coefficients (k_out, p), (k_in, p) by module; detached, on the CPU."""
+    """Return a task's coefficients (k_out, p), (k_in, p) by module; detached, on the CPU."""
     return {
         module: (layer.share_coefficients_out[task].detach().cpu(), layer.share_coefficients_in[task].detach().cpu())
         for module, layer in share_layers(model).items()
@@ -231,7 +231,7 @@ def coefficients_of(model: PeftModel, task: str) -> dict[str, tuple[Tensor, Tens
 
 
 def state_of(model: PeftModel) -> SubspaceState:
-    """The subspace that a model holds: its bases and the tasks with an update, which count as just learned."""
+    """Return the subspace that a model holds: its bases and the tasks with an update, which count as just learned."""
     layers = share_layers(model)
     config = next(iter(model.peft_config.values()))
     tasks = [
@@ -260,12 +260,12 @@ def state_of(model: PeftModel) -> SubspaceState:
 
 
 def target_of(model: PeftModel, task: str) -> dict[str, Any]:
-    """Which modules of which class an adapter targets, as JSON."""
+    """Return the modules, and the class of the model, that an adapter targets, as JSON."""
     config = model.peft_config[task]
     target = {name: value for name in TARGET_FIELDS if (value := getattr(config, name, None)) is not None}
     for name, value in target.items():
         if isinstance(value, (set, list)):
-            # PEFT adds the classifier to `modules_to_save` with every adapter that it is given the configuration of.
+            # PEFT adds the classifier to `modules_to_save` again with every adapter that uses the configuration.
             target[name] = sorted(value) if isinstance(value, set) else list(dict.fromkeys(value))
     if isinstance(modules := target.get("target_modules"), list):
         target["target_modules"] = targets_beside(modules, target.get("modules_to_save", []))

@@ -1,4 +1,4 @@
-"""The weights of an adapter's file, each checked by what the adapter's phase may hold, before a model is touched."""
+"""Weights of an adapter's file, checked against what the adapter's phase allows, before a model is changed."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from .config import ShareConfig
 _COEFFICIENTS = {"share_coefficients_out", "share_coefficients_in"}
 _TEMPORARY = {"share_temporary_out", "share_temporary_in"}
 
-# What an adapter may have in a module. Before there is a basis, the adapt phase trains free factors as init does.
+# Tensors that an adapter may have in a module. Without a basis, the adapt phase trains free factors as init does.
 _PARTS = {
     Phase.COEFFICIENTS: _COEFFICIENTS | {FINGERPRINT},
     Phase.ADAPT: _COEFFICIENTS | _TEMPORARY,
     Phase.INIT: _TEMPORARY,
 }
 
-# What PEFT puts into the names of further copies, where the vocabulary was resized and embeddings are kept whole too.
+# Name parts that PEFT inserts for further copies if the vocabulary was resized and embeddings are kept whole as well.
 _COPY = re.compile(r"(?<=\.)(?:modules_to_save|original_module)\.(?=[^.]+$)")
 
 
@@ -41,11 +41,11 @@ class CheckedWeights:
     """The weights of an adapter, checked by name and shape.
 
     Args:
-        tensors: By the names in the file.
-        adapted: The modules that it has a part of its phase for.
+        tensors: Tensors by name in the file.
+        adapted: Modules that it has coefficients or temporary factors for.
         head: Shapes of its `modules_to_save` weights, by name in the base model.
-        embeddings: Shapes of the base model's embeddings that PEFT saved with it, by name there.
-        fingerprints: By module.
+        embeddings: Shapes of the base model's embeddings that PEFT saved with it, by name in the base model.
+        fingerprints: Fingerprints by module.
     """
 
     tensors: dict[str, Tensor]
@@ -63,17 +63,17 @@ def check_weights(
     *,
     is_own: bool,
 ) -> CheckedWeights:
-    """Check every weight of an adapter: whatever has a name of the model's is loaded into it.
+    """Check every weight of an adapter, because any weight whose name the model has would be loaded into the model.
 
     Args:
-        path: The file.
-        config: The adapter's configuration.
+        path: File of the weights.
+        config: Configuration of the adapter.
         modules: Shapes of the layers and bases of its subspace.
-        index: That of the folder; None if there is none.
-        is_own: Whether this is a checkpoint in a folder of the user's, whose embeddings may go into the base model.
+        index: Index of the folder; None if there is none.
+        is_own: Whether this is a checkpoint in the user's own folder, whose embeddings may go into the base model.
 
     Raises:
-        ValueError: Naming a weight that is not one of the adapter's phase or of its `modules_to_save`.
+        ValueError: If a weight belongs neither to the adapter's phase nor to its `modules_to_save`. Names the weight.
     """
     of_tree = index is not None and index.is_tree
     if of_tree and config.phase != Phase.COEFFICIENTS:
@@ -82,7 +82,7 @@ def check_weights(
     if of_tree:
         tensors = with_plain_coefficients(path, tensors, index.settings.coefficient_dtype)
     weights, saved = CheckedWeights(tensors), saved_names(config.modules_to_save, config.task_type)
-    if not of_tree:  # of a model that its user may have cast before saving it
+    if not of_tree:  # the model may have been cast by its user before it was saved
         tensors = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
     for name, tensor in tensors.items():
         plain = name.removeprefix(PEFT_PREFIX)
@@ -112,7 +112,7 @@ def check_weights(
 def _check_part(
     path: Path, tensors: Mapping[str, Tensor], name: str, part: str, module: ModuleEntry, config: ShareConfig
 ) -> None:
-    """Check a tensor of a module by what the adapter's phase has there."""
+    """Check a tensor of a module against what the adapter's phase allows there."""
     if part not in _PARTS[config.phase]:
         raise ValueError(
             f"{path}: {name!r} is unexpected in phase {config.phase.value!r}, expected {sorted(_PARTS[config.phase])}"
