@@ -30,7 +30,7 @@ from share_hf.subspace.layer import TaskRecords, update_norms
 VOCABULARY = 1024  # small, so that the output layer does not dominate
 SIZE_OF_COEFFICIENTS = 0.25  # standard deviation of the entries, large enough for updates to show in the logits
 HEAD_SIZE = 64
-IN_USE = 32  # tasks to use before memory is measured, so that it includes the cache of recently used tasks
+IN_USE = 32  # tasks to use before memory is measured, so that it includes what the model keeps of recently used tasks
 
 
 @dataclass(frozen=True)
@@ -147,8 +147,8 @@ def bytes_of_tasks(sizes: Sizes, tasks: int) -> dict[str, int]:
     """Measure the anonymous memory of tasks that are resident in a model, in this process.
 
     Returns:
-        `held`: bytes of the bases, the coefficients and the cache of recently used tasks. `grown`: bytes by which the
-        peak while all tasks are used in turn exceeds the peak while few of them are.
+        `held`: bytes of the bases, the coefficients and what the model keeps of recently used tasks. `grown`: bytes by
+        which the peak while all tasks are used in turn exceeds the peak while few of them are.
     """
     torch.manual_seed(0)
     base = sizes.llama()
