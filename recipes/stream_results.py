@@ -1,4 +1,4 @@
-"""Results beside the score matrix: the answer to each example, sizes, times, and the loss on other texts."""
+"""Results in addition to the score matrix: the answer to each example, sizes, times, and the loss on other texts."""
 
 from __future__ import annotations
 

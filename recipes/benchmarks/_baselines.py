@@ -48,7 +48,7 @@ class Method:
     """A way to learn a stream.
 
     Args:
-        adapters: Class of the adapters that it trains beside the heads.
+        adapters: Class of the adapters that it trains in addition to the heads.
         replayed: Fraction of each earlier task's training examples to train on again with each later task.
         together: Whether all tasks are learned at once.
     """
@@ -111,7 +111,7 @@ class Outcome:
 
     @property
     def bytes_in_all(self) -> int:
-        """Bytes to keep for running all tasks, beside the base model."""
+        """Bytes to keep for running all tasks, in addition to the base model."""
         return self.bytes_shared + sum(self.bytes_of_tasks.values())
 
 

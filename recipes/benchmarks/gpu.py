@@ -47,7 +47,7 @@ SECONDS = 430  # less than 8 minutes, including startup and shutdown
 SECONDS_TO_STOP = 10
 SECONDS_BETWEEN_LOOKS = 0.2
 
-# The packages that `import share_hf` and the tests need, beside torch.
+# The packages that `import share_hf` and the tests need, in addition to torch.
 LIBRARIES = ("accelerate", "datasets", "huggingface_hub", "jinja2", "peft", "safetensors", "tqdm", "transformers")
 TEST_LIBRARIES = (*LIBRARIES, "hypothesis", "psutil", "pytest")
 

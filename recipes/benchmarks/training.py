@@ -157,7 +157,7 @@ def frozen_step(base: LlamaForCausalLM, input_ids: Tensor) -> Callable[[], None]
 
 
 def byte_rows(base: LlamaForCausalLM) -> list[Row]:
-    """Measure the bytes that training holds beside the frozen model after a step, which do not depend on the batch."""
+    """Measure the bytes that training adds to the frozen model after a step. They do not depend on the batch."""
     input_ids = torch.randint(VOCABULARY, (1, 16), device=DEVICE)
     held = {}
     for name, config in (
