@@ -148,7 +148,7 @@ def load_text_task(
         tokenizer: Tokenizer of the model.
         text_columns: One column of texts, or two for pairs. None means to find them by usual names.
         problem_type: Kind of the labels. None means to find it from their type.
-        metrics: Metrics of the task, the score first. None means the metrics of the GLUE task with this name, or else the
+        metrics: Metrics of the task, the score first. None means the metrics of the GLUE task with this name, or the
             default of the problem type.
         max_length: Maximum number of tokens in a text or a pair.
         train_examples: Number of training examples to use, the first ones. None means all.
