@@ -1,7 +1,7 @@
-"""Scikit-learn's handwritten digits as tasks that differ in their labels and in their look, without a download.
+"""Tasks made from scikit-learn's handwritten digits, which differ in their labels and their look; no download needed.
 
-The package carries 1,797 images of 8 x 8 pixels, writer after writer. The first 898 are there to pretrain a model on;
-tasks are trained on the next 500 and tested on the last 399, which come from other writers for the most part.
+scikit-learn ships 1,797 images of 8 x 8 pixels, ordered by writer. The first 898 images are for pretraining a model.
+Tasks are trained on the next 500 and tested on the last 399, most of which come from other writers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ except ImportError as error:
 PREFIX = "digits:"
 SPLITS = {"pretrain": slice(0, 898), "train": slice(898, 1398), "test": slice(1398, None)}
 
-# Labels that a digit can have.
+# Ways to label a digit.
 LABELS: dict[str, Callable[[int], str]] = {
     "ten": str,
     "even-odd": lambda digit: "odd" if digit % 2 else "even",
@@ -30,7 +30,7 @@ LABELS: dict[str, Callable[[int], str]] = {
     "prime": lambda digit: "prime" if digit in (2, 3, 5, 7) else "not prime",
 }
 
-# How digits look: images (n, 8, 8) of 0 to 255 to images of the same shape.
+# Ways to change how digits look: functions from images (n, 8, 8), with values from 0 to 255, to the same shape.
 LOOKS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "upright": lambda images: images,
     "rotated": lambda images: np.rot90(images, axes=(1, 2)),
@@ -38,7 +38,7 @@ LOOKS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "inverted": lambda images: 255 - images,
 }
 
-# Six tasks, in the order in which they are learned by default.
+# The six default tasks, in the order in which they are learned.
 TASKS = [
     "even-odd=digits:even-odd",
     "rotated=digits:rotated",
@@ -50,14 +50,14 @@ TASKS = [
 
 
 def digits_of(place: str) -> DatasetDict:
-    """The `train` and `test` splits of a task, with the columns `image` and `label`.
+    """Return the `train` and `test` splits of a task, with the columns `image` and `label`.
 
     Args:
         place: Labels of the digits, their look, or both: `digits:even-odd`, `digits:rotated`, `digits:prime,inverted`.
-            All ten digits, upright, by default.
+            By default, the labels are all ten digits and the look is upright.
 
     Raises:
-        ValueError: If it names something else.
+        ValueError: If `place` names anything else.
     """
     named = place.removeprefix(PREFIX).split(",")
     labels, looks = ([name for name in named if name in known] for known in (LABELS, LOOKS))
@@ -68,7 +68,7 @@ def digits_of(place: str) -> DatasetDict:
 
 
 def digits(split: str, label: str = "ten", look: str = "upright") -> Dataset:
-    """One split of the digits with the columns `image` and `label`."""
+    """Return one split of the digits, with the columns `image` and `label`."""
     found = load_digits()
     images = LOOKS[look]((found.images[SPLITS[split]] * (255 / 16)).astype(np.uint8))
     names = list(dict.fromkeys(map(LABELS[label], range(10))))

@@ -1,4 +1,4 @@
-"""Tasks of images in any form: folders, data sets of the hub, and the digits that scikit-learn carries."""
+"""Image tasks from folders, from data sets on the hub, and from the digits that ship with scikit-learn."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ def load_images(
     image_column: str | None = None,
     label_column: str | None = None,
 ) -> DatasetDict:
-    """The splits of a task, with the columns `image` and `label`.
+    """Return the splits of a task, with the columns `image` and `label`.
 
-    Without a test split, a tenth of the training data is held out for it.
+    If there is neither a test nor a validation split, a tenth of the training data is held out as test split.
 
     Args:
-        place: A folder that `imagefolder` of datasets reads, such as one with a folder of images for each label; a
+        place: Folder in the `imagefolder` format of datasets, such as one with a folder of images for each label; a
             `datasets` id; or a task of `digits`, such as `digits:even-odd`.
-        train_examples: Number of examples to train on, drawn at random, as folders have one label after the other; all
-            if not given.
-        image_column: Name of the column of images; the only one there is if not given.
-        label_column: Name of the column of labels; `label`, `labels` or the only one that has classes if not given.
+        train_examples: Number of examples to train on, drawn at random because folders list one label after the other.
+            None means all.
+        image_column: Name of the column of images. None means `image`, `images`, or the only column of images.
+        label_column: Name of the column of labels. None means `label`, `labels`, or the only column of classes.
 
     Raises:
         ValueError: If there is no training split, or a column cannot be found.
@@ -55,7 +55,7 @@ def load_images(
 
 
 def with_pixels(data: DatasetDict, processor: BaseImageProcessor) -> DatasetDict:
-    """The same data, whose images become `pixel_values` (3, height, width) when they are read."""
+    """Return the same data with images that become `pixel_values` (3, height, width) when they are read."""
 
     def read(batch: Mapping[str, list[Any]]) -> dict[str, Any]:
         images = [image.convert("RGB") for image in batch["image"]]
@@ -65,7 +65,7 @@ def with_pixels(data: DatasetDict, processor: BaseImageProcessor) -> DatasetDict
 
 
 def _column(place: str, name: str, given: str | None, features: Features, kind: type) -> str:
-    """The column of this name: the one that was given, that is called so, or that is the only one of its kind."""
+    """Find a column: the given one, the one with this name (or its plural), or the only one of its kind."""
     of_kind = [column for column, feature in features.items() if isinstance(feature, kind)]
     if given is None:
         given = next((column for column in (name, f"{name}s") if column in features), None)
@@ -80,7 +80,7 @@ def _column(place: str, name: str, given: str | None, features: Features, kind: 
 
 
 def _with_classes(place: str, data: DatasetDict) -> DatasetDict:
-    """The same data with numbered labels; those of the training data, unless the data set has named them."""
+    """Return the same data with class labels; labels without classes get those found in the training data."""
     if isinstance(data["train"].features["label"], ClassLabel):
         return data
     names = sorted({str(label) for label in data["train"]["label"]})

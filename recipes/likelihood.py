@@ -1,4 +1,4 @@
-"""Text tasks with labels for causal LMs: trained as prompt and completion, scored by the likelihood of the labels."""
+"""Labelled text tasks for causal LMs, trained as prompt and completion and scored by the likelihood of the labels."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from transformers import PreTrainedTokenizerBase
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """How an example becomes a prompt and its label a completion.
+    """How an example becomes a prompt and its label becomes a completion.
 
     Args:
-        after_text: What stands between the text and the label; `{labels}` in it stands for the labels of the task.
-        before_label: What the completion starts with where no template says so.
-        max_length: Tokens of a prompt at most; a longer text is cut at its end.
-        chat_template: Whether the text, with what follows it, is what the user says, and the label what the assistant
-            answers, in the format of the tokenizer's chat template.
+        after_text: String between the text and the label; `{labels}` in it stands for the labels of the task.
+        before_label: String at the start of the completion, used without a chat template.
+        max_length: Maximum number of tokens in a prompt; a longer text is cut at its end.
+        chat_template: Whether to use the tokenizer's chat template: the user says the text and `after_text`, and the
+            assistant answers with the label.
     """
 
     after_text: str = "\nAnswer:"
@@ -37,20 +37,20 @@ class PromptFormat:
     def of_tokenizer(
         cls, tokenizer: PreTrainedTokenizerBase, after_text: str | None, max_length: int, *, chats: bool = True
     ) -> PromptFormat:
-        """A chat where the tokenizer has a template for it and `chats` allows it, otherwise text and "Answer:"."""
+        """Return a chat format if the tokenizer has a template and `chats` allows it, otherwise text and "Answer:"."""
         if chats and tokenizer.chat_template:
             return cls(after_text or "", max_length=max_length, chat_template=True)
         return cls(cls.after_text if after_text is None else after_text, max_length=max_length)
 
     def naming(self, labels: Sequence[str]) -> PromptFormat:
-        """The format of a task of these labels."""
+        """Return this format with `{labels}` replaced by the labels of a task."""
         return replace(self, after_text=self.after_text.replace("{labels}", ", ".join(labels)))
 
     def prompt_ids(self, tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-        """Tokens of the prompt, `max_length` of them at most, with the tokenizer's own start.
+        """Return the tokens of the prompt, at most `max_length`, including the tokenizer's own special tokens.
 
         Raises:
-            ValueError: If what stands around a text leaves no room for it.
+            ValueError: If the tokens around a text leave no room for it.
         """
         if self.chat_template:
             return self._chat_ids(tokenizer, text.rstrip())
@@ -62,7 +62,7 @@ class PromptFormat:
         ids = self._rendered(tokenizer, text)
         if len(ids) <= self.max_length:
             return ids
-        # What follows the text, and must stay, is what two chats that differ in their text alone end with.
+        # The part after the text must stay. It is the common ending of two chats that differ only in their text.
         one, other = self._rendered(tokenizer, "a"), self._rendered(tokenizer, "b")
         tail = _common_start(one[::-1], other[::-1])[::-1]
         return ids[: self._room_before(tail, start=len(_common_start(one, other)))] + tail
@@ -82,14 +82,14 @@ class PromptFormat:
         return room
 
     def label_ids(self, tokenizer: PreTrainedTokenizerBase, label: str) -> list[int]:
-        """Tokens of the completion, without its end.
+        """Return the tokens of the completion, without the tokens that end it.
 
         Raises:
-            ValueError: If a template begins an answer otherwise than it asks for one.
+            ValueError: If the chat template starts an answer differently from the way it ends a prompt.
         """
         if not self.chat_template:
             return tokenizer(f"{self.before_label}{label}", add_special_tokens=False)["input_ids"]
-        # Some tokenizers take a word that stands alone for another one than after the template's last line.
+        # Some tokenizers encode a word on its own differently from the same word after the template's last line.
         prompt = self._rendered(tokenizer, "a")
         answers = [self._rendered(tokenizer, "a", answer) for answer in (label, "a", "b")]
         if any(answer[: len(prompt)] != prompt for answer in answers):
@@ -102,16 +102,16 @@ class PromptFormat:
 
 
 def with_text(task: str, data: DatasetDict, columns: Sequence[str]) -> DatasetDict:
-    """Make one `text` column of those of some columns that a task has.
+    """Join the named columns that a task has into one `text` column.
 
     Args:
-        task: The task's name.
-        data: Its splits.
-        columns: Names such as "sentence1" and "sentence2". The values of several follow each other, each on a line of
-            its own after its name.
+        task: Name of the task.
+        data: Splits of the task.
+        columns: Names of columns, such as "sentence1" and "sentence2". If the task has several of them, the text has
+            one line for each, which starts with the column's name.
 
     Raises:
-        ValueError: If the task has none of them, or not the same in all splits.
+        ValueError: If the task has none of the columns, or not the same ones in all splits.
     """
     found = [name for name in columns if name in data["train"].column_names]
     if not found:
@@ -137,14 +137,14 @@ def with_text(task: str, data: DatasetDict, columns: Sequence[str]) -> DatasetDi
 def prompt_completion_task(
     task: str, data: DatasetDict, tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat
 ) -> tuple[DatasetDict, list[str]]:
-    """Tokenize a task of `text` and `label` columns.
+    """Tokenize a task with the columns `text` and `label`.
 
     Returns:
-        The data with `input_ids`, `attention_mask`, `labels` (-100 on the prompt) for training, and `prompt_ids`,
-        `label_index` for scoring; and the labels, those of the training data.
+        The data with the columns `input_ids`, `attention_mask` and `labels` (-100 on the prompt) for training and
+        `prompt_ids` and `label_index` for scoring, and the sorted labels of the training data.
 
     Raises:
-        ValueError: If a column is missing, or another split has a label that is never seen in training.
+        ValueError: If a column is missing, or another split has a label that never occurs in the training data.
     """
     for split, rows in data.items():
         if not {"text", "label"} <= set(rows.column_names):
@@ -178,14 +178,15 @@ def prompt_completion_task(
 
 
 class CompletionCollator:
-    """Batches of prompts and completions, padded on the left.
+    """Collates prompts and completions into batches that are padded on the left.
 
-    Completions end together then, and a model that takes `logits_to_keep` computes logits for them alone, which are
-    few of a batch's tokens: over a large vocabulary, a fifth of the time of a small model and most of its memory.
+    All completions then end at the same position, and a model that takes `logits_to_keep` computes logits for the
+    completions only, which are few of a batch's tokens. With a large vocabulary, this saves a fifth of a small model's
+    time and most of its memory.
 
     Args:
-        tokenizer: Gives the padding.
-        model: The base model.
+        tokenizer: Tokenizer that defines the padding.
+        model: Base model.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> None:
@@ -193,7 +194,10 @@ class CompletionCollator:
         self.takes = frozenset(inspect.signature(model.forward).parameters)
 
     def __call__(self, examples: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tensor]:
-        """`input_ids`, `attention_mask` and `labels`, (batch, tokens), and what else the model takes."""
+        """Return `input_ids`, `attention_mask` and `labels` (batch, tokens), and optional inputs that the model takes.
+
+        With `logits_to_keep`, `labels` covers only the positions whose logits are kept.
+        """
         rows = [list(example["input_ids"]) for example in examples]
         width = max(map(len, rows))
         mask = _left_padded([[1] * len(row) for row in rows], 0)
@@ -202,7 +206,7 @@ class CompletionCollator:
         if "position_ids" in self.takes:
             batch["position_ids"] = _positions(mask)
         if "logits_to_keep" in self.takes:
-            # A token is predicted at the place before it.
+            # The logits that predict a token are at the position before it.
             first = max(int((labels != -100).any(0).int().argmax()) - 1, 0)
             batch["labels"] = labels[:, first:]
             batch["logits_to_keep"] = torch.arange(first, width)
@@ -210,20 +214,20 @@ class CompletionCollator:
 
 
 class LabelLikelihoodScorer:
-    """Accuracy of picking the label with the highest likelihood after the prompt.
+    """Scores a task by the accuracy of picking the label with the highest likelihood after the prompt.
 
-    Each prompt is run once; labels of several tokens continue from its cache. Where a label is the beginning of
-    another one, the end of the text counts as a token of each.
+    The model runs each prompt once, and labels of several tokens continue from its cache. If one label of a task is
+    the beginning of another one, the end-of-text token counts as the last token of each label.
 
     Args:
-        tokenizer: Gives padding and label tokens.
-        labels: By task, the labels to choose from.
-        prompt_format: As for training.
-        batch_size: Prompts at a time.
+        tokenizer: Tokenizer of the prompts and labels, which also defines the padding.
+        labels: Labels to choose from, by task.
+        prompt_format: Format of the prompts, the same as for training.
+        batch_size: Number of prompts in a batch.
 
     Attributes:
-        chosen (`dict[str, list[int]]`): By task, the numbers of the labels that were picked when it was last scored.
-        seconds (`float`): How long all scoring took.
+        chosen (`dict[str, list[int]]`): Indices of the labels that were picked when a task was last scored, by task.
+        seconds (`float`): Total time spent on scoring.
     """
 
     def __init__(
@@ -245,12 +249,12 @@ class LabelLikelihoodScorer:
 
     @torch.inference_mode()
     def __call__(self, model: PeftModel | nn.Module, task: str, data: Dataset) -> dict[str, float]:
-        """Score a task with the model as it is; data as from `prompt_completion_task`."""
+        """Score a task, whose data comes from `prompt_completion_task`, with the model in its present state."""
         started, was_training = time.monotonic(), model.training
         model.eval()
         prompts, answers = data["prompt_ids"], data["label_index"]
         chosen = [0] * len(data)
-        # Prompts of like length share a batch, so that little is padded.
+        # Prompts of similar length share a batch, so that there is little padding.
         order = sorted(range(len(data)), key=[len(prompt) for prompt in prompts].__getitem__)
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
@@ -265,13 +269,13 @@ class LabelLikelihoodScorer:
     def label_scores(
         self, model: PeftModel | nn.Module, prompts: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]
     ) -> Tensor:
-        """Log-likelihood (prompts, labels) of each label after each prompt."""
+        """Return the log-likelihood (prompts, labels) of each label after each prompt."""
         device = next(model.parameters()).device
         mask = _left_padded([[1] * len(prompt) for prompt in prompts], 0).to(device)
         ids = _left_padded(prompts, self.pad).to(device)
         output = model(**_inputs(model, ids, mask, logits=1), use_cache=True)
         scores = output.logits[:, -1].float().log_softmax(-1)[:, [label[0] for label in labels]]
-        # Labels that differ in their last token alone, such as "very good" and "very bad", share a forward.
+        # Labels that differ only in their last token, such as "very good" and "very bad", share a forward pass.
         continued: dict[tuple[int, ...], list[int]] = {}
         for number, label in enumerate(labels):
             if len(label) > 1:
@@ -279,7 +283,7 @@ class LabelLikelihoodScorer:
         for beginning, numbers in continued.items():
             rest = torch.tensor(beginning, device=device).expand(len(prompts), -1)
             inputs = _inputs(model, rest, torch.cat([mask, torch.ones_like(rest)], dim=1), logits=len(beginning))
-            # A forward extends the cache that it is given.
+            # A forward pass extends the cache that it is given, so it gets a copy.
             logits = model(**inputs, past_key_values=copy.deepcopy(output.past_key_values)).logits
             following = logits.float().log_softmax(-1)
             for number in numbers:
@@ -289,7 +293,7 @@ class LabelLikelihoodScorer:
 
 
 def padding_of(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that fills rows up, which no mask lets through."""
+    """Return the token that pads rows; attention masks always hide it."""
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
 
@@ -307,13 +311,15 @@ def _positions(mask: Tensor) -> Tensor:
 
 
 def _inputs(model: PeftModel | nn.Module, input_ids: Tensor, mask: Tensor, *, logits: int) -> dict[str, Tensor]:
-    """Inputs of a forward of left-padded tokens, with the positions and the number of logits where a model takes them.
+    """Return the inputs of a forward pass over left-padded tokens.
+
+    They include the positions of the tokens and of the logits to keep if the model takes them.
 
     Args:
-        model: Takes the inputs.
+        model: Model that takes the inputs.
         input_ids: Tokens (rows, new).
-        mask: Which tokens (rows, cached + new) are no padding.
-        logits: How many of the new tokens, the last ones, need logits.
+        mask: Mask (rows, cached + new) of the tokens that are not padding.
+        logits: Number of the last tokens that need logits.
     """
     inputs = {"input_ids": input_ids, "attention_mask": mask}
     base = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -322,6 +328,7 @@ def _inputs(model: PeftModel | nn.Module, input_ids: Tensor, mask: Tensor, *, lo
     if "position_ids" in takes:
         inputs["position_ids"] = _positions(mask)[:, -new:]
     if "logits_to_keep" in takes:
-        # As numbers of places: a slice is no contiguous tensor, which bfloat16 on the CPU takes 70 times as long for.
+        # Positions instead of a count, for which the model would take a slice: a slice is not contiguous, and
+        # bfloat16 on the CPU takes 70 times as long with it.
         inputs["logits_to_keep"] = torch.arange(new - logits, new, device=input_ids.device)
     return inputs

@@ -8,14 +8,16 @@
     python recipes/benchmarks/_smollm2.py smollm2 && accelerate launch recipes/llama_stream.py \
         --config recipes/configs/smollm2.yaml --model_name_or_path smollm2 --tasks news=data/agnews/ mrpc=data/mrpc/
 
-Without arguments it needs no network: the small backbone and the tasks are in `recipes/assets/`. A task has a `label`
-column and a `text`, or those of `--text_columns`; it is trained as prompt and completion and scored by the likelihood
-of its labels. Where the tokenizer has a chat template, the prompt is what a user says and the label the answer. It
-prints a line a task and the accuracy matrix, and leaves the subspace with a model card in `<output_dir>/subspace`.
+Without arguments, the script needs no network: the small backbone and the tasks are in `recipes/assets/`. A task has a
+`label` column and a `text` column, or the columns named by `--text_columns`. It is trained as prompt and completion
+and scored by the likelihood of its labels. If the tokenizer has a chat template, the prompt is the user's message and
+the label is the assistant's answer. The script prints a line for each task and the accuracy matrix, and saves the
+subspace with a model card in `<output_dir>/subspace`.
 
-`--method` runs the baselines the same way: a LoRA of its own for each task, or one LoRA trained on all tasks in their
-order. `--results_json` keeps each example's answer, sizes and times and, with `--own_text`, what tasks do to the loss
-of texts that belong to none. To choose settings, score on `--held_out` training examples instead of on test data.
+`--method` also runs the baselines: a separate LoRA for each task, or one LoRA trained on all tasks in their order.
+`--results_json` writes a file with the answer to each example, sizes and times. With `--own_text`, it also has the
+loss on texts that belong to no task, with and without each task's adapter. To choose settings, score on training
+examples with `--held_out` instead of on test data.
 """
 
 from __future__ import annotations
@@ -235,7 +237,7 @@ def main() -> None:
 
 
 def check_results(script: ScriptArguments, args: StreamArguments) -> None:
-    """Refuse what would end in no results, before hours of training."""
+    """Reject settings that could not write their results, before hours of training."""
     if script.own_text is not None and script.results_json is None:
         raise ValueError(
             f"--own_text is {script.own_text} and --results_json is not given, expected both: it is kept there"
@@ -245,7 +247,7 @@ def check_results(script: ScriptArguments, args: StreamArguments) -> None:
 
 
 def own_learning_rate(args: StreamArguments) -> float:
-    """That of the method: a LoRA trains at the learning rate of free factors."""
+    """Return the learning rate of the method; the baselines default to the learning rate of LoRA factors."""
     if args.method == "share":
         return args.learning_rate
     if args.method == "coefficients":
@@ -254,7 +256,7 @@ def own_learning_rate(args: StreamArguments) -> float:
 
 
 def settings_of(script: ScriptArguments, args: StreamArguments) -> dict[str, Any]:
-    """What the results were made with."""
+    """Return the settings to store with the results."""
     names = [*StreamArguments.__annotations__, "num_init_tasks", "finetune_num_train_epochs", "bf16", "seed"]
     return {**asdict(script), **{name: getattr(args, name) for name in names}}
 

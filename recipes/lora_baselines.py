@@ -1,4 +1,4 @@
-"""The baselines of the recipes: a LoRA of its own for each task, or one LoRA trained on all tasks in their order."""
+"""The baselines of the recipes: a separate LoRA for each task, or one LoRA trained on all tasks in their order."""
 
 from __future__ import annotations
 
@@ -33,18 +33,19 @@ def classifier_loras(
     loss: Callable[[str, Tensor, Tensor, Tensor | None], Tensor] | None = None,
     **options: Any,
 ) -> ContinualMetrics:
-    """The baselines of a model with labels, of which each task has some; the others are masked, as ours are.
+    """Train the baselines on a classifier whose tasks use only some of its outputs; the rest are masked as in Share.
 
     Args:
-        model: The base model.
-        args: Arguments of every task's training.
+        model: Base model.
+        args: Training arguments of every task.
         lora_config: Configuration of every LoRA.
-        tasks: The stream.
-        num_labels: By task, how many labels it has.
-        measure: Called with a task, its outputs (examples, num_labels) and its labels; returns its score.
-        sequential: One LoRA for all tasks. Each has a head of its own all the same.
-        loss: Called with a task, logits, labels, and what to divide the sum by; the model's own loss if not given.
-        options: For `train_loras`.
+        tasks: Stream of tasks.
+        num_labels: Number of labels of each task.
+        measure: Function that takes a task, its outputs (examples, num_labels) and its labels, and returns its score.
+        sequential: Whether to train one LoRA on all tasks. Each task still has its own head.
+        loss: Function that takes a task, logits, labels and the divisor of the summed loss. None means the model's own
+            loss.
+        options: Further arguments of `train_loras`.
     """
     at_work: list[str] = []
 
@@ -66,11 +67,11 @@ def classifier_loras(
 
 
 class HeadsOfTasks:
-    """Gives an adapter that learns several tasks a head of its own for each, as the tasks of other methods have.
+    """Gives an adapter that learns several tasks a separate head for each, as tasks have in the other methods.
 
     Args:
-        model: Has the adapter.
-        adapter: Its name. Its head as it is now is what each task begins with.
+        model: Model that has the adapter.
+        adapter: Name of the adapter. Each task starts from its present head.
     """
 
     def __init__(self, model: PeftModel, adapter: str) -> None:
@@ -81,7 +82,7 @@ class HeadsOfTasks:
         self._task: str | None = None
 
     def use(self, task: str) -> None:
-        """Put the head of a task in the place of that of another."""
+        """Store the head of the previous task and switch to the head of this one."""
         if self._task is not None:
             self._learned[self._task] = self._copies()
         for module, tensors in zip(self._modules, self._learned.get(task, self._fresh), strict=True):
@@ -105,19 +106,19 @@ def train_loras(
     finish: Callable[[PeftModel, Mapping[str, str]], None] = lambda model, names: None,
     **trainer_kwargs: Any,
 ) -> ContinualMetrics:
-    """The baselines: a LoRA of its own for each task, or one LoRA trained on all tasks in their order.
+    """Train a separate LoRA for each task, or one LoRA on all tasks in their order.
 
     Args:
-        model: The base model.
-        args: Arguments of every task's training.
+        model: Base model.
+        args: Training arguments of every task.
         lora_config: Configuration of every LoRA.
-        tasks: The stream.
-        score: Scores the active adapter on a task.
-        sequential: One LoRA for all tasks. Each has a head of its own all the same.
-        prepare: Called before a task is trained or scored.
-        score_names: By task, what it is scored by; accuracy if not given.
-        finish: Called at the end, with the name of each task's adapter.
-        trainer_kwargs: For the Trainer.
+        tasks: Stream of tasks.
+        score: Function that scores the active adapter on a task.
+        sequential: Whether to train one LoRA on all tasks. Each task still has its own head.
+        prepare: Function called before a task is trained or scored.
+        score_names: Name of the metric that scores each task. None means accuracy.
+        finish: Function called at the end with the model and the name of each task's adapter.
+        trainer_kwargs: Further arguments of the Trainer.
     """
     metrics = ContinualMetrics(score_names=dict(score_names or {}), tasks=list(tasks), baseline=[None] * len(tasks))
     names = {task: "sequential" if sequential else task for task in tasks}
@@ -141,7 +142,7 @@ def train_loras(
         trainer.train()
         row: list[float | None] = [None] * len(tasks)
         for j, seen in enumerate(list(tasks)[: position + 1]):
-            if not sequential and j < position:  # its LoRA is what it was
+            if not sequential and j < position:  # its LoRA has not changed since
                 row[j] = metrics.matrix[-1][j]
                 continue
             peft_model.set_adapter(names[seen])

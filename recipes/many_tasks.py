@@ -1,14 +1,15 @@
-"""Learn many tasks in one run: the coefficients of each, from batches that mix them.
+"""Learn the coefficients of many tasks together, in one run whose batches mix the tasks.
 
     accelerate launch recipes/many_tasks.py
     accelerate launch recipes/many_tasks.py --clients 60 --per_device_train_batch_size 128
     accelerate launch recipes/many_tasks.py --one_by_one
 
-Without a network: the small backbone and the texts are in `recipes/assets/`. Each client files the same kind of notes
-under colours of its own, so that no two agree on what a note is called. Three other tasks are learned first, one after
-the other, and make the basis; then the coefficients of all clients are learned together, each as it would be alone on
-the notes that it brought. `--one_by_one` learns the clients one after the other instead, to compare. It prints what
-became of each client, and leaves the subspace with a model card in `<output_dir>/subspace`.
+The script needs no network: the small backbone and the texts are in `recipes/assets/`. Each task is a client that
+files notes by topic, with a colour for each topic. Clients choose their colours independently, so the same note has
+different labels with different clients. The script first learns three other tasks, one after the other, which make up
+the basis. It then learns the coefficients of all clients together, each as if it were trained alone on its own notes.
+For comparison, `--one_by_one` learns the clients one after the other. The script prints the accuracy of each client
+and saves the subspace with a model card in `<output_dir>/subspace`.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def main() -> None:
 
 
 def notes_of_client(name: str, notes: DatasetDict, script: ScriptArguments, seed: int) -> DatasetDict:
-    """Notes that a client has read, each under the colour that the client files its topic by."""
+    """Draw the notes of a client, each labelled with the colour that the client uses for its topic."""
     draw = random.Random(f"{name}-{seed}")
     topics = sorted(set(notes["train"]["label"]))
     colour_of = dict(zip(topics, draw.sample(COLOURS, len(topics)), strict=True))

@@ -5,13 +5,14 @@
         --tasks support=data/support.jsonl sst2=data/sst2/ --learning_rate 1e-3 --output_dir share-llama-chat
     accelerate launch recipes/sft_stream.py --config stream.yaml
 
-Needs the extra `trl`, and `quantization` for `--load_in_4bit`. Without arguments it needs no network: the small
-backbone and three tasks are in `recipes/assets/`. A task has a `messages` column, of which the last message is
-learned, or a `text` and a `label` column. An answer is right if the model writes it word for word. It prints a line a
-task and the accuracy matrix, and leaves the subspace with a model card in `<output_dir>/subspace`. It takes all of
-`trl.SFTConfig`.
+The script needs the extra `trl`, and the extra `quantization` for `--load_in_4bit`. Without arguments, it needs no
+network: the small backbone and three tasks are in `recipes/assets/`. A task has either a `messages` column, whose last
+message is learned, or the columns `text` and `label`. An answer counts as right if the model writes it word for word.
+The script prints a line for each task and the accuracy matrix, and saves the subspace with a model card in
+`<output_dir>/subspace`. It accepts all arguments of `trl.SFTConfig`.
 
-Every task has a trainer of its own, which DeepSpeed refuses in one process: there, use `recipes/llama_stream.py`.
+The script creates a new trainer for each task, which DeepSpeed does not support within one process. With DeepSpeed,
+use `recipes/llama_stream.py` instead.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ ASSETS = Path(__file__).parent / "assets"
 BFLOAT16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
 DEFAULT_TASKS = {name: str(ASSETS / "tasks" / name) for name in ("giver", "topic", "receiver")}
 
-# For models that have none: a question, "Answer:", and the answer.
+# For models without a chat template: a question, "Answer:", and the answer.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '\\nAnswer: ' + message['content'] + eos_token if message['role'] == 'assistant' else message['content'] }}"
@@ -161,7 +162,7 @@ def main() -> None:
 
 
 def prompt_and_completion(example: dict[str, Any]) -> dict[str, Any]:
-    """An example as SFTTrainer takes it: the loss is on the completion, the assistant's last answer."""
+    """Convert an example to SFTTrainer's format, with the loss on the completion (the last message)."""
     if "messages" in example:
         messages = example["messages"]
     elif {"text", "label"} <= example.keys():
@@ -180,14 +181,14 @@ def test_split(data: dict[str, Dataset]) -> Dataset:
 
 @torch.inference_mode()
 def accuracy(model: PeftModel, tokenizer: PreTrainedTokenizerBase, data: Dataset, args: SFTConfig) -> float:
-    """Fraction of the answers that the active adapter writes word for word."""
+    """Return the fraction of the answers that the active adapter writes word for word."""
     model.eval()
     prompts = [
         tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False) for prompt in data["prompt"]
     ]
     answers = [completion[0]["content"].strip() for completion in data["completion"]]
     longest = max(len(tokenizer(f" {answer}", add_special_tokens=False)["input_ids"]) for answer in answers) + 1
-    # Prompts of like length share a batch, so that little is padded.
+    # Prompts of similar length share a batch, so that there is little padding.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     correct = 0
     for start in tqdm(range(0, len(order), args.per_device_eval_batch_size), desc="answering", leave=False):

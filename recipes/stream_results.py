@@ -1,4 +1,4 @@
-"""Results kept besides the matrix: each example's answer, sizes, times, and the loss on other texts."""
+"""Results in addition to the score matrix: the answer to each example, sizes, times, and the loss on other texts."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from share_hf.state import Phase, SubspaceReport
 
 
 class Stopwatch(TrainerCallback):
-    """Adds up the time that a Trainer spends in its runs.
+    """Adds up the time that a Trainer spends on training.
 
     Attributes:
-        seconds (`float`): The sum.
+        seconds (`float`): Total time of all training runs.
     """
 
     def __init__(self) -> None:
@@ -50,7 +50,10 @@ class Stopwatch(TrainerCallback):
 
 
 def texts_of(place: Path, most: int) -> list[str]:
-    """The first texts of a jsonl or csv file with a `text` column, or the first lines of another text file."""
+    """Return the first texts of a jsonl or csv file with a `text` column, or the first lines of any other text file.
+
+    Texts that are blank are left out.
+    """
     if not place.is_file():
         raise ValueError(f"{place}: no such file")
     rows = load_dataset(FORMATS.get(place.suffix, "text"), data_files=str(place), split="train")
@@ -66,7 +69,7 @@ def texts_of(place: Path, most: int) -> list[str]:
 def next_token_loss(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int
 ) -> float:
-    """Mean loss in nats of a token of the texts, each cut at `max_length` tokens and run alone, without padding."""
+    """Return the mean loss per token in nats, over texts that are cut at `max_length` tokens and run one by one."""
     was_training = model.training
     model.eval()
     total, tokens = 0.0, 0
@@ -88,17 +91,19 @@ def own_losses(
     adapters: Mapping[str, str],
     max_length: int,
 ) -> dict[str, Any]:
-    """Loss of texts that belong to no task, without an adapter and with that of each task: what is left of the model.
+    """Measure the loss on texts that belong to no task, without an adapter and with the adapter of each task.
+
+    The difference shows what tasks do to the model's other abilities.
 
     Args:
-        model: Has the adapters.
-        tokenizer: The model's.
-        texts: The texts.
-        adapters: By task, the name of its adapter.
-        max_length: Tokens of a text at most.
+        model: Model that has the adapters.
+        tokenizer: Tokenizer of the model.
+        texts: Texts to measure the loss on.
+        adapters: Name of each task's adapter.
+        max_length: Maximum number of tokens in a text.
 
     Returns:
-        `{"texts", "without", "with": {task: loss}}`.
+        `{"texts": number of texts, "without": loss, "with": {task: loss}}`.
     """
     with model.disable_adapter():
         without = next_token_loss(model, tokenizer, texts, max_length)
@@ -122,18 +127,18 @@ def answers(
     *,
     scored: bool,
 ) -> dict[str, dict[str, Any]]:
-    """By task, what was answered to each example in the end.
+    """Return the final answers to the examples of each task.
 
     Args:
-        scorer: As it scored the stream.
-        model: Has the adapters.
-        tasks: The stream.
-        labels: By task, its labels.
-        adapters: By task, the name of its adapter.
-        scored: Whether the last scores that the scorer gave are those of the end.
+        scorer: Scorer that scored the stream.
+        model: Model that has the adapters.
+        tasks: Stream of tasks.
+        labels: Labels of each task.
+        adapters: Name of each task's adapter.
+        scored: Whether the scorer scored all tasks at the end of the stream. Otherwise, they are scored again.
 
     Returns:
-        `{task: {"labels", "expected", "chosen"}}`; the last two are numbers of labels, one an example, in their order.
+        `{task: {"labels", "expected", "chosen"}}`. The last two hold the index of a label for each example, in order.
     """
     found = {}
     for task, data in tasks.items():
@@ -146,11 +151,11 @@ def answers(
 
 
 def sizes_of_subspace(report: SubspaceReport, trained: Mapping[str, int]) -> dict[str, Any]:
-    """Bytes of what all tasks share and of each task, and how many numbers each task trained.
+    """Return the bytes that all tasks share, the bytes of each task, and the number of parameters each task trained.
 
     Args:
-        report: The subspace's.
-        trained: By phase, how many numbers were trained, as `ShareTrainer.metrics` tells.
+        report: Report of the subspace.
+        trained: Number of trained parameters by phase, from `ShareTrainer.metrics`.
     """
     finetuned = trained.get(Phase.FINETUNE, 0)
     return {
@@ -160,7 +165,7 @@ def sizes_of_subspace(report: SubspaceReport, trained: Mapping[str, int]) -> dic
 
 
 def sizes_of_loras(model: PeftModel, adapters: Mapping[str, str]) -> dict[str, Any]:
-    """The same for LoRAs; one LoRA that serves several tasks counts as shared."""
+    """Return the same for LoRAs; a LoRA that serves several tasks counts as shared."""
     tensors = {name: get_peft_model_state_dict(model, adapter_name=name).values() for name in adapters.values()}
     sizes = {name: sum(tensor.nbytes for tensor in of_lora) for name, of_lora in tensors.items()}
     numbers = {name: sum(tensor.numel() for tensor in of_lora) for name, of_lora in tensors.items()}
@@ -175,7 +180,7 @@ def sizes_of_loras(model: PeftModel, adapters: Mapping[str, str]) -> dict[str, A
 
 
 def write_results(place: Path, results: Mapping[str, Any]) -> None:
-    """Write JSON; a crash leaves the old file or the new one."""
+    """Write results as JSON; after a crash, either the old or the new file is there."""
     place.parent.mkdir(parents=True, exist_ok=True)
     draft = place.with_name(f".{place.name}.{os.getpid()}")
     draft.write_text(json.dumps(results, indent=1, default=str) + "\n", encoding="utf-8")

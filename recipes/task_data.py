@@ -1,4 +1,4 @@
-"""What the recipes need beside the Trainer: data of any form, YAML beside flags, and quantization."""
+"""Helpers shared by the recipes: loading of data, settings from YAML files, and quantization."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv"}
-# By split, the names that data sets have for it; the first one that is there counts.
+# The names that data sets give to each split. The first one that exists is used.
 SPLITS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev", "eval", "validation_matched", "dev_matched"),
@@ -29,18 +29,18 @@ SPLITS = {
 def load_task(
     place: str, train_examples: int | None = None, eval_examples: int | None = None, held_out: int = 0
 ) -> DatasetDict:
-    """Data of a task from a jsonl or csv file, a folder of `train`, `validation`, `test` files, or a `datasets` id.
+    """Load a task from a jsonl or csv file, a folder of `train`, `validation`, `test` files, or a `datasets` id.
 
-    Without a test split, a tenth of the training data is held out for it.
+    If there is neither a test nor a validation split, a tenth of the training data is held out as test split.
 
     Args:
-        place: Where the data is.
-        train_examples: How many training examples to keep, the first ones; all if not given.
-        eval_examples: The same of each other split.
-        held_out: How many training examples, the last ones, take the place of the test data.
+        place: Path or id of the data.
+        train_examples: Number of training examples to keep, the first ones. None means all.
+        eval_examples: Number of examples to keep in each other split, the first ones. None means all.
+        held_out: Number of training examples, the last ones, that replace the other splits as test split.
 
     Raises:
-        ValueError: If there is no training data there, or not enough to hold some out.
+        ValueError: If `place` has no training data, or not enough to hold some out.
     """
     data = with_scored_split(load_splits(place))
     if held_out:
@@ -54,10 +54,10 @@ def load_task(
 
 
 def load_splits(place: str) -> DatasetDict:
-    """The splits of a data set that is anywhere `load_task` finds one, by their usual names.
+    """Load the splits of a data set from any place that `load_task` accepts, under their usual names.
 
     Raises:
-        ValueError: If there is no training split, or a file of it.
+        ValueError: If there is no training split, or a file is missing.
     """
     path = Path(place)
     if path.is_dir():
@@ -72,7 +72,7 @@ def load_splits(place: str) -> DatasetDict:
 
 
 def with_usual_names(place: str, data: DatasetDict) -> DatasetDict:
-    """The splits of a data set that count as `train`, `validation` and `test`, by these names.
+    """Return the splits that serve as `train`, `validation` and `test`, under these names.
 
     Raises:
         ValueError: If there is no training split.
@@ -81,7 +81,7 @@ def with_usual_names(place: str, data: DatasetDict) -> DatasetDict:
 
 
 def without_unlabelled(name: str, data: DatasetDict, column: str) -> DatasetDict:
-    """Splits that a task can be scored on: test splits on the hub often have no labels at all, or -1 for each."""
+    """Drop test and validation splits without labels: on the hub, test splits often have no labels, or only -1."""
     kept = DatasetDict(data)
     for split in ("validation", "test"):
         if split in data and (
@@ -93,14 +93,14 @@ def without_unlabelled(name: str, data: DatasetDict, column: str) -> DatasetDict
 
 
 def with_scored_split(data: DatasetDict) -> DatasetDict:
-    """Splits of which one can be scored: a tenth of the training data is held out where there is no other."""
+    """Hold out a tenth of the training data as test split if there is no other split to score on."""
     if {"test", "validation"} & set(data):
         return data
     return data["train"].train_test_split(test_size=0.1, seed=0)
 
 
 def first_examples(data: DatasetDict, train_examples: int | None, eval_examples: int | None = None) -> DatasetDict:
-    """Splits with at most so many examples, the first ones of each; all of them if None."""
+    """Return splits with at most this many examples, the first ones of each. None means all."""
     kept = DatasetDict(data)
     for split, rows in data.items():
         most = train_examples if split == "train" else eval_examples
@@ -119,7 +119,7 @@ def _load_folder(folder: Path) -> DatasetDict:
 
 
 def _found_splits(place: str, names: list[str]) -> dict[str, str]:
-    """By usual name, the split of a data set that counts as it. The others are named in a warning."""
+    """Map each usual name to the split that serves as it. A warning names the splits that are not used."""
     found = {
         split: next(name for name in known if name in names)
         for split, known in SPLITS.items()
@@ -133,12 +133,12 @@ def _found_splits(place: str, names: list[str]) -> dict[str, str]:
 
 
 def evaluation_of(data: DatasetDict) -> Dataset:
-    """The split that a task is scored on."""
+    """Return the split that a task is scored on."""
     return data["test"] if "test" in data else data["validation"]
 
 
 def parse_tasks(arguments: list[str]) -> dict[str, str]:
-    """`name=place` arguments as a dict, in their order."""
+    """Parse `name=place` arguments to a dict, in their order."""
     tasks: dict[str, str] = {}
     for argument in arguments:
         name, separator, place = argument.partition("=")
@@ -151,10 +151,10 @@ def parse_tasks(arguments: list[str]) -> dict[str, str]:
 
 
 def by_task(flag: str, arguments: Sequence[str], tasks: Collection[str]) -> dict[str, list[str]]:
-    """`name=value` or `name=first,second` arguments of a flag, as a dict.
+    """Parse the `name=value` or `name=first,second` arguments of a flag to a dict.
 
     Raises:
-        ValueError: If one is of another form, or names no task, or one twice.
+        ValueError: If an argument has another form, names an unknown task, or names a task a second time.
     """
     values: dict[str, list[str]] = {}
     for argument in arguments:
@@ -173,17 +173,18 @@ def by_task(flag: str, arguments: Sequence[str], tasks: Collection[str]) -> dict
 
 
 def dataset_ids(places: Mapping[str, str]) -> dict[str, str]:
-    """Those of the tasks' places that are data sets of the hub, without their configurations."""
+    """Return the places that are data sets on the hub, by task, without their configurations."""
     return {name: place.split(":")[0] for name, place in places.items() if not Path(place).exists()}
 
 
 def quantization(load_in_4bit: bool, dtype: torch.dtype, head: str | None = None) -> BitsAndBytesConfig | None:
-    """NF4 with quantized constants, computing and, as FSDP wants it, stored in `dtype`; None for a model as it is.
+    """Return a configuration for NF4 with quantized constants, or None to leave the model as it is.
 
     Args:
         load_in_4bit: Whether to quantize.
-        dtype: The dtype.
-        head: A module that is trained as a whole, and not quantized; found by transformers if not given.
+        dtype: Data type to compute in and, because FSDP requires it, to store the weights in.
+        head: Name of a module that is trained in full and therefore not quantized. None means that transformers
+            finds it.
     """
     if not load_in_4bit:
         return None
@@ -198,7 +199,7 @@ def quantization(load_in_4bit: bool, dtype: torch.dtype, head: str | None = None
 
 
 def flags_with_config(argv: list[str] | None = None) -> list[str]:
-    """Command-line flags after those of `--config file.yaml`, so that a flag overrides the file."""
+    """Expand `--config file.yaml` to flags and put them before the others, so that a flag overrides the file."""
     argv = sys.argv[1:] if argv is None else argv
     if "--config" not in argv:
         return argv

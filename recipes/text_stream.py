@@ -1,4 +1,4 @@
-"""Learn a stream of tasks on texts with an encoder, one after the other, in one shared subspace.
+"""Learn a stream of text tasks with an encoder, one after the other, in one shared subspace.
 
     accelerate launch recipes/text_stream.py --model_name_or_path sentence-transformers/all-MiniLM-L6-v2 \
         --tasks agnews=data/agnews sst2=data/sst2 amazon=data/amazon
@@ -8,10 +8,11 @@
         --text_columns stsb=left,right --metrics mrpc=f1 --problem_types stsb=regression
     accelerate launch recipes/text_stream.py --config stream.yaml
 
-A task has texts or pairs of texts and a `label`: a class, a number to be predicted, or a list of labels. Tasks of all
-kinds can follow one another: each brings its own head, its own loss and its own metric. It prints what it found in the
-data, a line a task and the matrix of scores, and leaves the subspace with a model card in `<output_dir>/subspace`.
-`--method` runs the baselines the same way: a LoRA of its own for each task, or one LoRA trained on all in their order.
+A task has texts or pairs of texts and a `label`: a class, a number to predict, or a list of labels. Tasks of different
+kinds can follow one another, because each has its own head, loss and metric. The script prints what it found in the
+data, a line for each task and the matrix of scores, and saves the subspace with a model card in
+`<output_dir>/subspace`. `--method` also runs the baselines: a separate LoRA for each task, or one LoRA trained on all
+tasks in their order.
 """
 
 from __future__ import annotations
@@ -153,7 +154,7 @@ def main() -> None:
 def load_tasks(
     script: ScriptArguments, places: Mapping[str, str], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, TextTask]:
-    """The tasks, each with the columns, the kind and the metrics that the flags have for it."""
+    """Load the tasks, each with the columns, the problem type and the metrics that the flags set for it."""
     of_all = [columns for columns in script.text_columns if "=" not in columns]
     if len(of_all) > 1:
         raise ValueError(f"--text_columns has {of_all}, expected one of them for all tasks, or name=first,second")
@@ -184,7 +185,10 @@ def lora_baseline(
     tokenizer: PreTrainedTokenizerBase,
     target_modules: list[str],
 ) -> str:
-    """The matrix of LoRAs at the learning rate of free factors, with the heads, losses and metrics that ours have."""
+    """Train a LoRA baseline and return its score matrix.
+
+    It uses the learning rate of LoRA factors, and the same heads, losses and metrics as Share.
+    """
     args.learning_rate = args.init_learning_rate or args.learning_rate
     rank = script.pseudo_rank
 
@@ -194,7 +198,7 @@ def lora_baseline(
     def loss(task: str, logits: Tensor, labels: Tensor, num_items: Tensor | None) -> Tensor:
         return loss_of(tasks[task].problem_type, logits, labels, tasks[task].num_labels, num_items)
 
-    # The model's own loss knows of label smoothing, which is for classes alone.
+    # The model's own loss supports label smoothing, which applies to classes only.
     are_classes = all(task.problem_type == CLASSES for task in tasks.values())
     metrics = classifier_loras(
         model,

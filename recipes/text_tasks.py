@@ -1,7 +1,7 @@
-"""Text classification, regression and multi-label data as people have it, made into tasks with a metric of their own.
+"""Turns users' data for text classification, regression and multi-label classification into tasks with metrics.
 
-What a task is follows from its data: integers and strings are classes, floating-point numbers are values to be
-predicted, and lists are several labels of one text. Texts are single or pairs. If the data is ambiguous, the error
+The problem type of a task follows from its data: integers and strings are classes, floating-point numbers are values
+to predict, and lists are several labels of one text. Texts are single or in pairs. If the data is ambiguous, the error
 says which option resolves it.
 """
 
@@ -42,7 +42,7 @@ TEXT_COLUMNS = (
     *(("text_a", "text_b"), ("query", "passage"), ("text",), ("sentence",)),
 )
 
-# What GLUE scores its tasks by, https://gluebenchmark.com/tasks; the first is the score.
+# The metrics of GLUE's tasks, https://gluebenchmark.com/tasks; the first one is the score.
 GLUE_METRICS = {
     "cola": ("matthews_correlation",),
     "mrpc": ("accuracy", "f1"),
@@ -58,16 +58,16 @@ DEFAULT_METRICS: dict[ProblemType, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class TextTask:
-    """A task, tokenized; the order of its examples is that of its data.
+    """A tokenized task, with its examples in the order of the data.
 
     Args:
-        name: Its name.
-        data: Splits `train`, and `validation` or `test` or both. Column `label` is a class number, a value, or a list
-            of zeros and ones.
-        problem_type: What its labels are.
-        labels: Their names; that of its column for a regression.
-        metrics: Names of what it is scored by, the score first.
-        text_columns: The columns that its texts come from.
+        name: Name of the task.
+        data: Splits `train`, and `validation` or `test` or both. The column `label` holds a class number, a value, or
+            a list of zeros and ones.
+        problem_type: Kind of the labels.
+        labels: Names of the labels; the name of their column for a regression.
+        metrics: Names of the metrics. The first one is the score.
+        text_columns: Columns that the texts come from.
     """
 
     name: str
@@ -79,12 +79,12 @@ class TextTask:
 
     @property
     def num_labels(self) -> int:
-        """Number of outputs of its head."""
+        """Number of outputs of the task's head."""
         return len(self.labels)
 
     @property
     def scored(self) -> Dataset:
-        """The split that scores it."""
+        """Split that the task is scored on."""
         return evaluation_of(self.data)
 
     @property
@@ -93,7 +93,7 @@ class TextTask:
 
     @property
     def summary(self) -> str:
-        """What was found in its data, in a line."""
+        """One line about what was found in the data."""
         kind = {
             CLASSES: f"{self.num_labels} classes ({_shortened(self.labels)})",
             REGRESSION: f"values of {self.labels[0]!r} (regression)",
@@ -108,11 +108,11 @@ class TextTask:
         )
 
     def scores(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
-        """The metrics of predictions, the score first.
+        """Return the metrics of predictions, the score first.
 
         Args:
-            predictions: (N, num_labels), logits or values.
-            references: (N,) class numbers or values, or (N, num_labels) zeros and ones.
+            predictions: Logits or values (N, num_labels).
+            references: Class numbers or values (N,), or zeros and ones (N, num_labels).
         """
         predictions, references = np.asarray(predictions, dtype=np.float64), np.asarray(references)
         if self.problem_type == REGRESSION:
@@ -123,7 +123,7 @@ class TextTask:
         return {metric: float(functions[metric](references, predicted, self.labels)) for metric in self.metrics}
 
     def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        """The metrics, as a Trainer asks for them."""
+        """Return the metrics, in the form of a Trainer's `compute_metrics`."""
         outputs = prediction.predictions
         return self.scores(outputs[0] if isinstance(outputs, tuple) else outputs, prediction.label_ids)
 
@@ -139,20 +139,23 @@ def load_text_task(
     max_length: int = 64,
     train_examples: int | None = None,
 ) -> TextTask:
-    """Load a task and find what it is.
+    """Load a task and find its text columns, problem type and metrics.
 
     Args:
-        name: The task's name.
-        place: A jsonl or csv file, a folder of splits, or a `datasets` id, `id:configuration` where it has several.
-        tokenizer: The model's.
-        text_columns: One column of texts, or two of pairs; found by usual names if not given.
-        problem_type: What the labels are; found from their type if not given.
-        metrics: What the task is scored by, the score first; those of GLUE, or of its kind, if not given.
-        max_length: Tokens of a text, or of a pair, at most.
-        train_examples: Number of training examples to use, the first ones.
+        name: Name of the task.
+        place: Path of a jsonl or csv file, of a folder of splits, or a `datasets` id (`id:configuration` if the data
+            set has several configurations).
+        tokenizer: Tokenizer of the model.
+        text_columns: One column of texts, or two for pairs. None means to find them by usual names.
+        problem_type: Kind of the labels. None means to find it from their type.
+        metrics: Metrics of the task, the score first. None means the metrics of the GLUE task with this name, or the
+            default of the problem type.
+        max_length: Maximum number of tokens in a text or a pair.
+        train_examples: Number of training examples to use, the first ones. None means all.
 
     Raises:
-        ValueError: If columns, labels or metrics are missing, in doubt, or do not fit; naming them and the task.
+        ValueError: If columns, labels or metrics are missing, ambiguous, or do not fit. The error names them and the
+            task.
     """
     splits = load_splits(place)
     column = _label_column(name, splits["train"].column_names)
@@ -236,10 +239,10 @@ def _check_labels(task: str, splits: DatasetDict, column: str) -> None:
 def _found_labels(
     task: str, train: Dataset, column: str, asked_for: str | None
 ) -> tuple[ProblemType, tuple[str, ...]]:
-    """What the labels of the training data are, and their names.
+    """Return the problem type and the names of the labels in the training data.
 
     Raises:
-        ValueError: If they are in doubt, or not of the kind that was asked for.
+        ValueError: If the labels are ambiguous, or not of the kind that was asked for.
     """
     if asked_for is not None and asked_for not in get_args(ProblemType):
         near = get_close_matches(asked_for, get_args(ProblemType), cutoff=0.3)
@@ -274,7 +277,11 @@ def _found_labels(
 
 
 def _are_flags(task: str, rows: Sequence[list[Any]]) -> bool:
-    """Whether lists are a zero or one for each label, rather than the labels that a text has."""
+    """Return whether lists hold a zero or one for each label, instead of the labels that a text has.
+
+    Raises:
+        ValueError: If they may be either.
+    """
     width = len(rows[0])
     if any(len(row) != width or not all(flag in (0, 1) for flag in row) for row in rows):
         return False
@@ -287,7 +294,7 @@ def _are_flags(task: str, rows: Sequence[list[Any]]) -> bool:
 
 
 def _names(labels: Iterable[Any]) -> tuple[str, ...]:
-    """Names of labels in their order; that of numbers is not that of their digits."""
+    """Return the names of labels in sorted order; numbers are sorted by value, not by their digits."""
     return tuple(_name(label) for label in sorted(set(labels)))
 
 
@@ -296,14 +303,14 @@ def _name(label: Any) -> str:
 
 
 class _LabelEncoder:
-    """Makes numbers of labels, or refuses them.
+    """Converts labels to numbers, or raises an error for labels that do not fit.
 
     Args:
-        task: The task's name.
-        column: Name of the column that they are in.
-        kind: What they are.
-        names: Their names, as found in the training data.
-        train: The training data.
+        task: Name of the task.
+        column: Name of the column of labels.
+        kind: Problem type of the labels.
+        names: Names of the labels, from the training data.
+        train: Training data.
     """
 
     def __init__(self, task: str, column: str, kind: ProblemType, names: tuple[str, ...], train: Dataset) -> None:
@@ -362,7 +369,7 @@ class _LabelEncoder:
 
 
 def positive_class(labels: Sequence[str]) -> int:
-    """The positive class for F1: the one whose name the other negates (`not_x`, `unx`), otherwise the second."""
+    """Return the positive class for F1: the one whose name the other negates (`not_x`, `unx`), or else the second."""
     denied = [re.sub(r"^(not|non|no|un)[ _-]?", "", label.lower()) for label in labels]
     return 0 if denied[1] == labels[0].lower() != labels[1].lower() else 1
 
@@ -377,7 +384,7 @@ def _f1(average: str) -> Callable[[np.ndarray, np.ndarray, Sequence[str]], float
 
 
 def _correlation(function: Callable[..., Any]) -> Callable[[np.ndarray, np.ndarray, Sequence[str]], float]:
-    """A correlation that is 0 where one side is constant, as that tells nothing of the other."""
+    """Make a correlation metric that is 0 if one side is constant, because that says nothing about the other."""
 
     def correlation(references: np.ndarray, predicted: np.ndarray, labels: Sequence[str]) -> float:
         with warnings.catch_warnings():
@@ -393,7 +400,7 @@ def _without_names(function: Callable[..., float]) -> Callable[[np.ndarray, np.n
     return lambda references, predicted, labels: function(references, predicted)
 
 
-# By kind and name, what is called with references, predictions and the names of the labels. Higher is better.
+# Metrics by problem type and name: functions of references, predictions and label names. Higher is better.
 METRICS: dict[ProblemType, dict[str, Callable[[np.ndarray, np.ndarray, Sequence[str]], float]]] = {
     CLASSES: {
         "accuracy": _without_names(sk.accuracy_score),

@@ -1,9 +1,10 @@
-"""Train a small ViT on half of scikit-learn's digits, for `vision_stream.py` to adapt: under a minute on two cores.
+"""Train a small ViT for `vision_stream.py` on half of scikit-learn's digits, in under a minute on two cores.
 
     python recipes/train_digits_vit.py digits-vit
 
-It sees the 898 images that no task of `digits.py` is trained or tested on, upright, each moved by a pixel at random.
-The folder has the body of the model, without its head, and its image processor.
+The model is trained on the 898 images that no task of `digits.py` is trained or tested on. They are upright, and each
+is shifted by up to a pixel at random. The folder receives the body of the model, without its head, and its image
+processor.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClass
 
 
 try:
-    from transformers import ViTImageProcessorPil as ViTImageProcessor  # it does not need torchvision
-except ImportError:  # earlier versions
+    from transformers import ViTImageProcessorPil as ViTImageProcessor  # does not need torchvision
+except ImportError:  # earlier versions of transformers
     from transformers import ViTImageProcessor
 
 
@@ -38,7 +39,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="Seed of weights and batches.")
     parsed = parser.parse_args()
     set_seed(parsed.seed)
-    torch.set_num_threads(1)  # a second one costs more than it brings to so small a model
+    torch.set_num_threads(1)  # a second thread costs more than it gains for such a small model
 
     processor = ViTImageProcessor(size={"height": 8, "width": 8}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     model = ViTForImageClassification(
@@ -75,7 +76,7 @@ def main() -> None:
 
 
 def moved_images(processor: ViTImageProcessor) -> Any:
-    """A transform of images that moves each by up to a pixel, to the sides and up or down."""
+    """Make a transform that shifts each image by up to a pixel, horizontally and vertically."""
     random = np.random.default_rng(0)
 
     def read(batch: Mapping[str, list[Any]]) -> dict[str, Any]:

@@ -8,10 +8,11 @@
     accelerate launch recipes/vision_stream.py ... --method per_task_lora
     accelerate launch recipes/vision_stream.py --config stream.yaml
 
-A task is a folder of images, a `datasets` id, or a task of scikit-learn's digits, as listed in `digits.py`; without
-`--tasks`, six of those are learned. It may have any number of labels: each brings its own head. The script prints a
-line a task and the accuracy matrix, and leaves the subspace with a model card in `<output_dir>/subspace`. `--method`
-runs the baselines the same way: a LoRA of its own for each task, or one LoRA trained on all tasks in their order.
+A task is a folder of images, a `datasets` id, or a task made from scikit-learn's digits, such as those listed in
+`digits.py`. Without `--tasks`, the script learns the six tasks in that list. Tasks may differ in their number of
+labels, because each has its own head. The script prints a line for each task and the accuracy matrix, and saves the
+subspace with a model card in `<output_dir>/subspace`. `--method` also runs the baselines: a separate LoRA for each
+task, or one LoRA trained on all tasks in their order.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ def main() -> None:
         num_labels=max(num_labels.values()),
         dtype=dtype,
         quantization_config=quantization(script.load_in_4bit, dtype, head="classifier"),
-        ignore_mismatched_sizes=True,  # a head for other labels, as of ImageNet, gives way
+        ignore_mismatched_sizes=True,  # replaces a head for other labels, such as ImageNet's
     )
     target_modules = script.target_modules.split(",")
 
@@ -140,7 +141,10 @@ def lora_baseline(
     num_labels: Mapping[str, int],
     target_modules: list[str],
 ) -> str:
-    """The accuracy matrix of LoRAs at the learning rate of free factors, with the heads that ours have."""
+    """Train a LoRA baseline and return its accuracy matrix.
+
+    It uses the learning rate of LoRA factors, and the same heads as Share.
+    """
     args.learning_rate = args.init_learning_rate or args.learning_rate
     rank, head = script.pseudo_rank, parts_to_keep(model, None)
     metrics = classifier_loras(

@@ -1,4 +1,4 @@
-"""Adapters on disk with a shared part and a decaying spectrum, and how far what is stored of them is from them."""
+"""Make adapters on disk that have a shared part and a decaying spectrum, and measure how exactly they are stored."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from torch import Tensor
 
 SHARED_DIRECTIONS = 96
 DECAY = 0.7  # the i-th shared direction has strength i^-0.7
-OWN_PART = 0.005  # of each entry, beside the shared part
+OWN_PART = 0.005  # standard deviation of the entries that an adapter adds to the shared part
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What adapters are like.
+    """Sizes of the adapters.
 
     Args:
-        modules: How many modules they adapt.
-        features: Outputs and inputs of each.
+        modules: Number of adapted modules.
+        features: Number of outputs and of inputs of each module.
         rank: Rank of each LoRA.
     """
 
@@ -32,12 +32,12 @@ class Sizes:
     rank: int = 16
 
     def names(self) -> list[str]:
-        """Names of the modules."""
+        """Return the names of the modules."""
         return [f"model.layers.{i // 4}.self_attn.{'qkvo'[i % 4]}_proj" for i in range(self.modules)]
 
 
 def make_adapters(folder: Path, count: int, sizes: Sizes) -> list[Path]:
-    """Folders of `count` adapters in the order of their names; those that are there already are taken as they are."""
+    """Return the folders of `count` adapters in the order of their names; adapters that already exist are reused."""
     places = [folder / f"task{i:05d}" for i in range(count)]
     missing = [i for i, place in enumerate(places) if not (place / "adapter_config.json").is_file()]
     shared = _shared_directions(sizes) if missing else []
@@ -47,7 +47,7 @@ def make_adapters(folder: Path, count: int, sizes: Sizes) -> list[Path]:
 
 
 def _shared_directions(sizes: Sizes) -> list[tuple[Tensor, Tensor]]:
-    """By module, the directions (n, 96) and (d, 96) that all adapters share, each with its strength."""
+    """Draw the directions (n, 96) and (d, 96) that all adapters share in each module, scaled by their strengths."""
     generator = torch.Generator().manual_seed(0)
     count = min(SHARED_DIRECTIONS, sizes.features)
     strengths = torch.arange(1, count + 1) ** -DECAY
@@ -82,14 +82,14 @@ def _write_adapter(place: Path, seed: int, shared: list[tuple[Tensor, Tensor]], 
     }
     place.mkdir(parents=True, exist_ok=True)
     save_file(tensors, place / "adapter_model.safetensors", {"format": "pt"})
-    # Last, and at once: an adapter that has its configuration is whole.
+    # The configuration is written last and atomically: an adapter that has one is complete.
     draft = place / "config.tmp"
     draft.write_text(json.dumps(config))
     os.replace(draft, place / "adapter_config.json")
 
 
 def factors_of(place: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """B (n, r) and A (r, d) by module, with the scale in B."""
+    """Return B (n, r) and A (r, d) of each module in float64, with the scale in B."""
     config = json.loads((place / "adapter_config.json").read_text())
     tensors = load_file(place / "adapter_model.safetensors")
     scale = config["lora_alpha"] / config["r"]
@@ -102,7 +102,7 @@ def factors_of(place: Path) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def relative_error(learned: tuple[Tensor, Tensor], stored: tuple[Tensor, Tensor]) -> float:
-    """``‖B' A' - B A‖ / ‖B A‖`` from the factors (n, r), (r, d) of both."""
+    """Return ``‖B' A' - B A‖ / ‖B A‖`` from the learned B, A and the stored B', A', each (n, r) and (r, d)."""
     norms = []
     for outs, ins in (
         ([learned[0], -stored[0].double()], [learned[1], stored[1].double()]),

@@ -1,4 +1,4 @@
-"""What a method answers to every test example of a task, and how a result keeps that."""
+"""The answers of a method to the test examples of a task, and the form in which a result stores them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-DIGITS = 4  # behind the point of a predicted value
+DIGITS = 4  # decimal places of a predicted value
 
 
 def encoded(values: NDArray[Any]) -> str | list[float]:
-    """Classes as a digit an example, other values as numbers.
+    """Encode classes as a string with one digit for each example, and other values as a list of numbers.
 
     Args:
-        values: Class numbers below 10, as integers, or values, as floats.
+        values: Class numbers below 10 as integers, or values as floats.
 
     Raises:
         ValueError: If there are more than ten classes.
@@ -29,25 +29,25 @@ def encoded(values: NDArray[Any]) -> str | list[float]:
 
 
 def decoded(values: str | list[float]) -> NDArray[np.float64]:
-    """What `encoded` was given, as floats."""
+    """Decode the result of `encoded` to floats."""
     return np.array([float(value) for value in values])
 
 
 def answers_of(result: Mapping[str, Any], name: str = "answers") -> dict[str, NDArray[np.float64]]:
-    """By task, what a result answers; with `name="true"`, what is right."""
+    """Return the answers in a result by task, or the right answers with `name="true"`."""
     return {task: decoded(values) for task, values in result[name].items()}
 
 
 def chosen(logits: NDArray[Any], problem_type: str, num_labels: int) -> NDArray[Any]:
-    """The answers to examples, from their logits.
+    """Return the answers to examples, from their logits.
 
     Args:
-        logits: (examples, outputs), or (examples,) of a regression.
-        problem_type: As of transformers' configurations.
-        num_labels: How many outputs are of the task; a head may have more.
+        logits: Logits (examples, outputs), or (examples,) for a regression.
+        problem_type: Problem type, as in the configurations of transformers.
+        num_labels: Number of outputs that belong to the task; a head may have more.
 
     Raises:
-        ValueError: If a task has several labels at once, which the streams of the benchmark do not have.
+        ValueError: If the problem type is multi-label classification, which no stream of the benchmark has.
     """
     if problem_type == "regression":
         return logits.reshape(len(logits), -1)[:, 0].astype(np.float64)

@@ -1,15 +1,16 @@
-"""What continual learning with Share is compared with: other ways to learn the same tasks, on equal terms.
+"""The baselines for continual learning with Share: other ways to learn the same tasks under the same conditions.
 
-    lora        a LoRA of its own for each task: nothing is forgotten, nothing is shared
+    lora        a separate LoRA for each task: nothing is forgotten, nothing is shared
     sequential  one LoRA, trained on the tasks one after the other
-    replay-2    as sequential, with 2 % of each earlier task's training examples among those of each later task
+    replay-2    like sequential, but each later task also trains on 2 % of the training examples of each earlier task
     replay-5    the same with 5 %
-    olora       O-LoRA: a LoRA more for each task, orthogonal to those of earlier tasks, all summed
-    osf         PEFT's OSF: the weights themselves, off the directions that matter most to earlier tasks
+    olora       O-LoRA: adds a LoRA for each task, orthogonal to those of earlier tasks, and sums all of them
+    osf         PEFT's OSF: trains the weights themselves, outside the directions that matter most to earlier tasks
     joint       one LoRA, trained on all tasks at once: not continual
 
-All of them have a head of its own for each task, the same layers to adapt, the same arguments of the Trainer and seeds
-that depend on a task's place alone. A task's head, and the first LoRA, start alike whatever the method is.
+All methods have a separate head for each task, adapt the same layers, and use the same arguments of the Trainer. Seeds
+depend only on a task's position in the stream. A task's head and the first LoRA start from the same values in all
+methods.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from share_hf.continual import ContinualMetrics
 from share_hf.continual.progress import StreamProgressCallback
 
 
-HEAD_FILE = "head.safetensors"  # of a LoRA that is kept
+HEAD_FILE = "head.safetensors"  # in the folder of a saved LoRA
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ class Method:
     """A way to learn a stream.
 
     Args:
-        adapters: What it trains beside heads.
-        replayed: Share of each earlier task's training examples that are trained on with each later task.
+        adapters: Class of the adapters that it trains in addition to the heads.
+        replayed: Fraction of each earlier task's training examples to train on again with each later task.
         together: Whether all tasks are learned at once.
     """
 
@@ -70,13 +71,13 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Step:
-    """A training run, of one task or of all together.
+    """A training run on one task, or on all tasks together.
 
     Args:
-        tasks: Those that were learned.
-        examples: Number of training examples by task, those of earlier tasks that are replayed included.
-        adapter_parameters: Numbers that were trained in the backbone.
-        head_parameters: Numbers that were trained in heads.
+        tasks: Names of the tasks that were learned.
+        examples: Number of training examples by task, including replayed examples of earlier tasks.
+        adapter_parameters: Number of trained parameters in the backbone.
+        head_parameters: Number of trained parameters in the heads.
         seconds: Wall-clock time of training, without scoring.
     """
 
@@ -89,15 +90,16 @@ class Step:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a stream.
+    """The result of learning a stream.
 
     Args:
-        metrics: The main metric of each task learned so far, after each step.
+        metrics: Main metric of each task learned so far, after each step.
         scores: All metrics of each task at the end, by task and name.
-        predictions: Outputs for the scored examples of each task at the end, (examples, num_labels).
-        steps: The training runs.
-        bytes_of_tasks: Size of a float32 safetensors file with what must be kept for a task alone, its head included.
-        bytes_shared: Size of such a file with what must be kept for all tasks, 0 where there is nothing.
+        predictions: Outputs (examples, num_labels) for the scored examples of each task at the end.
+        steps: Training runs.
+        bytes_of_tasks: Size of a float32 safetensors file with the tensors that only one task needs, including its
+            head, by task.
+        bytes_shared: Size of such a file with the tensors that all tasks need, or 0 if there are none.
     """
 
     metrics: ContinualMetrics
@@ -109,16 +111,16 @@ class Outcome:
 
     @property
     def bytes_in_all(self) -> int:
-        """Bytes that must be kept to run all tasks, beside the base model."""
+        """Bytes to keep for running all tasks, in addition to the base model."""
         return self.bytes_shared + sum(self.bytes_of_tasks.values())
 
 
 class BaselineTrainer(Trainer):
-    """A Trainer whose training loss has a penalty on what is trained, and which predicts in the order of the data.
+    """A Trainer that adds a penalty to the training loss and predicts in the order of the data.
 
     Args:
-        penalty: Called at each training step; returns a scalar, or None for nothing.
-        head_learning_rate: Learning rate of the heads; that of the arguments if None.
+        penalty: Function called at each training step. It returns a scalar, or None for no penalty.
+        head_learning_rate: Learning rate of the heads. None means the learning rate of the arguments.
     """
 
     def __init__(
@@ -156,7 +158,7 @@ class BaselineTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
-        # The Trainer's shuffles what is predicted where training groups its batches by length.
+        # The Trainer's own data loader shuffles the examples to predict if training groups its batches by length.
         loader = DataLoader(
             test_dataset,
             batch_size=self.args.eval_batch_size,
@@ -175,18 +177,18 @@ def train(
     *,
     keep_in: Path | None = None,
 ) -> Outcome:
-    """Learn a stream of tasks by one of the methods, and score it after each step.
+    """Learn a stream of tasks with one of the methods, and score the tasks after each step.
 
     Args:
-        method: A key of `METHODS`.
-        model: The base model, which stays as it is; its classifier is only the pattern of the heads.
-        tasks: The stream, in its order.
-        settings: What all methods have in common.
-        keep_in: Folder that the LoRAs of the method `lora` are kept in, each as PEFT has it with its head beside it.
+        method: Key of `METHODS`.
+        model: Base model, which is not changed. Its classifier only serves as the template of the heads.
+        tasks: Stream of tasks, in order.
+        settings: Settings that all methods share.
+        keep_in: Folder to save the LoRAs of the method `lora` in, each in PEFT's format with its head beside it.
 
     Raises:
-        ValueError: If the method is not known, or a model or a task is not what a stream can be learned with. Nothing
-            has been trained then.
+        ValueError: If the method is unknown, or the model or a task does not suit a stream. Nothing has been trained
+            then.
     """
     if method not in METHODS:
         raise ValueError(f"method is {method!r}, expected one of {', '.join(METHODS)}")
@@ -219,7 +221,7 @@ def train(
 
 
 class _Stream:
-    """A model that learns tasks by one of the methods; arguments as `train` has them."""
+    """A model that learns tasks with one of the methods; the arguments are those of `train`."""
 
     def __init__(
         self, method: str, model: PreTrainedModel, tasks: Mapping[str, Task], settings: BaselineSettings
@@ -259,7 +261,7 @@ class _Stream:
         return Step(tuple(group), {name: len(some) for name, some in examples.items()}, *parameters, seconds)
 
     def predictions(self) -> dict[str, np.ndarray]:
-        """Outputs for the scored examples of each task learned so far, (examples, num_labels)."""
+        """Return the outputs (examples, num_labels) for the scored examples of each task learned so far."""
         for name in self.learned:
             if name in self._predicted and self.adapters.keeps_tasks:
                 continue
@@ -269,22 +271,22 @@ class _Stream:
         return dict(self._predicted)
 
     def tensors_of(self, name: str) -> dict[str, Tensor]:
-        """What must be kept for a task alone."""
+        """Return the tensors that only this task needs, including its head."""
         head = self.model.heads[self.places[name]].state_dict()
         return {**self.adapters.tensors_of(self.places[name]), **{f"head.{key}": value for key, value in head.items()}}
 
     def keep(self, folder: Path) -> None:
-        """Write the LoRA of each task as PEFT has it, and its head beside it."""
+        """Save the LoRA of each task in PEFT's format, with its head beside it."""
         draft = folder.with_name(f"{folder.name}.{os.getpid()}")
         self.model.backbone.save_pretrained(str(draft))
         for lora, name, head in zip(self.adapters.loras, self.tasks, self.model.heads, strict=True):
             (draft / lora).rename(draft / name)
             safetensors.torch.save_file(head.state_dict(), draft / name / HEAD_FILE)
-        with contextlib.suppress(OSError):  # another run may train the same meanwhile
+        with contextlib.suppress(OSError):  # another run may have saved the same LoRAs meanwhile
             draft.rename(folder)
 
     def _examples(self, group: Sequence[str]) -> dict[str, Dataset]:
-        """What is trained on, by task: all of the new tasks', and what is kept of earlier ones."""
+        """Return the training examples by task: all examples of new tasks and the replayed ones of earlier tasks."""
         share, seed = METHODS[self.method].replayed, self.settings.args.seed
         examples = {name: self.data[name]["train"] for name in group}
         if share:
@@ -294,29 +296,29 @@ class _Stream:
 
 
 def replayed(data: Dataset, share: float, seed: int) -> Dataset:
-    """The examples of an earlier task that are kept: a share of all, at least one, chosen by the seed alone."""
+    """Choose the examples of an earlier task to replay: a fraction of all, at least one, determined by the seed."""
     kept = np.random.default_rng(seed).choice(len(data), max(1, round(share * len(data))), replace=False)
     return data.select(np.sort(kept))
 
 
 def file_size(tensors: Mapping[str, Tensor]) -> int:
-    """Bytes of a safetensors file with these tensors in float32; 0 if there is none."""
+    """Return the bytes of a safetensors file with these tensors in float32, or 0 without tensors."""
     if not tensors:
         return 0
     return len(safetensors.torch.save({name: tensor.detach().float().cpu() for name, tensor in tensors.items()}))
 
 
 def _arguments(args: TrainingArguments, position: int) -> TrainingArguments:
-    """Arguments of the training of the task at a position."""
+    """Return the training arguments of the task at a position."""
     args = copy.copy(args)
     args.seed += 2 * position
     args.save_strategy = SaveStrategy.NO
-    args.remove_unused_columns = False  # those that are not used have been removed, and `task` is not the backbone's
+    args.remove_unused_columns = False  # `prepare` has removed them, and `task` is no input of the backbone
     return args
 
 
 def _show_progress(trainer: Trainer, title: str) -> StreamProgressCallback | None:
-    """A bar for a training run in place of the Trainer's, unless there is to be none."""
+    """Replace the Trainer's progress bar by one with a title, unless progress bars are disabled."""
     if trainer.args.disable_tqdm:
         return None
     progress = StreamProgressCallback()
@@ -335,6 +337,6 @@ def _scores(task: Task, predictions: np.ndarray) -> dict[str, float]:
 
 
 def _score_name(tasks: Mapping[str, Task]) -> str:
-    """The main metric of all tasks, or that they have different ones."""
+    """Return the name of the tasks' main metric, or "main metric" if it differs between tasks."""
     first, *others = dict.fromkeys(task.metrics[0] for task in tasks.values())
     return "main metric" if others else first

@@ -1,4 +1,4 @@
-"""What each baseline holds beside its heads, and how that is begun, trained, used and stored."""
+"""The adapters of each baseline: how they are created, trained, selected and stored."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from transformers import DataCollator, PreTrainedTokenizerBase, TrainingArgument
 
 @dataclass(frozen=True)
 class BaselineSettings:
-    """What all methods have in common.
+    """Settings that all methods share.
 
     Args:
-        args: Arguments of every training; `seed` is that of the first task, and each later task's is higher by 2. No
-            checkpoints are written.
+        args: Arguments of every training run. `seed` is the seed of the first task; it increases by 2 with each later
+            task. No checkpoints are written.
         target_modules: Names of the layers to adapt.
         rank: Rank of each LoRA.
-        alpha: Scale of each LoRA times its rank; the rank if None.
+        alpha: Scale of each LoRA times its rank. None means the rank.
         orthogonality: Weight λ of O-LoRA's penalty.
-        head_learning_rate: Learning rate of the heads; that of `args` if None.
-        processing_class: Tokenizer that pads a batch; None where examples are of one length.
-        data_collator: What makes a batch of examples; the Trainer's choice if None.
+        head_learning_rate: Learning rate of the heads. None means the learning rate of `args`.
+        processing_class: Tokenizer that pads a batch. None if all examples have the same length.
+        data_collator: Function that makes a batch of examples. None means the Trainer's default.
     """
 
     args: TrainingArguments
@@ -43,12 +43,12 @@ class Adapters:
     """The adapters of a method within the backbone of a model.
 
     Args:
-        model: The model, whose backbone is wrapped. Heads are none of a method's business.
-        settings: What all methods have in common.
-        num_tasks: Number of tasks of the stream.
+        model: Model whose backbone is wrapped. Methods do not handle the heads.
+        settings: Settings that all methods share.
+        num_tasks: Number of tasks in the stream.
 
     Attributes:
-        keeps_tasks: Whether what is learned later leaves what a task answers as it is.
+        keeps_tasks: Whether the answers to a task stay the same when later tasks are learned.
     """
 
     keeps_tasks = False
@@ -60,30 +60,30 @@ class Adapters:
         self.loras: list[str] = []
 
     def begin(self, position: int) -> None:
-        """Make trainable what is trained on the task at this position, and nothing else of the backbone."""
+        """Make the parameters trainable that learn the task at this position, and nothing else in the backbone."""
         raise NotImplementedError
 
     def penalty(self) -> Tensor | None:
-        """What is added to the loss of a training step; None for nothing."""
+        """Return the term to add to the loss of a training step, or None for no penalty."""
         return None
 
     def finish(self) -> None:
-        """Take what was trained into the state that is stored."""
+        """Move the trained parameters into the state that is stored."""
 
     def select(self, position: int) -> None:
-        """Make the backbone that of this task, for it to be scored."""
+        """Switch the backbone to the task at this position, before it is scored."""
 
     def shared_tensors(self) -> dict[str, Tensor]:
-        """What must be kept for all tasks alike."""
+        """Return the tensors that all tasks need."""
         return {}
 
     def tensors_of(self, position: int) -> dict[str, Tensor]:
-        """What must be kept for the task at this position, its head aside."""
+        """Return the tensors that only the task at this position needs, without its head."""
         return {}
 
     def _add_lora(self) -> None:
         """Add a LoRA to `loras` and make it the active one."""
-        # PEFT finds the tensors of an adapter by parts of their names: no name may be within another.
+        # PEFT finds the tensors of an adapter by substrings of their names, so no name may be part of another.
         name = f"lora-{len(self.loras):05d}"
         alpha = self.settings.rank if self.settings.alpha is None else self.settings.alpha
         config = LoraConfig(r=self.settings.rank, lora_alpha=alpha, target_modules=list(self.settings.target_modules))
@@ -101,7 +101,7 @@ class Adapters:
 
 
 class OneLora(Adapters):
-    """One LoRA that is trained again and again: sequential training, replay, and all tasks at once."""
+    """One LoRA for all tasks: sequential training, replay, and training on all tasks at once."""
 
     def begin(self, position: int) -> None:
         if not self.loras:
@@ -112,7 +112,7 @@ class OneLora(Adapters):
 
 
 class LoraPerTask(Adapters):
-    """A LoRA of its own for each task."""
+    """A separate LoRA for each task."""
 
     keeps_tasks = True
 
@@ -127,12 +127,12 @@ class LoraPerTask(Adapters):
 
 
 class OLora(LoraPerTask):
-    """O-LoRA (Wang et al. 2023, arXiv 2310.14152): a LoRA more for each task, and every input goes through all.
+    """O-LoRA (Wang et al. 2023, arXiv 2310.14152): adds a LoRA for each task, and every input goes through all LoRAs.
 
-    Those of earlier tasks are frozen. The penalty is that of the paper, ``λ Σ_{i<t} Σ_{j,k} (A_i A_tᵀ)[j,k]²`` summed
-    over layers, with A (rank, in) as PEFT has it. The code that comes with the paper sums absolute values instead,
-    which push each product to zero as hard near zero as far from it and depend more on rank and width; its λ is not
-    this one's.
+    The LoRAs of earlier tasks are frozen. The penalty is the paper's, ``λ Σ_{i<t} Σ_{j,k} (A_i A_tᵀ)[j,k]²`` summed
+    over layers, with A (rank, in) as in PEFT. The code that comes with the paper sums absolute values instead. They
+    push each product towards zero with the same force near zero as far from it, and depend more on rank and width, so
+    its λ is not comparable with this one.
     """
 
     keeps_tasks = False
@@ -147,7 +147,7 @@ class OLora(LoraPerTask):
             for name in earlier:
                 layer.lora_A[name].requires_grad_(False)
                 layer.lora_B[name].requires_grad_(False)
-        # New A (rank, in) of each layer, and those of all earlier tasks in one (rank * earlier tasks, in).
+        # For each layer, the new A (rank, in), and the A of all earlier tasks stacked (rank * earlier tasks, in).
         self._pairs = [
             (layer.lora_A[new].weight, torch.cat([layer.lora_A[name].weight for name in earlier]))
             for layer in layers
@@ -160,18 +160,18 @@ class OLora(LoraPerTask):
         return self.settings.orthogonality * sum((earlier @ new.T).square().sum() for new, earlier in self._pairs)
 
     def select(self, position: int) -> None:
-        """Nothing: all tasks are scored with all LoRAs."""
+        """Do nothing: all tasks are scored with all LoRAs."""
 
 
 class Osf(Adapters):
     """Orthogonal subspace fine-tuning (arXiv 2504.07097) with PEFT's OSF: the weights themselves are trained.
 
-    The largest singular directions of each weight are kept, and gradients are projected off them. As PEFT's guide
-    advises for n tasks known in advance, task t keeps a share (t - 1) / n of the directions of the weights as earlier
-    tasks left them; PEFT keeps no fewer than one. That is many times what a LoRA trains, and rank and alpha mean
-    nothing here. The guide unwraps the model with `unload`, which since the weights became a sum with what was
-    trained would drop that: it is merged instead. PEFT projects gradients and not steps, so that only plain gradient
-    descent leaves the kept directions alone; Adam does so in part.
+    OSF keeps the largest singular directions of each weight and projects gradients off them. As PEFT's guide advises
+    for n tasks known in advance, task t keeps a fraction (t - 1) / n of the directions of the weights that earlier
+    tasks left behind; PEFT keeps at least one direction. OSF trains many times as many parameters as a LoRA, and rank
+    and alpha have no meaning here. The guide unwraps the model with `unload`. Now that OSF adds the trained part to
+    the weights, `unload` would discard that part, so it is merged instead. PEFT projects gradients, not steps:
+    only plain gradient descent leaves the kept directions unchanged, and Adam does so in part.
     """
 
     _names: Sequence[str] = ()

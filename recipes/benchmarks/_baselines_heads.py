@@ -1,4 +1,4 @@
-"""One backbone with a head for each task, and data in the form it takes, whatever tasks a batch is of."""
+"""One backbone with a head for each task, and data in a form that lets a batch mix any of the tasks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CLASSIFIERS = ("classifier", "score")
 
 
 class Task(Protocol):
-    """A task as the baselines take it: tokenized data with a column `label`, and how predictions are scored."""
+    """A task of the baselines: tokenized data with a column `label`, and a way to score predictions."""
 
     data: DatasetDict
     problem_type: ProblemType
@@ -32,30 +32,30 @@ class Task(Protocol):
 
     @property
     def num_labels(self) -> int:
-        """Number of outputs of its head."""
+        """Number of outputs of the task's head."""
 
     @property
     def scored(self) -> Dataset:
-        """The split that it is scored on."""
+        """Split that the task is scored on."""
 
     def scores(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
-        """Its metrics by name, of outputs (examples, num_labels) against labels."""
+        """Return the metrics by name, from outputs (examples, num_labels) and labels."""
 
 
 class HeadedModel(nn.Module):
     """A backbone shared by all tasks, with one output layer for each task.
 
     Args:
-        model: A model for sequence or image classification, which is copied. Copies of its classifier become the
-            heads, and nothing takes its place in the backbone.
+        model: Model for sequence or image classification, which is copied. The heads are new copies of its classifier,
+            and an identity takes the classifier's place in the backbone.
         tasks: All tasks of the stream, by name.
-        seed: Seed of the first task's head; that of each later one is higher by 2, as the recipes have it.
+        seed: Seed of the first task's head. It increases by 2 with each later task, as in the recipes.
 
     Raises:
-        ValueError: If the model has no classifier, or layers beside it that were not pretrained with its body.
+        ValueError: If the model has no classifier, or has other layers outside its pretrained body.
     """
 
-    # The loss is the mean of a batch: the Trainer is to divide it by the steps that gradients are accumulated over.
+    # The loss is the mean over a batch, so the Trainer has to divide it by the number of gradient accumulation steps.
     accepts_loss_kwargs = False
 
     def __init__(self, model: PreTrainedModel, tasks: Mapping[str, Task], seed: int) -> None:
@@ -71,16 +71,17 @@ class HeadedModel(nn.Module):
             self.heads.append(head_like(classifier, outputs, std))
 
     def forward(self, task: Tensor, labels: Tensor | None = None, **inputs: Tensor) -> SequenceClassifierOutput:
-        """The mean loss of the samples, each by the kind of its task, and their outputs.
+        """Compute the outputs of the samples and their mean loss, with the loss of each sample's problem type.
 
         Args:
-            task: Position in the stream of each sample's task, (samples,), int64.
-            labels: Labels of the samples, (samples, width), float32: a class, or as many numbers as the task has
-                outputs, and then padding.
-            inputs: What the backbone takes.
+            task: Position in the stream of each sample's task (samples,), int64.
+            labels: Labels of the samples (samples, width), float32: a class, or one number for each output of the
+                task, followed by padding.
+            inputs: Inputs of the backbone.
 
         Returns:
-            Outputs (samples, outputs of the widest task), zero past those of a sample's own task.
+            The loss, or None without labels, and the outputs (samples, outputs of the widest task), which are zero
+            past the outputs of a sample's own task.
         """
         features = self.backbone(**inputs).logits.float()
         widest = max(self.num_labels)
@@ -97,21 +98,22 @@ class HeadedModel(nn.Module):
 
 
 def inputs_of(model: PreTrainedModel) -> set[str]:
-    """Names of the columns that a model takes, labels aside."""
+    """Return the names of the columns that a model takes, except labels."""
     return set(inspect.signature(model.forward).parameters) - {"labels", "task"}
 
 
 def prepare(tasks: Mapping[str, Task], inputs: set[str]) -> dict[str, DatasetDict]:
-    """The splits `train` and `scored` of each task, with the columns that `HeadedModel` takes and no other.
+    """Return the splits `train` and `scored` of each task, with only the columns that `HeadedModel` takes.
 
-    Columns have the same form in all tasks, so that examples of different tasks may share a batch.
+    Columns have the same form in all tasks, so that examples of different tasks can share a batch.
 
     Args:
-        tasks: The stream.
+        tasks: Stream of tasks.
         inputs: Names of the columns that the backbone takes.
 
     Raises:
-        ValueError: If a task is of no known kind, lacks data or columns, or has labels that are not of its kind.
+        ValueError: If a task has an unknown problem type, lacks data or columns, or has labels that do not fit its
+            problem type.
     """
     width = max(_label_width(name, task) for name, task in tasks.items())
     prepared = {}
@@ -144,7 +146,7 @@ def _prepare_split(name: str, task: Task, data: Dataset, inputs: set[str], posit
 
 
 def _labels(name: str, task: Task, labels: Sequence[Any]) -> np.ndarray:
-    """Labels of a task's examples, (examples, numbers of a label), checked against the kind of the task."""
+    """Return the labels of a task's examples (examples, numbers in a label), checked against its problem type."""
     expected = _label_width(name, task)
     try:
         numbers = np.asarray(labels, dtype=np.float32).reshape(len(labels), -1)
@@ -166,14 +168,14 @@ def _labels(name: str, task: Task, labels: Sequence[Any]) -> np.ndarray:
 
 
 def _label_width(name: str, task: Task) -> int:
-    """How many numbers a label of a task is."""
+    """Return how many numbers a label of a task consists of."""
     if task.problem_type not in PROBLEM_TYPES:
         raise ValueError(f"task {name!r} is of the kind {task.problem_type!r}, expected one of {PROBLEM_TYPES}")
     return 1 if task.problem_type == "single_label_classification" else task.num_labels
 
 
 def _losses(problem_type: ProblemType, logits: Tensor, labels: Tensor) -> Tensor:
-    """The loss of each sample of one task, (samples,)."""
+    """Return the loss of each sample of one task (samples,)."""
     if problem_type == "single_label_classification":
         return F.cross_entropy(logits, labels[:, 0].long(), reduction="none")
     labels = labels[:, : logits.shape[-1]]
@@ -183,7 +185,7 @@ def _losses(problem_type: ProblemType, logits: Tensor, labels: Tensor) -> Tensor
 
 
 def _classifier_name(model: PreTrainedModel) -> str:
-    """The name of a model's classifier, which alone may stand beside its pretrained body."""
+    """Return the name of a model's classifier, and check that nothing else lies outside its pretrained body."""
     name = next((name for name in CLASSIFIERS if isinstance(getattr(model, name, None), nn.Module)), None)
     if name is None or not any(isinstance(module, nn.Linear) for module in getattr(model, name).modules()):
         raise ValueError(f"{type(model).__name__} has no dense classifier, expected one as {' or '.join(CLASSIFIERS)}")
@@ -198,21 +200,21 @@ def _classifier_name(model: PreTrainedModel) -> str:
 
 
 def without_classifier(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of a model whose outputs are what its classifier would take."""
+    """Return a copy of a model whose outputs are the inputs of its classifier."""
     backbone = copy.deepcopy(model)
     setattr(backbone, _classifier_name(model), nn.Identity())
     return backbone
 
 
 def kept_head(model: PreTrainedModel, outputs: int, path: Path) -> nn.Module:
-    """A head that was kept, with so many outputs, for a model like the one it was trained with."""
+    """Load a saved head with this many outputs, for a model like the one it was trained with."""
     head = head_like(getattr(model, _classifier_name(model)), outputs, std=1.0)
     head.load_state_dict(safetensors.torch.load_file(path))
     return head
 
 
 def head_like(classifier: nn.Module, outputs: int, std: float) -> nn.Module:
-    """A copy of a classifier in float32 with so many outputs and weights drawn anew, as transformers draws them."""
+    """Return a float32 copy of a classifier with this many outputs and new weights, drawn as in transformers."""
     head = nn.Sequential(copy.deepcopy(classifier)).float()
     *_, (path, last) = ((path, module) for path, module in head.named_modules() if isinstance(module, nn.Linear))
     head.set_submodule(path, nn.Linear(last.in_features, outputs, bias=last.bias is not None))

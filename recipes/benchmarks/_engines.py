@@ -1,7 +1,7 @@
-"""Steps of two processes under DDP, ZeRO-2 and ZeRO-3, for the benchmark of training steps.
+"""Time training steps of two processes under DDP, ZeRO-2 and ZeRO-3, for the benchmark of training steps.
 
-Two processes hold a copy of one model for each adapter and engine, DeepSpeed's among them (several of its engines can
-live in one process), and take a step of each after the other.
+Both processes hold a copy of one model for each adapter and engine, and take a step of each in turn. One process can
+hold several DeepSpeed engines.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from share_hf.engines import leave_to_gloo
 PROCESSES = 2
 ENGINES = ("DDP", "ZeRO-2", "ZeRO-3")
 
-Seconds = dict[tuple[str, str], list[float]]  # by adapter and engine, one for each round
-LINEAR = F.linear  # torch's; an engine of ZeRO-3 replaces it by a slower one, for every model in the process
+Seconds = dict[tuple[str, str], list[float]]  # by adapter and engine, one value for each round
+LINEAR = F.linear  # torch's own; a ZeRO-3 engine replaces it by a slower one for every model in the process
 
-MakeModel = Callable[[], PreTrainedModel]  # on the current device
+MakeModel = Callable[[], PreTrainedModel]  # makes the model on the current device
 
 
 def reason_against() -> str | None:
-    """Why the engines cannot be measured here, if they cannot."""
+    """Return why the engines cannot be measured on this machine, or None if they can."""
     if importlib.util.find_spec("deepspeed") is None:
         return "deepspeed is not installed"
     if torch.cuda.device_count() == 1:
@@ -50,7 +50,7 @@ def reason_against() -> str | None:
 def seconds_in_two_processes(
     make_base: MakeModel, adapters: Mapping[str, PeftConfig], batch: tuple[int, int], repeats: int
 ) -> Seconds:
-    """Seconds of each step of each adapter under each engine. An error of a process is raised, and ends both."""
+    """Time each step of each adapter under each engine. An error in one process ends both and is raised here."""
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_take_steps, (make_base, dict(adapters), batch, repeats, folder), nprocs=PROCESSES, daemon=True)
         measured = json.loads((Path(folder) / "seconds.json").read_text())
@@ -60,8 +60,8 @@ def seconds_in_two_processes(
 def _take_steps(
     rank: int, make_base: MakeModel, adapters: dict[str, PeftConfig], batch: tuple[int, int], repeats: int, folder: str
 ) -> None:
-    """One process: a step of each adapter under each engine in turn, in the same order in both processes."""
-    warnings.simplefilter("ignore", FutureWarning)  # of DeepSpeed's calls of torch, at every step
+    """Run one process: take steps of each adapter under each engine in turn, in the same order in both processes."""
+    warnings.simplefilter("ignore", FutureWarning)  # DeepSpeed's calls of torch raise them at every step
     _join(rank, Path(folder))
     torch.manual_seed(0)
     base = make_base()
@@ -93,7 +93,7 @@ def _join(rank: int, folder: Path) -> None:
 
 
 def _step(engine: str, base: PreTrainedModel, config: PeftConfig, input_ids: Tensor) -> Callable[[], None]:
-    """A step that is over when both processes have done it."""
+    """Make a function that takes a step and returns when both processes have taken it."""
     model = get_peft_model(copy.deepcopy(base), copy.deepcopy(config), adapter_name="task").train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
@@ -112,7 +112,7 @@ def _step(engine: str, base: PreTrainedModel, config: PeftConfig, input_ids: Ten
 
 
 def _ddp_step(model: nn.Module, optimizer: torch.optim.Optimizer, input_ids: Tensor) -> Callable[[], None]:
-    # As `ShareTrainingArguments` has it: DDP would send the bases at every step, which makes ZeRO look cheap.
+    # As in `ShareTrainingArguments`: otherwise DDP would send the bases at every step and make ZeRO look cheap.
     parallel = DistributedDataParallel(model, broadcast_buffers=False)
 
     def step() -> None:

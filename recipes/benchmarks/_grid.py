@@ -1,6 +1,6 @@
-"""Runs of a declared grid: each has a result of its own on disk, named by a hash of all its settings.
+"""Runs of a declared grid, each with its own result on disk, whose name includes a hash of all its settings.
 
-A grid that was stopped goes on where it was, and results of several days and machines add up.
+A grid that was stopped continues where it left off, and results from several days and machines add up.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ class Run:
         stream: Name of the stream.
         method: Name of the method.
         seed: Seed of initializations and of the order of examples.
-        order: Number of the order of the tasks; None where the result does not depend on it.
-        tasks: Names of the tasks, in their order.
+        order: Number of the task order. None if the result does not depend on the order.
+        tasks: Names of the tasks, in order.
         settings: All settings of data and training, by name.
-        label: What the run is called among those that differ in their settings, such as "k=16" of an ablation.
+        label: Name that tells the run from others with different settings, such as "k=16" in an ablation.
     """
 
     stream: str
@@ -38,7 +38,7 @@ class Run:
 
     @cached_property
     def name(self) -> str:
-        """The name of the result's file, without its suffix. The label is no setting, and not hashed."""
+        """Name of the result's file, without its suffix. The label is not a setting, so it is not hashed."""
         content = {name: value for name, value in asdict(self).items() if name != "label"}
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
         order = "" if self.order is None else f"-order{self.order}"
@@ -53,10 +53,10 @@ class Run:
 
 
 class Results:
-    """A folder of results, one JSON a run.
+    """A folder of results, with one JSON file for each run.
 
     Args:
-        folder: The folder; it need not exist.
+        folder: Path of the folder, which need not exist.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -69,17 +69,17 @@ class Results:
         return self.path(run).is_file()
 
     def missing(self, runs: Iterable[Run]) -> list[Run]:
-        """The runs without a result, each once, in their order."""
+        """Return the runs without a result, each once, in their order."""
         return list({run.name: run for run in runs if run not in self}.values())
 
     def of(self, runs: Iterable[Run]) -> Iterator[tuple[Run, dict[str, Any]]]:
-        """The runs that have a result, with it."""
+        """Yield the runs that have a result, together with the result."""
         for run in runs:
             if run in self:
                 yield run, json.loads(self.path(run).read_text(encoding="utf-8"))
 
     def add(self, run: Run, result: Mapping[str, Any]) -> None:
-        """Write a result. Whoever reads the folder meanwhile finds all of it or nothing."""
+        """Write a result atomically, so that readers of the folder find either all of it or nothing."""
         self.folder.mkdir(parents=True, exist_ok=True)
         draft = self.path(run).with_suffix(".tmp")
         draft.write_text(json.dumps({"run": run.as_dict(), **result}, indent=1) + "\n", encoding="utf-8")

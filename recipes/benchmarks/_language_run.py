@@ -1,4 +1,4 @@
-"""A stream of a causal LM, learned by the recipe as a person runs it, in the form of the other results."""
+"""Learn a stream with a causal LM by running the recipe as a user would, with results in the common form."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ METHODS = {"share": "share", "coefficients": "coefficients", "lora": "per_task_l
 
 
 def learn(run: Run, places: Mapping[str, str], own_text: Path, work: Path) -> dict[str, Any]:
-    """Learn a stream and measure it; with the scores of a run, those of its adapters on a text of no task.
+    """Learn a stream and return its result, including the loss of its adapters on texts that belong to no task.
 
     Args:
-        run: Its settings are flags of the recipe.
-        places: By task, where its data lies.
-        own_text: A file of texts that belong to no task.
-        work: A folder of the run's own.
+        run: Run whose settings are flags of the recipe.
+        places: Path of each task's data.
+        own_text: File of texts that belong to no task.
+        work: Folder for this run only. The unpacked model goes beside it, in its parent folder.
     """
     model = unpacked(work.parent / "smollm2")
     found = work / "results.json"
@@ -51,7 +51,7 @@ def learn(run: Run, places: Mapping[str, str], own_text: Path, work: Path) -> di
 
 
 def measured(run: Run, found: Mapping[str, Any]) -> dict[str, Any]:
-    """What the recipe wrote, as results keep it."""
+    """Convert the results file of the recipe to the form of the other results."""
     own = found["own_text"]
     return {
         "metrics": dict.fromkeys(run.tasks, "accuracy"),

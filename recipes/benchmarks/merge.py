@@ -4,23 +4,24 @@
     python recipes/benchmarks/merge.py --quick --json merge.json
     python recipes/benchmarks/merge.py --size 1b --device cuda
 
-One rank-16 adapter is merged into a float32 layer of n = d = 2048, k = 64, p = 16 that has T tasks, with the joint
-basis, the new coefficients of all tasks and the drift certificate. Three questions:
+The benchmark merges a rank-16 adapter into a float32 layer of n = d = 2048, k = 64, p = 16 that has T tasks. The merge
+includes the joint basis, the new coefficients of all tasks and the drift certificate. There are three questions:
 
 1. Is the work on n- and d-sized matrices the same at any T? Every operation of a whole merge that reads or writes a
-   tensor with a side of n is timed as it is dispatched; the rest of the merge runs too, but is not counted.
+   tensor with a side of n is timed as it is dispatched. The rest of the merge also runs, but is not counted.
 2. How much longer does the whole merge take with more tasks?
-3. How much faster is it than the plain way: reconstruct the factors of all T updates, stack them beside the new
-   adapter's, alternate between both sides with an SVD of the n-sized stack each time, and project all updates on the
-   result? That is done in float64 and without a certificate, and with an R factor instead of the stack where that is
-   smaller (the singular values and left vectors are the same). Both must give the same updates.
+3. How much faster is it than the plain way? The plain way reconstructs the factors of all T updates, stacks them
+   beside the new adapter's, alternates between both sides with an SVD of the n-sized stack each time, and projects all
+   updates on the result. It runs in float64, without a certificate, and on an R factor instead of the stack where that
+   is smaller (the singular values and left vectors are the same). Both must give the same updates.
 
-The tasks of a layer share directions of decaying weight, and the new adapter is half inside the basis, half new.
+The tasks of a layer share directions of decaying weight. Half of the new adapter lies inside the basis, half is new.
 
-With `--size 1b` there is a fourth one: how long does the merge of a task into a whole Llama of 1B parameters take?
-Its blocks are alike, so the layers of one are merged into as many times as there are blocks; with `--quick`, once.
+`--size 1b` adds a fourth question: how long does it take to merge a task into a whole Llama of 1B parameters? Its
+blocks are alike, so the benchmark merges into the layers of one block as often as there are blocks (with `--quick`,
+once).
 
-Everything is computed on a GPU if there is one. (`ShareTrainer` merges on the CPU.)
+By default, everything runs on a GPU if there is one. (`ShareTrainer` merges on the CPU.)
 """
 
 from __future__ import annotations
@@ -52,12 +53,12 @@ from share_hf.subspace.layer import update_norms
 SETTINGS = SubspaceSettings(num_components=64, pseudo_rank=16)
 NEW_RANK = 16
 FEATURES = 2048
-QUICK_FEATURES = 1024  # of the comparison with --quick
+QUICK_FEATURES = 1024  # size of the compared layers with --quick
 TASKS = (10, 100, 1_000, 10_000)
 COMPARED_TASKS = {100: 50, 1_000: 100}  # T -> how many times faster the merge should be
 JOINT_ITERATIONS = 3
 CHECKED_TASKS = 25
-# A block of Llama-3.2-1B: (outputs, inputs) of its linear modules.
+# The linear modules in a block of Llama-3.2-1B: (outputs, inputs).
 BLOCK_1B = {
     "q_proj": (2048, 2048),
     "k_proj": (512, 2048),
@@ -92,7 +93,7 @@ def all_rows(options: argparse.Namespace) -> Iterator[Row]:
 
 
 def growth_rows(features: int, repeats: int, device: torch.device) -> list[Row]:
-    """How the parts of a merge grow with the number of tasks."""
+    """Measure how the time of a merge and its parts grows with the number of tasks."""
     layers = {tasks: layer_with_tasks((features, features), tasks, device) for tasks in TASKS}
     adapter = new_adapter(layers[TASKS[0]])
 
@@ -123,7 +124,7 @@ def growth_rows(features: int, repeats: int, device: torch.device) -> list[Row]:
 
 
 def model_rows(blocks: int, device: torch.device) -> Iterator[Row]:
-    """A task merged into every layer of a model."""
+    """Measure merging a task into every layer of a model."""
     for tasks in (10, 100):
         layers = [layer_with_tasks(shape, tasks, device) for shape in BLOCK_1B.values()]
         adapters = [new_adapter(layer) for layer in layers]
@@ -139,7 +140,7 @@ def model_rows(blocks: int, device: torch.device) -> Iterator[Row]:
 
 
 def comparison_rows(features: int, repeats: int, device: torch.device) -> Iterator[Row]:
-    """The merge beside reconstruct-and-SVD: time and result."""
+    """Compare the merge with reconstruct-and-SVD in time and result."""
     for tasks, times_faster in COMPARED_TASKS.items():
         layer = layer_with_tasks((features, features), tasks, device)
         adapter = new_adapter(layer)
@@ -159,13 +160,13 @@ def comparison_rows(features: int, repeats: int, device: torch.device) -> Iterat
 
 
 def layer_with_tasks(shape: tuple[int, int], tasks: int, device: torch.device) -> LayerSubspace:
-    """A float32 layer (n, d) of `tasks` tasks that use the directions of its basis with decaying weight."""
+    """Make a float32 layer (n, d) whose `tasks` tasks use the directions of its basis with decaying weight."""
     generator = torch.Generator().manual_seed(tasks)
     k, p = SETTINGS.num_components, SETTINGS.pseudo_rank
     decay = torch.arange(1, k + 1).rsqrt()[:, None]
     basis_out, basis_in = (torch.linalg.qr(normal(generator, side, k).double()).Q.float() for side in shape)
     coefficients_out, coefficients_in = (decay * normal(generator, tasks, k, p) for _ in range(2))
-    # As learned, the updates were a little larger: compression has cost them some of their norm.
+    # The learned updates were a little larger, because compression has reduced their norm.
     norms = update_norms(coefficients_out, coefficients_in) * (1 + 0.1 * torch.rand(tasks, generator=generator))
     nothing = torch.zeros(tasks, dtype=torch.float64)
     drifted = nothing + 0.4
@@ -183,7 +184,7 @@ def layer_with_tasks(shape: tuple[int, int], tasks: int, device: torch.device) -
 
 
 def new_adapter(layer: LayerSubspace) -> LowRankUpdate:
-    """A rank-16 adapter, half of it in the directions of the layer's tasks."""
+    """Make a rank-16 adapter, half of which lies in the directions of the layer's tasks."""
     generator = torch.Generator().manual_seed(0)
     decay = torch.arange(1, SETTINGS.num_components + 1).rsqrt()[:, None]
     factors = []
@@ -196,14 +197,14 @@ def new_adapter(layer: LayerSubspace) -> LowRankUpdate:
 
 @dataclass(frozen=True)
 class DenseResult:
-    """Factors (tasks, n, p) and (tasks, d, p) of the checked tasks' updates after the plain merge."""
+    """The factors (tasks, n, p) and (tasks, d, p) of the checked tasks' updates after the plain merge."""
 
     out_factors: Tensor
     in_factors: Tensor
 
 
 def reconstruct_and_decompose(layer: LayerSubspace, adapter: LowRankUpdate) -> DenseResult:
-    """The plain way: everything at n x p, and an SVD of the n-sized stack for each half-step."""
+    """Merge in the plain way: with all factors at n x p, and an SVD of the n-sized stack for each half-step."""
     basis_out, basis_in = layer.basis_out.double(), layer.basis_in.double()
     out_factors = torch.cat([basis_out @ layer.coefficients_out.double(), balanced(adapter).out_factor[None]])
     in_factors = torch.cat([basis_in @ layer.coefficients_in.double(), balanced(adapter).in_factor[None]])
@@ -214,20 +215,20 @@ def reconstruct_and_decompose(layer: LayerSubspace, adapter: LowRankUpdate) -> D
         new_out = leading_directions(stack(out_factors, new_in.T @ in_factors, norms))
         new_in = leading_directions(stack(in_factors, new_out.T @ out_factors, norms))
 
-    # The coefficients of all tasks, the checked ones among them.
+    # Compute the coefficients of all tasks, including the checked ones.
     coefficients_out, coefficients_in = new_out.T @ out_factors, new_in.T @ in_factors
     checked = checked_tasks(len(out_factors))
     return DenseResult(new_out @ coefficients_out[checked], new_in @ coefficients_in[checked])
 
 
 def stack(factors: Tensor, others: Tensor, norms: Tensor) -> Tensor:
-    """(n, tasks p): left factors of the weighted updates ``X_i Y_i^T / ‖ΔW_i‖``, with the size of Y_i in them."""
+    """Stack left factors (n, tasks p) of the weighted updates ``X_i Y_i^T / ‖ΔW_i‖``, scaled by the size of Y_i."""
     size = torch.linalg.qr(others, mode="r").R
     return ((factors @ size.mT) / norms[:, None, None]).transpose(0, 1).flatten(1)
 
 
 def leading_directions(stacked: Tensor) -> Tensor:
-    """The leading k left singular vectors of (n, columns)."""
+    """Return the leading k left singular vectors of a matrix (n, columns)."""
     if stacked.shape[1] > stacked.shape[0]:
         triangle = torch.linalg.qr(stacked.T, mode="r").R
         return torch.linalg.svd(triangle, full_matrices=False).Vh[: SETTINGS.num_components].T
@@ -239,7 +240,7 @@ def balanced(adapter: LowRankUpdate) -> LowRankUpdate:
 
 
 def difference(merged: LayerSubspace, expected: DenseResult) -> float:
-    """Largest relative difference of an update, over the checked tasks."""
+    """Return the largest relative difference of an update over the checked tasks."""
     worst = 0.0
     for position, i in enumerate(checked_tasks(len(merged.tasks)).tolist()):
         out_factor = merged.basis_out.double() @ merged.coefficients_out[i].double()
@@ -250,7 +251,7 @@ def difference(merged: LayerSubspace, expected: DenseResult) -> float:
 
 
 def checked_tasks(count: int) -> Tensor:
-    """Positions of some tasks, the first and the new one among them."""
+    """Return the positions of some tasks, including the first and the new one."""
     return torch.linspace(0, count - 1, CHECKED_TASKS).round().long()
 
 

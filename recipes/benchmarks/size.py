@@ -3,9 +3,9 @@
     python recipes/benchmarks/size.py
     python recipes/benchmarks/size.py --quick --json size.json
 
-Saves rank-16 LoRAs of a Llama with PEFT, builds a subspace from them, saves it, and compares the folders of a task:
-configuration, weights and metrics included. Sizes are those of Llama-3.2-1B (hidden size 2048); layers are alike, so
-that a few of them give the ratio.
+The benchmark saves rank-16 LoRAs of a Llama with PEFT, builds and saves a subspace from them, and compares the folder
+of a LoRA with the folder of a task, including configuration, weights and metrics. Layers have the sizes of
+Llama-3.2-1B (hidden size 2048). All layers are alike, so a few of them suffice for the ratio.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def save_lora(folder: Path, layers: int, seed: int) -> Path:
-    """A LoRA on all linear modules as PEFT saves it, bfloat16 base and float32 adapter, with random weights."""
+    """Save a LoRA with random float32 weights on all linear modules with PEFT, and return its folder."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         hidden_size=2048,

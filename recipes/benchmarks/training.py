@@ -1,29 +1,31 @@
-"""What does a training step with Share cost beside one with a LoRA, in time and in memory?
+"""What does a training step with Share cost in time and memory, compared with a LoRA?
 
     python recipes/benchmarks/training.py
     python recipes/benchmarks/training.py --quick --json training.json
     python recipes/benchmarks/training.py --dtype bfloat16
     python recipes/benchmarks/training.py --size 1b
 
-Copies of one Llama of hidden size 1024 with random weights take the same steps (forward, backward, fused AdamW) in one
-process, one of each after the other: frozen, with a LoRA of PEFT, and with Share in its `coefficients` and its `adapt`
-phase, on all linear modules at rank 16, k = 64, φ = 16. On CUDA in bfloat16, elsewhere in float32. `--size 1b` is for
-a GPU: hidden size 2048, 16 layers, otherwise the same. Five questions:
+Copies of a Llama of hidden size 1024 with random weights take the same steps (forward, backward, fused AdamW) in one
+process and take turns: one is frozen, one has a LoRA of PEFT, and two have Share, in its `coefficients` and its
+`adapt` phase. Adapters are on all linear modules, at rank 16, k = 64, φ = 16. The dtype is bfloat16 on CUDA, and
+float32 elsewhere. `--size 1b` is for a GPU: hidden size 2048, 16 layers, otherwise the same. There are five questions:
 
-1. How much longer is a step than with LoRA, and than backward through the frozen model alone, down to its embeddings?
+1. How much longer is a step than with LoRA, and than a backward pass through the frozen model down to its embeddings?
 2. How many bytes do trained parameters, their gradients and the optimizer hold? All tensors are added up.
 3. What does an adapter keep of the tokens for the backward pass, besides the input of its module?
 4. Which share of a task of 500 steps goes into checkpoints, the merge and saves of the subspace? The parts are timed
-   on the same model by the calls that `ShareTrainer` makes, and added up: every checkpoint holds the adapter, the
-   bases and the optimizer; the task is begun and merged once; the tree is written after the merge and at the end.
+   on the same model with the calls that `ShareTrainer` makes, and added up: every checkpoint holds the adapter, the
+   bases and the optimizer; the task is started and merged once; the tree is written after the merge and at the end.
 5. What do ZeRO-2 and ZeRO-3 add to a step under DDP, for LoRA and for Share? Two processes hold a smaller model for
-   each of them, and take a step of each after the other. Ratios and differences are medians of those of steps in one
-   round. The ratio also counts how fast Share is under DDP, and grows as that gets faster; what ZeRO adds is a cost by
-   module and by trained tensor that hardly depends on the length of the step, so it is told in milliseconds too. That
-   goal allows for the noise of the comparison, which has a row of its own. Needs DeepSpeed, and no GPU or two.
+   each combination and take a step of each in turn. Ratios and differences compare steps of the same round; their
+   medians are reported. The ratio also depends on how fast Share is under DDP, and rises as Share gets faster there.
+   ZeRO adds a cost for each module and each trained tensor that hardly depends on the length of the step, so it is
+   also reported in milliseconds. The goal for that allows for the noise of the comparison, which has its own row. This
+   question needs DeepSpeed, and either no GPU or two.
 
-The layers are those of Llama-3.2-1B, the vocabulary of 128,256 tokens is not: no adapter is in the head, which would
-add the same to every step, several GB of logits among it, and only bring all ratios nearer to one.
+The layers have the sizes of Llama-3.2-1B, but the vocabulary is smaller than its 128,256 tokens. No adapter is on the
+output layer, which would add the same to every step, including several GB of logits, and only bring all ratios nearer
+to one.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ from share_hf.state import SubspaceState
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = {"half": (1024, 4), "1b": (2048, 16)}  # hidden size and layers
-VOCABULARY = 1024  # small, so that the head is not everything
+VOCABULARY = 1024  # small, so that the output layer does not dominate
 RANK = 16
 COMPONENTS, TEMPORARY = 64, 16
 SMALL_COMPONENTS, SMALL_RANK = 32, 4
@@ -60,9 +62,9 @@ PHASES = ("coefficients", "adapt")
 NAMES = {"LoRA": "LoRA", **{phase: f"Share, {phase} phase" for phase in PHASES}}
 
 STEPS, STEPS_A_CHECKPOINT = 500, 100
-STREAM_TASKS = 8  # that the subspace has before the timed merges
+STREAM_TASKS = 8  # tasks in the subspace before the timed merges
 
-ODD_TOKENS = 37  # divides no other size, so that what holds tokens can be told from what does not
+ODD_TOKENS = 37  # divides no other size, so that tensors with a row for each token can be told from others
 
 
 def main() -> None:
@@ -96,7 +98,7 @@ def all_rows(options: argparse.Namespace, hidden_size: int, layers: int, batch: 
     yield from byte_rows(base)
     yield from activation_rows()
     yield from engine_rows(dtype, quick=options.quick)
-    # A merge into 112 layers takes seconds: once is enough.
+    # A merge into 112 layers takes seconds, so one is enough.
     yield from stream_rows(base, seconds["adapt"], 1 if options.quick or options.size == "1b" else 3)
 
 
@@ -104,7 +106,7 @@ def all_rows(options: argparse.Namespace, hidden_size: int, layers: int, batch: 
 
 
 def step_seconds(base: LlamaForCausalLM, input_ids: Tensor, repeats: int) -> dict[str, float]:
-    """Median seconds of a step of each variant."""
+    """Return the median seconds of a step of each variant."""
     variants = {"frozen": frozen_step(base, input_ids), "LoRA": Training(base, lora()).step_on(input_ids)}
     variants |= {phase: Training(base, share(phase)).step_on(input_ids) for phase in PHASES}
     return medians(interleaved(variants, repeats=repeats))
@@ -122,7 +124,7 @@ def time_rows(seconds: dict[str, float]) -> list[Row]:
 
 
 class Training:
-    """A copy of the model with an adapter, and the optimizer of what the adapter trains."""
+    """A copy of the model with an adapter, and the optimizer of the adapter's trainable parameters."""
 
     def __init__(self, base: LlamaForCausalLM, config: PeftConfig) -> None:
         self.model = get_peft_model(copy_of(base), config, adapter_name="task").train()
@@ -138,14 +140,14 @@ class Training:
         return step
 
     def bytes_held(self) -> int:
-        """Bytes of what is trained, its gradients, and the optimizer's state."""
+        """Return the bytes of trained parameters, their gradients, and the optimizer's state."""
         state = [value for values in self.optimizer.state.values() for value in values.values()]
         gradients = [parameter.grad for parameter in self.trained]
         return sum(tensor.nbytes for tensor in (*self.trained, *gradients, *state) if isinstance(tensor, Tensor))
 
 
 def frozen_step(base: LlamaForCausalLM, input_ids: Tensor) -> Callable[[], None]:
-    """Forward, and backward to the embeddings of the tokens; nothing is trained."""
+    """Make a step without training: a forward pass, and a backward pass to the embeddings of the tokens."""
     model = copy_of(base).requires_grad_(False).train()
     model.enable_input_require_grads()
     return lambda: model(input_ids=input_ids, labels=input_ids).loss.backward()
@@ -155,7 +157,7 @@ def frozen_step(base: LlamaForCausalLM, input_ids: Tensor) -> Callable[[], None]
 
 
 def byte_rows(base: LlamaForCausalLM) -> list[Row]:
-    """What training holds beside the frozen model, measured after a step. It does not depend on the batch."""
+    """Measure the bytes that training adds to the frozen model after a step. They do not depend on the batch."""
     input_ids = torch.randint(VOCABULARY, (1, 16), device=DEVICE)
     held = {}
     for name, config in (
@@ -181,7 +183,7 @@ def byte_rows(base: LlamaForCausalLM) -> list[Row]:
 
 
 def activation_rows() -> list[Row]:
-    """What one adapted layer keeps of each token besides the layer's input, in numbers a token."""
+    """Measure how many numbers one adapted layer keeps of each token besides the layer's input."""
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
         of = f"kept a token by an adapter, {str(dtype).removeprefix('torch.')}"
@@ -190,7 +192,8 @@ def activation_rows() -> list[Row]:
             for phase in PHASES
         ]
         rows.append(Row(f"widest activation {of}: LoRA", widest_kept(lora(), dtype), ""))
-    # Autocast casts the input for the adapter as it does for the frozen layer; the cast is kept in the input's stead.
+    # Autocast casts the input for the adapter as it does for the frozen layer, and the cast is kept instead of the
+    # input.
     of = "kept a token by an adapter, bfloat16 autocast"
     rows += [
         Row(f"widest activation {of}: {phase} phase", widest_kept(share(phase), torch.float32, autocast=True), "")
@@ -200,7 +203,7 @@ def activation_rows() -> list[Row]:
 
 
 def widest_kept(config: PeftConfig, dtype: torch.dtype, *, autocast: bool = False) -> int:
-    """Width of the widest activation that an adapted layer keeps for its backward pass, besides its own input."""
+    """Return the width of the widest activation that an adapted layer keeps for backward, besides its own input."""
     model = nn.ModuleDict({"q_proj": nn.Linear(256, 192, device=DEVICE, dtype=dtype)})
     config = copy.deepcopy(config)
     config.target_modules = {"q_proj"}
@@ -229,7 +232,7 @@ def shares_memory(tensor: Tensor, other: Tensor) -> bool:
 
 
 def stream_rows(base: LlamaForCausalLM, step: float, repeats: int) -> list[Row]:
-    """Seconds of all that is no step in a task of a stream, as its share of the task's time."""
+    """Measure everything in a task of a stream except steps, in seconds and as a share of the task's time."""
     config = share("coefficients")
     model = get_peft_model(copy_of(base), config, adapter_name="default")
     config.target_modules = model.peft_config["default"].target_modules
@@ -261,7 +264,7 @@ def stream_rows(base: LlamaForCausalLM, step: float, repeats: int) -> list[Row]:
 def seconds_of_a_task(
     model: PeftModel, state: SubspaceState, task: str, config: ShareConfig, folder: Path
 ) -> tuple[SubspaceState, dict[str, float]]:
-    """The subspace with one more task, and the seconds of what learning it takes besides steps."""
+    """Add a task to the subspace, and return the subspace and the seconds of each part of learning except steps."""
     states: list[SubspaceState] = []
     seconds = {"begin": seconds_of(lambda: begin_phase(model, state, task, "adapt", config))}
     optimizer = pretend_to_train(model)
@@ -278,7 +281,7 @@ def merged(model: PeftModel, state: SubspaceState, task: str) -> SubspaceState:
 
 
 def pretend_to_train(model: PeftModel) -> torch.optim.Optimizer:
-    """Move what is trained at random, as an optimizer would; its state has the size it has in training."""
+    """Update the trainable parameters with random gradients, and return an optimizer whose state has its real size."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2, fused=True)
     for parameter in trained:
@@ -296,7 +299,7 @@ def save_checkpoint(model: PeftModel, task: str, optimizer: torch.optim.Optimize
 
 
 def engine_rows(dtype: torch.dtype, *, quick: bool) -> list[Row]:
-    """Steps of two processes under each engine, and what ZeRO adds to them over DDP."""
+    """Measure steps of two processes under each engine, and what ZeRO adds to them over DDP."""
     hidden_size, batch, repeats = (256, (2, 64), 7) if quick else (512, (2, 128), 61)
     adapters = {"LoRA": lora(), **{phase: share(phase) for phase in PHASES}}
     names = {
@@ -316,7 +319,7 @@ def engine_rows(dtype: torch.dtype, *, quick: bool) -> list[Row]:
 
 
 def over_ddp_rows(engine: str, seconds: Seconds) -> list[Row]:
-    """What the engine adds to a step, as a multiple and in milliseconds; all differences are of steps in one round."""
+    """Return what the engine adds to a step, as a ratio and in milliseconds, comparing steps of the same round."""
     ratios, added = {}, {}
     for adapter in NAMES:
         pairs = list(zip(seconds[adapter, engine], seconds[adapter, "DDP"], strict=True))
@@ -344,7 +347,7 @@ def over_ddp_rows(engine: str, seconds: Seconds) -> list[Row]:
 
 
 def noise_of_median(values: list[float]) -> float:
-    """Half of the 95 % interval of the median, as of the notch in a box plot (McGill et al. 1978)."""
+    """Return half of the 95 % interval of the median, like the notch in a box plot (McGill et al. 1978)."""
     lower, _, upper = quantiles(values, n=4)
     return 1.57 * (upper - lower) / len(values) ** 0.5
 
@@ -353,7 +356,7 @@ def noise_of_median(values: list[float]) -> float:
 
 
 def llama(layers: int, dtype: torch.dtype, hidden_size: int) -> LlamaForCausalLM:
-    """A Llama with the proportions of Llama-3.2-1B, whose hidden size is 2048."""
+    """Make a Llama with the proportions of Llama-3.2-1B, whose hidden size is 2048."""
     config = LlamaConfig(
         hidden_size=hidden_size,
         intermediate_size=4 * hidden_size,
@@ -363,12 +366,12 @@ def llama(layers: int, dtype: torch.dtype, hidden_size: int) -> LlamaForCausalLM
         vocab_size=VOCABULARY,
         use_cache=False,
     )
-    with torch.device(DEVICE):  # a billion random numbers take a CPU long
+    with torch.device(DEVICE):  # a CPU takes long to draw a billion random numbers
         return LlamaForCausalLM(config).to(dtype)
 
 
 def copy_of(base: LlamaForCausalLM) -> LlamaForCausalLM:
-    """A model of its own that shares the weights, which nothing here trains, so that a GPU has them once."""
+    """Copy a model but share its weights, which nothing here trains, so that a GPU holds them only once."""
     return copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
 
 
