@@ -97,7 +97,7 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def pearson(prediction: EvalPrediction) -> dict[str, float]:
-    """Return the correlation of predicted and true values; 0 if either is constant, which says nothing of the other."""
+    """Return the correlation of predicted and true values; 0 if either is constant, and so says nothing."""
     batches = [(np.ravel(logits), np.ravel(labels)) for logits, labels in _batches(prediction)]
     values, labels = (part - part.mean() for part in np.concatenate(batches, axis=1).astype(np.float64))
     norm = np.linalg.norm(values) * np.linalg.norm(labels)
