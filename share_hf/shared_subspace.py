@@ -102,7 +102,7 @@ class SharedSubspace(Applying, Editing, Exporting, Routing):
             drift_tolerance (`float`, *optional*): Largest relative drift that may accumulate over merges.
             max_components (`int`, *optional*):
                 Number of directions up to which layers may grow to meet `drift_tolerance`, and up to which `"auto"`
-                searches (128 if not given).
+                searches. For `"auto"`, None means 128.
             coefficient_dtype (`Literal["float32", "bfloat16", "4bit"]`, *optional*, defaults to `"float32"`):
                 Type in which coefficients are stored. Every merge rounds them and certifies the resulting change.
             tolerance (`float`, *optional*):

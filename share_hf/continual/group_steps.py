@@ -93,7 +93,7 @@ class TaskSchedules(LambdaLR):
 
     Args:
         optimizer: Optimizer whose groups have the name of their task under `"task"`.
-        schedules: For each task, a function from its step to the factor of its learning rate.
+        schedules: Function of each task from its step to the factor of its learning rate.
 
     Attributes:
         task_steps (`dict[str, int]`): Number of steps of each task so far.

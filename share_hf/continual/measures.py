@@ -19,7 +19,7 @@ logger = logging.get_logger(__name__)
 
 MetricFunction = Callable[..., dict[str, float]]
 
-# Metrics that `Trainer.evaluate` adds to those of the predictions.
+# Metrics that `Trainer.evaluate` adds to the metrics of the predictions.
 _OF_TRAINER = ("loss", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 
 
@@ -27,7 +27,7 @@ class MetricsByTask:
     """Measures the predictions of an evaluation with the function of the current task, or else by the task's kind.
 
     Args:
-        functions: For each task, a function that a Trainer takes as `compute_metrics`.
+        functions: Function of each task, as a Trainer takes it in `compute_metrics`.
         task: Function that returns the current task.
         problem: Function that returns what a task predicts, or None if the model is not a classifier.
     """

@@ -144,7 +144,7 @@ class PhaseTrainer(Trainer):
         return None
 
     def _load_trained(self, checkpoint: Path) -> None:
-        """Load the values of a phase that was trained to its end, and an optimizer that changes them at the end."""
+        """Load the values of a phase that was trained to its end, and an optimizer if it changes them at the end."""
         self._load_from_checkpoint(str(checkpoint))
         if not isinstance(self.engine, LocalEngine):
             return

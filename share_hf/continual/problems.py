@@ -34,7 +34,7 @@ LABEL_COLUMNS = ("label", "labels")
 
 @dataclass(frozen=True)
 class Problem:
-    """What a task predicts.
+    """The problem of a task: what it predicts.
 
     Args:
         problem_type: Kind of the task.
@@ -53,7 +53,7 @@ class TaskDetails:
 
     Args:
         selection: Data on which the task is evaluated while it trains, if it is.
-        problem: What the task predicts, None if the model is not a classifier.
+        problem: Problem of the task, None if the model is not a classifier.
     """
 
     selection: Data | None = None

@@ -46,7 +46,7 @@ class StreamRecord:
         base_model: Name or folder of the base model.
         weights: Fingerprint of its weights.
         arguments: Arguments of the trainer and fields of the configuration that decide what a phase learns.
-        data: For each task that has begun, the fingerprint of its data by `TaskSplits` field, None for streamed data.
+        data: Fingerprints of the data of each task that has begun, by `TaskSplits` field; None for streamed data.
     """
 
     base_model: str | None = None

@@ -187,7 +187,8 @@ class Stream:
 
         Args:
             done: Number of finished tasks.
-            trained_steps: Number of optimizer steps in the finished phases, including that of this stage.
+            trained_steps: Number of optimizer steps in the trained phases, including that of this stage if it is
+                trained.
             tasks: Current task, or those that are learned together.
             stage: Stage of the current task.
             phase_steps: Number of steps of the stage's own phase, if it is trained and only its result is yet to be

@@ -126,7 +126,7 @@ def check_classes(groups: Iterable[Unit], problems: Mapping[str, Problem | None]
 
     Args:
         groups: Groups of tasks that are learned together.
-        problems: What each task predicts, None if the model is not a classifier.
+        problems: Problem of each task, None if the model is not a classifier.
 
     Raises:
         ValueError: If there is such a task. The message names the task and its kind.

@@ -79,8 +79,8 @@ class Division:
 def dividing_modules() -> Iterator[Division]:
     """Divide the modules of every build, merge and survey within the block among the processes of a launcher.
 
-    All processes must do the same with the same adapters. All of them then have the same results, bit-identical to
-    those of a single process with the same number of threads. A single process works as it does without the block.
+    All processes must do the same with the same adapters. All of them then have the same results, bit-identical to the
+    results of a single process with the same number of threads. A single process works as it does without the block.
 
     Raises:
         Exception: The error of a process, on that process; on the others, a `RuntimeError` that names its rank.

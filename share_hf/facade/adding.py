@@ -23,7 +23,7 @@ class Added:
     Args:
         state: State with the new tasks.
         report: Drift of every task.
-        folders: For each new task from this machine, the adapter that it came from.
+        folders: Original adapter of each new task whose adapter is on this machine.
         reading: Result of reading the adapters, including which of them the subspace already had.
     """
 

@@ -40,7 +40,7 @@ class HeldSubspace:
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """Names of the tasks, in the order they were learned."""
+        """Names of the tasks, in the order in which they were learned."""
         return tuple(self._held.tasks) if self._rest is None else self._rest.index.tasks
 
     @property

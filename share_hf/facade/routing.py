@@ -60,8 +60,8 @@ class Routing(HeldSubspace):
                 meanwhile.
             data (`Iterable[Mapping[str, Any]]`):
                 Inputs of the task, ideally everything that it was trained on: batches as the model takes them, such as
-                those of a `DataLoader`, or, with a tokenizer, examples with one column of text or two that form a
-                pair. Labels are ignored.
+                a `DataLoader` yields, or, with a tokenizer, examples with one column of text or two that form a pair.
+                Labels are ignored.
             tokenizer (`PreTrainedTokenizerBase`, *optional*): Tokenizer of the base model.
             max_length (`int`, *optional*):
                 Maximum number of tokens of a text. None means as many as the model takes.
@@ -108,7 +108,7 @@ class Routing(HeldSubspace):
                 text to some task.
 
         Returns:
-            [`~share_hf.tuner.routing.Routes`]: Names and scores.
+            [`~share_hf.tuner.routing.Routes`]: Names and scores of the tasks.
 
         Raises:
             ValueError: If the subspace has no routes, or they were learned with another base model.
