@@ -108,7 +108,7 @@ class Routing(HeldSubspace):
                 text to some task.
 
         Returns:
-            [`~share_hf.tuner.routing.Routes`]: Names and scores of the tasks.
+            [`~share_hf.tuner.routing.Routes`]: The task of each text, with its score.
 
         Raises:
             ValueError: If the subspace has no routes, or they were learned with another base model.
