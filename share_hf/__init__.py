@@ -1,6 +1,6 @@
 """Share: continual learning in one low-rank subspace, as a normal part of the Hugging Face stack.
 
-Importing it registers the tuner with PEFT. What else there is, such as the Trainer, is imported when it is asked for.
+Importing the package registers the tuner with PEFT. Everything else, such as the Trainer, is imported on first access.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""The subspace as its users hold it: made from adapters, extended, applied to a model, exported, saved."""
+"""The user-facing subspace: built from adapters, extended, applied to a model, exported and saved."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ logger = logging.get_logger(__name__)
 
 class SharedSubspace(Applying, Editing, Exporting, Routing):
     """
-    One low-rank subspace a layer, and the coefficients of any number of tasks in it.
+    One low-rank subspace per layer, and the coefficients of any number of tasks in it.
 
-    Made by [`~SharedSubspace.from_adapters`], [`~SharedSubspace.from_pretrained`] or a
-    [`ShareTrainer`]; extended by [`~SharedSubspace.add_adapters`]. Whatever fails leaves it as it was.
+    [`~SharedSubspace.from_adapters`], [`~SharedSubspace.from_pretrained`] or a [`ShareTrainer`] creates a subspace,
+    and [`~SharedSubspace.add_adapters`] extends it. An operation that fails leaves the subspace unchanged.
 
     Example:
         ```py
@@ -77,45 +77,49 @@ class SharedSubspace(Applying, Editing, Exporting, Routing):
         progress: bool = True,
     ) -> SharedSubspace:
         """
-        Build a subspace from LoRA adapters of one base model (Sec. 3.2.1). Needs no data and no gradients.
+        Build a subspace from LoRA adapters of one base model (Sec. 3.2.1). This needs no data and no gradients.
 
         Args:
             adapters (`Mapping[str, str]` or `Sequence[str]`):
-                Plain LoRAs, of any ranks and scales: folders, files of weights, or hub ids, which may name more
-                (`org/repo@revision:subfolder`); by task name, or in a list, where the last part of each is its task's
-                name, mended where no task can be called that.
+                Plain LoRAs of any rank and scale, given as folders, weight files or hub ids, which may include a
+                revision and a subfolder (`org/repo@revision:subfolder`). A mapping is keyed by task name. In a list,
+                the last part of each entry becomes its task's name, repaired where it is not a valid task name.
             num_components (`int` or `"auto"`, *optional*, defaults to `32`):
-                Cap k on the directions of a layer, on each side; a layer has no more than outputs, or inputs.
-            pseudo_rank (`int` or `"auto"`, *optional*, defaults to `8`): Cap p on the rank of a task in a layer.
+                Maximum number k of directions of a layer on each side. A layer never has more directions than
+                outputs, or inputs.
+            pseudo_rank (`int` or `"auto"`, *optional*, defaults to `8`): Maximum rank p of a task in a layer.
             target_error (`float`, *optional*):
                 Mean relative error of ΔW that `"auto"` reaches with the fewest bytes.
             target_bytes (`int`, *optional*):
-                Size of bases and coefficients under which `"auto"` reaches the smallest error.
+                Size limit of bases and coefficients within which `"auto"` reaches the smallest error.
             basis (`Literal["joint", "factor"]`, *optional*, defaults to `"joint"`):
-                Basis that weighs all updates equally, or the paper's, of the stacked LoRA factors.
-            center (`bool`, *optional*, defaults to `False`): Whether to subtract the mean column; `"factor"` only.
-            explained_variance (`float`, *optional*): Fraction to explain, by the fewest directions that do.
-            drift_tolerance (`float`, *optional*): Largest relative drift that merges may add up to.
+                Kind of basis: `"joint"` weighs all updates equally, `"factor"` is the paper's basis of the stacked
+                LoRA factors.
+            center (`bool`, *optional*, defaults to `False`):
+                Whether to subtract the mean column. Requires `basis="factor"`.
+            explained_variance (`float`, *optional*):
+                Fraction of the variance that each layer explains with as few directions as possible.
+            drift_tolerance (`float`, *optional*): Largest relative drift that may accumulate over merges.
             max_components (`int`, *optional*):
                 Number of directions up to which layers may grow to meet `drift_tolerance`, and up to which `"auto"`
-                looks (128 if not given).
+                searches. For `"auto"`, None means 128.
             coefficient_dtype (`Literal["float32", "bfloat16", "4bit"]`, *optional*, defaults to `"float32"`):
-                Type that coefficients are stored in; every merge rounds them, and certifies what that changes.
+                Type in which coefficients are stored. Every merge rounds them and certifies the resulting change.
             tolerance (`float`, *optional*):
-                Relative error up to which a task takes a smaller rank than p in a layer; files hold that rank alone.
-                Not the `tolerance` of [`~SharedSubspace.add_adapters`], which is about whether bases change.
+                Relative error up to which a task takes a rank smaller than p in a layer. Files hold only that rank.
+                Unlike this argument, the `tolerance` of [`~SharedSubspace.add_adapters`] decides whether bases change.
             base_model (`str`, *optional*):
-                Name of the base model, where the adapters call one model by several names. Not checked.
+                Name of the base model, for adapters that refer to one model by several names. It is not checked.
             component (`str`, *optional*):
-                The model of a pipeline that is meant, such as `"unet"`, where files have LoRAs of several.
+                Component of a pipeline to read, such as `"unet"`, from files that hold LoRAs of several components.
             skip_bad (`bool`, *optional*, defaults to `False`):
-                Whether adapters that cannot be used, and those that a merge refuses for their own numbers, are left
-                out; [`~SharedSubspace.reading`] says which, and why.
+                Whether to leave out adapters that cannot be used and adapters whose own values make a merge refuse
+                them. [`~SharedSubspace.reading`] lists them with the reasons.
             token (`str` or `bool`, *optional*): User access token of the hub.
             progress (`bool`, *optional*, defaults to `True`): Whether to show progress bars.
 
         Raises:
-            ValueError: If a name, an adapter or a setting is unusable; naming what was found and expected.
+            ValueError: If a name, an adapter or a setting is unusable. The message says what was found and expected.
         """
         wanted = WantedDimensions(num_components, pseudo_rank, target_error, target_bytes, max_components)
         settings = SubspaceSettings(
@@ -159,28 +163,30 @@ class SharedSubspace(Applying, Editing, Exporting, Routing):
         progress: bool = True,
     ) -> MergeReport:
         """
-        Add tasks that arrive as LoRA adapters (Sec. 3.2.3). The other tasks stay, within the drift that is reported.
+        Add tasks that arrive as LoRA adapters (Sec. 3.2.3). The existing tasks change only by the reported drift.
 
         Args:
-            adapters: As for [`~SharedSubspace.from_adapters`].
+            adapters: Same as in [`~SharedSubspace.from_adapters`].
             tolerance (`float`, *optional*):
                 Relative part ``‖ΔW - ββ^T ΔW αα^T‖ / ‖ΔW‖`` of the new tasks that a layer's basis may leave out. Where
-                it leaves out no more, they are projected, and basis and old tasks stay as they are, to the bit; else
-                they are merged, as all are if not given. That of [`~SharedSubspace.from_adapters`] sets ranks.
+                the basis leaves out no more than that, the new tasks are projected, and the basis and the old tasks
+                stay bit-identical; otherwise the new tasks are merged. None merges all of them. Unlike this argument,
+                the `tolerance` of [`~SharedSubspace.from_adapters`] decides ranks.
             base_model (`str`, *optional*):
-                Name of the base model of these adapters and of the subspace, whatever they call it. Not checked.
-            component (`str`, *optional*): As for [`~SharedSubspace.from_adapters`].
-            skip_bad (`bool`, *optional*, defaults to `False`): As for [`~SharedSubspace.from_adapters`].
+                Name of the base model of both the adapters and the subspace, whatever name each of them records. It
+                is not checked.
+            component (`str`, *optional*): Same as in [`~SharedSubspace.from_adapters`].
+            skip_bad (`bool`, *optional*, defaults to `False`): Same as in [`~SharedSubspace.from_adapters`].
             token (`str` or `bool`, *optional*): User access token of the hub.
             progress (`bool`, *optional*, defaults to `True`): Whether to show progress bars.
 
         Returns:
-            [`~share_hf.subspace.MergeReport`]: The drift of every task, layer by layer, and in `projected_tasks` those
-                that no basis changed for.
+            [`~share_hf.subspace.MergeReport`]: The drift of every task, layer by layer. Its `projected_tasks` are the
+                tasks for which no basis changed.
 
         Raises:
-            ValueError: As for [`~SharedSubspace.from_adapters`]; also if an adapter belongs to another base model.
-            DriftToleranceError: If the tolerated drift cannot be met; the subspace is as before.
+            ValueError: As in [`~SharedSubspace.from_adapters`], and if an adapter belongs to another base model.
+            DriftToleranceError: If the drift tolerance cannot be met. The subspace stays unchanged.
         """
         check_tolerance(tolerance)
         named = named_places(adapters, self.tasks)
@@ -214,20 +220,21 @@ class SharedSubspace(Applying, Editing, Exporting, Routing):
 
     def update_from(self, other: SharedSubspace, *, base_model: str | None = None) -> None:
         """
-        Take in what another writer of this subspace has done since the two were one: new tasks, and removed ones.
+        Merge in the tasks that another writer of this subspace has added, and removed, since the two diverged.
 
         Args:
-            other ([`SharedSubspace`]): Stays as it is.
-            base_model (`str`, *optional*): Name of the base model of both, whatever they call it. Not checked.
+            other ([`SharedSubspace`]): Subspace of the other writer. It is not changed.
+            base_model (`str`, *optional*):
+                Name of the base model of both subspaces, whatever name each of them records. It is not checked.
 
         Raises:
-            ValueError: If it belongs to another base model, has other settings, or another task of a new task's name;
-                the subspace is as before.
+            ValueError: If `other` belongs to another base model, has other settings, or has a different task under
+                the name of a new task. The subspace stays unchanged.
         """
         self._hold_merged(reconcile(*named_alike(self.state, other.state, base_model)), other._originals)
 
     def report(self) -> SubspaceReport:
-        """Sizes, k, explained variance and drift."""
+        """Return sizes, k, explained variance and drift."""
         return report_of(self.state)
 
     def save_pretrained(
@@ -239,23 +246,25 @@ class SharedSubspace(Applying, Editing, Exporting, Routing):
         keep_originals: bool = False,
     ) -> None:
         """
-        Write the subspace as a tree that loads on disk and on the hub. A crash leaves the old tree or the new one.
+        Write the subspace as a tree that loads from disk and from the hub. A crash leaves the old tree or the new one.
 
-        If somebody else saved there since this subspace was loaded from the folder or saved to it, both sides' tasks
-        are merged, here and there, as by [`~SharedSubspace.push_to_hub`]. Another subspace there is replaced.
+        If somebody else has saved to the folder since this subspace was loaded from it or saved to it, the tasks of
+        both are merged, in memory and in the folder, as in [`~SharedSubspace.push_to_hub`]. An unrelated subspace in
+        the folder is replaced.
 
         Args:
-            folder (`str`): Where to write; files that are not of a subspace stay.
-            card_template (`str`, *optional*): A Jinja template of your own for the model card.
+            folder (`str`): Folder to write to. Files that do not belong to a subspace stay there.
+            card_template (`str`, *optional*): Custom Jinja template for the model card.
             history (`int`, *optional*):
-                How many predecessors of the tree to keep beside it from now on, for [`~SharedSubspace.undo`]; 0 for
-                none. As before if not given.
+                Number of predecessors of the tree to keep beside it from now on, for [`~SharedSubspace.undo`]; 0 keeps
+                none. None leaves the current setting unchanged.
             keep_originals (`bool`, *optional*, defaults to `False`):
-                Whether to name the folders that tasks came from in a file beside the tree, for
-                [`~SharedSubspace.refit`]. Neither is ever pushed.
+                Whether to record the folders that tasks came from in a file beside the tree, for
+                [`~SharedSubspace.refit`]. Neither this file nor the history is ever pushed.
 
         Raises:
-            ValueError: If what the folder holds cannot be replaced or merged with; nothing has changed then.
+            ValueError: If the contents of the folder can be neither replaced nor merged with. Nothing has changed
+                then.
         """
         place = Path(folder)
         with holding(place):
@@ -292,46 +301,48 @@ class SharedSubspace(Applying, Editing, Exporting, Routing):
         max_attempts: int = MAX_ATTEMPTS,
     ) -> CommitInfo:
         """
-        Publish the subspace: one commit on `main`, a branch for each task, a tag for the newest step.
+        Publish the subspace as one commit on `main`, a branch for each task, and a tag for the newest step.
 
-        Files that the repository has already are not uploaded again. If somebody else pushed tasks since this subspace
-        was loaded, both sides' tasks are merged, here and there.
+        Files that the repository already has are not uploaded again. If somebody else has pushed tasks since this
+        subspace was loaded, the tasks of both are merged, in memory and in the repository.
 
         Args:
-            repo_id (`str`): The repository, created if need be.
-            commit_message (`str`, *optional*): Message of the commit on `main`; tells the new tasks if not given.
-            commit_description (`str`, *optional*): Description of that commit.
-            private (`bool`, *optional*): Whether a repository that is created is private.
+            repo_id (`str`): Id of the repository, which is created if it does not exist.
+            commit_message (`str`, *optional*): Message of the commit on `main`. The default names the new tasks.
+            commit_description (`str`, *optional*): Description of the commit on `main`.
+            private (`bool`, *optional*): Whether to make a newly created repository private.
             token (`str` or `bool`, *optional*): User access token of the hub.
             create_pr (`bool`, *optional*, defaults to `False`):
                 Whether to open a pull request instead. The next push after it is merged writes branches and tags.
             default_task (`str`, *optional*):
-                The task whose LoRA is at the root of `main`; the newest, unless an earlier push chose one.
+                Task whose LoRA is at the root of `main`. None means the newest task, unless an earlier push chose one.
             branches (`Literal["all", "new", "none"]` or `Collection[str]`, *optional*):
-                The tasks that get a branch: all, those that the repository does not have yet, none, or these. If not
-                given, all of up to 100 tasks, and of more none. Each is a commit, of which the hub takes some hundred
-                an hour. A branch that is there is kept up to date in any case, and a task without one is found on
-                `main`: by `SharedSubspace.from_pretrained(revision=task)`, and by PEFT at `subfolder="tasks/<task>"`.
+                Tasks that get a branch: all, those that the repository does not have yet, none, or the named ones.
+                None means all tasks if there are at most 100, and none otherwise. Each branch is a commit, and the hub
+                accepts some hundred commits an hour. An existing branch is kept up to date in any case. A task without
+                a branch is found on `main`: by `SharedSubspace.from_pretrained(revision=task)`, and by PEFT at
+                `subfolder="tasks/<task>"`.
             branch_tolerance (`float`, *optional*, defaults to `0.05`):
-                Relative drift since a task's branch was written from which it is written again.
+                Relative drift of a task since its branch was written, from which on the branch is written again.
             upcoming_tasks (`Collection[str]`, *optional*):
-                Names of tasks that are still to be learned here: the push is refused where somebody else has pushed
-                one of these names.
+                Names of tasks that this process has yet to learn. The push is refused if somebody else has pushed a
+                task under one of these names.
             base_model (`str`, *optional*):
-                Name of the base model here and in the repository, whatever they call it. Not checked.
-            card_template (`str`, *optional*): A Jinja template of your own for the model card.
+                Name of the base model of this subspace and of the repository, whatever name each of them records. It
+                is not checked.
+            card_template (`str`, *optional*): Custom Jinja template for the model card.
             max_attempts (`int`, *optional*, defaults to `50`):
-                How often to merge and push again while others push at the same time.
+                Number of times to merge and push again while others push at the same time.
 
         Returns:
             [`~huggingface_hub.CommitInfo`]: The commit on `main`, or of the pull request.
 
         Raises:
-            ValueError: If the repository holds something that this subspace cannot be merged with; nothing has
+            ValueError: If the repository holds something that this subspace cannot be merged with. Nothing has
                 changed then.
-            PushConflictError: If the attempts ran out; nothing has changed then.
-            HubAnswerError: If something else than the hub answers. As after any other trouble of the network, the next
-                push completes this one.
+            PushConflictError: If all attempts were used up. Nothing has changed then.
+            HubAnswerError: If something other than the hub answers. As after any other network problem, the next push
+                completes this one.
         """
         options = PushOptions(
             commit_message=commit_message,
@@ -364,21 +375,21 @@ class SharedSubspace(Applying, Editing, Exporting, Routing):
         """
         Load a subspace that [`~SharedSubspace.save_pretrained`] or [`~SharedSubspace.push_to_hub`] wrote.
 
-        Of a repository at a task's revision, the bases and this task are downloaded; other tasks when they are asked
-        for.
+        At a task's revision of a repository, only the bases and this task are downloaded. Other tasks follow when they
+        are first needed.
 
         Args:
-            folder_or_repo (`str`): A folder, or the id of a hub repository.
+            folder_or_repo (`str`): Folder, or id of a hub repository.
             revision (`str`, *optional*):
-                A task, a step (`step-0007-mrpc`), or another branch, tag or commit. A task without a branch of its own
-                is that of `main`.
-            token (`str` or `bool`, *optional*): For a private repository.
-            cache_dir (`str`, *optional*): Where to keep downloads.
-            local_files_only (`bool`, *optional*, defaults to `False`): Use the cache only.
+                Name of a task, a step (`step-0007-mrpc`), or any other branch, tag or commit. A task without a branch
+                of its own is read from `main`.
+            token (`str` or `bool`, *optional*): User access token for a private repository.
+            cache_dir (`str`, *optional*): Folder in which downloads are cached.
+            local_files_only (`bool`, *optional*, defaults to `False`): Whether to use only cached files.
 
         Raises:
-            ValueError: If a file is missing, damaged, edited or of a newer format, if there is no such revision, or
-                one is given for a folder; naming what was found and expected.
+            ValueError: If a file is missing, damaged, edited or of a newer format, if the revision does not exist, or
+                if a revision is given for a folder. The message says what was found and expected.
         """
         if is_local(folder_or_repo):
             folder = Path(folder_or_repo)

@@ -1,4 +1,4 @@
-"""Continual learning in the Trainer: phases, the stream and its state, metrics, and a callback for other Trainers."""
+"""Continual learning in a Trainer: phases, the stream and its state, metrics, and a callback for other Trainers."""
 
 from ..state import ContinualMetrics
 from .arguments import ShareTrainingArguments

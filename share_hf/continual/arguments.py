@@ -18,7 +18,7 @@ from ..tuner import ShareConfig
 
 Method = Literal["share", "coefficients"]
 
-# Options of transformers that no stream can honour, and what is expected instead. All of them are off by default.
+# Options of transformers that no stream can honour, and what to use instead. All of them are off by default.
 REFUSED_ARGUMENTS = {
     "bf16_full_eval": "False: it would round what tasks have learned; load the base model in torch.bfloat16",
     "fp16_full_eval": "False: it would round what tasks have learned; load the base model in torch.float16",
@@ -32,7 +32,8 @@ REFUSED_ARGUMENTS = {
 }
 
 
-# The same of what `Trainer` is made with. All of them are None by default, or hold nothing but None.
+# Parameters of `Trainer` that no stream can honour, and what to use instead. By default, all are None or hold only
+# None.
 REFUSED_PARAMETERS = {
     "train_dataset": "tasks={name: data}: a stream learns from them alone",
     "model_init": "model: a stream learns all its tasks in one; make a trainer for each trial of a search",
@@ -46,45 +47,46 @@ REFUSED_PARAMETERS = {
 @dataclass
 class ShareTrainingArguments(TrainingArguments):
     """
-    Arguments of [`ShareTrainer`]: those of [`~transformers.TrainingArguments`], which apply to every phase, and what
-    a phase may have of its own. `max_steps`, where it is given, is the length of every phase.
+    Arguments of [`ShareTrainer`]: those of [`~transformers.TrainingArguments`], which apply to every phase, and
+    arguments for streams and single phases. `max_steps`, if given, is the length of every phase.
 
     Args:
         method (`Literal["share", "coefficients"]`, *optional*, defaults to `"share"`):
-            How a task is learned once there is a subspace: with temporary factors and a merge (Sec. 3.2.2), or by its
-            coefficients alone in the frozen basis.
+            Method by which a task is learned once there is a subspace: `"share"` trains temporary factors and merges
+            (Sec. 3.2.2), `"coefficients"` trains only the task's coefficients in the frozen basis.
         num_init_tasks (`int`, *optional*, defaults to `2`):
-            How many tasks, the first ones, are trained as free factors of rank p, as a LoRA is, before others build on
-            the subspace that they span.
-        init_learning_rate (`float`, *optional*): Learning rate of the init phase; `learning_rate` if not given.
+            Number of tasks at the start of the stream that are trained as free factors of rank p, as a LoRA is, before
+            others build on the subspace that these tasks span.
+        init_learning_rate (`float`, *optional*): Learning rate of the init phase. None means `learning_rate`.
         finetune_learning_rate (`float`, *optional*):
-            Learning rate of the finetune phase; `learning_rate` if not given.
+            Learning rate of the finetune phase. None means `learning_rate`.
         init_num_train_epochs (`float`, *optional*):
-            Epochs of the init phase; `num_train_epochs` if not given. Not together with `max_steps`.
+            Number of epochs of the init phase. None means `num_train_epochs`. Cannot be combined with `max_steps`.
         finetune_num_train_epochs (`float`, *optional*, defaults to `0`):
-            Epochs in which a task's coefficients are trained after its merge (Sec. 3.2.3). With `max_steps`, any
-            number over 0 adds the phase, which takes these steps.
+            Number of epochs in which a task's coefficients are trained after its merge (Sec. 3.2.3). With `max_steps`,
+            any number above 0 adds the phase, which then takes `max_steps` steps.
         samples_per_task (`int`, *optional*, defaults to `4`):
-            Of tasks that are learned together, how many samples of one lie beside each other: a batch of 32 mixes 8
-            tasks, and each takes its steps as if it were trained alone in batches of 4.
+            Number of consecutive samples of one task where tasks are learned together: a batch of 32 mixes 8 tasks,
+            each of which takes its steps as if it were trained alone in batches of 4.
         evaluate_seen_tasks (`bool`, *optional*, defaults to `True`):
-            Whether all tasks learned so far are evaluated after each task.
+            Whether to evaluate all tasks learned so far after each task.
         evaluate_before (`bool`, *optional*, defaults to `False`):
-            Whether each task is also evaluated before it is learned: with the model alone, and with the adapter of the
-            task before it, as forward transfer needs.
+            Whether to evaluate each task also before it is learned: with the model alone, and with the adapter of the
+            previous task, as forward transfer requires.
         score_metric (`str`, *optional*):
-            The metric that is a task's score, higher better. If not given, it is the first one of the task's own
-            function in `compute_metrics`; of one function for all tasks, `"accuracy"`, or else minus the loss.
+            Name of the metric that serves as a task's score, where higher is better. None means the first metric of
+            the task's own function in `compute_metrics`, or of its kind of task. With one function for all tasks, or a
+            `task_scorer`, None means `"accuracy"` if present, else minus the loss.
         routing (`bool`, *optional*, defaults to `False`):
-            Whether each task's inputs are learned too, from one more pass over its training data with the base model,
-            so that inputs find their task, as by [`SharedSubspace.learn_route`]. Not under ZeRO-3 or FSDP, and not of
-            data that is streamed.
+            Whether to learn a route to each task as well, in one more pass over its training data with the base model,
+            so that inputs find their task, as [`SharedSubspace.learn_route`] does. Neither ZeRO-3, FSDP nor streamed
+            data is supported.
         hub_branches (`str` or `list[str]`, *optional*):
-            Which tasks get a branch when the subspace is pushed: `"all"`, `"new"`, `"none"` or names of tasks, as for
+            Tasks that get a branch when the subspace is pushed: `"all"`, `"new"`, `"none"` or names of tasks, as in
             [`SharedSubspace.push_to_hub`].
         ddp_broadcast_buffers (`bool`, *optional*, defaults to `False`):
-            As of [`~transformers.TrainingArguments`], but off: the bases are buffers, which DDP would send to all
-            processes at every step, though they are the same there.
+            Same as in [`~transformers.TrainingArguments`], but off by default: the bases are buffers, which DDP would
+            send to all processes at every step, although they are the same on all of them.
 
     Raises:
         ValueError: If an option is out of its range, contradicts another one, or is one that no stream can honour.
@@ -163,10 +165,10 @@ def check_parameters(args: ShareTrainingArguments, parameters: Mapping[str, Any]
 
     Args:
         args: Arguments of the stream.
-        parameters: Keywords that [`ShareTrainer`] passes on.
+        parameters: Keyword arguments that [`ShareTrainer`] passes on.
 
     Raises:
-        ValueError: Naming the parameter, and what to use instead.
+        ValueError: If there is such a parameter. The message names it and what to use instead.
     """
     if args.method not in get_args(Method):
         raise ValueError(f"method is {args.method!r}, expected one of {get_args(Method)}")
@@ -189,10 +191,10 @@ def check_parameters(args: ShareTrainingArguments, parameters: Mapping[str, Any]
 
 
 def arguments_of_phase(args: ShareTrainingArguments, phase: Phase, folder: Path) -> ShareTrainingArguments:
-    """The arguments of one phase, with its rate and its epochs, and a folder of its own."""
+    """Return the arguments of one phase, with its learning rate, its epochs and a folder of its own."""
     own = copy.copy(args)
     own.output_dir = str(folder)
-    own.push_to_hub = False  # what goes to the hub is the subspace, not the checkpoints of a phase
+    own.push_to_hub = False  # the subspace goes to the hub, not the checkpoints of a phase
     if phase == Phase.INIT:
         own.learning_rate = _first_given(args.init_learning_rate, args.learning_rate)
         own.num_train_epochs = _first_given(args.init_num_train_epochs, args.num_train_epochs)
@@ -205,7 +207,7 @@ def arguments_of_phase(args: ShareTrainingArguments, phase: Phase, folder: Path)
 def training_facts(
     args: ShareTrainingArguments, config: ShareConfig, optimizer: tuple[type, Mapping[str, Any]] | None = None
 ) -> dict[str, Any]:
-    """What the model card tells of how tasks are trained; `optimizer` is class and keywords, if they were given."""
+    """Return the training facts for the model card. `optimizer` is its class and keyword arguments, if given."""
     name, keywords = (optimizer[0].__name__, optimizer[1]) if optimizer is not None else (args.optim, {})
     rate = keywords.get("lr", args.learning_rate)
     return {

@@ -1,4 +1,4 @@
-"""Adapt and merge inside a Trainer that is not ours."""
+"""A callback that adapts and merges inside any Trainer."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from .phases import (
 from .routing import check_loader_routes, with_route_from
 
 
-# What `trl.DPOTrainer` calls its copy of the adapter that it starts from.
+# Name that `trl.DPOTrainer` gives its copy of the adapter that it starts from.
 REFERENCE = "ref"
 
 
@@ -43,37 +43,39 @@ class ShareCallback(TrainerCallback):
     """
     Learns one task in any [`~transformers.Trainer`] and merges it into the subspace of the model.
 
-    Pass it in `callbacks=[...]`: the task is set up when the Trainer is made, before the optimizer exists, and merged
-    when training ends. A model with a subspace is adapted (Sec. 3.2.2); one without trains the first task as a LoRA
-    and starts the subspace from it.
+    Pass it in `callbacks=[...]`: the task is set up when the Trainer is created, before the optimizer exists, and
+    merged when training ends. With a subspace in the model, the task adapts to it (Sec. 3.2.2); without one, the task
+    is trained as a LoRA and starts the subspace.
 
-    It works in `trl.SFTTrainer` as it is, on quantized models too: TRL rounds the adapters it is given to bfloat16
-    there, but the new task is added after that in float32, and the tasks of `subspace` are put back as they were.
-    `trl.DPOTrainer` takes the base model and `peft_config=ShareConfig(...)` for the first task. For a later one it
-    wants an adapter named `default` in the model that has the others, which is gone when the task is set up:
-    `model.add_adapter("default", ShareConfig(...))`. Its reference is the base model either way.
+    The callback works in `trl.SFTTrainer` without changes, also on quantized models: TRL rounds the adapters in the
+    model to bfloat16 there, but the new task is added afterwards in float32, and the tasks of `subspace` are restored.
+    `trl.DPOTrainer` takes the base model and `peft_config=ShareConfig(...)` for the first task. For a later task, it
+    needs an adapter named `default` in the model that has the earlier tasks
+    (`model.add_adapter("default", ShareConfig(...))`), which is removed when the task is set up. Its reference is the
+    base model either way.
 
-    With `load_best_model_at_end`, the best checkpoint is merged. The Trainer itself looks for adapters that are called
-    `default` alone, and warns that it could not locate the best model. It cannot take `optimizers=`, which are made
-    before the parameters of the task, nor `model_init=`.
+    With `load_best_model_at_end`, the best checkpoint is merged. The Trainer itself only looks for adapters named
+    `default`, and warns that it could not locate the best model. The Trainer must take neither `optimizers=`, which
+    would be created before the parameters of the task, nor `model_init=`.
 
-    Under DDP, ZeRO-1 and ZeRO-2 every process merges the same. FSDP and ZeRO-3 keep an adapter in parts as long as the
-    Trainer lives, and are refused: [`ShareTrainer`] takes them. DeepSpeed allows one Trainer, so one task, a process.
+    Under DDP, ZeRO-1 and ZeRO-2, every process merges the same values. FSDP and ZeRO-3 partition an adapter as long as
+    the Trainer lives, and are refused; [`ShareTrainer`] supports them. DeepSpeed allows one Trainer per process, and
+    therefore one task.
 
     Args:
         task (`str`):
             Name of the new task.
         subspace ([`SharedSubspace`], *optional*):
-            The subspace so far; taken from the model if not given, and then without what is known of drift, or of the
-            inputs of its tasks.
+            Subspace so far. None takes it from the model, without what is known about its drift and about the inputs
+            of its tasks.
         routing (`bool`, *optional*, defaults to `False`):
             Whether to learn a route to the task after its merge, in one more pass over the training data with the base
             model, so that inputs find their task, as [`SharedSubspace.learn_route`] does. Streamed, packed and
             padding-free data and the preferences of `trl.DPOTrainer` are not supported.
 
     Attributes:
-        subspace ([`SharedSubspace`]): The subspace, with the task in it when training has ended.
-        report ([`~share_hf.subspace.MergeReport`]): What the merge did, None until then.
+        subspace ([`SharedSubspace`]): The subspace, which has the task when training has ended.
+        report ([`~share_hf.subspace.MergeReport`]): Report of the merge, None until then.
 
     Example:
         ```py
@@ -167,7 +169,7 @@ class ShareCallback(TrainerCallback):
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             _load_best(model, self.task, Path(state.best_model_checkpoint))
         if REFERENCE in model.peft_config:
-            # It is no task, and has no coefficients in the basis that the merge makes.
+            # The reference is not a task, and has no coefficients in the basis that the merge creates.
             model.delete_adapter(REFERENCE)
             model.set_adapter(self.task)
         info, known = describe_task(model, self.task, self._phase), self.subspace.state
@@ -186,11 +188,11 @@ class ShareCallback(TrainerCallback):
 
 
 def _check_options(args: TrainingArguments, given: Mapping[str, Any]) -> None:
-    """Refuse options of a Trainer with which something else than the trained task would be merged.
+    """Refuse options of a Trainer with which something other than the trained task would be merged.
 
     Args:
         args: Arguments of the Trainer.
-        given: What it was made with, by the names that callbacks have for it.
+        given: Objects that the Trainer passes to callbacks, by keyword.
     """
     for name in ("optimizer", "lr_scheduler"):
         if given.get(name) is not None:
@@ -203,19 +205,19 @@ def _check_options(args: TrainingArguments, given: Mapping[str, Any]) -> None:
 
 
 def _load_best(model: PeftModel, task: str, checkpoint: Path) -> None:
-    """Load a task from the best checkpoint of a run, where a Trainer looks for an adapter named `default` alone."""
+    """Load a task from the best checkpoint of a run: the Trainer itself only looks for an adapter named `default`."""
     if AcceleratorState().distributed_type == DistributedType.DEEPSPEED:
-        return  # its engine has loaded all that is trained
+        return  # its engine has loaded all trained parameters
     folder = checkpoint / task
     if folder.is_dir():
         model.load_adapter(str(folder), task, is_trainable=True)
         model.set_adapter(task)
-    elif PartialState().is_main_process:  # others may be on machines without it, and take what is merged here
+    elif PartialState().is_main_process:  # others may be on machines without it, and receive the merge from here
         raise ValueError(f"{folder}: not there, expected the best checkpoint of task {task!r} to merge")
 
 
 def _rounded_tasks(model: PeftModel, state: SubspaceState) -> list[str]:
-    """Tasks whose coefficients in the model are no longer in float32."""
+    """Return the tasks whose coefficients in the model are no longer in float32."""
     layers = share_layers(model).values()
     return [
         task

@@ -1,4 +1,4 @@
-"""The folders of phases and the Trainer's checkpoints in them: which are whole, and whose they are."""
+"""The folders of phases and the Trainer's checkpoints in them: which ones are whole, and who wrote them."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# Says that a folder is that of a phase, and its checkpoints a stream's. Nothing is removed from a folder without it.
+# Marks the folder of a phase, whose checkpoints belong to a stream. Nothing is removed from a folder without it.
 MARKER_FILE = ".share_hf_phase"
 
 
 def claim_phase(phase: Path) -> None:
-    """Mark a folder as that of a phase."""
+    """Mark a folder as the folder of a phase."""
     phase.mkdir(parents=True, exist_ok=True)
     (phase / MARKER_FILE).touch()
 
 
 def is_claimed(phase: Path) -> bool:
-    """Whether a folder is marked as that of a phase."""
+    """Return whether a folder is marked as the folder of a phase."""
     return (phase / MARKER_FILE).is_file()
 
 
 def empty_phase(phase: Path) -> None:
-    """Remove what a stream wrote into the folder of a phase, and the folder if nothing else is in it."""
+    """Remove the checkpoints of a stream from the folder of a phase, and the folder if nothing else is in it."""
     if not is_claimed(phase):
         return
     for checkpoint in phase.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
@@ -46,10 +46,10 @@ def empty_phase(phase: Path) -> None:
 
 
 def check_unclaimed(phases: Path) -> None:
-    """Refuse a folder with checkpoints that no stream wrote: they must be neither removed nor taken for a phase's.
+    """Refuse a folder with checkpoints that no stream wrote, which must be neither removed nor resumed from.
 
     Raises:
-        ValueError: Naming one of them.
+        ValueError: If there is one. The message names it.
     """
     for checkpoint in phases.glob(f"*/{PREFIX_CHECKPOINT_DIR}-*"):
         if not is_claimed(checkpoint.parent):
@@ -60,10 +60,10 @@ def check_unclaimed(phases: Path) -> None:
 
 
 def newest_whole_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint of a Trainer run that can be read, without running any code in it.
+    """Return the newest checkpoint of a Trainer run that can be read without running any code in it.
 
-    A killed run may leave a torn one, a machine that fails may lose what was written, and a stranger may have written
-    it. What is passed over is logged.
+    A killed run may leave a torn checkpoint, a machine that fails may lose what was written, and a stranger may have
+    written the checkpoint. Every checkpoint that is skipped is logged.
     """
     checkpoints = [
         path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdigit()
@@ -83,12 +83,12 @@ def _step_of(checkpoint: Path) -> int:
 
 
 def _check_whole(checkpoint: Path) -> None:
-    """Refuse a checkpoint that no phase can go on from.
+    """Refuse a checkpoint that no phase can resume from.
 
     Raises:
-        ValueError, OSError: Naming the file that is missing or damaged.
+        ValueError, OSError: If a file is missing or damaged. The message names it.
     """
-    # Written last, when all processes have written theirs.
+    # This file is written last, when all processes have written theirs.
     path = checkpoint / TRAINER_STATE_NAME
     try:
         state = TrainerState.load_from_json(str(path))
@@ -112,7 +112,7 @@ def _check_whole(checkpoint: Path) -> None:
 
 def _expect_json(path: Path) -> None:
     try:
-        json.loads(path.read_text(encoding="utf-8"))  # the Trainer's own may hold NaN
+        json.loads(path.read_text(encoding="utf-8"))  # files of the Trainer may hold NaN
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from error
 
@@ -126,9 +126,9 @@ def _expect_safetensors(path: Path) -> None:
 
 
 def _expect_saved_by_torch(path: Path, *, is_read_by_deepspeed: bool) -> None:
-    """Refuse a file that is torn, whose bytes have changed, or that would have to be unpickled with code in it.
+    """Refuse a file that is torn, whose bytes have changed, or that could not be unpickled without running code.
 
-    DeepSpeed's own files hold objects of its classes, and may be pickles that are no archives.
+    DeepSpeed's own files hold objects of its classes, and may be pickles rather than archives.
     """
     with path.open("rb") as opened:
         is_archive = opened.read(2) == b"PK"
@@ -155,7 +155,7 @@ def _expect_saved_by_torch(path: Path, *, is_read_by_deepspeed: bool) -> None:
 def delete_checkpoints_before(phase: Path, limit: int) -> None:
     """Delete the oldest checkpoints of earlier phases until all phases together have no more than `limit`.
 
-    None of them is resumed from any more; those of the phase itself are the Trainer's own business.
+    No run resumes from these any more. The Trainer itself manages the checkpoints of the phase.
     """
     own = list(phase.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
     marked = [folder.parent for folder in phase.parent.glob(f"*/{MARKER_FILE}") if folder.parent != phase]

@@ -1,4 +1,4 @@
-"""The data of a stream, checked: the splits of its tasks."""
+"""Checking the data of a stream: the splits of its tasks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.utils.data
 from transformers.trainer_utils import has_length
 
 
-# What `Trainer` takes: of datasets or torch, to be indexed or streamed.
+# Data sets that `Trainer` takes: of datasets or torch, indexed or streamed.
 Data = datasets.Dataset | datasets.IterableDataset | torch.utils.data.Dataset
 TaskData = Data | Mapping[str, Data]
 
@@ -20,23 +20,23 @@ EVALUATION_SPLITS = ("test", "validation", "eval")
 
 
 class TaskSplits(NamedTuple):
-    """What a task is learned from, and what it is scored on after each task."""
+    """The data that a task is learned from, and the data that it is scored on after each task."""
 
     train: Data
     evaluation: Data | None
 
 
 def split_data(name: str, data: TaskData, *, max_steps: int) -> TaskSplits:
-    """Training and evaluation data of a task.
+    """Return the training and evaluation data of a task.
 
     Args:
-        name: The task's name.
-        data: A data set to train on, or data sets by split.
-        max_steps: Length of a phase in steps; not positive if it is given in epochs.
+        name: Name of the task.
+        data: Data set to train on, or data sets by split.
+        max_steps: Length of a phase in steps. It is not positive if the length is given in epochs.
 
     Raises:
-        ValueError: If there is no training data, data of another kind, or none of the other splits has a known name;
-            or if the training data has no length, and the phases have none either.
+        ValueError: If there is no training data, the data is of an unknown kind, there are other splits but none with
+            a known name, or neither the training data nor the phases have a length.
     """
     if not isinstance(data, Mapping):
         data = {TRAIN_SPLIT: data}
@@ -64,16 +64,16 @@ def split_data(name: str, data: TaskData, *, max_steps: int) -> TaskSplits:
 
 
 def is_streamed(data: Data) -> bool:
-    """Whether data comes one example after the other, from nobody knows how many."""
+    """Return whether data is streamed, so that its number of examples is unknown."""
     return not has_length(data)
 
 
 @contextmanager
 def naming_used_up_streams(task: str) -> Iterator[None]:
-    """Within the block, data that should give a batch and has none left is told by its task.
+    """Name the task whose data has no batch left where one is needed within the block.
 
     Raises:
-        ValueError: Instead of accelerate's, which names nothing.
+        ValueError: If its data is used up, in place of accelerate's error, which names nothing.
     """
     try:
         yield
@@ -84,12 +84,12 @@ def naming_used_up_streams(task: str) -> Iterator[None]:
 
 
 def used_up(task: str) -> str:
-    """What is said of a stream that has no batch left."""
+    """Return the message about a task whose streamed data has no batch left."""
     return f"task {task!r} has a stream that is used up, expected one that can be read for each phase and evaluation"
 
 
 def evaluation_splits(data: TaskData, *, reverse: bool = False) -> Iterator[Data]:
-    """The data that a task may be evaluated on, in the order in which one is taken to score it."""
+    """Yield the data that a task may be evaluated on, in order of preference."""
     if isinstance(data, Mapping):
         names = reversed(EVALUATION_SPLITS) if reverse else EVALUATION_SPLITS
         yield from (data[name] for name in names if data.get(name) is not None and not _is_empty(data[name]))
@@ -100,12 +100,12 @@ def _is_data(data: object) -> bool:
 
 
 def is_iterable_only(data: object) -> bool:
-    """Whether data can only be read from its beginning."""
+    """Return whether data can only be read from its beginning."""
     return isinstance(data, (datasets.IterableDataset, torch.utils.data.IterableDataset))
 
 
 def cannot_be_indexed(data: Data) -> bool:
-    """Whether data has no length, or has one and can only be read from its beginning all the same."""
+    """Return whether data has no length, or has one but can only be read from its beginning."""
     return is_streamed(data) or is_iterable_only(data)
 
 

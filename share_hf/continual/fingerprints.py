@@ -1,4 +1,7 @@
-"""What data and base models are recognized by when a stream goes on: bounded samples, the same in every process."""
+"""Fingerprints that identify data and base models when a stream resumes.
+
+They are digests of bounded samples, and the same in every process.
+"""
 
 from __future__ import annotations
 
@@ -19,20 +22,21 @@ from ..format.saved_modules import saved_module_of
 from .data import Data, is_streamed
 
 
-# How many rows of a data set, and values of a parameter, are looked at.
+# Number of rows of a data set, and of values of a parameter, in a sample.
 _ROWS = 64
 _VALUES = 64
 
-# What `repr` writes the same in every process, and `struct` does not know.
+# Types that `repr` writes the same way in every process, and that `struct` does not support.
 _PLAIN = (date, time, timedelta, Decimal, Enum, int, complex)
 
 
 class WeightsFingerprint(NamedTuple):
-    """What the parameters of a base model are recognized by.
+    """Fingerprint of the parameters of a base model.
 
     Args:
         layout: Digest of their names, shapes and dtypes, and of which of them have values here.
-        values: Digest of a sample of these values; None where none has any. Comparable where layouts are the same.
+        values: Digest of a sample of these values, None if no parameter has any. Comparable only if the layouts are
+            the same.
     """
 
     layout: str
@@ -40,13 +44,13 @@ class WeightsFingerprint(NamedTuple):
 
 
 def weights_fingerprint(model: nn.Module, kept: Iterable[str] = ()) -> WeightsFingerprint:
-    """Recognize a base model by the layout of its parameters, and by some values of each.
+    """Return a fingerprint of the layout of a base model's parameters and of some values of each.
 
     Parameters that are on the meta device or partitioned by ZeRO-3 have no values here.
 
     Args:
-        model: The base model, without adapters.
-        kept: As of `saved_names`: modules that each task keeps for itself, and that may begin at random.
+        model: Base model without adapters.
+        kept: Modules that each task keeps for itself, and that may begin at random, as `saved_names` returns them.
     """
     layout, values = hashlib.sha256(), hashlib.sha256()
     kept, samples = list(kept), []
@@ -57,7 +61,7 @@ def weights_fingerprint(model: nn.Module, kept: Iterable[str] = ()) -> WeightsFi
         if sample is not None:
             samples.append(sample)
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-        # How weights are quantized depends on what quantizes them.
+        # Quantized weights depend on the kind of device that quantizes them.
         place = None if parameter.dtype.is_floating_point else parameter.device.type
         layout.update(repr((name, shape, str(parameter.dtype), place, sample is not None)).encode())
     for sample in samples:
@@ -66,24 +70,24 @@ def weights_fingerprint(model: nn.Module, kept: Iterable[str] = ()) -> WeightsFi
 
 
 def _sampled_values(parameter: nn.Parameter) -> Tensor | None:
-    """Values (at most `_VALUES`,), evenly spaced; None where there are none, or not those that were loaded."""
+    """Return evenly spaced values (at most `_VALUES`,), or None if there are none, or not those that were loaded."""
     data = parameter.data
     repacked = getattr(getattr(parameter, "quant_state", None), "packing_format_for_cpu", False)
     if type(data) is not Tensor or data.is_meta or not data.numel() or hasattr(parameter, "ds_shape") or repacked:
         return None
-    # The last 64th is not reached: rows that were added to embeddings for new tokens begin at random.
+    # The sample does not reach the last 64th: rows that were added to embeddings for new tokens begin at random.
     return data.reshape(-1)[:: max(1, data.numel() // _VALUES)][:_VALUES].contiguous()
 
 
 def data_fingerprint(data: Data | None) -> str | None:
-    """Recognize data by its length, its columns and some of its rows.
+    """Return a fingerprint of the length of data, its columns and some of its rows.
 
     Args:
-        data: Data of a task; what it becomes when a format or transform of `datasets` reads it does not count.
+        data: Data of a task. For data of `datasets`, the stored rows count, before any format or transform.
 
     Returns:
-        A text that a person can read; None for streamed data. Of rows that are not the same each time they are read,
-        or that hold objects, it has the number alone.
+        Human-readable text, or None for streamed data. If rows differ each time they are read, or hold arbitrary
+        objects, the text has only their number.
     """
     if data is None or is_streamed(data):
         return None
@@ -100,7 +104,7 @@ def data_fingerprint(data: Data | None) -> str | None:
 
 
 class _UnknownValueError(TypeError):
-    """A value is not known to have the same bytes in every process."""
+    """A value may not have the same bytes in every process."""
 
 
 def _digest_of(rows: Iterable[Any]) -> str:
@@ -114,7 +118,7 @@ def _feed(digest: Any, value: Any) -> None:
     """Add a value to a digest, with its type and its length.
 
     Raises:
-        _UnknownValueError: If it holds something else than numbers, text, tensors and collections of them.
+        _UnknownValueError: If it holds anything other than numbers, dates, text, tensors and collections of these.
     """
     if isinstance(value, Tensor):
         value = value.detach().cpu()
@@ -146,7 +150,7 @@ def _short(digest: Any) -> str:
 
 
 def as_json(value: Any) -> Any:
-    """A setting as JSON that is the same in every process, and when it is read back."""
+    """Return a setting as JSON that is the same in every process, and when it is read back."""
     if value is None or (isinstance(value, (bool, int, str)) and not isinstance(value, Enum)):
         return value
     if isinstance(value, float):

@@ -1,4 +1,4 @@
-"""One trainer at a time in a folder: a lock that ends with the process that holds it, however that ends."""
+"""A lock that admits one trainer at a time to a folder, and is released however the process that holds it ends."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ logger = logging.get_logger(__name__)
 
 LOCK_FILE = ".share_hf_lock"
 
-# Descriptors of the locks that this process holds. A forked process has them too, and would hold the locks for as long
-# as it lives, longer than a parent that was killed.
+# Descriptors of the locks that this process holds. A forked process inherits them, and would hold the locks as long as
+# it lives, even after its parent was killed.
 _held: set[int] = set()
 
 
 class FolderInUseError(RuntimeError):
-    """Another trainer is at work in the folder."""
+    """Raised when another trainer is at work in the folder."""
 
 
 @contextmanager
 def holding(folder: Path) -> Iterator[None]:
-    """Hold a folder while the block runs. Of several processes, the first one holds it for all.
+    """Hold a folder while the block runs. With several processes, the first one holds it for all.
 
     Raises:
-        FolderInUseError: Naming the folder and the process that holds it; on every process.
+        FolderInUseError: If another process holds the folder, on every process. The message names both.
     """
     with ExitStack() as stack:
 
@@ -44,7 +44,7 @@ def holding(folder: Path) -> Iterator[None]:
 
 
 def _take(folder: Path) -> int | None:
-    """The descriptor of a lock file that nobody else holds; None where there are no locks."""
+    """Lock the file in a folder. Returns its descriptor, or None where locks are not available."""
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT)
     is_locked = False
@@ -56,14 +56,14 @@ def _take(folder: Path) -> int | None:
     if not is_locked:
         return None
     _held.add(descriptor)
-    with suppress(OSError):  # the number tells others who it is, no more: a disk may be full
+    with suppress(OSError):  # the process id only informs others, and the disk may be full
         os.ftruncate(descriptor, 0)
         os.write(descriptor, str(os.getpid()).encode())
     return descriptor
 
 
 def _is_locked(descriptor: int, folder: Path) -> bool:
-    """Lock a file, or warn where that is not possible."""
+    """Lock a file, or warn if that is not possible. Returns whether the file is locked."""
     try:
         is_locked = lock(descriptor, wait=False)
     except BlockingIOError as error:

@@ -1,4 +1,4 @@
-"""The data of tasks that are learned together: one data set, batches that mix tasks, and which step sees which."""
+"""The data of tasks that are learned together: one data set, batches that mix tasks, and the steps of each task."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import torch.utils.data
 from .data import Data
 
 
-# In a batch, the number of each sample's task among those that are learned together, (samples,) int64.
+# Key of a batch for the number of each sample's task among those that are learned together, (samples,) int64.
 TASK_NUMBERS = "share_task_numbers"
 
 
 class GroupData(torch.utils.data.Dataset):
-    """The training data of several tasks, one after the other; an example is the number of its task, and its row.
+    """The concatenated training data of several tasks. An example is the number of its task, and its row.
 
     Args:
-        data: By task, data that has a length.
+        data: Data of each task, which must have a length.
     """
 
     def __init__(self, data: Mapping[str, Data]) -> None:
@@ -39,21 +39,21 @@ class GroupData(torch.utils.data.Dataset):
         return number, self._data[number][int(index - self._ends[number] + self.lengths[number])]
 
     def numbers_of(self, indices: np.ndarray | int) -> np.ndarray:
-        """The numbers of the tasks that examples belong to."""
+        """Return the numbers of the tasks that examples belong to."""
         return np.searchsorted(self._ends, indices, side="right")
 
 
 class GroupSampler(torch.utils.data.Sampler[int]):
-    """Each example of each task once an epoch, in an order that depends on the seed and the epoch alone.
+    """Samples each example of each task once per epoch, in an order that depends only on the seed and the epoch.
 
-    A few examples of a task come one after the other, so that a batch has so many of each task that is in it; runs of
-    all tasks come in random order, and what is left of tasks at the end. A task with more examples has more steps.
+    Examples of a task come in runs, so that a batch has that many samples of each task in it. The runs of all tasks
+    come in random order, followed by what is left of each task. A task with more examples takes more steps.
 
     Args:
-        data: What is learned.
+        data: Data to sample from.
         samples_per_task: Length of a run.
         seed: Seed of the order.
-        epoch: Tells the epoch that begins, from 0.
+        epoch: Function that returns the number of the epoch that begins, from 0.
     """
 
     def __init__(self, data: GroupData, samples_per_task: int, seed: int, epoch: Callable[[], int]) -> None:
@@ -69,13 +69,13 @@ class GroupSampler(torch.utils.data.Sampler[int]):
         yield from self._order(self._epoch()).tolist()
 
     def steps_of_tasks(self, total: int, *, step: int, process: int, processes: int = 1) -> np.ndarray:
-        """How many steps of the optimizer each task takes part in, (tasks,).
+        """Return the number of optimizer steps that each task takes part in, (tasks,).
 
         Args:
-            total: Number of steps of the optimizer.
-            step: Samples of a step, over all processes.
-            process: Samples of a batch on one process.
-            processes: How many there are; the last batches are filled up from the beginning where there are several.
+            total: Number of optimizer steps.
+            step: Number of samples of a step, over all processes.
+            process: Number of samples of a batch on one process.
+            processes: Number of processes. With several, samples from the beginning fill up the last batches.
         """
         steps, epoch = np.zeros(len(self._data.tasks), dtype=np.int64), 0
         while total > 0:
@@ -104,10 +104,10 @@ class GroupSampler(torch.utils.data.Sampler[int]):
 
 @dataclass
 class GroupCollator:
-    """Makes a batch of examples of `GroupData`.
+    """Collates examples of `GroupData` into a batch.
 
     Args:
-        collate: Makes a batch of the rows.
+        collate: Function that collates the rows.
     """
 
     collate: Callable[[list[Any]], Any]

@@ -1,8 +1,9 @@
 """The steps of an optimizer that trains several tasks, each as if it were alone with its samples.
 
-A step's loss is the sum over all samples, divided by their number. A sample's loss depends on the parameters of its
-own task alone, so each task's gradient becomes that of the mean over its own samples by one factor. A task without a
-sample in a step has no gradients in it, which optimizers of torch pass over: moments, counts and weight decay stay.
+A step's loss is the sum over all samples, divided by their number. A sample's loss depends only on the parameters of
+its own task, so one factor turns each task's gradient into the gradient of the mean over the task's own samples. A
+task without a sample in a step has no gradients there, and torch optimizers skip parameters without gradients: their
+moments, step counts and values, including weight decay, stay unchanged.
 """
 
 from __future__ import annotations
@@ -16,17 +17,17 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainingArguments, get_scheduler
 
 
-# The `label` that no loss counts.
+# Label that no loss counts.
 IGNORED = -100
 
 
 def items_of_samples(labels: Tensor | None, samples: int, *, are_shifted: bool) -> Tensor:
-    """How many items a loss counts of each sample (samples,): labels, tokens that are predicted, or the sample itself.
+    """Return how many items of each sample a loss counts (samples,): labels, predicted tokens, or the sample itself.
 
     Args:
-        labels: (samples, ...); None where a batch has none.
-        samples: Their number.
-        are_shifted: Whether each label is that of the position before it.
+        labels: Labels (samples, ...), None if the batch has none.
+        samples: Number of samples.
+        are_shifted: Whether each label is predicted at the position before it.
     """
     if labels is None or labels.ndim == 0:
         return torch.ones(samples, dtype=torch.int64)
@@ -38,9 +39,9 @@ def scale_by_task(parameters: Sequence[Sequence[nn.Parameter]], factors: Tensor,
     """Scale the gradients of each task, and clip them by their own norm, as `clip_grad_norm_` would.
 
     Args:
-        parameters: By task, what is trained.
-        factors: (tasks,), what gradients are multiplied by before they are clipped.
-        max_norm: Largest norm of a task's gradients; infinity to clip none.
+        parameters: Trained parameters of each task.
+        factors: Factors (tasks,) that gradients are multiplied by before they are clipped.
+        max_norm: Largest norm of a task's gradients. Infinity disables clipping.
 
     Returns:
         Norms (tasks,) before clipping, zero where a task has no gradients.
@@ -69,11 +70,13 @@ def _by_device(tensors: Sequence[Tensor]) -> dict[torch.device, list[Tensor]]:
 
 
 def divide_among_tasks(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Sequence[nn.Parameter]]) -> None:
-    """Give each task groups of its own in an optimizer that has not taken a step, so that its rate is its own.
+    """Give each task parameter groups of its own in an optimizer that has not taken a step yet.
+
+    Each task then has its own learning rate.
 
     Args:
-        optimizer: Has groups of parameters, with or without weight decay, of all tasks.
-        parameters: By task, what is trained.
+        optimizer: Optimizer whose groups, with or without weight decay, hold the parameters of all tasks.
+        parameters: Trained parameters of each task.
     """
     owner = {parameter: task for task, of_task in parameters.items() for parameter in of_task}
     groups = []
@@ -86,14 +89,14 @@ def divide_among_tasks(optimizer: torch.optim.Optimizer, parameters: Mapping[str
 
 
 class TaskSchedules(LambdaLR):
-    """A learning rate by task: each follows the schedule by the steps that the task has taken part in.
+    """A learning rate for each task, which follows the schedule by the steps that the task has taken part in.
 
     Args:
-        optimizer: Its groups have the name of their task under `"task"`.
-        schedules: By task, what its rate is multiplied by at its step.
+        optimizer: Optimizer whose groups have the name of their task under `"task"`.
+        schedules: Function of each task from its step to the factor of its learning rate.
 
     Attributes:
-        task_steps (`dict[str, int]`): By task, its steps so far.
+        task_steps (`dict[str, int]`): Number of steps of each task so far.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, schedules: Mapping[str, Callable[[int], float]]) -> None:
@@ -104,10 +107,10 @@ class TaskSchedules(LambdaLR):
         )
 
     def step(self, epoch: int | None = None) -> None:
-        """Count the step of the tasks that have gradients, and set the rates of all.
+        """Count a step of the tasks that have gradients, and set the learning rates of all tasks.
 
         Args:
-            epoch (`int`, *optional*): Not used.
+            epoch (`int`, *optional*): Number of the epoch, which is not used.
         """
         groups = self.optimizer.param_groups
         for task in {group["task"]: None for group in groups if any(p.grad is not None for p in group["params"])}:
@@ -116,10 +119,10 @@ class TaskSchedules(LambdaLR):
 
 
 def schedule_of(args: TrainingArguments, steps: int) -> Callable[[int], float]:
-    """What the arguments multiply a learning rate by, step by step, over so many steps.
+    """Return the schedule of the arguments over `steps` steps: a function from a step to the factor of the rate.
 
     Raises:
-        ValueError: If their schedule does not go by steps.
+        ValueError: If the schedule does not depend on steps alone.
     """
     rate = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
     schedule = get_scheduler(
@@ -138,26 +141,26 @@ def schedule_of(args: TrainingArguments, steps: int) -> Callable[[int], float]:
 
 
 class TaskLosses:
-    """Mean losses of tasks since they were last asked for, for logs.
+    """Mean losses of tasks since the last log.
 
     Args:
-        tasks: Their number.
+        tasks: Number of tasks.
     """
 
     def __init__(self, tasks: int) -> None:
         self._sums_and_items = torch.zeros(2, tasks)
 
     def add(self, logits: Tensor, labels: Tensor, numbers: Sequence[int], items: Tensor, *, are_shifted: bool) -> None:
-        """Count the samples of a batch.
+        """Add the losses of a batch.
 
         Args:
-            logits: (samples, ..., labels).
-            labels: (samples, ...), integers or numbers.
-            numbers: The task of each sample.
-            items: (samples,), as of `items_of_samples`.
-            are_shifted: Whether each label is that of the position before it.
+            logits: Logits (samples, ..., labels).
+            labels: Labels (samples, ...), integers or floating-point numbers.
+            numbers: Number of the task of each sample.
+            items: Items of each sample (samples,), as `items_of_samples` returns them.
+            are_shifted: Whether each label is predicted at the position before it.
         """
-        self._sums_and_items = self._sums_and_items.to(logits.device)  # nothing waits for the device until a log
+        self._sums_and_items = self._sums_and_items.to(logits.device)  # no wait for the device until a log
         with torch.no_grad():
             for number in dict.fromkeys(numbers):
                 rows = [row for row, other in enumerate(numbers) if other == number]
@@ -165,10 +168,10 @@ class TaskLosses:
                 self._sums_and_items[1, number] += items[rows].sum()
 
     def take(self, reduce: Callable[[Tensor], Tensor]) -> list[float | None]:
-        """The mean of each task, None where it had no sample; counting begins anew.
+        """Return the mean loss of each task, None where it had no sample, and start anew.
 
         Args:
-            reduce: Adds up a tensor over all processes, or takes its mean.
+            reduce: Function that returns the sum, or the mean, of a tensor over all processes.
         """
         sums, items = reduce(self._sums_and_items).tolist()
         self._sums_and_items = torch.zeros_like(self._sums_and_items)

@@ -1,4 +1,4 @@
-"""A Trainer of phases that may train several tasks at once, each as it would be trained alone on its samples."""
+"""A Trainer of phases that can train several tasks at once, each as it would be trained alone on its samples."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from .phase_trainer import PhaseTrainer
 from .together import check_optimizer
 
 
-# Past this number, the curves of single tasks are no longer logged: `metrics` and the tree have them.
+# Largest number of tasks whose single loss curves are logged. Beyond it, `metrics` and the tree still have each task.
 MOST_LOGGED_TASKS = 50
 
 
@@ -37,13 +37,13 @@ class _Group:
     """The tasks that a phase trains at once.
 
     Args:
-        data: Their training data.
+        data: Training data of the tasks.
 
     Attributes:
-        parameters (`dict[str, list[Parameter]]`): By task, what is trained.
-        numbers (`list[int]`): The tasks of the samples of the batch at work, by their place in `tasks`.
-        items (`Tensor`): (tasks,), what the losses of a step count of each task, over all processes.
-        sampler (`GroupSampler`): The order of the examples, when the phase has begun.
+        parameters (`dict[str, list[Parameter]]`): Trained parameters of each task.
+        numbers (`list[int]`): Task of each sample in the current batch, by its place in `tasks`.
+        items (`Tensor`): Number of items (tasks,) that the losses of a step count for each task, over all processes.
+        sampler (`GroupSampler`): Order of the examples, available once the phase has begun.
     """
 
     parameters: Mapping[str, list[nn.Parameter]]
@@ -58,7 +58,7 @@ class _Group:
 
     @property
     def names(self) -> list[str]:
-        """The tasks of the samples of the batch at work."""
+        """Name of the task of each sample in the current batch."""
         return [self.tasks[number] for number in self.numbers]
 
 
@@ -66,13 +66,14 @@ class GroupTrainer(PhaseTrainer):
     """
     Trains one adapter after the other, or several in one optimizer run.
 
-    A batch mixes samples of several tasks then. Mean of the loss, clipping of gradients and schedule are those of each
-    task by itself, so the result is that of training each alone on the samples that it saw, but for rounding.
+    In the latter case, a batch mixes samples of several tasks. The mean of the loss, gradient clipping and the
+    schedule apply to each task separately, so that the result is, up to rounding, that of training each task alone on
+    the samples that it saw.
 
     Args:
-        model ([`~peft.PeftModel`]): With Share adapters.
-        args ([`ShareTrainingArguments`]): What all runs have in common.
-        **kwargs: As for [`~transformers.Trainer`].
+        model ([`~peft.PeftModel`]): Model with Share adapters.
+        args ([`ShareTrainingArguments`]): Arguments that all runs have in common.
+        **kwargs: Same as in [`~transformers.Trainer`].
     """
 
     args: ShareTrainingArguments
@@ -85,11 +86,11 @@ class GroupTrainer(PhaseTrainer):
 
         Args:
             args: Arguments of this run.
-            data: By task, what it learns from.
-            resumed: As for `run_phase`.
+            data: Training data of each task.
+            resumed: Same as in `run_phase`.
 
         Returns:
-            `TrainOutput`: Steps and mean loss.
+            `TrainOutput`: Number of steps, and mean loss.
         """
         group = _Group(GroupData(data))
         with self._training(group):
@@ -98,7 +99,7 @@ class GroupTrainer(PhaseTrainer):
     @contextmanager
     def _training(self, group: _Group) -> Iterator[None]:
         self._group = group
-        # The Trainer would divide once more by the number of accumulated batches.
+        # Otherwise the Trainer would divide once more by the number of accumulated batches.
         self.loss_is_scaled_for_ga = True
         collator, self.data_collator = self.data_collator, self._group_collator()
         try:
@@ -147,7 +148,7 @@ class GroupTrainer(PhaseTrainer):
         if group is None:
             return super().training_step(model, inputs, num_items_in_batch)
         group.numbers = inputs[TASK_NUMBERS].tolist()
-        # Around the backward too: what is checkpointed runs forward again in it.
+        # The hooks stay on during the backward pass, in which checkpointed layers run forward again.
         with self.model.base_model._enable_peft_forward_hooks(adapter_names=group.names):
             return super().training_step(model, inputs, num_items_in_batch)
 
@@ -168,7 +169,7 @@ class GroupTrainer(PhaseTrainer):
         if not divides and self.label_smoother is None:
             loss = loss * (items.sum() / num_items_in_batch)
         if not (divides and self.args.average_tokens_across_devices):
-            loss = loss * self.accelerator.num_processes  # of which DDP takes the mean
+            loss = loss * self.accelerator.num_processes  # DDP takes the mean over the processes
         if labels is not None and self.compute_loss_func is None:
             logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[1]
             group.losses.add(logits.detach(), labels, group.numbers, items, are_shifted=self._loss_shifts_labels)
@@ -185,7 +186,7 @@ class GroupTrainer(PhaseTrainer):
         return self._finish_gradients(self._group, math.inf)
 
     def _finish_gradients(self, group: _Group, max_norm: float) -> Tensor:
-        """Make the gradients those of each task's own mean, and clip them; the largest norm of a task."""
+        """Scale each task's gradients to its own mean loss, and clip them. Returns the largest norm of a task."""
         self.accelerator.unscale_gradients()
         factors = group.items.sum() / group.items.clamp(min=1)
         return scale_by_task(list(group.parameters.values()), factors, max_norm).max()
@@ -250,7 +251,7 @@ class GroupTrainer(PhaseTrainer):
 
 
 def _logged(tasks: Sequence[str], losses: Sequence[float | None]) -> dict[str, float]:
-    """Losses by task as they are logged; of many tasks, the mean and the extremes."""
+    """Return losses by task for the log; for many tasks, their mean and extremes."""
     known = {task: loss for task, loss in zip(tasks, losses, strict=True) if loss is not None}
     if len(tasks) <= MOST_LOGGED_TASKS or not known:
         return {f"share/loss/{task}": loss for task, loss in known.items()}

@@ -1,4 +1,4 @@
-"""A person who ends a stream is told how it goes on; the signal does what it does."""
+"""Telling a person who interrupts a stream how to resume it, without changing the effect of the signal."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ logger = logging.get_logger(__name__)
 
 @contextmanager
 def telling_how_to_resume(advice: Callable[[], str | None]) -> Iterator[None]:
-    """Inside of it, one line is logged when Ctrl-C or SIGTERM ends the process.
+    """Log one line when Ctrl-C or SIGTERM ends the process within the block.
 
-    Ctrl-C is raised on. SIGTERM, where it would end the process at once, still does, after the line: nothing is saved
-    first, as the stream can be resumed from any moment. Handlers of others stay as they are. With several processes
-    their launcher tells of SIGTERM: one that waits for the others would not come to do it.
+    The exception of Ctrl-C propagates. SIGTERM still ends the process if that is its default, after the line. Nothing
+    is saved first, because the stream can be resumed from any moment. Existing handlers of the signal stay in place.
+    With several processes, it is up to their launcher to report SIGTERM: a process that waits for the others would
+    never run the handler.
 
     Args:
-        advice: The line; None if there is nothing to resume.
+        advice: Function that returns the line, or None if there is nothing to resume.
     """
 
     def tell() -> None:
@@ -42,7 +43,7 @@ def telling_how_to_resume(advice: Callable[[], str | None]) -> Iterator[None]:
 
 @contextmanager
 def _before_sigterm(act: Callable[[], None]) -> Iterator[None]:
-    """Act before SIGTERM ends this process by its default; elsewhere, and in forked processes, change nothing."""
+    """Act before SIGTERM ends this process by default. In other cases, and in forked processes, change nothing."""
     is_main_thread = threading.current_thread() is threading.main_thread()
     if (
         not is_main_thread
@@ -65,5 +66,5 @@ def _before_sigterm(act: Callable[[], None]) -> Iterator[None]:
     try:
         yield
     finally:
-        if signal.getsignal(signal.SIGTERM) is end:  # a callback may have set its own meanwhile
+        if signal.getsignal(signal.SIGTERM) is end:  # a callback may have set its own handler meanwhile
             signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,8 +1,8 @@
 """Tasks with different labels on one model for classification.
 
-PEFT keeps one head shape for all adapters, so the model has the labels of the largest task. What a smaller one does
-not have is masked where the head is computed, so neither loss nor prediction ever sees it; the head that is kept
-rules it out by itself.
+PEFT keeps one head shape for all adapters, so the model has the labels of the largest task. Labels that a smaller task
+does not have are masked in the output of the head, so that neither loss nor prediction ever sees them. The saved head
+of the task rules them out by itself.
 """
 
 from __future__ import annotations
@@ -21,14 +21,13 @@ from ..tuner.mixed_heads import MixedHead
 
 
 class LabelMask:
-    """Sets the outputs of a classification head past a task's own labels to the lowest number there is.
+    """Sets the outputs of a classification head beyond a task's own labels to the lowest number of their dtype.
 
-    The task is that of the active adapter, or of each sample's adapter in a mixed batch, unless `of_task` says
-    otherwise.
+    The task is the active adapter, or the adapter of each sample in a mixed batch, unless `of_task` overrides it.
 
     Args:
-        model: A model for classification, with adapters or not.
-        num_labels_of: Tells the number of labels of a task; None for one of which nothing is masked.
+        model: Model for classification, with or without adapters.
+        num_labels_of: Function that returns the number of labels of a task, or None if none of its outputs is masked.
     """
 
     def __init__(self, model: nn.Module, num_labels_of: Callable[[str], int | None]) -> None:
@@ -38,7 +37,7 @@ class LabelMask:
         self.attach(model)
 
     def attach(self, model: nn.Module) -> None:
-        """Find the head of the model, which is there as soon as a task with a head is."""
+        """Find the head of the model, which exists once the model has a task with a head."""
         config = getattr(model, "config", None)
         if self._masked is not None or not hasattr(config, "num_labels"):
             return
@@ -53,7 +52,7 @@ class LabelMask:
 
     @contextmanager
     def of_task(self, task: str) -> Iterator[None]:
-        """Within the block, the labels are those of this task, whatever adapter is active."""
+        """Use the labels of this task within the block, whichever adapter is active."""
         before, self._task = self._task, task
         try:
             yield
@@ -61,11 +60,11 @@ class LabelMask:
             self._task = before
 
     def task_of(self, adapter: str) -> str:
-        """The task whose labels are not masked while this adapter is active."""
+        """Return the task whose labels are not masked while this adapter is active."""
         return self._task or adapter
 
     def num_labels_of(self, adapter: str) -> int | None:
-        """Number of labels that are not masked while this adapter is active, None if none is masked."""
+        """Return the number of labels that are not masked while this adapter is active, None if none is masked."""
         return self._num_labels_of(self.task_of(adapter))
 
     def _mask(self, module: ModulesToSaveWrapper, args: tuple[Any, ...], logits: Tensor) -> Tensor:
@@ -80,18 +79,18 @@ class LabelMask:
 
 
 def _names_of_samples(module: ModulesToSaveWrapper, samples: int) -> list[str]:
-    """The task of each sample in a mixed batch; none where there is one task for all."""
+    """Return the task of each sample in a mixed batch; an empty list if one task applies to all samples."""
     batch = module.share_rows.current() if isinstance(module, MixedHead) else None
     return [] if batch is None else batch.names_of(samples)
 
 
 class LabelSmootherOfTask:
-    """Smooths over a task's own labels: a share of what is masked would make the loss endless.
+    """Label smoothing over a task's own labels: a share of the masked ones would make the loss infinite.
 
     Args:
-        smoother: The Trainer's, over all labels.
-        num_labels: Called for the number of labels of the task at work, or of the task of each sample in a mixed
-            batch; None for all.
+        smoother: The Trainer's label smoother, over all labels.
+        num_labels: Function that returns the number of labels of the current task, or of the task of each sample in a
+            mixed batch. None stands for all labels.
     """
 
     def __init__(self, smoother: LabelSmoother, num_labels: Callable[[], int | Sequence[int | None] | None]) -> None:

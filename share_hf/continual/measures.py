@@ -1,4 +1,4 @@
-"""Metrics of a task's predictions: those of the user's function for the task, or those of its kind."""
+"""Metrics of a task's predictions, from the user's function for the task or from the task's kind."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ logger = logging.get_logger(__name__)
 
 MetricFunction = Callable[..., dict[str, float]]
 
-# What `Trainer.evaluate` adds to what is measured of the predictions.
+# Metrics that `Trainer.evaluate` adds to the metrics of the predictions.
 _OF_TRAINER = ("loss", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 
 
 class MetricsByTask:
-    """Measures the predictions of an evaluation by the function of the task at work, or else by the task's kind.
+    """Measures the predictions of an evaluation with the function of the current task, or else by the task's kind.
 
     Args:
-        functions: By task, what a Trainer takes as `compute_metrics`.
-        task: Tells the task at work.
-        problem: Tells what a task predicts; None if the model is not one for classification.
+        functions: Function of each task, as a Trainer takes it in `compute_metrics`.
+        task: Function that returns the current task.
+        problem: Function that returns what a task predicts, or None if the model is not a classifier.
     """
 
     def __init__(
@@ -51,15 +51,15 @@ class MetricsByTask:
 
 
 def check_functions(functions: object, tasks: Collection[str], args: ShareTrainingArguments) -> None:
-    """Refuse what cannot measure tasks by their name.
+    """Refuse functions by task that cannot measure their tasks, and warn about functions for unknown tasks.
 
     Args:
-        functions: What was given as `compute_metrics`.
-        tasks: Names of the tasks that are known; others may come one by one.
+        functions: Value of `compute_metrics`.
+        tasks: Names of the known tasks. Others may come one by one.
         args: Arguments of the stream.
 
     Raises:
-        ValueError: If it is a dict of anything else than functions, or the arguments ask for batches one by one.
+        ValueError: If it is a dict of anything other than functions, or the arguments ask for metrics batch by batch.
     """
     if not isinstance(functions, Mapping):
         return
@@ -76,7 +76,7 @@ def check_functions(functions: object, tasks: Collection[str], args: ShareTraini
 
 
 def measured_by_user(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The numbers among the metrics of an evaluation, in their order, without those that the Trainer adds."""
+    """Return the numbers among the metrics of an evaluation, in order, without those that the Trainer adds."""
     return {
         name: float(value)
         for name, value in metrics.items()
@@ -85,19 +85,19 @@ def measured_by_user(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def is_number(value: object) -> bool:
-    """Whether a metric is a number, numpy's and scalar tensors included, and no truth value."""
+    """Return whether a metric is a number, including numpy numbers and scalar tensors, but not booleans."""
     if isinstance(value, Tensor):
         return value.numel() == 1 and not value.dtype.is_complex and value.dtype != torch.bool
     return isinstance(value, Real) and not isinstance(value, (bool, np.bool_))
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Fraction of examples whose largest logit is their label's."""
+    """Return the fraction of examples whose largest logit is that of their label."""
     return {"accuracy": float(np.concatenate([_are_right(*batch) for batch in _batches(prediction)]).mean())}
 
 
 def pearson(prediction: EvalPrediction) -> dict[str, float]:
-    """Correlation of predicted and true values; 0 if either is constant, as that tells nothing of the other."""
+    """Return the correlation of predicted and true values; 0 if either is constant, and so says nothing."""
     batches = [(np.ravel(logits), np.ravel(labels)) for logits, labels in _batches(prediction)]
     values, labels = (part - part.mean() for part in np.concatenate(batches, axis=1).astype(np.float64))
     norm = np.linalg.norm(values) * np.linalg.norm(labels)
@@ -105,7 +105,7 @@ def pearson(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def f1(prediction: EvalPrediction) -> dict[str, float]:
-    """F1 over all labels of all examples; a label is predicted where its logit is over 0."""
+    """Return the F1 score over all labels of all examples. A label is predicted where its logit is above 0."""
     right = predicted = true = 0
     for logits, labels in _batches(prediction):
         chosen = logits > 0
@@ -117,7 +117,7 @@ _BY_KIND: dict[ProblemType, MetricFunction] = {CLASSES: accuracy, REGRESSION: pe
 
 
 def _batches(prediction: EvalPrediction) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Logits and labels; of each batch, with `eval_do_concat_batches=False`."""
+    """Return pairs of logits and labels: one for each batch with `eval_do_concat_batches=False`, else a single one."""
     predictions, labels = prediction.predictions, prediction.label_ids
     if not isinstance(predictions, list):
         predictions, labels = [predictions], [labels]
@@ -126,5 +126,5 @@ def _batches(prediction: EvalPrediction) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def _are_right(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    # `preprocess_logits_for_metrics` may have chosen the labels already.
+    # `preprocess_logits_for_metrics` may already have chosen the labels.
     return (logits if logits.shape == labels.shape else logits.argmax(-1)) == labels

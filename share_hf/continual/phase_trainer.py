@@ -1,4 +1,4 @@
-"""A Trainer that is run again and again: the phases of a stream."""
+"""A Trainer that runs again and again: once for each phase of a stream."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ class PhaseTrainer(Trainer):
     """
     Trains one adapter of a model after the other, each in an optimizer run with arguments and a folder of its own.
 
-    Between the runs, adapters are whole and in float32 on every process, whatever engine trains them.
+    Between the runs, adapters are whole and in float32 on every process, whichever engine trains them.
 
     Args:
-        model ([`~peft.PeftModel`]): With Share adapters.
-        args ([`~transformers.TrainingArguments`]): What all runs have in common.
-        **kwargs: As for [`~transformers.Trainer`].
+        model ([`~peft.PeftModel`]): Model with Share adapters.
+        args ([`~transformers.TrainingArguments`]): Arguments that all runs have in common.
+        **kwargs: Same as in [`~transformers.Trainer`].
 
     Attributes:
-        engine ([`~share_hf.engines.Engine`]): What runs the phases.
-        trained_steps (`int`): Steps of the optimizer in the runs that are over. Logs count them, so that all runs make
+        engine ([`~share_hf.engines.Engine`]): Engine that runs the phases.
+        trained_steps (`int`): Number of optimizer steps in the finished runs. Logs count them, so that all runs form
             one curve.
         ignore_keys_for_eval (`list[str]`, *optional*): Outputs of the model that are left out of predictions.
 
     Raises:
-        ValueError: If no phase could be trained by the engine that `args` or the launcher ask for.
+        ValueError: If the engine that `args` or the launcher ask for could not train any phase.
     """
 
     def __init__(self, model: PeftModel, args: TrainingArguments, **kwargs: Any) -> None:
@@ -61,21 +61,21 @@ class PhaseTrainer(Trainer):
         self._in_phase = False
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and getattr(callback, "logging_dir", "") is None:
-                # Where the Trainer would put them, if they were not of phases.
+                # The place that the Trainer itself would choose, rather than the folder of a phase.
                 callback.logging_dir = str(Path(args.output_dir, "runs", time.strftime("%b%d_%H-%M-%S")))
 
     def run_phase(self, args: TrainingArguments, train_dataset: Data, resumed: Path | None = None) -> TrainOutput:
         """
-        Train what the model has set to be trained, in one optimizer run.
+        Train the trainable parameters of the model in one optimizer run.
 
         Args:
             args: Arguments of this run.
-            train_dataset: What it learns from.
-            resumed: The folder of a run that was interrupted. Its newest whole checkpoint is continued from, if this
-                engine can read it.
+            train_dataset: Training data of this run.
+            resumed: Folder of an interrupted run. This run resumes from its newest whole checkpoint, if the engine can
+                read it.
 
         Returns:
-            `TrainOutput`: Steps and mean loss.
+            `TrainOutput`: Number of steps, and mean loss.
         """
         self.train_dataset = train_dataset
         history = self.state.log_history
@@ -83,7 +83,7 @@ class PhaseTrainer(Trainer):
         if self._given_optimizer is not None:
             kind, keywords = self._given_optimizer
             self.optimizer_cls_and_kwargs = kind, {"lr": args.learning_rate, **keywords}
-        # With persistent workers, the Trainer would go on evaluating the data of the first run.
+        # With persistent workers, the Trainer would keep evaluating the data of the first run.
         vars(self).pop("_eval_dataloaders", None)
         self.model_wrapped = self.model
         with self._with_arguments(args), _taking_hooks_off(self.model), self.engine.train_ready():
@@ -91,7 +91,7 @@ class PhaseTrainer(Trainer):
             state = checkpoint and TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
             self.engine.is_broken_off = True
             if state and state.global_step >= state.max_steps:
-                # The Trainer would take one more step where the last is not the end of an epoch.
+                # The Trainer would take one more step if the last one is not the end of an epoch.
                 self._load_trained(checkpoint)
                 self.state = state
                 output = TrainOutput(state.global_step, 0.0, {})
@@ -105,7 +105,7 @@ class PhaseTrainer(Trainer):
             if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
                 self._load_from_checkpoint(self.state.best_model_checkpoint)
             self.engine.is_broken_off = False
-        # The Trainer begins a new history with every run; this is one stream.
+        # The Trainer begins a new history with every run, but all runs belong to one stream.
         self.state.log_history = history + self.state.log_history
         self.trained_steps += output.global_step
         return output
@@ -117,10 +117,10 @@ class PhaseTrainer(Trainer):
             yield
         finally:
             self.args, self._in_phase = kept, False
-            self.is_in_train = False  # as it would stay where a run is broken off
+            self.is_in_train = False  # it would stay True after an interrupted run
 
     def _first_checkpoint(self, resumed: Path | None) -> Path | None:
-        """The checkpoint that a run goes on from. The folder of the run is this stream's from then on."""
+        """Return the checkpoint that a run resumes from, and claim the folder of the run for this stream."""
         own = Path(self.args.output_dir)
         checkpoint = self._checkpoint_to_resume(resumed) if resumed is not None else None
         if checkpoint is None or checkpoint.parent != own:
@@ -144,7 +144,7 @@ class PhaseTrainer(Trainer):
         return None
 
     def _load_trained(self, checkpoint: Path) -> None:
-        """Take the values of a phase that was trained to its end, and an optimizer that would end with other ones."""
+        """Load the values of a phase that was trained to its end, and an optimizer if it changes them at the end."""
         self._load_from_checkpoint(str(checkpoint))
         if not isinstance(self.engine, LocalEngine):
             return
@@ -155,11 +155,11 @@ class PhaseTrainer(Trainer):
 
     def log(self, logs: Mapping[str, float], start_time: float | None = None) -> None:
         """
-        Log at the step of the stream rather than of its phase.
+        Log at the step of the stream rather than the step of its phase.
 
         Args:
-            logs (`Mapping[str, float]`): The values.
-            start_time (`float`, *optional*): As for [`~transformers.Trainer`].
+            logs (`Mapping[str, float]`): Values to log.
+            start_time (`float`, *optional*): Same as in [`~transformers.Trainer`].
         """
         step = self.state.global_step
         self.state.global_step = self.trained_steps + (step if self._in_phase else 0)
@@ -169,14 +169,14 @@ class PhaseTrainer(Trainer):
             self.state.global_step = step
 
     def _remove_unused_columns(self, dataset: Dataset, description: str | None = None) -> Dataset:
-        # What a transform reads, such as an image, is no input of the model: what it returns is.
+        # The columns that a transform reads, such as an image, are not inputs of the model: what it returns is.
         return dataset if dataset.format["type"] == "custom" else super()._remove_unused_columns(dataset, description)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Names of the parameters that `weight_decay` applies to, whatever the task that is trained is called."""
+        """Return the names of the parameters that `weight_decay` applies to, whatever the name of the trained task."""
         task = f".{self.model.active_adapter}"
         decayed = super().get_decay_parameter_names(model)
-        # The Trainer leaves out what has "bias" or "norm" in its name, but that may be the name of the task.
+        # The Trainer leaves out names that contain "bias" or "norm", but that may be the name of the task.
         of_task = {name for name, parameter in model.named_parameters() if task in name and parameter.ndim > 1}
         return decayed + sorted(of_task - set(decayed))
 
@@ -188,10 +188,10 @@ class PhaseTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
-        Save the adapters of the model; in the checkpoint of a phase only the one that it trains.
+        Save the adapters of the model; in the checkpoint of a phase, only the active ones, which it trains.
 
         Args:
-            output_dir (`str`, *optional*): Where; the trainer's own folder if not given.
+            output_dir (`str`, *optional*): Folder to save to. None means the trainer's own folder.
         """
         folder = output_dir if output_dir is not None else self.args.output_dir
         trained = self.engine.gather()
@@ -203,7 +203,7 @@ class PhaseTrainer(Trainer):
                 self.processing_class.save_pretrained(folder)
 
     def _load_best_model(self) -> None:
-        """Nothing yet: an engine may hold other values. It is loaded when the adapter is whole again."""
+        """Do nothing yet, as an engine may hold other values. The best model loads when the adapter is whole again."""
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         place = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
@@ -225,10 +225,10 @@ class PhaseTrainer(Trainer):
 
 @contextmanager
 def _taking_hooks_off(model: nn.Module) -> Iterator[None]:
-    """Take off what a run has hooked into the forward of modules and left there, as a run that is broken off does.
+    """Remove the forward hooks that a run within the block leaves on modules, as an interrupted run does.
 
-    Otherwise NEFTune's noise would be added twice by the next one, and `debug="underflow_overflow"` look at each
-    module once for each run.
+    Otherwise the next run would add NEFTune's noise twice, and `debug="underflow_overflow"` would inspect each module
+    once for each run.
     """
     before = {module: set(module._forward_hooks) for module in model.modules()}
     try:

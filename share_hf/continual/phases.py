@@ -1,7 +1,7 @@
-"""The phases of learning a task, on a model: begin one, and take what was learned back into the subspace.
+"""The phases of learning a task in a model: beginning one, and taking the result back into the subspace.
 
-A phase is one optimizer run. `init` trains free factors, `adapt` temporary factors (Sec. 3.2.2), `coefficients` and
-`finetune` the task's coefficients in the frozen basis (Sec. 3.2.3).
+A phase is one optimizer run. `init` trains free factors, `adapt` trains temporary factors (Sec. 3.2.2), and
+`coefficients` and `finetune` train the task's coefficients in the frozen basis (Sec. 3.2.3).
 """
 
 from __future__ import annotations
@@ -35,19 +35,22 @@ from .problems import Problem
 
 logger = logging.get_logger(__name__)
 
-# What `get_peft_model` calls an adapter that is given no name: a stand-in until the first task is there.
+# Name that `get_peft_model` gives an adapter without a name: a placeholder until the model has its first task.
 PLACEHOLDER = "default"
 
 
 class RefusedTaskError(ValueError):
-    """What a phase trained cannot be taken into the subspace: it has NaN, say. Model and subspace are as before it."""
+    """Raised when the subspace cannot take the result of a phase, such as one with NaN.
+
+    The model and the subspace are as they were before the phase.
+    """
 
 
 def config_for(model: nn.Module, share_config: ShareConfig | None, subspace: SharedSubspace | None) -> ShareConfig:
-    """The configuration of new tasks: the given one, or that of the subspace's newest task.
+    """Return the configuration of new tasks: the given one, or that of the subspace's newest task.
 
     Raises:
-        ValueError: If it contradicts the subspace.
+        ValueError: If the configuration contradicts the subspace.
     """
     if share_config is not None:
         config = copy.deepcopy(share_config)
@@ -66,11 +69,11 @@ def config_for(model: nn.Module, share_config: ShareConfig | None, subspace: Sha
 
 
 def keeping_random_parts(model: nn.Module, config: ShareConfig) -> ShareConfig:
-    """The configuration, with all that a task must keep to be the same elsewhere among its `modules_to_save`."""
-    # A head that PEFT adds for a type of task is named too: PEFT goes by the class of the model, which fits the first
-    # task, and adds none where that is of another type.
+    """Return the configuration with every module that a task must keep to work elsewhere in its `modules_to_save`."""
+    # This also names a head that PEFT adds for a type of task: PEFT goes by the class of the model, which fits the
+    # first task, and adds no head if that class is of another type.
     saved = config.modules_to_save or []
-    # With FSDP, only the first process knows what it has loaded: the others wait for its weights.
+    # With FSDP, only the first process knows which weights it has loaded; the others wait for them.
     parts = on_first_process(lambda: parts_to_keep(model, config.task_type))
     missing = [part for part in parts if saved_module_of(f"{part}.", saved) is None]
     if not missing:
@@ -89,15 +92,15 @@ def _task_type_of(model: nn.Module) -> TaskType | None:
 
 
 def with_adapters(model: nn.Module, state: SubspaceState, share_config: ShareConfig) -> PeftModel:
-    """The base model with the tasks of a subspace, or with a placeholder for the first one.
+    """Return the base model with the tasks of a subspace, or with a placeholder for the first task.
 
-    The modules that the placeholder was found to target are written into `share_config`.
+    The target modules that PEFT finds for the placeholder are written into `share_config`.
     """
     if state.tasks:
         return SharedSubspace(state).apply(model)
     config = copy.deepcopy(share_config)
     peft_model = get_peft_model(model, config, adapter_name=PLACEHOLDER)
-    # PEFT found out what None and "all-linear" mean; later adapters target the same.
+    # PEFT has resolved None and "all-linear" to modules, which later adapters target too.
     share_config.target_modules = copy.copy(config.target_modules)
     return peft_model
 
@@ -105,7 +108,7 @@ def with_adapters(model: nn.Module, state: SubspaceState, share_config: ShareCon
 def begin_group(
     model: PeftModel, state: SubspaceState, tasks: Sequence[str], phase: Phase, config: ShareConfig
 ) -> None:
-    """Make `tasks` the adapters of the model that are trained, together; the rest as for `begin_phase`."""
+    """Make `tasks` the trained adapters of the model, all together. Other arguments are as in `begin_phase`."""
     if len(tasks) == 1:
         begin_phase(model, state, tasks[0], phase, config)
         return
@@ -115,14 +118,14 @@ def begin_group(
 
 
 def begin_phase(model: PeftModel, state: SubspaceState, task: str, phase: Phase, config: ShareConfig) -> None:
-    """Make `task` the one adapter of the model that is trained, in this phase.
+    """Make `task` the only trained adapter of the model in this phase.
 
     Args:
-        model: Has the tasks of `state` as adapters.
-        state: The subspace so far.
-        task: A new task, or for `finetune` one of the subspace.
-        phase: What of the task is trained.
-        config: What new tasks are configured by.
+        model: Model with the tasks of `state` as adapters.
+        state: Subspace so far.
+        task: New task, or for `finetune` a task of the subspace.
+        phase: Phase, which determines the trained parameters.
+        config: Configuration of new tasks.
     """
     _prepare(model, state, [task], phase, config)
     model.set_adapter(task)
@@ -132,7 +135,7 @@ def begin_phase(model: PeftModel, state: SubspaceState, task: str, phase: Phase,
 
 
 def _prepare(model: PeftModel, state: SubspaceState, tasks: Sequence[str], phase: Phase, config: ShareConfig) -> None:
-    """Give the model what a phase trains of tasks, as of `begin_phase`."""
+    """Give the model the parameters of tasks that a phase trains. See `begin_phase`."""
     if phase == Phase.FINETUNE:
         for module, layer in share_layers(model).items():
             for task in filter(state.layers[module].has, tasks):
@@ -150,10 +153,10 @@ def _prepare(model: PeftModel, state: SubspaceState, tasks: Sequence[str], phase
 
 def _delete_broken_off(model: PeftModel, task: str, config: ShareConfig) -> None:
     """Remove an adapter whose training, alone or in a group, was interrupted."""
-    if len(model.peft_config) == 1:  # a first task; PEFT cannot be without any
+    if len(model.peft_config) == 1:  # a first task: PEFT needs at least one adapter
         with torch.random.fork_rng(devices=[]):
             model.add_adapter(PLACEHOLDER, copy.deepcopy(config))
-    if len(model.active_adapters) > 1:  # PEFT deletes none of several active heads
+    if len(model.active_adapters) > 1:  # PEFT does not delete one of several active heads
         model.set_adapter(model.active_adapters[0])
     model.delete_adapter(task)
 
@@ -167,19 +170,19 @@ def take_merged(
     held: SubspaceState | None = None,
     progress: bool = False,
 ) -> tuple[SubspaceState, MergeReport]:
-    """Merge what `task` was trained as into the subspace, and give the model the result (Sec. 3.2.3).
+    """Merge the trained updates of `task` into the subspace, and give the model the result (Sec. 3.2.3).
 
     Args:
-        model: Was trained on the task.
-        state: The subspace so far.
+        model: Model that was trained on the task.
+        state: Subspace so far.
         task: Name of the task.
-        info: What is known of it.
-        held: As for `load_tasks`.
+        info: Facts about the task.
+        held: Same as in `load_tasks`.
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: If what was trained is not finite; naming the task. State and model are as before.
-        DriftToleranceError: If the tolerated drift cannot be met. Likewise.
+        ValueError: If a trained value is not finite. The message names the task; state and model stay unchanged.
+        DriftToleranceError: If the drift tolerance cannot be met. State and model stay unchanged.
     """
     updates = {task: updates_of(model, task)}
     merged, report = on_first_process(
@@ -194,16 +197,16 @@ def take_merged(
 def take_coefficients(
     model: PeftModel, state: SubspaceState, infos: Mapping[str, TaskInfo], *, held: SubspaceState | None = None
 ) -> SubspaceState:
-    """Take coefficients that were trained in the basis of the subspace as they are, and give the model the result.
+    """Take coefficients that were trained in the basis of the subspace unchanged, and give the model the result.
 
     Args:
-        model: Was trained on the tasks.
-        state: The subspace so far.
-        infos: What is known of each task.
-        held: As for `load_tasks`.
+        model: Model that was trained on the tasks.
+        state: Subspace so far.
+        infos: Facts about each task.
+        held: Same as in `load_tasks`.
 
     Raises:
-        ValueError: If what was trained is not finite; naming the task. State and model are as before.
+        ValueError: If a trained value is not finite. The message names the task; state and model stay unchanged.
     """
     learned = with_learned_coefficients(state, {task: coefficients_of(model, task) for task in infos}, infos)
     load_tasks(model, learned, held=held, trained=infos)
@@ -211,13 +214,13 @@ def take_coefficients(
 
 
 def put_back(model: PeftModel, state: SubspaceState, task: str, config: ShareConfig) -> None:
-    """Make the model hold of `task` what the subspace holds, whatever a phase has made of it since.
+    """Restore `task` in the model to what the subspace holds, whatever a phase has changed since.
 
     Args:
-        model: Has the tasks of `state` as adapters.
-        state: The subspace.
-        task: A task of it, or one that was not learned, which is no adapter then.
-        config: What a placeholder is configured by, where there is no other task.
+        model: Model with the tasks of `state` as adapters.
+        state: Subspace to restore from.
+        task: Task of the subspace, or a task that was not learned, whose adapter is removed.
+        config: Configuration of a placeholder, which replaces the adapter if there is no other task.
     """
     if task in state.tasks:
         load_tasks(model, state, [task])
@@ -229,9 +232,9 @@ def put_back(model: PeftModel, state: SubspaceState, task: str, config: ShareCon
 
 
 def describe_task(model: PeftModel, task: str, learned_by: Phase, problem: Problem | None = None) -> TaskInfo:
-    """What is known of a task that the model was just trained on."""
+    """Return the facts about a task that the model was just trained on."""
     target = target_of(model, task)
-    # Only free factors start from a random A, as those of a LoRA do.
+    # Only free factors start from a random A, as a LoRA does.
     is_free = learned_by == Phase.INIT or (
         learned_by == Phase.ADAPT and model.peft_config[task].temporary_init == "random"
     )
@@ -247,6 +250,6 @@ def describe_task(model: PeftModel, task: str, learned_by: Phase, problem: Probl
 
 
 def write_final_values(optimizer: torch.optim.Optimizer | None) -> None:
-    """Give a model the values that training ends with; a schedule-free optimizer trains other ones."""
+    """Give a model the final values of its training: a schedule-free optimizer trains different ones."""
     if callable(getattr(optimizer, "eval", None)):
         optimizer.eval()

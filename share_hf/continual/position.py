@@ -1,4 +1,4 @@
-"""How far a stream has come, as a file that says it."""
+"""The file that records how far a stream has come."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ class StreamPosition:
     """Position in a stream: the content of `stream_state.json`.
 
     Args:
-        position: How many tasks are done.
-        task: The task in work, or the first of several; None between tasks.
-        together: The tasks in work where several are learned together.
-        stage: What is being done with it.
-        steps: Length of the subspace's lineage when the stage began. A saved subspace that is one step longer has the
-            result of the stage in it.
-        trained_steps: Steps of the optimizer in the phases that are done.
-        phase_steps: Steps of the stage's own phase, where it is trained and only its result has to be taken.
+        position: Number of finished tasks.
+        task: Current task, or the first of several; None between tasks.
+        together: Current tasks if several are learned together.
+        stage: Stage of the current task.
+        steps: Length of the subspace's lineage when the stage began. A longer lineage of the saved subspace means that
+            it contains the result of the stage.
+        trained_steps: Number of optimizer steps in the finished phases.
+        phase_steps: Number of steps of the stage's own phase, if it is trained and only its result is yet to be taken.
         metrics: `ContinualMetrics` so far.
-        marks_phases: Whether the folders of its phases are marked; those of earlier versions are not.
-        record: What the stream is learned with; earlier versions did not write it down.
+        marks_phases: Whether the folders of the stream's phases are marked. Earlier versions did not mark them.
+        record: Record of what the stream is learned with. Earlier versions did not write it.
     """
 
     position: int = 0
@@ -50,7 +50,8 @@ class StreamPosition:
         """Refuse values that no stream has.
 
         Raises:
-            ValueError, KeyError, TypeError, AttributeError: Naming the value, or as of `ContinualMetrics.from_dict`.
+            ValueError, KeyError, TypeError, AttributeError: If a value is unusable, or as in
+                `ContinualMetrics.from_dict`. The message of a `ValueError` names the value.
         """
         for name in ("position", "steps", "trained_steps", "phase_steps"):
             value = getattr(self, name)
@@ -78,13 +79,13 @@ class StreamPosition:
 
     @property
     def tasks(self) -> list[str]:
-        """The tasks that were learned, and the one in work, in their order."""
+        """The learned tasks, followed by those in work."""
         learned = list((self.metrics or {}).get("tasks", ()))[: self.position]
         return [*learned, *self.in_work]
 
     @property
     def in_work(self) -> list[str]:
-        """The task in work, or the tasks that are learned together; none between tasks."""
+        """The current task, or the tasks that are learned together; empty between tasks."""
         return self.together or ([] if self.task is None else [self.task])
 
     def save(self, folder: Path) -> None:
@@ -93,7 +94,7 @@ class StreamPosition:
 
     @classmethod
     def load(cls, folder: Path) -> StreamPosition | None:
-        """The position in a folder, None if no stream was begun there.
+        """Read the position in a folder, None if no stream was begun there.
 
         Raises:
             ValueError: If the file is damaged.

@@ -1,8 +1,8 @@
-"""Finds what kind of problem a task is from its labels: classes, values, or several labels of one input.
+"""Finding the kind of problem of a task from its labels: classes, values, or several labels per input.
 
-Integers are classes, floating-point numbers are values to be predicted (a regression), and lists of zeros and ones are
-labels of which an example may have several. Tasks of all three kinds can be in one stream, whatever `problem_type` the
-configuration of the model has: each task uses the loss of its kind, on its own outputs.
+Integers are classes, floating-point numbers are values to predict (a regression), and lists of zeros and ones are
+labels of which an example may have several. One stream may contain tasks of all three kinds, whatever `problem_type`
+the configuration of the model has: each task uses the loss of its kind, on its own outputs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .data import EVALUATION_SPLITS, Data, TaskData, TaskSplits, evaluation_spli
 
 logger = logging.get_logger(__name__)
 
-# Names of transformers, as in the configuration of a model.
+# Names that transformers uses in the configuration of a model.
 ProblemType = Literal["single_label_classification", "regression", "multi_label_classification"]
 CLASSES: ProblemType = "single_label_classification"
 REGRESSION: ProblemType = "regression"
@@ -34,12 +34,12 @@ LABEL_COLUMNS = ("label", "labels")
 
 @dataclass(frozen=True)
 class Problem:
-    """What a task predicts.
+    """The problem of a task: what it predicts.
 
     Args:
-        problem_type: Its kind.
-        num_labels: Number of its outputs; 1 for a regression.
-        label_names: Names of its labels, if the data set knows them.
+        problem_type: Kind of the task.
+        num_labels: Number of its outputs, 1 for a regression.
+        label_names: Names of its labels, if they are known.
     """
 
     problem_type: ProblemType
@@ -52,8 +52,8 @@ class TaskDetails:
     """Further facts about a task of a stream.
 
     Args:
-        selection: Data that it is evaluated on while it trains, if it is.
-        problem: What it predicts; None if the model is not one for classification.
+        selection: Data on which the task is evaluated while it trains, if it is.
+        problem: Problem of the task, None if the model is not a classifier.
     """
 
     selection: Data | None = None
@@ -69,18 +69,18 @@ def task_details(
     selects: bool,
     label_names: Sequence[str] | None = None,
 ) -> TaskDetails:
-    """Check what is known of a task.
+    """Check a task, and return the details about it.
 
     Args:
-        name: The task's name.
-        data: Data of the task as it was given.
+        name: Name of the task.
+        data: Data of the task as the user passed it.
         splits: The same data, split.
-        labels_of_model: Number of labels of the model; None if the stream is not one of classifications.
+        labels_of_model: Number of labels of the model, None if it is not a classifier.
         selects: Whether the task is evaluated while it trains.
-        label_names: Names of its labels, if the data does not tell them.
+        label_names: Names of its labels, if the data does not have them.
 
     Raises:
-        ValueError: If data for that evaluation is missing, or the labels are not those of a task of this model.
+        ValueError: If data for that evaluation is missing, or the labels do not fit the model.
     """
     selection = next(evaluation_splits(data, reverse=True), None) if selects else None
     if selects and selection is None:
@@ -96,15 +96,15 @@ def task_details(
 
 
 def check_label_names(names: Mapping[str, Sequence[str]], tasks: Collection[str], *, is_classifier: bool) -> None:
-    """Warn of names of labels that belong to no task. A task may come later, by itself.
+    """Warn about label names that belong to no known task, which may still come later, by itself.
 
     Args:
-        names: By task, the names of its labels.
-        tasks: The tasks that are known.
-        is_classifier: Whether the model has labels.
+        names: Names of the labels of each task.
+        tasks: Names of the known tasks.
+        is_classifier: Whether the model is a classifier.
 
     Raises:
-        ValueError: If there are names, and the model is not one for classification.
+        ValueError: If there are names, but the model is not a classifier.
     """
     if names and not is_classifier:
         raise ValueError(
@@ -115,19 +115,19 @@ def check_label_names(names: Mapping[str, Sequence[str]], tasks: Collection[str]
 
 
 def problem_of(task: str, train: Data, evaluation: Data | None, num_labels: int) -> Problem:
-    """What a task predicts, told by the labels that it is trained on.
+    """Find what a task predicts from the labels that it is trained on.
 
-    Data of torch is read once for its labels. Data that cannot be read twice has to tell them by its features.
+    Torch data is read once for its labels. Data that can only be streamed must declare them in its features.
 
     Args:
-        task: The task's name.
-        train: Data that it is trained on.
-        evaluation: Data that it is scored on, if there is any.
+        task: Name of the task.
+        train: Data that the task is trained on.
+        evaluation: Data that the task is scored on, if any.
         num_labels: Number of labels of the model.
 
     Raises:
-        ValueError: If the labels are not known, are of several kinds or lengths, need more outputs than the model has,
-            or those of the evaluation data are not like those that are seen in training.
+        ValueError: If the labels are unknown, are of several kinds or lengths, or need more outputs than the model
+            has, or if the evaluation data has labels unlike those of the training data.
     """
     column = _label_column(task, train, evaluation)
     feature = (getattr(train, "features", None) or {}).get(column)
@@ -153,14 +153,14 @@ def loss_of(
     num_labels: int,
     num_items: Tensor | int | None = None,
 ) -> Tensor:
-    """The loss of a task: cross entropy, mean squared error, or binary cross entropy of each label; in float32.
+    """Return the float32 loss of a task: cross entropy, mean squared error, or binary cross entropy of each label.
 
     Args:
-        problem_type: The kind of the task.
-        logits: (samples, labels of the model); what is past the task's own labels does not count.
-        labels: (samples,) class numbers or values, or (samples, num_labels) of zeros and ones.
+        problem_type: Kind of the task.
+        logits: Logits (samples, labels of the model). Outputs beyond the task's own labels do not count.
+        labels: Class numbers or values (samples,), or zeros and ones (samples, num_labels).
         num_labels: Number of the task's outputs.
-        num_items: What the sum over all labels is divided by; their number in this batch if not given.
+        num_items: Number that the sum over all labels is divided by. None means their number in this batch.
     """
     logits, labels = logits[..., :num_labels].float(), labels.to(logits.device)
     reduction = "mean" if num_items is None else "sum"
@@ -238,7 +238,7 @@ def _multi_label(task: str, labels: Sequence[Any], of_evaluation: Sequence[Any],
 
 
 def _of_feature(task: str, column: str, feature: Any) -> Problem:
-    """What a data set that is streamed says of its labels."""
+    """Find what a task predicts from the declared feature of its labels, as streamed data requires."""
     if isinstance(feature, ClassLabel):
         return Problem(CLASSES, len(feature.names), tuple(feature.names))
     if str(getattr(feature, "dtype", "")).startswith("float"):
@@ -265,10 +265,10 @@ def _label_column(task: str, train: Data, evaluation: Data | None) -> str:
 
 
 def _columns(task: str, data: Data) -> list[str]:
-    """Names of what an example has.
+    """Return the names of the columns of an example.
 
     Raises:
-        ValueError: If examples are no mappings.
+        ValueError: If examples are not mappings.
     """
     if (columns := getattr(data, "column_names", None)) is not None:
         return list(columns)
@@ -282,7 +282,7 @@ def _columns(task: str, data: Data) -> list[str]:
 
 
 def _labels(data: Data, column: str) -> list[Any] | None:
-    """The labels of all examples, as Python has them; None if they cannot be read ahead."""
+    """Return the labels of all examples as Python objects, or None if they cannot be read ahead."""
     if is_iterable_only(data):
         return None
     if isinstance(data, datasets.Dataset):

@@ -1,4 +1,4 @@
-"""What a person sees of a stream: one progress bar for the phase at work, one line for each task that is done."""
+"""Progress output of a stream: one progress bar for the current phase, and one line for each finished task."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..state import ContinualMetrics, mean_score, row_names
 
 
 class StreamProgressCallback(TrainerCallback):
-    """Shows the task, its phase and the loss on a bar that goes away, and keeps a line for each finished task."""
+    """Shows the task, its phase and the loss on a temporary bar, and prints a line for each finished task."""
 
     def __init__(self) -> None:
         self.title = ""
@@ -49,7 +49,7 @@ class StreamProgressCallback(TrainerCallback):
             self._bar = None
 
     def task_line(self, metrics: ContinualMetrics, learned_by: str, seconds: float) -> None:
-        """Print what became of the newest task, or of several that were learned together, and of those before it."""
+        """Print the scores of the newest task, or of several that were learned together, and the stream's summary."""
         name, row = row_names(metrics.as_dict())[-1], metrics.matrix[-1]
         first, done = metrics.learned - (metrics.row_sizes or [1])[-1], metrics.learned
         before, score = (mean_score(scores[first:done]) for scores in (metrics.baseline, row))

@@ -1,4 +1,4 @@
-"""A stream's subspace on the hub, as the arguments of the stream say."""
+"""Publishing a stream's subspace to the hub according to the stream's arguments."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def publish(
     """Push a subspace from the first process.
 
     Args:
-        subspace: The subspace.
-        repo_id: Where.
-        args: What is not among the options.
-        **options: As for [`SharedSubspace.push_to_hub`]; None where the arguments decide.
+        subspace: Subspace to push.
+        repo_id: Id of the repository.
+        args: Arguments of the stream, which supply the options that are not given.
+        **options: Same as in [`SharedSubspace.push_to_hub`]. None leaves an option to the arguments.
 
     Returns:
-        The subspace as it is on the hub then, and the commit, on every process.
+        The state of the subspace that the hub now holds, and the commit, on every process.
     """
     of_stream = {
         "token": args.hub_token,
@@ -43,7 +43,7 @@ def publish(
 
 
 def _branches(choice: BranchChoice | None, learned: Collection[str]) -> BranchChoice | None:
-    """The choice, without tasks that are still to be learned."""
+    """Return the choice without tasks that are yet to be learned."""
     if choice is None or isinstance(choice, str):
         return choice
     return [task for task in choice if task in learned]

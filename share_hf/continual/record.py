@@ -1,4 +1,4 @@
-"""What a stream is learned with, and what of it may be different when the stream goes on."""
+"""The record of what a stream is learned with, and how it is compared when the stream resumes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .data import TaskSplits
 from .fingerprints import WeightsFingerprint, as_json, data_fingerprint, weights_fingerprint
 
 
-# Arguments that decide what a phase learns; versions of transformers differ in what they have.
+# Arguments that decide what a phase learns. Not every version of transformers has all of them.
 _ARGUMENTS = (
     *("method", "num_init_tasks", "score_metric", "max_steps", "seed", "data_seed", "full_determinism"),
     "samples_per_task",
@@ -30,7 +30,8 @@ _ARGUMENTS = (
     *("remove_unused_columns", "label_names", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
 )
 
-# The same of the configuration of new tasks. What it has of the subspace's settings must be the same.
+# Fields of the configuration of new tasks that decide what a phase learns. The subspace's settings are not among them:
+# a stream resumes only if they are the same.
 _CONFIGURATION = (
     *("num_temporary", "temporary_init", "init_std", "dropout", "target_modules", "exclude_modules"),
     *("layers_to_transform", "layers_pattern", "modules_to_save", "target_parameters"),
@@ -39,13 +40,13 @@ _CONFIGURATION = (
 
 @dataclass(frozen=True)
 class StreamRecord:
-    """What a stream is learned with, as far as it can be written down.
+    """Record of what a stream is learned with, as far as it can be written down.
 
     Args:
-        base_model: Name of the base model, or its folder.
-        weights: What its weights are recognized by.
-        arguments: What decides what a phase learns: arguments of the trainer and fields of the configuration.
-        data: By task that was begun, what its data is recognized by, by `TaskSplits` field; None for streamed data.
+        base_model: Name or folder of the base model.
+        weights: Fingerprint of its weights.
+        arguments: Arguments of the trainer and fields of the configuration that decide what a phase learns.
+        data: Fingerprints of the data of each task that has begun, by `TaskSplits` field; None for streamed data.
     """
 
     base_model: str | None = None
@@ -55,10 +56,10 @@ class StreamRecord:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> StreamRecord:
-        """A record from JSON.
+        """Create a record from JSON values.
 
         Raises:
-            ValueError, TypeError, AttributeError: If it is no JSON of a record.
+            ValueError, TypeError, AttributeError: If the values are not those of a record.
         """
         record = cls(**values)
         weights = WeightsFingerprint(*record.weights) if record.weights is not None else None
@@ -72,7 +73,7 @@ class StreamRecord:
 
 
 def record_of(model: nn.Module, config: ShareConfig) -> StreamRecord:
-    """The part of a record that tells of the base model, before it has adapters; as the first process has it."""
+    """Return a record of the base model alone, before it has adapters, as the first process sees the model."""
     kept = saved_names(config.modules_to_save, config.task_type)
     weights = on_first_process(lambda: weights_fingerprint(model, kept))
     return StreamRecord(base_name(getattr(model, "name_or_path", None)), weights)
@@ -81,9 +82,9 @@ def record_of(model: nn.Module, config: ShareConfig) -> StreamRecord:
 def arguments_record(
     args: ShareTrainingArguments, config: ShareConfig, optimizer: tuple[type, Mapping[str, Any]] | None
 ) -> dict[str, Any]:
-    """What decides what a phase learns, as JSON; `optimizer` is class and keywords, if they were given."""
+    """Return what decides what a phase learns, as JSON. `optimizer` is its class and keyword arguments, if given."""
     record = {name: getattr(args, name) for name in _ARGUMENTS if hasattr(args, name)}
-    # However it is divided among processes and accumulated.
+    # The total counts, however the batch is divided among processes and accumulated.
     record["train_batch_size"] = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     record |= {name: getattr(config, name) for name in _CONFIGURATION}
     record["optimizer_cls_and_kwargs"] = optimizer
@@ -91,12 +92,12 @@ def arguments_record(
 
 
 def data_record(splits: TaskSplits) -> dict[str, str | None]:
-    """What the data of a task is recognized by."""
+    """Return the fingerprints of the data of a task, by split."""
     return {split: data_fingerprint(data) for split, data in splits._asdict().items()}
 
 
 def doubt_of_base_model(state: SubspaceState, record: StreamRecord) -> str | None:
-    """What is to be said of a subspace that may belong to another base model, whose weights nobody wrote down."""
+    """Return a warning if a subspace may belong to another base model: only its name is known, not its weights."""
     found, now = state.base_model_name_or_path, record.base_model
     if found is None or now is None or is_same_model(found, now):
         return None
@@ -107,17 +108,17 @@ def doubt_of_base_model(state: SubspaceState, record: StreamRecord) -> str | Non
 
 
 def check_base_model(found: StreamRecord, now: StreamRecord) -> str | None:
-    """Compare the base model of a stream with the one that it is to go on with.
+    """Compare the base model of a stream with the model that is to resume it.
 
     Args:
-        found: What the stream was learned with.
-        now: What it is to be learned with.
+        found: Record of what the stream was learned with.
+        now: Record of what it is to be learned with.
 
     Returns:
-        What is to be said of them where it is not certain that they are the same.
+        A warning if it is uncertain whether the two are the same, else None.
 
     Raises:
-        ValueError: If they are not the same: naming both.
+        ValueError: If they are not the same. The message names both.
     """
     pair = f"base model {found.base_model!r}, and this is {now.base_model!r}"
     if found.weights is not None and now.weights is not None and found.weights.layout == now.weights.layout:
@@ -131,7 +132,7 @@ def check_base_model(found: StreamRecord, now: StreamRecord) -> str | None:
     if named and not is_same_model(found.base_model, now.base_model):
         raise ValueError(f"the stream is one of {pair}, expected the same model, or another output_dir")
     if found.weights is None:
-        return None  # an earlier version did not look at them
+        return None  # an earlier version did not record them
     return (
         f"the stream is one of {pair} with parameters of other shapes, dtypes or places (layout {now.weights.layout}, "
         f"before {found.weights.layout}), so that it is not known whether they are the same"
@@ -139,7 +140,7 @@ def check_base_model(found: StreamRecord, now: StreamRecord) -> str | None:
 
 
 def changed_arguments(found: StreamRecord, now: StreamRecord) -> list[str]:
-    """Which arguments are not what they were, each with its old value; those that one of both lacks do not count."""
+    """Return the arguments that have changed, each with its old value, as far as both records have them."""
     return [
         f"{name}={now.arguments[name]!r} (was {value!r})"
         for name, value in found.arguments.items()
@@ -148,7 +149,7 @@ def changed_arguments(found: StreamRecord, now: StreamRecord) -> list[str]:
 
 
 def changed_data(found: Mapping[str, str | None], splits: TaskSplits) -> Iterator[tuple[str, str]]:
-    """Which data of a task is not what it was: the name of the split, and both as text."""
+    """Yield the splits of a task whose data has changed: the name of the split, and both fingerprints as text."""
     for split, data in splits._asdict().items():
         before, now = found.get(split), data_fingerprint(data)
         if before is not None and now is not None and before != now:

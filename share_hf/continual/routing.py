@@ -1,4 +1,4 @@
-"""What a trainer learns of the inputs of a task, when the task has been learned."""
+"""Learning a route to a task in a trainer, after the task has been learned."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from .data import Data, cannot_be_indexed
 
 
 def check_engine_routes(engine: Engine) -> None:
-    """Refuse engines that hold a model in parts between phases: the base model is run there by each process alone.
+    """Refuse engines that partition a model between phases, as each process runs the base model by itself then.
 
     Raises:
-        ValueError: Naming the engine.
+        ValueError: If the engine is one of them. The message names it.
     """
     if isinstance(engine, (ZeRO3Engine, FSDPEngine)):
         name = "ZeRO-3" if isinstance(engine, ZeRO3Engine) else "FSDP"
@@ -39,7 +39,7 @@ def check_data_routes(task: str, data: Data) -> None:
     """Refuse data that training may use up, or that cannot be indexed.
 
     Raises:
-        ValueError: Naming the task.
+        ValueError: If the data is unusable. The message names the task.
     """
     if cannot_be_indexed(data):
         raise ValueError(
@@ -49,16 +49,16 @@ def check_data_routes(task: str, data: Data) -> None:
 
 
 def with_route_of(trainer: Trainer, state: SubspaceState, task: str, data: Data) -> SubspaceState:
-    """A state that knows the inputs of a task too; each process runs the base model on its part of them.
+    """Return a state with a route to a task. Each process runs the base model on its part of the inputs.
 
     Args:
-        trainer: Its model has the tasks of the state.
-        state: Not changed; as it is, if it knows them already.
-        task: One of its tasks.
-        data: What the task was learned from.
+        trainer: Trainer whose model has the tasks of the state.
+        state: State to add the route to. It is not changed, and returned as it is if the task has a route.
+        task: Task of the state.
+        data: Data that the task was learned from.
 
     Raises:
-        ValueError: If there are too few inputs, or their features are not finite; naming the task.
+        ValueError: If there are too few inputs, or their features are not finite. The message names the task.
     """
     if state.tasks[task].route is not None:
         return state
@@ -71,15 +71,15 @@ def with_route_of(trainer: Trainer, state: SubspaceState, task: str, data: Data)
 
 
 def check_loader_routes(task: str, loader: Any, args: TrainingArguments) -> None:
-    """Refuse batches of a Trainer whose features are not those of its inputs, one by one.
+    """Refuse training batches of a Trainer that do not have one row for each input.
 
     Args:
-        task: The task that the Trainer trains.
-        loader: Gives its training batches.
-        args: Its arguments.
+        task: Task that the Trainer trains.
+        loader: Data loader of its training batches.
+        args: Arguments of the Trainer.
 
     Raises:
-        ValueError: Naming the task, and what of the data it is.
+        ValueError: If the batches are unusable. The message names the task and the problem with its data.
     """
     instead = "or SharedSubspace.learn_route after the training"
     if not isinstance(loader, DataLoader):
@@ -105,17 +105,17 @@ def check_loader_routes(task: str, loader: Any, args: TrainingArguments) -> None
 def with_route_from(
     loader: DataLoader, args: TrainingArguments, model: PeftModel, state: SubspaceState, task: str
 ) -> SubspaceState:
-    """A state that knows the inputs of a task too, from the examples that a Trainer trained it on.
+    """Return a state with a route to a task, learned from the examples that a Trainer trained the task on.
 
     Args:
-        loader: Gave its batches, as for `check_loader_routes`.
-        args: Its arguments.
-        model: Has the tasks of the state.
-        state: Not changed.
-        task: One of its tasks.
+        loader: Data loader of the Trainer's training batches, which `check_loader_routes` has accepted.
+        args: Arguments of the Trainer.
+        model: Model with the tasks of the state.
+        state: State to add the route to. It is not changed.
+        task: Task of the state.
 
     Raises:
-        ValueError: As for `with_route_of`.
+        ValueError: As in `with_route_of`.
     """
     return _with_route(model, state, task, loader.dataset, loader.collate_fn, args)
 
@@ -128,7 +128,7 @@ def _with_route(
     collate: Callable[[list[Any]], Any],
     args: TrainingArguments,
 ) -> SubspaceState:
-    """`with_route_of`, in which the processes share the examples, each of which is read once."""
+    """Learn a route as `with_route_of` does. The processes share the examples, each of which is read once."""
     own = Subset(data, range(args.process_index, len(data), args.world_size))
     batches = DataLoader(own, batch_size=args.per_device_eval_batch_size, collate_fn=collate)
     tuner = model.base_model

@@ -1,4 +1,4 @@
-"""What a task is scored by: the Trainer's own evaluation, or a function of the user's."""
+"""Scoring tasks by the Trainer's own evaluation, or by a function that the user provides."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Scorer:
     """Scores tasks with the model of a trainer.
 
     Args:
-        trainer: Its model has an adapter for each task.
-        label_mask: Rules out the labels that a task does not have.
-        task_scorer: As of `ShareTrainer`.
-        score_metric: As of `ShareTrainingArguments`.
+        trainer: Trainer whose model has an adapter for each task.
+        label_mask: Mask that rules out the labels that a task does not have.
+        task_scorer: Same as in `ShareTrainer`.
+        score_metric: Same as in `ShareTrainingArguments`.
     """
 
     def __init__(
@@ -39,7 +39,10 @@ class Scorer:
         self._score_metric = score_metric
 
     def metrics_of(self, task: str, data: Data, adapter: str | None = None) -> dict[str, float]:
-        """Metrics of a task with its own adapter, or another's; without their prefix. The active adapter stays."""
+        """Return the metrics of a task, without their prefix, with its own or another adapter.
+
+        The active adapter does not change.
+        """
         trainer = self._trainer
         active = trainer.model.active_adapter
         trainer.model.set_adapter(adapter or task)
@@ -55,7 +58,7 @@ class Scorer:
                 trainer.model.set_adapter(active)
 
     def _evaluate_once(self, data: Data, prefix: str) -> dict[str, float]:
-        # The Trainer takes the loader of persistent workers for any data that comes later.
+        # With persistent workers, the Trainer would reuse the data loader for any later data.
         args = self._trainer.args
         kept, args.dataloader_persistent_workers = args.dataloader_persistent_workers, False
         try:
@@ -64,10 +67,10 @@ class Scorer:
             args.dataloader_persistent_workers = kept
 
     def scores_in(self, task: str, metrics: Mapping[str, float]) -> dict[str, float]:
-        """The metrics of a task, its score first; higher is better.
+        """Return the metrics of a task, starting with its score, for which higher is better.
 
         Raises:
-            ValueError: If the metric that was asked for is not among them, or none that could be the score.
+            ValueError: If `score_metric` is not among the metrics, or none of them can serve as the score.
         """
         if self._score_metric is not None:
             if self._score_metric not in metrics:

@@ -1,7 +1,7 @@
-"""What a stream of tasks has come to, in memory and in its folder, so that any interruption can be continued from.
+"""The progress of a stream of tasks, in memory and in its folder, so that it can resume after any interruption.
 
 <output_dir>/stream_state.json    how far the stream has come
-<output_dir>/subspace             the tree, after every phase and with scores after every task
+<output_dir>/subspace             the tree, after every phase, and with scores after every task
 <output_dir>/phases/<nr>-<task>-<phase>   the checkpoints of a phase
 <output_dir>/earlier/<nr>         state and subspace of a stream that was here when another one began
 """
@@ -40,19 +40,19 @@ logger = logging.get_logger(__name__)
 
 
 class Stream:
-    """A stream as its trainer has it.
+    """The stream of a trainer.
 
     Args:
-        folder: Where it is kept.
-        state: The subspace that it begins from.
-        metrics: Empty scores of the stream.
-        record: What it is learned with, without data.
-        saves: Tells whether this process writes.
+        folder: Folder that holds the stream.
+        state: Subspace that the stream begins from.
+        metrics: Metrics of the stream, without scores yet.
+        record: Record of what the stream is learned with, without data.
+        saves: Function that returns whether this process writes.
 
     Attributes:
-        state (`SubspaceState`): The subspace so far.
-        metrics (`ContinualMetrics`): What was measured so far.
-        awaited (`set[str]`): Tasks of the stream that goes on, begun or learned, whose data nobody gave yet.
+        state (`SubspaceState`): Subspace so far.
+        metrics (`ContinualMetrics`): Metrics so far.
+        awaited (`set[str]`): Begun or learned tasks of a resumed stream whose data is not given yet.
     """
 
     def __init__(
@@ -70,25 +70,25 @@ class Stream:
         self._record = record
         self._saves = saves
         self._begun = False
-        self._interrupted: StreamPosition | None = None  # until its task is taken up
-        self._resumed: tuple[Path, bool] | None = None  # an interrupted stream's folder, and whether it marks phases
+        self._interrupted: StreamPosition | None = None  # until its task resumes
+        self._resumed: tuple[Path, bool] | None = None  # folder of an interrupted stream, and whether it marks phases
         self._on_disk: dict[str, str] = {}
 
     @property
     def subspace(self) -> SharedSubspace:
-        """The subspace as learned so far, with the scores."""
+        """The subspace learned so far, with the scores."""
         metrics = combined_metrics(self.state.metrics, self.metrics.as_dict(), self.state.tasks)
         return SharedSubspace(replace(self.state, metrics=metrics))
 
     @contextmanager
     def at_work(self, task: str | None = None) -> Iterator[None]:
-        """Hold the folder while the block runs, and say how the stream goes on if a person ends it.
+        """Hold the folder while the block runs, and log how to resume the stream if a person interrupts it.
 
         Args:
-            task: The task that is learned by itself, if one is.
+            task: Task that is learned by itself, if any.
 
         Raises:
-            FolderInUseError: If another trainer is at work there.
+            FolderInUseError: If another trainer is at work in the folder.
         """
         then = "" if task is None else f", then learn_task({task!r}, ...)"
         line = f"{self.folder}: the stream was interrupted; train(resume_from_checkpoint=True){then} goes on with it."
@@ -96,11 +96,14 @@ class Stream:
             yield
 
     def phase_folder(self, position: int, task: str, phase: str) -> Path:
-        """Folder for the checkpoints of a phase."""
+        """Return the folder for the checkpoints of a phase."""
         return self.folder / PHASES_FOLDER / f"{position + 1:04d}-{task}-{phase}"
 
     def resumed_phase(self, folder: Path) -> Path | None:
-        """The folder in which an interrupted run may have left checkpoints of this phase; the first phase's only."""
+        """Return the folder where an interrupted run may have left checkpoints of this phase.
+
+        This is None for all but the first phase after a resume.
+        """
         resumed, self._resumed = self._resumed, None
         if resumed is None:
             return None
@@ -109,7 +112,7 @@ class Stream:
         return phase if is_claimed(phase) or not marks_phases else None
 
     def begin(self) -> None:
-        """Make the folder this stream's, once: what an earlier run left there must not be taken for it on a resume."""
+        """Claim the folder for this stream, once: a resume must not mistake files of an earlier run for its own."""
         if self._begun:
             return
         self._begun = True
@@ -117,14 +120,14 @@ class Stream:
         self.save_subspace()
 
     def is_done(self, task: str) -> bool:
-        """Whether the subspace has a task, and nothing of its learning was interrupted."""
+        """Return whether the subspace has a task, and its learning was not interrupted."""
         return task in self.state.tasks and (self._interrupted is None or task not in self._interrupted.in_work)
 
     def check_next(self, task: str) -> None:
-        """Refuse to learn a task while another one is merged and not finished; warn if it is not merged either.
+        """Refuse to learn a task while another one is merged but not finished; warn if the other is not merged.
 
         Raises:
-            ValueError: Naming the other one.
+            ValueError: If another task must be finished first. The message names it.
         """
         left = self._interrupted
         if left is None or left.task in (None, task):
@@ -146,13 +149,13 @@ class Stream:
             )
 
     def take_up(self, data: Mapping[str, TaskSplits]) -> Stage | None:
-        """Begin a task, or several that are learned together, or go on where this was interrupted.
+        """Begin one task, or several that are learned together, or resume where they were interrupted.
 
         Args:
-            data: By task, what it is learned from.
+            data: Data of each task.
 
         Returns:
-            The stage in which it was interrupted, None for a task that begins.
+            The stage in which they were interrupted, None if they begin.
         """
         interrupted, self._interrupted = self._interrupted, None
         stage = interrupted.stage if interrupted is not None and interrupted.in_work == list(data) else None
@@ -166,7 +169,7 @@ class Stream:
         return stage
 
     def compare_data(self, task: str, data: TaskSplits) -> None:
-        """Warn if data of a task that the stream has begun is not what it was; a phase on it begins anew."""
+        """Warn if the data of a task that the stream has begun has changed. A phase on it then begins anew."""
         found = self._record.data.get(task, {})
         if on_first_process(lambda: _is_changed(self.folder, task, found, data)):
             self._resumed = None
@@ -183,11 +186,13 @@ class Stream:
         """Write down how far the stream has come.
 
         Args:
-            done: How many tasks are done.
-            trained_steps: Steps of the optimizer in the phases that are done, that of this stage included.
-            tasks: The task in work, or those that are learned together.
-            stage: What is being done with it.
-            phase_steps: Steps of the stage's own phase, when it is trained and only has to be taken.
+            done: Number of finished tasks.
+            trained_steps: Number of optimizer steps in the trained phases, including that of this stage if it is
+                trained.
+            tasks: Current task, or those that are learned together.
+            stage: Stage of the current task.
+            phase_steps: Number of steps of the stage's own phase, if it is trained and only its result is yet to be
+                taken.
         """
         position = StreamPosition(
             position=done,
@@ -204,23 +209,23 @@ class Stream:
         together(lambda: self._saves() and position.save(self.folder))
 
     def save_subspace(self, *, draft: bool = True) -> None:
-        """Write the tree; without figures and audit while a task is in work."""
+        """Write the tree. A draft, while a task is in work, has no figures and no audit."""
         state = self.subspace.state
         together(lambda: self._saves() and self._write_tree(state, draft))
 
     def restore(self, resumed: Path, tasks: Mapping[str, TaskSplits]) -> StreamPosition | None:
-        """Take up subspace, metrics and position of an interrupted stream, as the first process finds them.
+        """Restore subspace, metrics and position of an interrupted stream, as the first process finds them.
 
         Args:
-            resumed: The folder of the interrupted stream.
-            tasks: The tasks of this stream, in their order.
+            resumed: Folder of the interrupted stream.
+            tasks: Tasks of this stream, in order.
 
         Returns:
             The position, None if there is no stream in the folder.
 
         Raises:
-            ValueError: If what is there is damaged, or belongs to a stream of another base model, or with other
-                settings or tasks.
+            ValueError: If the stream in the folder is damaged, or has another base model, other settings or other
+                tasks.
         """
         found, state, is_unchanged = on_first_process(
             lambda: read_stream(resumed, tasks, self.state, self._record), known=self.state
@@ -237,7 +242,7 @@ class Stream:
                 self.metrics.training |= training
         self._record = replace(self._record, data=found.record.data)
         if found.task is not None and len(self.state.lineage) > found.steps:
-            # The result of the stage was saved, that it is over was not.
+            # The result of the stage was saved, but not the end of the stage.
             trained_steps = found.trained_steps + found.phase_steps
             stage = "finetune" if found.stage == "learn" else "evaluate"
             found = replace(found, stage=stage, trained_steps=trained_steps)
@@ -256,7 +261,7 @@ class Stream:
             empty_phase(marker.parent)
 
     def _keep_earlier(self) -> None:
-        """Move aside what an earlier stream has learned here, unless this one goes on from it."""
+        """Move aside what an earlier stream has learned here, unless this stream continues from it."""
         place = standing_at(self.folder / SUBSPACE_FOLDER)
         if not _has_more_than(place, self.state):
             return
@@ -282,21 +287,20 @@ def read_stream(
     folder: Path, tasks: Mapping[str, TaskSplits], state: SubspaceState, record: StreamRecord
 ) -> tuple[StreamPosition | None, SubspaceState | None, bool]:
     """
-    What an interrupted stream has left in its folder. What is different now is logged.
+    Read what an interrupted stream has left in its folder, and log what is different now.
 
     Args:
         folder: Folder of the stream.
-        tasks: The tasks of the stream that is to go on, in their order.
-        state: The subspace that it would begin from.
-        record: What it is to be learned with.
+        tasks: Tasks of the stream that is to resume it, in order.
+        state: Subspace that this stream would begin from.
+        record: Record of what this stream is to be learned with.
 
     Returns:
-        Its position and its subspace, each None if there is none; and whether the phase that was interrupted would run
-        as it did, so that its checkpoints can be taken up.
+        The position and the subspace, each None if there is none, and whether the interrupted phase would run as it
+        did, so that it can resume from its checkpoints.
 
     Raises:
-        ValueError: If what is there is damaged, or belongs to a stream of another base model, or with other settings
-            or tasks.
+        ValueError: If the stream in the folder is damaged, or has another base model, other settings or other tasks.
     """
     begun = StreamPosition.load(folder)
     if begun is None:
@@ -319,7 +323,7 @@ def read_stream(
 def _check_order(folder: Path, begun: StreamPosition, order: Sequence[str]) -> None:
     """Refuse an order in which tasks that the stream has begun would be out of place.
 
-    Those that are missing at the end may still be learned one by one.
+    Tasks that are missing at the end may still be learned one by one.
     """
     at_their_place = order[begun.position : begun.position + len(begun.in_work)]
     if at_their_place not in ([], begun.in_work):
@@ -335,7 +339,7 @@ def _check_order(folder: Path, begun: StreamPosition, order: Sequence[str]) -> N
 def _is_changed_stream(
     folder: Path, begun: StreamPosition, tasks: Mapping[str, TaskSplits], record: StreamRecord
 ) -> bool:
-    """Whether the interrupted phase would not run as it did. What is different is logged."""
+    """Return whether the interrupted phase would run differently, and log what has changed."""
     try:
         doubt = check_base_model(begun.record, record)
     except ValueError as error:
@@ -355,7 +359,7 @@ def _is_changed_stream(
 
 
 def _is_changed(folder: Path, task: str, found: Mapping[str, str | None], data: TaskSplits) -> bool:
-    """Whether a task has other training data than it was begun with. What is different is logged."""
+    """Return whether a task has other training data than it was begun with, and log what has changed."""
     changed = dict(changed_data(found, data))
     for split, change in changed.items():
         logger.warning("%s: task %r has other %s data than it was begun with: %s.", folder, task, split, change)
@@ -363,7 +367,7 @@ def _is_changed(folder: Path, task: str, found: Mapping[str, str | None], data: 
 
 
 def _has_more_than(place: Path, state: SubspaceState) -> bool:
-    """Whether a folder holds a tree with tasks, or one that cannot be read, that a state does not go on from."""
+    """Return whether a folder holds a tree with tasks that a state does not continue from, or an unreadable one."""
     if not place.is_dir():
         return False
     try:

@@ -52,20 +52,20 @@ logger = logging.get_logger(__name__)
 
 class TaskTrainer(GroupTrainer):
     """
-    Learns tasks: each, or several together, in one or two phases, whose results are taken into the subspace and saved,
-    and then scored.
+    Learns tasks one by one, or several together. It learns each in one or two phases, takes their results into the
+    subspace, saves it, and scores the tasks.
 
     Args:
-        model ([`~peft.PeftModel`]): With the tasks of the stream's subspace as adapters, or a placeholder.
-        args ([`ShareTrainingArguments`]): What all phases have in common.
-        stream ([`Stream`]): What the stream has come to.
-        share_config ([`ShareConfig`]): What new tasks are configured by.
-        tasks (`dict[str, TaskSplits]`): The data of the tasks.
-        groups (`list[tuple[str, ...]]`): The tasks that are learned together.
-        details (`dict[str, TaskDetails]`): What else is known of them.
-        dataset_ids (`Mapping[str, str]`): By task, the hub id of its data set.
-        task_scorer (`Callable`, *optional*): As of [`ShareTrainer`].
-        **kwargs: As for [`~transformers.Trainer`], and `compute_metrics` may be a dict with a function by task.
+        model ([`~peft.PeftModel`]): Model with the tasks of the stream's subspace as adapters, or a placeholder.
+        args ([`ShareTrainingArguments`]): Arguments that all phases have in common.
+        stream ([`Stream`]): Stream with its progress so far.
+        share_config ([`ShareConfig`]): Configuration of new tasks.
+        tasks (`dict[str, TaskSplits]`): Data of each task.
+        groups (`list[tuple[str, ...]]`): Groups of tasks that are learned together.
+        details (`dict[str, TaskDetails]`): Further facts about each task.
+        dataset_ids (`Mapping[str, str]`): Hub id of the data set of each task.
+        task_scorer (`Callable`, *optional*): Same as in [`ShareTrainer`].
+        **kwargs: Same as in [`~transformers.Trainer`]. `compute_metrics` may also be a dict of functions by task.
     """
 
     args: ShareTrainingArguments
@@ -107,14 +107,14 @@ class TaskTrainer(GroupTrainer):
 
     @property
     def _units(self) -> list[Unit]:
-        """The tasks in their order, those together that are learned together."""
+        """The tasks in order, where tasks that are learned together form one unit."""
         return units_of(self.tasks, self._groups)
 
     def _learn(self, tasks: Unit) -> Iterator[TrainOutput]:
-        """The stages of one task, or of several together: learn and merge, finetune, evaluate.
+        """Run the stages of one task, or of several together: learn and merge, finetune, evaluate.
 
         Yields:
-            The outcome of each phase.
+            The output of each phase.
         """
         started = time.monotonic()
         self._recover()
@@ -141,7 +141,7 @@ class TaskTrainer(GroupTrainer):
             self._progress.task_line(self._stream.metrics, learned_by, time.monotonic() - started)
 
     def _learn_in(self, phase: Phase, tasks: Unit, stage: Stage) -> TrainOutput:
-        """One phase of a task or of several together, and what it trained taken into the subspace."""
+        """Run one phase of a task, or of several together, and take its result into the subspace."""
         position = self._position_of(tasks)
         self._stream.save_position(position, self.trained_steps, tasks, stage)
         output = self._train_phase(tasks, phase)
@@ -156,7 +156,7 @@ class TaskTrainer(GroupTrainer):
         return output
 
     def _forget_phase(self, tasks: Unit, phase: Phase, stage: Stage, steps: int) -> None:
-        """Begin a phase anew when it is resumed: what it trained is refused, and so are its checkpoints."""
+        """Make a phase begin anew when it is resumed: its result was refused, so its checkpoints are useless."""
         position, stream = self._position_of(tasks), self._stream
         for name in tasks:
             put_back(self.model, stream.state, name, self.share_config)
@@ -166,20 +166,20 @@ class TaskTrainer(GroupTrainer):
         stream.save_position(position, self.trained_steps, tasks, stage)
 
     def _recover(self) -> None:
-        """Put the tasks of the model back as they are in the subspace, if a phase was broken off."""
+        """Restore the tasks of the model from the subspace if a phase was interrupted."""
         if self.engine.is_broken_off:
             self.engine.recover()
             load_tasks(self.model, self._stream.state)
             self.engine.is_broken_off = False
 
     def _restore(self, resumed: str | bool) -> None:
-        """Take up an interrupted stream, or begin if there is none.
+        """Resume an interrupted stream, or begin if there is none.
 
         Raises:
-            ValueError: If what is there is damaged, or belongs to a stream of another base model, or with other
-                settings or tasks.
+            ValueError: If the stream in the folder is damaged, or has another base model, other settings or other
+                tasks, or if a named folder has no stream.
         """
-        is_named = isinstance(resumed, str) and resumed.lower() != "true"  # as a command line has it
+        is_named = isinstance(resumed, str) and resumed.lower() != "true"  # a command line passes "true" as text
         folder = Path(resumed) if is_named else self._stream.folder
         begun = self._stream.restore(folder, self.tasks)
         if begun is None:
@@ -205,7 +205,7 @@ class TaskTrainer(GroupTrainer):
             )
 
     def _load_subspace(self, state: SubspaceState) -> None:
-        """Make a subspace the stream's, and its tasks the adapters of the model."""
+        """Load a subspace into the stream, and its tasks into the model as adapters."""
         load_bases(self.model, state)
         add_adapters(self.model, state, list(state.tasks), trainable=True)
         load_tasks(self.model, state)
@@ -223,7 +223,7 @@ class TaskTrainer(GroupTrainer):
 
     def _train_phase(self, tasks: Unit, phase: Phase) -> TrainOutput:
         position = self._position_of(tasks)
-        # A phase depends on the seed and its place alone, so that one that is run again runs the same.
+        # A phase depends only on the seed and its place, so that a repeated phase runs the same.
         set_seed(self.args.seed + 2 * position + (phase == Phase.FINETUNE))
         begin_group(self.model, self._stream.state, tasks, phase, self.share_config)
         self._label_mask.attach(self.model)
@@ -241,7 +241,7 @@ class TaskTrainer(GroupTrainer):
                 output = self.run_group(args, data, resumed)
             else:
                 output = self.run_phase(args, data[tasks[0]], resumed)
-        # With `auto_find_batch_size`, smaller than it was asked for.
+        # With `auto_find_batch_size`, the batch may be smaller than the arguments ask for.
         batch = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         self._stream.metrics.training["train_batch_size"] = batch
         if output.global_step == 0 and is_streamed(data[tasks[0]]):
@@ -249,7 +249,7 @@ class TaskTrainer(GroupTrainer):
         return output
 
     def _take(self, tasks: Unit, phase: Phase) -> None:
-        """Take what a phase trained into the subspace, and save it."""
+        """Take the result of a phase into the subspace, and save it."""
         stream = self._stream
         held = stream.state if self.engine.keeps_idle_adapters else None
         infos = {name: self._info_of(name, phase) for name in tasks}
@@ -267,7 +267,7 @@ class TaskTrainer(GroupTrainer):
         stream.save_subspace()
 
     def _info_of(self, name: str, phase: Phase) -> TaskInfo:
-        """What is known of a task that a phase has trained."""
+        """Return the facts about a task that a phase has trained."""
         stream, details = self._stream, self._details[name]
         learned_by = stream.state.tasks[name].learned_by if phase == Phase.FINETUNE else phase
         info = describe_task(self.model, name, learned_by, details.problem)
@@ -279,7 +279,7 @@ class TaskTrainer(GroupTrainer):
         return info
 
     def _with_own_labels(self, head: Mapping[str, Tensor], problem: Problem) -> dict[str, Tensor]:
-        """A head that never predicts labels past the task's own, whatever loads it."""
+        """Return a head that never predicts labels beyond the task's own, whatever loads it."""
         of_model = self.model.get_base_model().config.num_labels
         layer = layer_of_labels({name: tuple(tensor.shape) for name, tensor in head.items()}, of_model)
         if layer is None or problem.num_labels >= of_model:
@@ -322,7 +322,7 @@ class TaskTrainer(GroupTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _is_loss_of_model(self, problem: Problem) -> bool:
-        """Whether the model or the user's function computes the loss; either uses one kind of loss for all tasks."""
+        """Return whether the model or the user's function computes the loss, with one kind of loss for all tasks."""
         if self.compute_loss_func is not None:
             return True
         of_model = getattr(self.model.config, "problem_type", None)
@@ -352,7 +352,10 @@ class TaskTrainer(GroupTrainer):
         return self._scorer.metrics_of(task, self.tasks[task].evaluation, adapter)
 
     def _scores(self, task: str, adapter: str | None = None) -> dict[str, float | None]:
-        """The task's score, and what else was measured; None is NaN or infinite, which says nothing and is no JSON."""
+        """Return the task's score and its other metrics.
+
+        None stands for a value that is NaN or infinite, which says nothing and is not valid JSON.
+        """
         found = self._scorer.scores_in(task, self._evaluate_task(task, adapter))
         scores = {metric: measured(value) for metric, value in found.items()}
         self._stream.metrics.score_names[task] = name = next(iter(scores))
@@ -376,7 +379,7 @@ class TaskTrainer(GroupTrainer):
             metrics.matrix[-1][column] = self._score(name, newest)
 
     def _evaluate_after(self, tasks: Unit) -> None:
-        """One more row of the matrix, and what else is kept of the stream."""
+        """Add a row to the matrix, and update the other metrics of the stream."""
         stream, metrics = self._stream, self._stream.metrics
         evaluated = set(metrics.tasks if self.args.evaluate_seen_tasks else tasks)
         found = {task: self._scores(task) for task in metrics.tasks if task in evaluated and self._is_scored(task)}
@@ -398,7 +401,7 @@ class TaskTrainer(GroupTrainer):
         self._log_stream({log: value for log, value in logs.items() if value is not None})
 
     def _is_scored(self, task: str) -> bool:
-        """Whether there is data that a task is scored on; one of a stream that goes on may have none yet."""
+        """Return whether a task has data to score it on. A task of a resumed stream may have none yet."""
         return task in self.tasks and self.tasks[task].evaluation is not None
 
     def _task_at_work(self) -> str:
@@ -412,16 +415,16 @@ class TaskTrainer(GroupTrainer):
         return None if problem is None else problem.num_labels
 
     def _labels_at_work(self) -> int | list[int | None] | None:
-        """Number of labels of the active task, or of the task of each sample of a batch that mixes them."""
+        """Return the number of labels of the active task, or of the task of each sample in a mixed batch."""
         if self._group is not None:
             return [self._label_mask.num_labels_of(name) for name in self._group.names]
         return self._label_mask.num_labels_of(self.model.active_adapter)
 
     def _position_of(self, tasks: Unit) -> int:
-        """How many tasks of the stream were learned before these."""
+        """Return the number of tasks of the stream before these."""
         return self._stream.metrics.tasks.index(tasks[0])
 
 
 def _title(tasks: Unit) -> str:
-    """What a phase is called, after its task or the first of several."""
+    """Return the title of a phase, which names its task or the first of several."""
     return tasks[0] if len(tasks) == 1 else f"{tasks[0]}+{len(tasks) - 1}"

@@ -1,4 +1,4 @@
-"""Which tasks of a stream are learned together, and what cannot be learned so."""
+"""Finding and checking the tasks of a stream that are learned together."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .problems import CLASSES, Problem
 Unit = tuple[str, ...]
 Together = Sequence[str] | Sequence[Sequence[str]]
 
-# Arguments that a group cannot honour, and what is expected instead.
+# Arguments that a group cannot honour, and what to use instead.
 _REFUSED = {
     "eval_on_start": "False: they are evaluated when they are learned",
     "load_best_model_at_end": "False: each of them has another best step",
@@ -31,16 +31,17 @@ _REFUSED = {
 def groups_of(
     tasks: Mapping[str, TaskSplits], together: Together | None, args: ShareTrainingArguments, known: int
 ) -> list[Unit]:
-    """The tasks of a stream that are learned together.
+    """Return the groups of tasks of a stream that are learned together.
 
     Args:
-        tasks: The tasks of the stream, in its order.
+        tasks: Tasks of the stream, in order.
         together: Names of tasks that are learned together, or several such lists.
         args: Arguments of the stream.
-        known: Number of tasks of the subspace that the stream goes on from.
+        known: Number of tasks of the subspace that the stream continues from.
 
     Raises:
-        ValueError: If they are not tasks that follow one another, or cannot be learned together; naming them.
+        ValueError: If a group does not consist of consecutive tasks, or cannot be learned together. The message names
+            the tasks or the argument.
     """
     groups = [] if together is None else _groups_in(together)
     names = [name for group in groups for name in group]
@@ -69,11 +70,11 @@ def groups_of(
 
 
 def units_of(tasks: Iterable[str], groups: Iterable[Unit]) -> list[Unit]:
-    """A stream as it is learned: one task after the other, some of them together.
+    """Return the units of a stream in order: single tasks, and groups of tasks that are learned together.
 
     Args:
-        tasks: Its tasks, in their order.
-        groups: Those that are learned together.
+        tasks: Tasks of the stream, in order.
+        groups: Groups of tasks that are learned together.
     """
     first_of = {group[0]: group for group in groups}
     in_groups = {name for group in groups for name in group}
@@ -81,7 +82,7 @@ def units_of(tasks: Iterable[str], groups: Iterable[Unit]) -> list[Unit]:
 
 
 def _groups_in(together: Together) -> list[Unit]:
-    """Lists of at least two names; a list of one is a task by itself."""
+    """Return the groups of at least two names; a list of one name is a task by itself."""
     if isinstance(together, str) or not isinstance(together, Sequence):
         raise ValueError(f"together is {together!r}, expected a list of names, or of such lists")
     are_names = [isinstance(entry, str) for entry in together]
@@ -121,14 +122,14 @@ def _check_arguments(args: ShareTrainingArguments) -> None:
 
 
 def check_classes(groups: Iterable[Unit], problems: Mapping[str, Problem | None]) -> None:
-    """Refuse tasks that are learned together and do not have classes: their losses are counted as those of classes.
+    """Refuse groups with tasks that do not predict classes, as losses of groups are counted as those of classes.
 
     Args:
-        groups: The tasks that are learned together.
-        problems: By task, what it predicts; None if the model is not one for classification.
+        groups: Groups of tasks that are learned together.
+        problems: Problem of each task, None if the model is not a classifier.
 
     Raises:
-        ValueError: Naming the task and what it is.
+        ValueError: If there is such a task. The message names the task and its kind.
     """
     for name in (name for group in groups for name in group):
         if (problem := problems[name]) is not None and problem.problem_type != CLASSES:
@@ -138,15 +139,15 @@ def check_classes(groups: Iterable[Unit], problems: Mapping[str, Problem | None]
 
 
 def check_can_train_together(trainer: Trainer, groups: Iterable[Unit], tasks: Mapping[str, TaskSplits]) -> None:
-    """Refuse what no tasks can be trained together with.
+    """Refuse data, engines and models with which tasks cannot be trained together.
 
     Args:
-        trainer: Its engine and its model.
-        groups: The tasks that are learned together.
-        tasks: The tasks of the stream.
+        trainer: Trainer with the engine and the model.
+        groups: Groups of tasks that are learned together.
+        tasks: Tasks of the stream.
 
     Raises:
-        ValueError: Naming it, and what works instead.
+        ValueError: If there is an obstacle. The message names it and what works instead.
     """
     for group in groups:
         _check_columns(trainer, {name: tasks[name].train for name in group})
@@ -173,10 +174,10 @@ def check_can_train_together(trainer: Trainer, groups: Iterable[Unit], tasks: Ma
 
 
 def _check_columns(trainer: Trainer, data: Mapping[str, Data]) -> None:
-    """Refuse examples of different columns: a collator takes those of the first one in a batch for all.
+    """Refuse examples of different columns: a collator uses the columns of the first example for the whole batch.
 
     Raises:
-        ValueError: Naming two tasks and their columns.
+        ValueError: If the columns differ. The message names two tasks and their columns.
     """
     trainer._set_signature_columns_if_needed()
     columns: dict[str, list[str]] = {}
@@ -194,13 +195,13 @@ def _check_columns(trainer: Trainer, data: Mapping[str, Data]) -> None:
 
 
 def check_optimizer(optimizer: Any) -> None:
-    """Refuse optimizers that do not pass over parameters without gradients, or need no step.
+    """Refuse optimizers that do not skip parameters without gradients, or do not count steps for each parameter.
 
     Args:
-        optimizer: As it was made for tasks that are learned together.
+        optimizer: Optimizer of tasks that are learned together.
 
     Raises:
-        ValueError: Naming it.
+        ValueError: If the optimizer is one of them. The message names it.
     """
     kind = type(getattr(optimizer, "optimizer", optimizer))
     is_schedule_free = callable(getattr(optimizer, "train", None))

@@ -45,50 +45,51 @@ logger = logging.get_logger(__name__)
 
 class ShareTrainer(TaskTrainer):
     """
-    Learns a stream of tasks with Share: old tasks stay, without their data.
+    Learns a stream of tasks with Share, and keeps the old tasks without their data.
 
-    Each task is learned in phases, each an optimizer run of its own: the first tasks as free factors of rank p
-    (`init`), later ones by temporary factors beside the basis (`adapt`) or by coefficients alone; a merge then updates
-    the basis and all tasks' coefficients, and the new ones may be trained further (`finetune`). After each task the
-    subspace is saved to `<output_dir>/subspace`, and `train(resume_from_checkpoint=True)` continues a stream that was
-    interrupted anywhere.
+    Each task is learned in phases, each an optimizer run of its own. The first tasks train free factors of rank p
+    (`init`); later ones train temporary factors beside the basis (`adapt`) or only coefficients (`coefficients`).
+    After `init` and `adapt`, a merge updates the basis and the coefficients of all tasks. The coefficients of the new
+    task may then be trained further (`finetune`). After each task, the subspace is saved to `<output_dir>/subspace`,
+    and `train(resume_from_checkpoint=True)` resumes a stream that was interrupted anywhere.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            The base model, without adapters.
+            Base model without adapters.
         args ([`ShareTrainingArguments`], *optional*):
             Arguments of the phases.
         share_config ([`ShareConfig`], *optional*):
-            k, p, φ and the target modules.
+            Configuration with k, p, φ and the target modules.
         tasks (`Mapping[str, Dataset | DatasetDict]`, *optional*):
-            The stream, in its order: task name to its data, of `datasets` or `torch`, streamed or not. The `train`
-            split is learned; the `test` split, or else `validation` or `eval`, scores the task. With `eval_strategy`,
-            `validation` or `eval`, or else `test`, is evaluated while it trains, unless `eval_dataset` is given. Data
-            that is streamed needs `max_steps` and, for a classification, features that tell its labels. Integers are
-            classes, floating-point numbers values (a regression) and lists of zeros and ones several labels.
+            Data of each task of the stream, in order, from `datasets` or `torch`, streamed or not. A task learns the
+            `train` split and is scored on `test`, or else `validation` or `eval`. With `eval_strategy`, it is also
+            evaluated while it trains, on `eval`, or else `validation` or `test`, unless `eval_dataset` is given.
+            Streamed data needs `max_steps` and, for a classifier, features that declare its labels. Integer labels
+            are classes, floating-point ones values (a regression), and lists of zeros and ones several labels.
         together (`Sequence[str]` or `Sequence[Sequence[str]]`, *optional*):
-            Names of `tasks` that follow one another, or several such lists: each list is learned in one run, from
-            batches that mix its tasks, with the result that each task alone would have on the samples that it saw.
-            Needs `method="coefficients"` and a basis; see `samples_per_task`.
+            Names of consecutive `tasks`, or several such lists. Each list is learned in one run, from batches that mix
+            its tasks, with the result that each task alone would have on the samples that it saw. Requires
+            `method="coefficients"` and a basis. See `samples_per_task`.
         subspace ([`SharedSubspace`], *optional*):
-            A subspace to continue. Its tasks stay.
+            Subspace to continue from. Its tasks stay.
         adapters (`Mapping[str, str]` or `Sequence[str]`, *optional*):
             LoRA adapters to initialize the subspace from instead (Sec. 3.2.1).
         dataset_ids (`Mapping[str, str]`, *optional*):
-            By task, the hub id of its data set, for the model card.
+            Hub id of the data set of each task, for the model card.
         labels (`Mapping[str, Sequence[str]]`, *optional*):
-            By task, the names of its labels, where its data does not tell them.
+            Names of the labels of each task whose data does not have them.
         task_scorer (`Callable`, *optional*):
-            Called with model, task name and evaluation data instead of the Trainer's own evaluation; returns metrics.
+            Function that replaces the Trainer's own evaluation. It takes the model, the task name and the evaluation
+            data, and returns metrics.
         **kwargs:
-            As for [`~transformers.Trainer`], but for `train_dataset`, `model_init` and `optimizers`, which are
-            refused. `compute_metrics` may be a dict with a function by task: the first metric of each is the score of
-            its task. Others are scored by accuracy, Pearson's correlation (a regression) or F1 (several labels).
-            Without an `lr` among its keywords, `optimizer_cls_and_kwargs` has the learning rate of the phase.
+            Same as in [`~transformers.Trainer`], except for `train_dataset`, `model_init` and `optimizers`, which are
+            refused. `compute_metrics` may be a dict of functions by task, where the first metric is the task's score.
+            Other tasks of a classifier are scored by accuracy, Pearson correlation (regression) or F1 (several
+            labels). `optimizer_cls_and_kwargs` without an `lr` uses the learning rate of the phase.
 
     Raises:
-        ValueError: If a task's name or data is unusable, the model has adapters already, or an option is one that no
-            stream can honour.
+        ValueError: If a task's name or data is unusable, the model already has adapters, or no stream can honour an
+            option.
     """
 
     def __init__(
@@ -127,7 +128,7 @@ class ShareTrainer(TaskTrainer):
             subspace = SharedSubspace(state)
         if subspace is not None:
             subspace = SharedSubspace(named_as_in(model, subspace.state))
-        # Within a phase, the task that is trained is evaluated, unless there is data for all of them.
+        # Within a phase, the trained task is evaluated, unless there is data for all tasks.
         evaluates = args.eval_strategy != "no" or args.eval_on_start
         self._selects = evaluates and kwargs.get("eval_dataset") is None
         self._max_steps, self._routes, self._labels = args.max_steps, args.routing, labels or {}
@@ -177,13 +178,13 @@ class ShareTrainer(TaskTrainer):
         if self._selects:
             self.eval_dataset = None  # until there is a task
         if is_classifier:
-            # Classifiers take the keyword that tells the items of a whole step, but return the mean over their own
-            # batch: taken for a sum over all, it would count once for each process and accumulated batch.
+            # Classifiers take the keyword for the number of items in a whole step, but return the mean over their own
+            # batch. Mistaken for a share of the whole, it would count once for each process and accumulated batch.
             self.model_accepts_loss_kwargs = False
 
     @property
     def subspace(self) -> SharedSubspace:
-        """The subspace as learned so far."""
+        """The subspace learned so far."""
         return self._stream.subspace
 
     @property
@@ -208,10 +209,10 @@ class ShareTrainer(TaskTrainer):
 
         Args:
             resume_from_checkpoint (`bool` or `str`, *optional*):
-                `True` to continue where an earlier run in `output_dir` was interrupted, or to begin if there was none;
-                or the `output_dir` of an earlier run. Of a phase, the steps since its last checkpoint are done again:
-                `save_strategy` says when one is written.
-            trial (`dict`, *optional*): Not supported; a search makes a trainer for each trial.
+                Whether to resume where an earlier run in `output_dir` was interrupted, or begin if there was none, or
+                the `output_dir` of an earlier run to resume. An interrupted phase repeats the steps since its last
+                checkpoint; `save_strategy` decides when checkpoints are written.
+            trial (`dict`, *optional*): Trial of a search, which is not supported. Create a trainer for each trial.
             ignore_keys_for_eval (`list[str]`, *optional*):
                 Outputs of the model that are left out of the predictions of evaluations.
 
@@ -219,9 +220,9 @@ class ShareTrainer(TaskTrainer):
             `TrainOutput`: Steps and mean loss over the phases that were run, and the metrics of the stream.
 
         Raises:
-            ValueError: If there are no tasks, or the stream to resume is damaged or one of another base model, of
-                other settings, or of tasks in another order. Other arguments, which hold from the phase on that was
-                interrupted, and edited data are warned of.
+            ValueError: If there are no tasks, or the stream to resume is damaged, or has another base model, other
+                settings, or tasks in another order. Changed arguments, which apply from the interrupted phase on, and
+                changed data only cause a warning.
             FolderInUseError: If another trainer is at work in `output_dir`.
         """
         if not self.tasks and not resume_from_checkpoint:
@@ -244,26 +245,26 @@ class ShareTrainer(TaskTrainer):
         """
         Learn one more task and merge it.
 
-        Where `train(resume_from_checkpoint=True)` has taken up a stream that had begun the task, it is learned from
-        there on; where the stream had learned it, nothing is done.
+        If `train(resume_from_checkpoint=True)` has resumed a stream that had begun the task, learning continues from
+        there. If the stream had already learned the task, nothing happens.
 
         Args:
-            name (`str`): A new task's name.
-            train_dataset (`Dataset`): What it is learned from.
-            eval_dataset (`Dataset`, *optional*): What it is scored on, now and after later tasks.
+            name (`str`): Name of the new task.
+            train_dataset (`Dataset`): Data that the task is learned from.
+            eval_dataset (`Dataset`, *optional*): Data that the task is scored on, now and after later tasks.
 
         Returns:
-            [`~share_hf.subspace.MergeReport`], *optional*: None if the basis did not change (`coefficients`), or the
-            stream that was resumed has merged the task already.
+            [`~share_hf.subspace.MergeReport`], *optional*: The drift of every task. None if the basis did not change
+            (`coefficients`), or the resumed stream has already merged the task.
 
         Raises:
-            ValueError: If name or data is unusable, or another task is merged and not finished; nothing has changed
+            ValueError: If name or data is unusable, or another task is merged but not finished. Nothing has changed
                 then.
-            FolderInUseError: Likewise, if another trainer is at work in `output_dir`.
-            RefusedTaskError: If what was trained is not finite. Trainer and files are as before.
-            DriftToleranceError: If the tolerated drift cannot be met. Whatever ends the learning before its merge, the
-                trainer is as before, and may learn the task again.
-            RuntimeError: If an earlier phase was broken off under ZeRO-3: that needs a new process.
+            FolderInUseError: If another trainer is at work in `output_dir`. Nothing has changed then.
+            RefusedTaskError: If trained values are not finite. Trainer and files stay unchanged.
+            DriftToleranceError: If the drift tolerance cannot be met. Whatever ends the learning before the merge, the
+                trainer stays unchanged and may learn the task again.
+            RuntimeError: If an earlier phase was interrupted under ZeRO-3, which requires a new process.
         """
         data = {TRAIN_SPLIT: train_dataset}
         if eval_dataset is not None:
@@ -286,7 +287,7 @@ class ShareTrainer(TaskTrainer):
         return self._merge_report
 
     def _learn_unless_done(self, unit: Unit) -> list[TrainOutput]:
-        """Learn one or several of `tasks`; without the phases that the stream has come through already."""
+        """Learn one or several of `tasks`, without the phases that the stream has already completed."""
         if all(self._stream.is_done(name) for name in unit):
             return []
         outputs = list(self._learn(unit))
@@ -296,13 +297,13 @@ class ShareTrainer(TaskTrainer):
         return outputs
 
     def _learn_or_withdraw(self, name: str) -> None:
-        """Learn a task that came by itself; whatever ends this before its merge leaves the trainer without it."""
+        """Learn a single task. Whatever ends this before the merge leaves the trainer without the task."""
         state, metrics = self._stream.state, copy.deepcopy(self._stream.metrics)
         try:
             for _ in self._learn((name,)):
                 pass
         except RefusedTaskError:
-            # With a task that was merged, but did not survive its finetuning.
+            # The task may have been merged before its finetuning was refused.
             self._stream.state, self._stream.metrics = state, metrics
             load_tasks(self.model, state)
             self._withdraw_task(name)
@@ -316,7 +317,7 @@ class ShareTrainer(TaskTrainer):
             raise
 
     def evaluate_tasks(self) -> dict[str, dict[str, float]]:
-        """Metrics of every task learned so far that has evaluation data, by task. The active adapter stays."""
+        """Return the metrics of every learned task that has evaluation data. The active adapter does not change."""
         learned = [task for task in self.tasks if task in self._stream.state.tasks]
         return {task: self._evaluate_task(task) for task in learned if self.tasks[task].evaluation is not None}
 
@@ -332,15 +333,15 @@ class ShareTrainer(TaskTrainer):
         """
         Publish the subspace to `hub_model_id`, as [`SharedSubspace.push_to_hub`] does.
 
-        Tasks that somebody else pushed meanwhile are merged, and are adapters of the model from then on.
+        Tasks that somebody else has pushed meanwhile are merged, and are adapters of the model from then on.
 
         Args:
-            commit_message (`str`, *optional*): Message of the commit; tells the new tasks if not given.
-            blocking (`bool`, *optional*, defaults to `True`): Only `True`: a push may change the subspace.
-            token (`str`, *optional*): `hub_token` if not given.
-            revision (`str`, *optional*): Only `"main"`: branches are tasks.
-            private (`bool`, *optional*): `hub_private_repo` if not given.
-            **kwargs: As for [`SharedSubspace.push_to_hub`].
+            commit_message (`str`, *optional*): Message of the commit. The default names the new tasks.
+            blocking (`bool`, *optional*, defaults to `True`): Must be `True`, as a push may change the subspace.
+            token (`str`, *optional*): User access token of the hub. None means `hub_token`.
+            revision (`str`, *optional*): Must be None or `"main"`, as branches are tasks.
+            private (`bool`, *optional*): Whether to make a new repository private. None means `hub_private_repo`.
+            **kwargs: Same as in [`SharedSubspace.push_to_hub`].
 
         Returns:
             `CommitInfo`: The commit.
@@ -365,17 +366,17 @@ class ShareTrainer(TaskTrainer):
     def _push_while_training(self, upcoming_tasks: Collection[str]) -> None:
         try:
             state, _ = self._publish(upcoming_tasks=upcoming_tasks)
-        except Exception as error:  # whatever ails the network or the repository, the stream goes on
+        except Exception as error:  # the stream goes on despite any trouble of the network or the repository
             logger.warning("The subspace was not pushed (%s); the push after the next task catches up.", error)
         else:
             self._take_published(state)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
-        Save the adapters of the model, and publish the subspace with `push_to_hub`.
+        Save the adapters of the model, and publish the subspace if `args.push_to_hub` is set.
 
         Args:
-            output_dir (`str`, *optional*): Where; the trainer's own folder if not given.
+            output_dir (`str`, *optional*): Folder to save to. None means the trainer's own folder.
         """
         super().save_model(output_dir, _internal_call)
         if self.args.push_to_hub and not _internal_call:
@@ -389,7 +390,7 @@ class ShareTrainer(TaskTrainer):
         return splits, task_details(name, data, splits, self._num_labels, selects=self._selects, label_names=names)
 
     def _withdraw_task(self, name: str) -> None:
-        """Take a task that was not learned out of the stream and the model."""
+        """Remove a task that was not learned from the stream and the model."""
         self.tasks.pop(name, None)
         self._details.pop(name, None)
         put_back(self.model, self._stream.state, name, self.share_config)

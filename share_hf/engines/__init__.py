@@ -1,4 +1,4 @@
-"""How phases run: one protocol, and a single process, DDP, DeepSpeed and FSDP behind it."""
+"""Engines that run phases: one protocol for a single process, DDP, DeepSpeed and FSDP."""
 
 from .checks import check_foreign_engine, check_heads, check_placement
 from .choice import engine_for, engine_that_wrote, take_trained_values

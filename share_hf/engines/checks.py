@@ -1,4 +1,4 @@
-"""What an engine cannot do is refused before any phase is begun, naming what works instead."""
+"""Checks that refuse what an engine cannot do before any phase begins, and name what works instead."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from ..tuner.experts import Experts
 from .fsdp import check_fsdp
 
 
-if TYPE_CHECKING:  # datasets and pandas come along, which no command but `train` needs
+if TYPE_CHECKING:  # the import also loads datasets and pandas, which only the `train` command needs
     from transformers import Trainer
 
 
 def check_engine(trainer: Trainer) -> None:
-    """Refuse what no phase could be trained with, before any is begun.
+    """Refuse combinations with which no phase could be trained.
 
     Raises:
-        ValueError: Naming the combination, and what works instead.
+        ValueError: If there is one. The message names the combination and what works instead.
     """
     state = trainer.accelerator.state
     asked_for_fsdp = trainer.args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")
@@ -44,14 +44,14 @@ def check_engine(trainer: Trainer) -> None:
 
 
 def check_no_experts(model: nn.Module, engine: str) -> None:
-    """Refuse adapted experts in one parameter where an engine divides it: their updates are added to all of it.
+    """Refuse adapted experts in an engine that divides their common parameter: updates are added to all of it.
 
     Args:
-        model: With adapters.
+        model: Model with adapters.
         engine: Name of the engine, for the message.
 
     Raises:
-        ValueError: Naming the module that holds the parameter.
+        ValueError: If there are such experts. The message names the module that holds the parameter.
     """
     for name, module in model.named_modules():
         if isinstance(module, Experts):
@@ -62,13 +62,13 @@ def check_no_experts(model: nn.Module, engine: str) -> None:
 
 
 def check_placement(model: nn.Module) -> None:
-    """Refuse a model that no phase could be trained on as it was loaded.
+    """Refuse a model that was loaded in a way in which no phase could be trained on it.
 
     Args:
         model: Base model, which may be quantized, or spread over devices, memory and disk, or over processes.
 
     Raises:
-        ValueError: Naming how it was loaded, and how to load it instead.
+        ValueError: If the model is unusable. The message says how it was loaded, and how to load it instead.
     """
     quantizer = getattr(model, "hf_quantizer", None)
     if getattr(model, "is_quantized", False) and quantizer is not None and not quantizer.is_trainable:
@@ -96,13 +96,13 @@ def check_placement(model: nn.Module) -> None:
 
 
 def check_heads(model: nn.Module) -> None:
-    """Refuse a model with an offloaded head: accelerate would fetch the values it was loaded with at every forward.
+    """Refuse a model with an offloaded head: accelerate would restore its loaded values at every forward pass.
 
     Args:
-        model: With adapters.
+        model: Model with adapters.
 
     Raises:
-        ValueError: Naming the head.
+        ValueError: If a head is offloaded. The message names it.
     """
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper) and any(p.is_meta for p in module.parameters()):
@@ -112,10 +112,10 @@ def check_heads(model: nn.Module) -> None:
 
 
 def check_foreign_engine() -> None:
-    """Refuse engines that keep adapters in parts, in a Trainer from which they cannot be taken off.
+    """Refuse engines that partition adapters, in a Trainer from which the engine cannot be removed.
 
     Raises:
-        ValueError: Naming the engine, and what works instead.
+        ValueError: If the Trainer has such an engine. The message names the engine and what works instead.
     """
     sharded = AcceleratorState().distributed_type == DistributedType.FSDP
     if sharded or is_deepspeed_zero3_enabled():
@@ -126,10 +126,10 @@ def check_foreign_engine() -> None:
 
 
 def check_deepspeed_config(config: Mapping[str, Any]) -> None:
-    """Refuse what a configuration of DeepSpeed would settle for all phases: they differ in rates and lengths.
+    """Refuse an optimizer or scheduler in a DeepSpeed configuration: phases differ in learning rates and lengths.
 
     Raises:
-        ValueError: Naming it, and what works instead.
+        ValueError: If there is one. The message names it and what works instead.
     """
     for block, argument in (("optimizer", "optim"), ("scheduler", "lr_scheduler_type")):
         if block in config:
@@ -140,15 +140,16 @@ def check_deepspeed_config(config: Mapping[str, Any]) -> None:
 
 
 def check_quantized_weights(model: nn.Module, cast: torch.dtype | None, *, sharded: bool) -> None:
-    """Refuse weights of bitsandbytes that an engine would make another model of.
+    """Refuse bitsandbytes weights that an engine would corrupt.
 
     Args:
-        model: Quantized or not.
-        cast: What the engine casts weights to: a packed 4-bit weight is data of no dtype, kept in tensors of one.
-        sharded: Whether FSDP shards them.
+        model: Model, quantized or not.
+        cast: Dtype that the engine casts weights to. A packed 4-bit weight has no meaningful dtype, but the tensor
+            that stores it has one, and a cast would destroy it.
+        sharded: Whether FSDP shards the weights.
 
     Raises:
-        ValueError: Naming a weight, and how to load the model instead.
+        ValueError: If there is such a weight. The message names it, and how to load the model instead.
     """
     for name, parameter in model.named_parameters():
         kind = type(parameter).__name__
@@ -164,7 +165,7 @@ def check_quantized_weights(model: nn.Module, cast: torch.dtype | None, *, shard
 
 
 def _cast_of_engine(trainer: Trainer) -> torch.dtype | None:
-    """The dtype that an engine casts floating-point weights to; None if it leaves them as they are."""
+    """Return the dtype that an engine casts floating-point weights to, or None if it leaves them unchanged."""
     state = trainer.accelerator.state
     if trainer.is_deepspeed_enabled:
         dtype = state.deepspeed_plugin.hf_ds_config.dtype()

@@ -1,4 +1,4 @@
-"""Which engine a trainer has, and which one wrote a checkpoint."""
+"""Choosing the engine of a trainer, and recognizing the engine that wrote a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from .fsdp import FSDPEngine
 from .local import LocalEngine
 
 
-if TYPE_CHECKING:  # datasets and pandas come along, which no command but `train` needs
+if TYPE_CHECKING:  # the import also loads datasets and pandas, which only the `train` command needs
     from transformers import Trainer
 
 
 def engine_for(trainer: Trainer) -> Engine:
-    """The engine that the arguments of a trainer or its launcher ask for, prepared.
+    """Create and prepare the engine that the arguments of a trainer or its launcher ask for.
 
     Raises:
-        ValueError: If no phase could be trained by it.
+        ValueError: If the engine could not train any phase.
     """
     check_engine(trainer)
     if trainer.is_fsdp_enabled:
@@ -40,7 +40,7 @@ def engine_for(trainer: Trainer) -> Engine:
 
 
 def engine_that_wrote(checkpoint: Path) -> str:
-    """The `writes` of the engine that wrote a checkpoint."""
+    """Return the `writes` attribute of the engine that wrote a checkpoint."""
     if not (checkpoint / "latest").is_file():
         return LocalEngine.writes
     zero3 = any(checkpoint.glob("*/zero_pp_rank_*_model_states.pt"))
@@ -48,6 +48,6 @@ def engine_that_wrote(checkpoint: Path) -> str:
 
 
 def take_trained_values(model: nn.Module) -> None:
-    """Give a model's adapters the float32 values that DeepSpeed trained, in a Trainer whose engine stays."""
+    """Give a model's adapters the float32 values that DeepSpeed trained, in a Trainer that keeps its engine."""
     if AcceleratorState().distributed_type == DistributedType.DEEPSPEED:
         make_adapters_whole(model, trained_parameters(model))

@@ -1,8 +1,8 @@
-"""DeepSpeed's ZeRO: what it cuts up is put together after each phase.
+"""DeepSpeed's ZeRO: adapters that it partitions are put together again after each phase.
 
-DeepSpeed casts the whole model to its precision and keeps what is trained in float32 in its optimizer. Its ZeRO-3
-also partitions every parameter and hooks into every module: the base model's parameters stay partitioned, those of
-adapters, which are small, become plain ones on every process.
+DeepSpeed casts the whole model to its precision and keeps float32 values of trained parameters in its optimizer.
+ZeRO-3 also partitions every parameter and hooks into every module. The parameters of the base model stay partitioned;
+the parameters of adapters, which are small, become plain ones on every process.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from .engine import Engine, quietly, unprepare
 
 
 class DeepSpeedEngine(Engine):
-    """ZeRO-1 and ZeRO-2: every process has the whole model, and a part of the optimizer."""
+    """ZeRO-1 and ZeRO-2: every process has the whole model and a part of the optimizer."""
 
     writes = "DeepSpeed"
-    keeps_idle_adapters = False  # they are cast too
+    keeps_idle_adapters = False  # DeepSpeed casts them too
 
     @contextmanager
     def inference_ready(self) -> Iterator[None]:
-        # Parameters are whole. The Trainer would look for an engine where none has been trained yet.
+        # Parameters are whole. The Trainer would look for a DeepSpeed engine even if nothing has been trained yet.
         trainer = self.trainer
         enabled, trainer.is_deepspeed_enabled = trainer.is_deepspeed_enabled, False
         try:
@@ -56,7 +56,7 @@ class DeepSpeedEngine(Engine):
 
 
 class ZeRO3Engine(DeepSpeedEngine):
-    """ZeRO-3: every process has a part of each parameter, and gathers it where it is used."""
+    """ZeRO-3: every process has a part of each parameter, and gathers the parameter where it is used."""
 
     writes = "ZeRO-3"
 
@@ -88,17 +88,17 @@ class ZeRO3Engine(DeepSpeedEngine):
         trainer.deepspeed = None
         for parameter in trainer.model.parameters():
             if hasattr(parameter, "ds_id"):
-                # What was gathered in the inference mode of a scorer, and kept, could not be trained through.
+                # A parameter that was gathered in the inference mode of a scorer, and kept, would block gradients.
                 parameter.partition()
         for module in trainer.model.modules():
-            # Functions that an engine ties to a module: a copy of it, such as a new task's head, would call these.
+            # The engine binds these functions to a module. A copy of it, such as a new task's head, would call them.
             for name in ("pre_bwd_fn", "post_bwd_fn"):
                 vars(module).pop(name, None)
         super()._take_off(trained)
 
 
 def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Whole float32 values of what an engine trains, by name, on the CPU of every process."""
+    """Return whole float32 values of the trained parameters, by name, on the CPU of every process."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     values = {}
@@ -113,8 +113,8 @@ def make_adapters_whole(model: nn.Module, trained: Mapping[str, Tensor]) -> None
     """Replace the parameters of all adapters and heads by plain float32 ones on every process.
 
     Args:
-        model: With Share adapters.
-        trained: Values of parameters by name; others keep the value that they have.
+        model: Model with Share adapters.
+        trained: Values of parameters by name. Other parameters keep their current values.
     """
     import deepspeed
 
@@ -136,9 +136,9 @@ def make_adapters_whole(model: nn.Module, trained: Mapping[str, Tensor]) -> None
 
 @contextmanager
 def without_empty_parameters(model: nn.Module) -> Iterator[None]:
-    """ZeRO-3 cannot partition what has no elements: the coefficients of a layer whose updates are zero so far.
+    """Remove tasks with empty parameters from layers within the block, as ZeRO-3 cannot partition these.
 
-    Inside of it, such a layer does not have the task, which computes the same.
+    Coefficients are empty where all updates of a layer are zero so far. The layer computes the same without the task.
     """
     taken: list[tuple[nn.ParameterDict, str, nn.Parameter]] = []
     for layer in share_layers(model).values():

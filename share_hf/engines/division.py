@@ -1,4 +1,4 @@
-"""Modules divided between the processes of a launcher; every process comes to know the results of all."""
+"""Dividing modules among the processes of a launcher, each of which gets the results of all."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Result = TypeVar("Result")
 
 
 class Division:
-    """Work that all processes do together, and fail at together.
+    """Work that all processes do together, and that fails on all of them together.
 
-    They meet again and again, each time all of them and in the same order; whoever fails in between says so when the
-    others meet next.
+    All processes meet again and again, in the same order. A process that fails in between reports its error at the
+    next meeting.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class Division:
         return PartialState().is_main_process
 
     def gather(self, compute: Callable[[], Result]) -> list[Result]:
-        """What each process computes, as `of_each_process` has it."""
+        """Return what each process computes, as `of_each_process` does."""
         try:
             return of_each_process(compute)
         except Exception:
@@ -39,31 +39,31 @@ class Division:
             raise
 
     def first(self, compute: Callable[[], Result]) -> Result:
-        """What the first process computes, on every process.
+        """Return what the first process computes, on every process.
 
         Raises:
-            Exception: As for `of_each_process`.
+            Exception: As in `of_each_process`.
         """
         return self.gather(compute if self.is_first else _nothing)[0]
 
     def meet(self) -> None:
-        """Go on when all processes have come here.
+        """Wait until all processes have come here.
 
         Raises:
-            Exception: As for `of_each_process`.
+            Exception: As in `of_each_process`.
         """
         self.gather(_nothing)
 
     def each_module(self, run: RunHere[Result], modules: Sequence[str], purpose: Purpose) -> Iterator[Result]:
-        """The result of the work on each module, in their order, of which this process does its share.
+        """Yield the result of the work on each module, in order. This process does its share of the work.
 
         Args:
-            run: Works on some of the modules.
-            modules: All of them; the same ones on every process.
-            purpose: Does not matter.
+            run: Function that works on some of the modules.
+            modules: All modules, the same on every process.
+            purpose: Purpose of the work, which is not used here.
 
         Raises:
-            Exception: As for `of_each_process`.
+            Exception: As in `of_each_process`.
         """
         state = PartialState()
         shares = shares_of(modules, state.num_processes)
@@ -77,13 +77,13 @@ class Division:
 
 @contextmanager
 def dividing_modules() -> Iterator[Division]:
-    """Inside of it, the processes of a launcher divide the modules of every build, merge and survey between them.
+    """Divide the modules of every build, merge and survey within the block among the processes of a launcher.
 
-    All of them must do the same with the same adapters, and all have the same results then, to the bit as one process
-    has them with as many threads. With one process, nothing is different.
+    All processes must do the same with the same adapters. All of them then have the same results, bit-identical to the
+    results of a single process with the same number of threads. A single process works as it does without the block.
 
     Raises:
-        Exception: What one of the processes raises; elsewhere a `RuntimeError` that names its rank.
+        Exception: The error of a process, on that process; on the others, a `RuntimeError` that names its rank.
 
     Example:
         ```py
@@ -105,7 +105,10 @@ def dividing_modules() -> Iterator[Division]:
 
 
 def shares_of(modules: Sequence[str], processes: int) -> list[list[str]]:
-    """The modules of each process, by rank: in turns that shift each time, as modules of a kind come in turns too."""
+    """Return the modules of each process, by rank.
+
+    Processes take turns in an order that shifts with each round, because modules of one kind recur periodically too.
+    """
     shares: list[list[str]] = [[] for _ in range(processes)]
     for i, module in enumerate(modules):
         number, place = divmod(i, processes)
@@ -114,7 +117,7 @@ def shares_of(modules: Sequence[str], processes: int) -> list[list[str]]:
 
 
 def _rank_at(place: int, number: int, processes: int) -> int:
-    """Who has the module at a place of a turn; with the number negated, at which place a process has its own."""
+    """Return the rank that has the module at a place of a round; with `number` negated, the place of a rank's own."""
     return (place + number) % processes
 
 

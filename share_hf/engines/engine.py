@@ -1,7 +1,7 @@
-"""What runs a phase: one protocol, whatever divides the work.
+"""The protocol of engines, which run phases however the work is divided.
 
-A phase is an optimizer run. Between phases, adapters are whole and in float32 on every process, so that they can come,
-go and be merged.
+A phase is an optimizer run. Between phases, adapters are whole and in float32 on every process, so that they can be
+added, removed and merged.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 
-if TYPE_CHECKING:  # datasets and pandas come along, which no command but `train` needs
+if TYPE_CHECKING:  # the import also loads datasets and pandas, which only the `train` command needs
     from transformers import Trainer
 
 
-# What other libraries say of each other at every step, and no user can change.
+# Warnings that other libraries raise about each other at every step, and that no user can act on.
 NOISE = (
     ".*broadcast_buffers.*",
     ".*torch.distributed.*is deprecated.*",
@@ -28,15 +28,15 @@ NOISE = (
 
 
 class Engine(ABC):
-    """The engine of a trainer of phases.
+    """Base class of the engines that run the phases of a trainer.
 
     Args:
-        trainer: Trainer whose phases it runs.
+        trainer: Trainer whose phases the engine runs.
 
     Attributes:
-        writes: Name of the layout of the optimizer's state in its checkpoints.
-        keeps_idle_adapters: Whether adapters that a phase does not train hold the same values after it, to the bit.
-        is_broken_off: Whether a phase or an evaluation was begun that did not come to its end.
+        writes: Name of the layout of the optimizer's state in the engine's checkpoints.
+        keeps_idle_adapters: Whether adapters that a phase does not train stay bit-identical.
+        is_broken_off: Whether a phase or an evaluation has begun and not (yet) come to its end.
     """
 
     writes = "PyTorch"
@@ -47,40 +47,40 @@ class Engine(ABC):
         self.is_broken_off = False
 
     def prepare(self) -> None:  # noqa: B027 - most engines need not
-        """Prepare the model, once, when the trainer is made."""
+        """Prepare the model once, when the trainer is created."""
 
     @contextmanager
     def train_ready(self) -> Iterator[None]:
-        """A block in which a phase can be trained. `release` ends it, inside of the block."""
+        """Return a context in which a phase can be trained. `release` ends the phase inside the block."""
         with quietly():
             yield
 
     @abstractmethod
     def inference_ready(self) -> AbstractContextManager[None]:
-        """A block in which the model can be run without training it."""
+        """Return a context in which the model can be run without training it."""
 
     @abstractmethod
     def release(self) -> None:
-        """Take what a phase needed off the model: adapters are whole, and can come and go."""
+        """Remove what a phase needed from the model: adapters become whole, and can be added and removed."""
 
     @abstractmethod
     def recover(self) -> None:
-        """Take off what was left by a phase that was broken off, without asking other processes, which may be gone.
+        """Remove what an interrupted phase left, without communicating with other processes, which may be gone.
 
         Raises:
-            RuntimeError: If they have parts of the adapters.
+            RuntimeError: If other processes hold parts of the adapters.
         """
 
     def after_backward(self) -> None:  # noqa: B027
-        """Finish the gradients of a step, right before the optimizer takes it."""
+        """Finish the gradients of a step right before the optimizer takes it."""
 
     def gather(self) -> Mapping[str, Tensor] | None:
-        """Whole float32 values of what is trained, by name, in the middle of a phase; None if the model has them."""
+        """Return whole float32 values of trained parameters, by name, during a phase; None if the model has them."""
         return None
 
 
 def unprepare(trainer: Trainer) -> None:
-    """Undo what a model is prepared by for a phase or an evaluation: the next would wrap it again, or not at all."""
+    """Undo the preparation of a model for a phase or an evaluation: the next would wrap it again, or not at all."""
     trainer.accelerator._models.clear()
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     vars(trainer.model).pop("_is_accelerate_prepared", None)
@@ -88,7 +88,7 @@ def unprepare(trainer: Trainer) -> None:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Without the warnings that make the output of an engine unreadable."""
+    """Silence the warnings that make the output of an engine unreadable."""
     with warnings.catch_warnings():
         for message in NOISE:
             warnings.filterwarnings("ignore", message, FutureWarning)

@@ -1,8 +1,8 @@
-"""FSDP: the base model is sharded once, adapters stay whole on every process.
+"""FSDP: the base model is sharded once, and adapters stay whole on every process.
 
-FSDP settles which parameters it manages when it shards a module, but every phase adds an adapter and every merge
-replaces all of them. Adapters and heads are small, so they are left out: each process trains the whole of them, and
-their gradients are averaged before a step, as in DDP.
+FSDP fixes the set of parameters that it manages when it shards a module, but every phase adds an adapter and every
+merge replaces all of them. Adapters and heads are small, so they are left out: each process trains all of their
+parameters, and their gradients are averaged before a step, as in DDP.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from ..tuner.model import share_layers
 from .engine import Engine
 
 
-if TYPE_CHECKING:  # datasets and pandas come along, which no command but `train` needs
+if TYPE_CHECKING:  # the import also loads datasets and pandas, which only the `train` command needs
     from transformers import Trainer
 
 
 class FSDPEngine(Engine):
-    """FSDP2 of the base model, beside adapters that every process has whole."""
+    """FSDP2 for the base model, with whole adapters on every process."""
 
     def prepare(self) -> None:
         shard_base_model(self.trainer)
@@ -46,24 +46,24 @@ class FSDPEngine(Engine):
         yield
 
     def release(self) -> None:
-        """Nothing to take off: adapters are whole, and the base model stays sharded."""
+        """Do nothing: adapters are whole, and the base model stays sharded."""
 
     def recover(self) -> None:
-        """Nothing to take off."""
+        """Do nothing, for the same reason."""
 
     def after_backward(self) -> None:
         average_gradients(self.trainer.model)
 
     def gather(self) -> None:
-        """The adapters are whole, but reading them must not read weights that were left gathered."""
+        """Reshard the base model: adapters are whole, but reading them must not read weights left gathered."""
         reshard(self.trainer.model)
 
 
 def check_fsdp(plugin: FullyShardedDataParallelPlugin) -> None:
-    """Refuse the settings of FSDP that adapters which come and go do not fit in.
+    """Refuse FSDP settings that do not work with adapters that are added and removed.
 
     Raises:
-        ValueError: Naming the setting, and what works instead.
+        ValueError: If there is such a setting. The message names it and what works instead.
     """
     if plugin.fsdp_version != 2:
         raise ValueError(
@@ -83,10 +83,10 @@ def check_fsdp(plugin: FullyShardedDataParallelPlugin) -> None:
 
 
 def shard_base_model(trainer: Trainer) -> None:
-    """Shard a trainer's model over the processes, all but its adapters and heads.
+    """Shard a trainer's model over the processes, except for its adapters and heads.
 
-    From then on the trainer treats the model as one that needs no engine: its own way with FSDP would gather and
-    scatter adapters that are whole.
+    From then on, the trainer treats the model as one that needs no engine: the Trainer's own handling of FSDP would
+    gather and scatter adapters that are whole.
     """
     from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
     from torch.distributed.tensor import DTensor
@@ -96,16 +96,16 @@ def shard_base_model(trainer: Trainer) -> None:
     kept = modules_kept_whole(model)
     for module in kept:
         module.to(accelerator.device)
-    # With efficient loading only the first process has read the weights; new heads may differ as well.
+    # With efficient loading, only the first process has read the weights. New heads may differ as well.
     broadcast([*model.parameters(), *model.buffers()], accelerator.device)
     plugin.cpu_ram_efficient_loading = False
     plugin.ignored_modules = kept
     if plugin.transformer_cls_names_to_wrap is None:
         plugin.transformer_cls_names_to_wrap = layer_classes(model)
     if plugin.mixed_precision_policy is not None:
-        # Outputs, the loss among them, stay as precise as they are computed.
+        # Outputs, including the loss, keep the precision in which they are computed.
         plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
-    # For its mixed precision: that of FSDP casts what it shards, and no more.
+    # This call is for accelerate's mixed precision: that of FSDP casts only what it shards.
     accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
     fsdp2_prepare_model(accelerator, model)
     if any(isinstance(parameter, DTensor) for module in kept for parameter in module.parameters()):
@@ -115,7 +115,8 @@ def shard_base_model(trainer: Trainer) -> None:
         )
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            # What weights are gathered in is made once; in the inference mode of a scorer it would be untrainable.
+            # The buffers that weights are gathered in are allocated once. In the inference mode of a scorer, they
+            # would be untrainable.
             module.unshard()
             module.reshard()
     register_fsdp_forward_method(model, "generate")
@@ -123,21 +124,21 @@ def shard_base_model(trainer: Trainer) -> None:
 
 
 def layer_classes(model: PeftModel) -> list[str]:
-    """Names of the classes whose modules are sharded one by one; embeddings are already by themselves."""
+    """Return the names of the classes whose modules are sharded one by one. Embeddings are separate already."""
     embeddings = model.get_input_embeddings()
     with_embeddings = {type(module).__name__ for module in model.modules() if embeddings in module.modules()}
     return sorted(set(model._no_split_modules or ()) - with_embeddings)
 
 
 def modules_kept_whole(model: PeftModel) -> list[nn.Module]:
-    """What holds the parameters of adapters, and heads with the originals that new tasks copy."""
+    """Return the containers of adapter parameters, and heads with the originals that new tasks copy."""
     adapters = [getattr(layer, name) for layer in share_layers(model).values() for name in layer.adapter_layer_names]
     return adapters + [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
 
 
 @torch.no_grad()
 def broadcast(tensors: list[Tensor], device: torch.device) -> None:
-    """Give tensors on every process the values that they have on the first one."""
+    """Copy the values of tensors on the first process to every other process."""
     for tensor in tensors:
         value = tensor.detach().to(device).contiguous()
         dist.broadcast(value, src=0)
@@ -146,9 +147,9 @@ def broadcast(tensors: list[Tensor], device: torch.device) -> None:
 
 @torch.no_grad()
 def average_gradients(model: nn.Module) -> None:
-    """Replace the gradients of what is trained by their mean over the processes, in one exchange."""
+    """Replace the gradients of trained parameters by their mean over the processes, in one exchange."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # What the batch of one process did not reach has no gradient there, but may have one elsewhere.
+    # A parameter that the batch of one process did not reach has no gradient there, but may have one elsewhere.
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat)
@@ -158,7 +159,7 @@ def average_gradients(model: nn.Module) -> None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Give up weights that a forward has left gathered: reading a state dict would, and then on one process alone."""
+    """Reshard weights that a forward pass left gathered: reading a state dict would do so on one process alone."""
     from torch.distributed.fsdp import FSDPModule
 
     for module in model.modules():

@@ -9,7 +9,7 @@ from .engine import Engine, unprepare
 
 
 class LocalEngine(Engine):
-    """The Trainer's own way, taken back after each phase."""
+    """The Trainer's own preparation of the model, undone after each phase."""
 
     @contextmanager
     def inference_ready(self) -> Iterator[None]:

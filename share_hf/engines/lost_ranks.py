@@ -1,4 +1,7 @@
-"""Telling which rank of a run ended before the others: some launchers do not, nor do libraries that wait for it."""
+"""Naming the rank of a run that ended before the others.
+
+Some launchers do not name it, and neither do the libraries that wait for it.
+"""
 
 from __future__ import annotations
 
@@ -18,18 +21,19 @@ from .processes import leave_to_gloo, of_all_processes
 
 logger = logging.get_logger(__name__)
 
-SECONDS_TO_END = 2.0  # a process that ends closes its connections a moment before
+SECONDS_TO_END = 2.0  # a process closes its connections a moment before it ends
 
 
 @contextmanager
 def naming_lost_ranks(advice: str = "resume_from_checkpoint=True continues it") -> Iterator[None]:
-    """Inside of it, a rank that ends is named at once, by each other rank on its machine (Linux only).
+    """Name a rank that ends within the block at once, on each other rank of its machine (Linux only).
 
     Args:
-        advice: What to do then.
+        advice: Advice on what to do then, for the message.
 
     Raises:
-        RuntimeError: Naming the rank, in place of what communication with it raises.
+        RuntimeError: If a rank ends, in place of the error that communication with it raises. The message names the
+            rank.
     """
     others = _others_on_this_machine()
     if others:
@@ -37,12 +41,12 @@ def naming_lost_ranks(advice: str = "resume_from_checkpoint=True continues it") 
             yield
     else:
         yield
-    PartialState().wait_for_everyone()  # nobody is watched any more: who ends from here on is not lost
+    PartialState().wait_for_everyone()  # no rank is watched any more: one that ends from here on is not lost
     leave_to_gloo()
 
 
 def _others_on_this_machine() -> dict[int, str]:
-    """Names of the other ranks, by descriptors that can be read from when their processes have ended."""
+    """Return the names of the other ranks, by descriptors that become readable when their processes end."""
     machine = _machine()
     ranks = of_all_processes((PartialState().process_index, os.getpid(), machine))
     others = {}
@@ -54,7 +58,7 @@ def _others_on_this_machine() -> dict[int, str]:
 
 
 def _machine() -> tuple[str, str] | None:
-    """What processes have in common that know each other by their numbers; None where they cannot be watched."""
+    """Return an identity shared by processes that see each other's ids, or None where they cannot be watched."""
     if not hasattr(os, "pidfd_open"):
         return None
     try:
@@ -78,7 +82,7 @@ def _watching(others: Mapping[int, str], advice: str) -> Iterator[None]:
             lost.append(f"{names} ended in the middle of the run; {advice}")
             logger.error(lost[0])
 
-    # A thread, as a launcher that sees a rank end stops the others soon, whatever they are at.
+    # This is a thread because a launcher that sees a rank end soon stops the others, whatever they are doing.
     watcher = Thread(target=watch, daemon=True)
     watcher.start()
     try:
@@ -89,7 +93,7 @@ def _watching(others: Mapping[int, str], advice: str) -> Iterator[None]:
             raise RuntimeError(lost[0]) from error
         raise
     finally:
-        os.write(set_done, b".")  # not closed: workers that load data may hold it too
+        os.write(set_done, b".")  # closing it would not do: data loading workers may hold it too
         watcher.join()
         for descriptor in (done, set_done, *others):
             os.close(descriptor)

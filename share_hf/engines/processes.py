@@ -1,4 +1,4 @@
-"""Several processes: what one of them computes or suffers, all of them know."""
+"""Communication of several processes, which share their results and their errors."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ Value = TypeVar("Value")
 
 
 def on_first_process(compute: Callable[[], Value], *, known: object = None) -> Value:
-    """What the first process computes, on every process; what each would for itself may differ by rounding.
+    """Return what the first process computes, on every process. Separate computations might differ by rounding.
 
-    Tensors are sent as they are, none of them pickled.
+    Tensors are sent without pickling them.
 
     Args:
-        compute: Called on the first process.
-        known: A value that all processes have, such as the state that `compute` starts from. Its tensors are not sent
-            where the result has them too.
+        compute: Function that is called on the first process.
+        known: Value that all processes have, such as the state that `compute` starts from. Its tensors are not sent
+            where the result contains them too.
 
     Raises:
-        Exception: Whatever the first process raises, on every process; elsewhere a `RuntimeError` with its message, if
-            it cannot be sent.
+        Exception: Any error of the first process, on every process. Where it cannot be sent, the other processes
+            raise a `RuntimeError` with its message.
     """
     state = PartialState()
     if state.num_processes == 1:
@@ -56,13 +56,14 @@ def on_first_process(compute: Callable[[], Value], *, known: object = None) -> V
 
 
 def of_each_process(compute: Callable[[], Value]) -> list[Value]:
-    """What each process computes, on every process, by rank. Tensors are sent as they are, none of them pickled.
+    """Return what each process computes, by rank, on every process. Tensors are sent without pickling them.
 
     Args:
-        compute: Called on every process; its errors are those of all.
+        compute: Function that is called on every process. An error on one process is raised on all.
 
     Raises:
-        Exception: What this process raises. A `RuntimeError` that names the rank and what it raises, if it is another.
+        Exception: The error of this process. If another process failed, a `RuntimeError` that names its rank and its
+            error.
     """
     state = PartialState()
     if state.num_processes == 1:
@@ -93,7 +94,7 @@ def _told(error: Exception) -> str:
 
 
 def _taken_apart(value: object, shared: list[Tensor] | None = None) -> tuple[bytes, list[Tensor]]:
-    """A value without its tensors, and those of them that are not shared already."""
+    """Separate a value from its tensors. Returns the pickled rest, and the tensors that are not already shared."""
     file = io.BytesIO()
     pickler = _TensorPickler(file, shared or [])
     pickler.dump(value)
@@ -105,7 +106,7 @@ def _put_together(content: bytes, tensors: list[Tensor]) -> Any:
 
 
 class _TensorPickler(pickle.Pickler):
-    """Writes numbers in place of tensors: first the shared ones, then others in the order they are found."""
+    """Writes numbers in place of tensors: first the shared ones, then others in the order in which they are found."""
 
     def __init__(self, file: io.BytesIO, shared: list[Tensor]) -> None:
         super().__init__(file)
@@ -122,7 +123,7 @@ class _TensorPickler(pickle.Pickler):
 
 
 class _TensorUnpickler(pickle.Unpickler):
-    """Puts tensors in the place of their numbers."""
+    """Puts tensors back in place of their numbers."""
 
     def __init__(self, file: io.BytesIO, tensors: list[Tensor]) -> None:
         super().__init__(file)
@@ -133,7 +134,7 @@ class _TensorUnpickler(pickle.Unpickler):
 
 
 def _broadcast(tensor: Tensor, kind: str, rank: int = 0) -> Tensor:
-    """A tensor of one process on every process; back where it was, such as on the CPU."""
+    """Return a tensor of one process on every process, on the kind of device where it was, such as the CPU."""
     on_device = tensor.detach().to(PartialState().device).contiguous()
     dist.broadcast(on_device, src=rank)
     return tensor if PartialState().process_index == rank else on_device.to(kind)
@@ -142,20 +143,20 @@ def _broadcast(tensor: Tensor, kind: str, rank: int = 0) -> Tensor:
 def leave_to_gloo() -> None:
     """Give the threads of gloo a moment to drop the tensors that were sent last, before the program may end.
 
-    A thread that still holds one needs the interpreter's lock to drop it. A program that ends at that moment waits for
-    the thread in a destructor that keeps the lock, for ever, or aborts (pytorch/pytorch#56297 and #179291). A barrier
-    does not help: it holds what was sent before it.
+    A thread that still holds a tensor needs the interpreter's lock to drop it. A program that ends at that moment
+    waits forever for the thread, in a destructor that keeps the lock, or aborts (pytorch/pytorch#56297 and #179291). A
+    barrier does not help, because it holds what was sent before it.
     """
     if PartialState().num_processes > 1 and dist.get_backend() == "gloo":
         time.sleep(SECONDS_FOR_GLOO)
 
 
 def together(act: Callable[[], object]) -> None:
-    """Act on every process, and go on when all have.
+    """Act on every process, and return when all have acted.
 
     Raises:
-        Exception: What one of them raises, on every process: none waits for one that failed. Elsewhere it is a
-            `RuntimeError` with its message, if it cannot be sent.
+        Exception: The error of one process, on every process, so that none waits for a process that failed. Where it
+            cannot be sent, the other processes raise a `RuntimeError` with its message.
     """
     own = None
     try:
@@ -168,12 +169,12 @@ def together(act: Callable[[], object]) -> None:
 
 
 def of_all_processes(value: Value) -> list[Value]:
-    """What each process has here, by rank."""
+    """Return the value that each process passes, by rank."""
     return [value] if PartialState().num_processes == 1 else gather_object([value])
 
 
 def _sendable(error: Exception) -> Exception:
-    """The error itself if it can be pickled; other libraries' may hold what cannot."""
+    """Return the error itself if it can be pickled, else a substitute: errors may hold objects that cannot."""
     try:
         return pickle.loads(pickle.dumps(error))
     except Exception:

@@ -1,4 +1,4 @@
-"""What a `SharedSubspace` consists of: what it holds, how its tasks are applied, exported, edited and routed to."""
+"""The parts of a `SharedSubspace`: what it holds, and how its tasks are applied, exported, edited and routed to."""
 
 from .applying import Applying
 from .editing import Editing

@@ -1,4 +1,4 @@
-"""New tasks from adapters that have been read."""
+"""Adding new tasks from adapters that have been read."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True)
 class Added:
-    """What came of adding adapters to a state.
+    """Result of adding adapters to a state.
 
     Args:
-        state: With the new tasks.
-        report: The drift of every task.
-        folders: By new task, the adapter on this machine that it came from.
-        reading: What came of reading the adapters, and which of them were there already.
+        state: State with the new tasks.
+        report: Drift of every task.
+        folders: Original adapter of each new task whose adapter is on this machine.
+        reading: Result of reading the adapters, including which of them the subspace already had.
     """
 
     state: SubspaceState
@@ -41,18 +41,18 @@ def with_collection(
     tolerance: float | None = None,
     progress: bool = False,
 ) -> Added:
-    """A state with the adapters of a collection merged into it; the given one is not changed.
+    """Return a state with the adapters of a collection merged into it.
 
     Args:
-        state: Not changed.
-        collection: The adapters.
-        named: Where they were read.
-        tolerance: As for `merge_tasks`.
+        state: State to merge into. It is not changed.
+        collection: Adapters to merge.
+        named: Places that the adapters were read from.
+        tolerance: Same as in `merge_tasks`.
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: As for `merge_tasks`, or if an adapter changed while it was read.
-        DriftToleranceError: If the tolerated drift cannot be met.
+        ValueError: As in `merge_tasks`, or if an adapter changed while it was read.
+        DriftToleranceError: If the drift tolerance cannot be met.
     """
     on_hub, folders = split_places(named.places, collection.loras)
     merged, report = merge_tasks(

@@ -1,4 +1,4 @@
-"""A subspace put into a model."""
+"""Applying a subspace to a model."""
 
 from __future__ import annotations
 
@@ -28,19 +28,20 @@ class Applying(HeldSubspace):
         Inject tasks into their base model.
 
         Args:
-            model (`torch.nn.Module`): The base model, without adapters.
-            tasks (`Sequence[str]`, *optional*): The tasks to load; all of them if not given. The first is active.
-            trainable (`bool`, *optional*, defaults to `False`): Whether the active task's coefficients are trained.
+            model (`torch.nn.Module`): Base model without adapters.
+            tasks (`Sequence[str]`, *optional*): Tasks to load. None loads all of them. The first one becomes active.
+            trainable (`bool`, *optional*, defaults to `False`):
+                Whether the coefficients of the active task are trainable.
             prefix (`str`, *optional*):
-                The component of a pipeline that `model` is, such as "unet" where modules are called `unet.…`. Tasks
-                that adapt nothing in it are left out, unless they are asked for.
+                Name of the pipeline component that `model` is, such as "unet" where the subspace calls its modules
+                `unet.…`. Tasks that adapt nothing in it are left out, unless `tasks` names them.
 
         Returns:
-            `PeftModel`: With one adapter a task and one basis a layer.
+            `PeftModel`: The model with one adapter per task and one basis per layer.
 
         Raises:
-            ValueError: If a task is unknown, or a layer of the model has another shape or is of another kind; the
-                model is as it was.
+            ValueError: If a task is unknown, or a layer of the model has another shape or is of another kind. The
+                model stays unchanged.
         """
         names = list(self.tasks if tasks is None else tasks)
         if not names:
@@ -56,18 +57,18 @@ class Applying(HeldSubspace):
 
     def add_task(self, model: PeftModel, task: str | Sequence[str], *, prefix: str | None = None) -> None:
         """
-        Put a task, or several, into a model that has others of this subspace already.
+        Add one or several tasks to a model that already has others of this subspace.
 
-        `model.delete_adapter(task)` takes one out. What is active stays so.
+        The active adapter does not change. `model.delete_adapter(task)` removes a task again.
 
         Args:
-            model (`PeftModel`): From [`~SharedSubspace.apply`], with this subspace as it is now.
-            task (`str` or `Sequence[str]`): What to add.
-            prefix (`str`, *optional*): As for [`~SharedSubspace.apply`].
+            model (`PeftModel`): Model that [`~SharedSubspace.apply`] returned for the current bases of this subspace.
+            task (`str` or `Sequence[str]`): Task or tasks to add.
+            prefix (`str`, *optional*): Same as in [`~SharedSubspace.apply`].
 
         Raises:
-            ValueError: If a task is unknown or in the model already, the model has another basis, or a task does not
-                fit it; the model is as it was.
+            ValueError: If a task is unknown or already in the model, the model has another basis, or a task does not
+                fit the model. The model stays unchanged.
         """
         names = [task] if isinstance(task, str) else list(dict.fromkeys(task))
         if not is_share_model(model):

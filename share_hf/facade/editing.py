@@ -1,4 +1,4 @@
-"""Edits of the tasks of a subspace: removed, renamed and replaced ones."""
+"""Editing the tasks of a subspace: removing, renaming, replacing, refitting, and undoing a step."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ if TYPE_CHECKING:
 
 
 class Editing(HeldSubspace):
-    """Changes to the tasks that there are. Whatever fails leaves the subspace as it was."""
+    """Changes to existing tasks. An operation that fails leaves the subspace unchanged."""
 
     def remove_task(self, name: str) -> None:
-        """Forget a task: its coefficients and head. The basis and the other tasks stay as they are."""
+        """Remove a task with its coefficients and head. The basis and the other tasks do not change."""
         self._check_known(name)
         self._held = without_task(self.state, name)
         self._originals.pop(name, None)
 
     def rename_task(self, name: str, new_name: str) -> None:
         """
-        Give a task another name. It keeps its place among the tasks, its certificate, head and scores, to the bit.
+        Rename a task. It keeps its place among the tasks, and its certificate, head and scores stay bit-identical.
 
-        Another writer who has the task under its old name gets the new one with the next push or pull. Where that
-        writer trained the task further meanwhile, both are kept, each under its name.
+        Another writer who has the task under its old name gets the new name with the next push or pull. If that
+        writer has meanwhile trained the task further, both versions are kept, each under its own name.
 
         Args:
-            name (`str`): A task of the subspace.
-            new_name (`str`): Its new name.
+            name (`str`): Task of the subspace.
+            new_name (`str`): New name of the task.
 
         Raises:
             ValueError: If there is no such task, or the new name is unusable or taken.
@@ -64,20 +64,22 @@ class Editing(HeldSubspace):
         progress: bool = True,
     ) -> MergeReport:
         """
-        Put another adapter in the place of a task: it is merged as a new task of that name, learned last.
+        Replace a task by another adapter, which is merged as a new task of the same name, learned last.
 
-        The scores of the old task go with it. Directions that only it had stay in the basis until a refit.
+        The scores of the old task are removed with it. Directions that only the old task used stay in the basis until
+        a refit.
 
         Args:
-            name (`str`): A task of the subspace.
+            name (`str`): Task of the subspace.
             adapter (`str`): Folder or hub id of a plain LoRA.
-            tolerance: As for [`~SharedSubspace.add_adapters`], as are `base_model`, `component`, `token`, `progress`.
+            tolerance:
+                Same as in [`~SharedSubspace.add_adapters`], as are `base_model`, `component`, `token` and `progress`.
 
         Returns:
             [`~share_hf.subspace.MergeReport`]: The drift of every task, layer by layer.
 
         Raises:
-            ValueError: If there is no such task; also as for [`~SharedSubspace.add_adapters`].
+            ValueError: If there is no such task, and as in [`~SharedSubspace.add_adapters`].
         """
         self._check_known(name)
         before = self.state
@@ -105,17 +107,18 @@ class Editing(HeldSubspace):
         progress: bool = True,
     ) -> MergeReport:
         """
-        Build the bases anew from the adapters that the tasks came from, which merges have truncated since.
+        Rebuild the bases from the original adapters of the tasks, which merges have truncated since.
 
-        What truncation added up over many merges is undone, and directions of removed tasks leave the bases. Adapters
-        on the hub are known by the lineage and must be what they were; folders by the file beside the tree, or by
-        `originals`. A task without an original, such as one that was trained here, goes in as it is stored.
+        A refit undoes the truncation that has accumulated over many merges, and removes the directions of removed
+        tasks from the bases. The lineage records adapters on the hub, which must not have changed since; the file
+        beside the tree, or `originals`, names folders. A task without an original, such as one that was trained here,
+        enters as it is stored.
 
         Args:
-            originals (`Mapping[str, str]`, *optional*): Folder or hub id of the adapter by task, of those that are not
-                known or elsewhere by now.
+            originals (`Mapping[str, str]`, *optional*):
+                Folder or hub id of the adapter of each task whose original is not known or has moved.
             component (`str`, *optional*):
-                The model of a pipeline that is meant in the files of `originals` that have LoRAs of several.
+                Component of a pipeline to read from files in `originals` that hold LoRAs of several components.
             token (`str` or `bool`, *optional*): User access token of the hub.
             progress (`bool`, *optional*, defaults to `True`): Whether to show progress bars.
 
@@ -123,8 +126,8 @@ class Editing(HeldSubspace):
             [`~share_hf.subspace.MergeReport`]: The error of every task in the new bases.
 
         Raises:
-            ValueError: If a task is unknown, none has an original, or an adapter is missing or not what the task was
-                learned from; the subspace is as before.
+            ValueError: If a task is unknown, no task has an original, or an adapter is missing or is not the one that
+                the task was learned from. The subspace stays unchanged.
         """
         given = dict(originals or {})
         for task in given:
@@ -154,18 +157,18 @@ class Editing(HeldSubspace):
     @classmethod
     def undo(cls, folder: str | os.PathLike) -> Self:
         """
-        Take back the last step of a tree whose history is kept: its predecessor stands there again, byte for byte.
+        Undo the last step of a tree that was saved with a history: restore its predecessor, byte for byte.
 
-        A step that was pushed comes back with the next push or pull: remove or rename its task instead.
+        A step that was pushed comes back with the next push or pull. Remove or rename its task instead.
 
         Args:
             folder (`str`): Folder of a tree that was saved with `history=`.
 
         Returns:
-            [`SharedSubspace`]: What is there now.
+            [`SharedSubspace`]: The restored subspace.
 
         Raises:
-            ValueError: If no predecessor is kept; nothing has changed then.
+            ValueError: If no predecessor is kept. Nothing has changed then.
         """
         place = Path(folder)
         with holding(place):

@@ -1,4 +1,4 @@
-"""Exports of a subspace: plain LoRAs, weighted sums of tasks, files for diffusers, and merged models."""
+"""Exporting a subspace: plain LoRAs, weighted sums of tasks, files for diffusers, and merged models."""
 
 from __future__ import annotations
 
@@ -23,21 +23,23 @@ ExportStyle = Literal["peft", "diffusers"]
 
 
 class Exporting(HeldSubspace):
-    """Tasks in the forms that other tools read."""
+    """Export of tasks in forms that other tools read."""
 
     def as_lora(self, tasks: str | Mapping[str, float], *, rank: int | None = None) -> CombinedLora:
         """
-        A task, or the weighted sum of tasks, as one plain LoRA in memory, for writers of other formats.
+        Return a task, or a weighted sum of tasks, as one plain LoRA in memory, for writers of other formats.
 
         Args:
-            tasks (`str` or `Mapping[str, float]`): A task, or weights as for [`~SharedSubspace.export_combined`].
-            rank (`int`, *optional*): Largest rank of a layer of a sum; the pseudo rank p of the subspace if not given.
+            tasks (`str` or `Mapping[str, float]`):
+                Name of a task, or weights as in [`~SharedSubspace.export_combined`].
+            rank (`int`, *optional*):
+                Largest rank of a layer of a sum. None means the pseudo rank p of the subspace.
 
         Returns:
-            [`~share_hf.format.exports.CombinedLora`]: The LoRA, and the relative error that its rank costs.
+            [`~share_hf.format.exports.CombinedLora`]: The LoRA, and the relative error that its rank causes.
 
         Raises:
-            ValueError: If a task is unknown, or there is no such sum.
+            ValueError: If a task is unknown, or the tasks have no sum.
         """
         if isinstance(tasks, str):
             self._check_known(tasks)
@@ -58,16 +60,18 @@ class Exporting(HeldSubspace):
         Write a task as a plain LoRA of rank p, for use without share_hf.
 
         Args:
-            task (`str`): A task of the subspace.
-            folder (`str`): Where to write `adapter_config.json` and `adapter_model.safetensors`.
+            task (`str`): Task of the subspace.
+            folder (`str`): Folder to write to.
             style (`Literal["peft", "diffusers"]`, *optional*, defaults to `"peft"`):
-                A folder for PEFT, or `pytorch_lora_weights.safetensors` for the pipelines of diffusers.
+                Files to write: `adapter_config.json` and `adapter_model.safetensors` for PEFT, or
+                `pytorch_lora_weights.safetensors` for the pipelines of diffusers.
             component (`str`, *optional*):
-                The model of a pipeline that the modules belong to, such as `"unet"`; for diffusers, where the names
-                of the modules do not say it.
+                Component of a pipeline that the modules belong to, such as `"unet"`. Only for diffusers, where the
+                names of the modules do not tell the component.
 
         Raises:
-            ValueError: If the task is unknown, the folder holds something else, or the style has no such adapter.
+            ValueError: If the task is unknown, the folder holds something else, or the style cannot express the
+                adapter.
         """
         self._write(self.as_lora(task).adapter, Path(folder), style, component)
 
@@ -81,18 +85,19 @@ class Exporting(HeldSubspace):
         component: str | None = None,
     ) -> float:
         """
-        Write the weighted sum of tasks, ``Σ w_i ΔW_i``, as one plain LoRA: the best there is of its rank.
+        Write the weighted sum of tasks, ``Σ w_i ΔW_i``, as the best plain LoRA of the given rank.
 
         Args:
-            weights (`Mapping[str, float]`): By task. A task with a head of its own has no sum with others.
-            folder (`str`): As for [`~SharedSubspace.export_lora`], as are `style` and `component`.
-            rank (`int`, *optional*): Largest rank of a layer; the pseudo rank p of the subspace if not given.
+            weights (`Mapping[str, float]`):
+                Weight of each task. A task with a head of its own cannot be summed with others.
+            folder (`str`): Same as in [`~SharedSubspace.export_lora`], as are `style` and `component`.
+            rank (`int`, *optional*): Largest rank of a layer. None means the pseudo rank p of the subspace.
 
         Returns:
-            `float`: Relative error ``‖sum - LoRA‖ / ‖sum‖`` over all layers, which the rank costs.
+            `float`: Relative error ``‖sum - LoRA‖ / ‖sum‖`` over all layers that the rank causes.
 
         Raises:
-            ValueError: If there is no such sum; naming the task.
+            ValueError: If the tasks have no sum. The message says why.
         """
         combined = self.as_lora(weights, rank=rank)
         self._write(combined.adapter, Path(folder), style, component)
@@ -109,14 +114,14 @@ class Exporting(HeldSubspace):
         """
         Write the base model with a task, or a weighted sum of tasks, added to its weights: a full model for any use.
 
-        Nothing is cut off: a sum is added at its full rank. The weights keep the dtype that the base model is stored
-        in. A task's head, labels and the base model's tokenizer come along.
+        A sum is added at its full rank, without truncation. The weights keep the dtype in which the base model is
+        stored. The export includes the task's head and labels, and the base model's tokenizer.
 
         Args:
-            tasks (`str` or `Mapping[str, float]`): A task, or weights by task.
+            tasks (`str` or `Mapping[str, float]`): Name of a task, or weight of each task.
             base_model (`str`): Folder or hub id of the base model.
-            folder (`str`): Where to write; empty, or not there.
-            token (`str` or `bool`, *optional*): For a private base model.
+            folder (`str`): Folder to write to, which must be empty or not exist.
+            token (`str` or `bool`, *optional*): User access token for a private base model.
 
         Raises:
             ValueError: If a task is unknown or does not fit the model, or the folder holds something.

@@ -1,4 +1,4 @@
-"""What a subspace holds, of which the tasks may still be in its repository."""
+"""The contents of a subspace, some of whose tasks may not be downloaded from its repository yet."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from ..subspace.dimensions import ChosenDimensions
 
 
 class HeldSubspace:
-    """A subspace as an immutable state, and what is known of the places that it was read from."""
+    """A subspace as an immutable state, with what is known about the places that it was read from."""
 
     def __init__(self, state: SubspaceState, *, rest: RemoteTree | None = None) -> None:
-        self.chosen: ChosenDimensions | None = None  # what "auto" chose, where this was made with it
+        self.chosen: ChosenDimensions | None = None  # the choice of "auto", if the subspace was built with it
         self._held = state
         self._rest = rest
         self._card = CardOptions()
         self._reading = Reading()
-        self._seen: dict[Path, Lineage] = {}  # by folder, what this subspace knows to be there
-        self._originals: dict[str, LocalOriginal] = {}  # by task, the adapter on this machine that it came from
+        self._seen: dict[Path, Lineage] = {}  # for each folder, the lineage that was last read or written there
+        self._originals: dict[str, LocalOriginal] = {}  # for each task, the adapter on this machine that it came from
 
     @property
     def state(self) -> SubspaceState:
-        """Everything the subspace holds, as an immutable value; what was left in its repository is downloaded."""
+        """Everything the subspace holds, as an immutable value. Access downloads what is still in the repository."""
         if self._rest is not None:
             self._rest.fetch()
             self._card = replace(self._card, existing=self._rest.card)
@@ -40,39 +40,39 @@ class HeldSubspace:
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """Names of the tasks, in the order they were learned."""
+        """Names of the tasks, in the order in which they were learned."""
         return tuple(self._held.tasks) if self._rest is None else self._rest.index.tasks
 
     @property
     def reading(self) -> Reading:
-        """What came of reading the adapters added last: which were left out, are the same as others, or renamed."""
+        """Result of reading the adapters added last: which were left out, are the same as others, or were renamed."""
         return self._reading
 
     @property
     def settings(self) -> SubspaceSettings:
-        """k, p and how merges work."""
+        """k, p and the settings of merges."""
         return self._held.settings
 
     @property
     def base_model_name_or_path(self) -> str | None:
-        """The model the subspace belongs to."""
+        """Name or path of the base model that the subspace belongs to."""
         return self._held.base_model_name_or_path
 
     def _holding(self, tasks: Sequence[str]) -> SubspaceState:
-        """A state with at least these tasks, all that is needed to work with them."""
+        """Return a state with at least these tasks, which suffices to work with them."""
         if self._rest is not None and (more := [task for task in tasks if task not in self._held.tasks]):
             self._rest.fetch(more)
             self._held = self._rest.read([*self._held.tasks, *more])
         return self._held
 
     def _hold_merged(self, state: SubspaceState, known: Mapping[str, LocalOriginal] | None = None) -> None:
-        """Hold what a merge with another writer's tasks came to.
+        """Hold the result of a merge with another writer's tasks.
 
-        Where that writer put something else in the place of a task, the adapter that ours came from is not its own.
+        If that writer replaced a task, the merged task no longer comes from our original adapter, which is forgotten.
 
         Args:
-            state: What it came to.
-            known: The adapters on this machine that the other writer's tasks came from.
+            state: Result of the merge.
+            known: Adapters on this machine that the other writer's tasks came from.
         """
         steps, before = steps_of_tasks(state.lineage), steps_of_tasks(self._held.lineage)
         theirs = {task: original for task, original in (known or {}).items() if task not in self._held.tasks}

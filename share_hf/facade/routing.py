@@ -1,4 +1,4 @@
-"""What a subspace learns of the inputs of its tasks, so that inputs find their task by themselves."""
+"""Routes: what a subspace learns about the inputs of its tasks, so that each input finds its task."""
 
 from __future__ import annotations
 
@@ -22,11 +22,14 @@ _LABELS = ("label", "labels")
 
 
 class Routing(HeldSubspace):
-    """Routes: off until the first is learned. Whatever fails leaves the subspace as it was."""
+    """Routing of inputs to tasks, off until the first route is learned.
+
+    An operation that fails leaves the subspace unchanged.
+    """
 
     @property
     def routed_tasks(self) -> tuple[str, ...]:
-        """The tasks that inputs can find by themselves."""
+        """Names of the tasks that inputs can be routed to."""
         if self._rest is not None:
             return self._rest.index.routed_tasks
         return tuple(task for task, info in self._held.tasks.items() if info.route is not None)
@@ -43,30 +46,33 @@ class Routing(HeldSubspace):
         layers: Sequence[int] | None = None,
     ) -> None:
         """
-        Learn what the inputs of a task look like. No data of other tasks is needed, and none is kept of this one.
+        Learn what the inputs of a task look like. This needs no data of other tasks and keeps no data of this one.
 
-        The task's folder gets the mean features of its inputs, a few kilobytes, and the covariance that all tasks
-        share gets a part more. The order in which tasks are learned makes no difference, to the bit. A model that
-        [`~SharedSubspace.apply`] makes from then on has the route; one that was made before gets it here.
+        The mean features of the task's inputs, a few kilobytes, are added to its folder, and its share is added to the
+        covariance that all tasks have in common. The result does not depend on the order in which tasks are learned,
+        bit for bit. A model that [`~SharedSubspace.apply`] returns from then on has the route; if `model` came from an
+        earlier call, it gets the route here.
 
         Args:
-            task (`str`): A task of the subspace.
+            task (`str`): Task of the subspace.
             model (`torch.nn.Module`):
-                The base model, or one that [`~SharedSubspace.apply`] made of it; adapters are off meanwhile.
+                Base model, or a model that [`~SharedSubspace.apply`] returned for it. Its adapters are disabled
+                meanwhile.
             data (`Iterable[Mapping[str, Any]]`):
-                The task's inputs, best all that it was trained on: batches as the model takes them, such as those of a
-                `DataLoader`; or, with a tokenizer, examples with one column of text, or two that are a pair. Labels
-                are not looked at.
+                Inputs of the task, ideally everything that it was trained on: batches as the model takes them, such as
+                a `DataLoader` yields, or, with a tokenizer, examples with one column of text or two that form a pair.
+                Labels are ignored.
             tokenizer (`PreTrainedTokenizerBase`, *optional*): Tokenizer of the base model.
-            max_length (`int`, *optional*): Most tokens of a text; as many as the model takes if not given.
-            batch_size (`int`, *optional*, defaults to `32`): Examples in a batch, with a tokenizer.
+            max_length (`int`, *optional*):
+                Maximum number of tokens of a text. None means as many as the model takes.
+            batch_size (`int`, *optional*, defaults to `32`): Number of examples in a batch, with a tokenizer.
             layers (`Sequence[int]`, *optional*):
-                Hidden states that the features are means of: 0 for the embeddings, i for what layer i puts out. A
-                third and two thirds of the way up if not given. All tasks of a subspace have the same.
+                Hidden states whose means are the features: 0 for the embeddings, i for the output of layer i. None
+                means those a third and two thirds of the way up. All tasks of a subspace use the same layers.
 
         Raises:
-            ValueError: If there is no such task, the data is too little or unusable, or another task's route is of
-                another base model or of other layers.
+            ValueError: If there is no such task, the data is unusable or too little, or the route of another task
+                belongs to another base model or to other layers.
         """
         self._check_known(task)
         tuner = tuner_of(model)
@@ -89,20 +95,20 @@ class Routing(HeldSubspace):
         false_rejects: float | None = 0.01,
     ) -> Routes:
         """
-        Tell which tasks texts belong to. No adapter is needed for it.
+        Find the tasks that texts belong to. This needs no adapter.
 
         Args:
-            texts (`Sequence[str | tuple[str, str]]`): Texts, or pairs of them.
-            model (`torch.nn.Module`): As for [`~SharedSubspace.learn_route`].
-            tokenizer (`PreTrainedTokenizerBase`): As for [`~SharedSubspace.learn_route`], as is `max_length`.
-            batch_size (`int`, *optional*, defaults to `32`): Texts in a batch.
-            tasks (`Sequence[str]`, *optional*): Tasks to choose among; all with a route if not given.
+            texts (`Sequence[str | tuple[str, str]]`): Texts, or pairs of texts.
+            model (`torch.nn.Module`): Same as in [`~SharedSubspace.learn_route`].
+            tokenizer (`PreTrainedTokenizerBase`): Same as in [`~SharedSubspace.learn_route`], as is `max_length`.
+            batch_size (`int`, *optional*, defaults to `32`): Number of texts in a batch.
+            tasks (`Sequence[str]`, *optional*): Tasks to choose among. None means all tasks that have a route.
             false_rejects (`float`, *optional*, defaults to `0.01`):
-                How many of a task's own inputs may be said to be of none of the tasks, at most; None to send each to
-                some task.
+                Largest fraction of a task's own inputs that may be assigned to none of the tasks. None assigns every
+                text to some task.
 
         Returns:
-            [`~share_hf.tuner.routing.Routes`]: Names and scores.
+            [`~share_hf.tuner.routing.Routes`]: The task of each text, with its score.
 
         Raises:
             ValueError: If the subspace has no routes, or they were learned with another base model.
@@ -128,7 +134,7 @@ def tokenized(
     max_length: int | None = None,
     batch_size: int = 32,
 ) -> Iterator[dict[str, Tensor]]:
-    """Batches of examples with one text each, or a pair of texts that the tokenizer joins as a pair.
+    """Yield tokenized batches of examples with one text each, or with two texts, which are encoded as a pair.
 
     Raises:
         ValueError: If an example has no text, or more than two.
