@@ -1,4 +1,4 @@
-"""What a subspace knows about the inputs of its tasks, so that an input can be routed to its task.
+"""Knowledge of a subspace about the inputs of its tasks, which routes an input to its task.
 
 Each task keeps the means of its own features. The shared scatter is a sum over tasks, whose newest parts are kept
 separate. From these, two writers who started from one subspace see which parts both have, and each part counts once.
@@ -33,7 +33,7 @@ _SAME_MODEL = 0.8
 
 @dataclass(frozen=True)
 class Router:
-    """What all tasks of a subspace share for routing.
+    """Data that all tasks of a subspace share for routing.
 
     Args:
         layers: Hidden states that features are taken from: 0 for the embeddings, i for the output of layer i.
@@ -124,7 +124,7 @@ def with_route(
     Args:
         state: State that holds the task; not changed.
         task: Name of the task.
-        features: What is kept of the features of the task's inputs.
+        features: Statistics of the features of the task's inputs.
         scatter: Scatter of the task, which is added to the shared one.
         layers: Layers that the features are taken from.
         probe: Features of the probe. See `Router`.

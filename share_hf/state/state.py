@@ -30,7 +30,7 @@ from .scores import TaskScore, scores_in
 
 @dataclass(frozen=True)
 class TaskInfo:
-    """What is known about a task besides its coefficients.
+    """Information on a task besides its coefficients.
 
     Args:
         learned_by: Phase that trained the task.
@@ -43,7 +43,7 @@ class TaskInfo:
         problem_type: Kind of labels, as `problem_type` in transformers; None if unknown.
         dataset: Hub id of the dataset that the task was learned from.
         initialization: Sketch of the A that the task was trained from (see `subspace.sketch`); None if unknown.
-        route: What is kept of the features of its inputs, to route inputs to the task; None if no route was learned.
+        route: Statistics of the features of its inputs, which route inputs to the task; None if not learned.
     """
 
     learned_by: Phase = Phase.ADAPTER
@@ -71,7 +71,7 @@ class SubspaceState:
         metrics: Metrics that the trainer measured over the stream, as JSON.
         lineage: Lineage, with one entry for each step that changed the subspace.
         layouts: Layouts of the matrices by module, for modules that are not dense layers.
-        router: What the tasks share for routing inputs; None before the first route is learned.
+        router: Data that the tasks share for routing inputs; None before the first route is learned.
     """
 
     settings: SubspaceSettings

@@ -43,7 +43,7 @@ Progress = Callable[[Iterable[str]], Iterable[str]]
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """What k directions keep of the updates, and of random updates with the same singular values."""
+    """Parts of the updates, and of random updates with the same singular values, that k directions keep."""
 
     num_components: int
     explained: float

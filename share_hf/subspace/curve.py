@@ -29,7 +29,7 @@ _EXACT_COORDINATES = 256
 
 @dataclass(frozen=True)
 class Served:
-    """What k directions on each side keep of updates.
+    """Parts of updates that k directions on each side keep.
 
     Args:
         num_components: Number of directions k on each side.
@@ -55,7 +55,7 @@ def curve_sizes(largest: int) -> list[int]:
 
 
 def served_by(out: Tensor, in_: Tensor, sizes: Sequence[int]) -> list[Served]:
-    """Return what a joint basis of each size keeps of updates ``ΔW_i = X_i^T Y_i``, each scaled by ``1 / ‖ΔW_i‖``.
+    """Return how much a joint basis of each size keeps of updates ``ΔW_i = X_i^T Y_i`` scaled by ``1 / ‖ΔW_i‖``.
 
     Args:
         out: (tasks, r, n) float64, factors X, balanced with `in_`.

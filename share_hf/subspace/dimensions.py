@@ -96,12 +96,12 @@ class WantedDimensions:
 
     @property
     def is_open(self) -> bool:
-        """Whether k or p is still to be chosen."""
+        """Whether k or p has yet to be chosen."""
         return "auto" in (self.num_components, self.pseudo_rank)
 
     @property
     def limits(self) -> tuple[int, int]:
-        """The given k and p, with the largest k and the smallest p in place of what is still to be chosen."""
+        """Given k and p, with the largest k and the smallest p in place of a value that has yet to be chosen."""
         return self.limit, 1 if self.pseudo_rank == "auto" else self.pseudo_rank
 
     def check_beside(self, settings: SubspaceSettings) -> None:
@@ -121,7 +121,7 @@ class WantedDimensions:
 
     @property
     def limit(self) -> int:
-        """The largest possible k."""
+        """Largest possible k."""
         if self.num_components != "auto":
             return self.num_components
         return LARGEST_AUTO if self.max_components is None else self.max_components
@@ -180,7 +180,7 @@ def settled(
 
     Args:
         settings: Source of all other settings.
-        wanted: The k and p that are asked for.
+        wanted: Values of k and p that are asked for.
         updates: Same as in `choose_dimensions`.
         progress: Whether to show a progress bar.
 

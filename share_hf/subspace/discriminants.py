@@ -62,7 +62,7 @@ class FeatureScatter:
 
 @dataclass(frozen=True)
 class TaskFeatures:
-    """What is kept of the features of the inputs of a task.
+    """Statistics that are kept of the features of a task's inputs.
 
     Args:
         mean: (m,) float32, mean of the features.
@@ -148,7 +148,7 @@ class FeatureSums:
         return whole
 
     def learned(self) -> tuple[TaskFeatures, FeatureScatter]:
-        """Return what is kept of the task, and its part of the scatter that all tasks share.
+        """Return the statistics that are kept of the task, and its part of the scatter that all tasks share.
 
         Raises:
             ValueError: If there are fewer than three inputs.

@@ -48,7 +48,7 @@ class LowRankUpdate:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(n, d) of the update."""
+        """Shape (n, d) of the update."""
         return self.out_factor.shape[0], self.in_factor.shape[0]
 
     def dense(self) -> Tensor:

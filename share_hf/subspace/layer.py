@@ -33,7 +33,7 @@ _ROUNDED_BASIS = 1 + 1e-5
 
 @dataclass(frozen=True)
 class TaskRecords:
-    """What a layer remembers of its tasks besides their coefficients, each (tasks,) float64.
+    """Norms and errors that a layer records of its tasks besides their coefficients, each (tasks,) float64.
 
     Args:
         norms: Norms ``‖ΔW_i‖`` as learned. They fix the weights of the tasks, and the drift is relative to them.

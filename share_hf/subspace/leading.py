@@ -52,7 +52,7 @@ class Side:
         return (self.seen @ self.seen.mT).double()
 
     def start(self, weights: Tensor) -> None:
-        """Start from random combinations of the columns, those of each update scaled by G (updates, r, r)."""
+        """Start from random combinations of the columns, scaled for each update to the size of G (updates, r, r)."""
         if self._is_whole:
             return
         updates, rank, _ = self._rows.shape

@@ -44,7 +44,7 @@ class DriftToleranceError(ValueError):
 
 @dataclass(frozen=True)
 class LayerMergeReport:
-    """What one merge did to one layer.
+    """Report of one merge into one layer.
 
     Args:
         new_tasks: Names of the tasks that were added.

@@ -18,7 +18,7 @@ from .threads import for_each_module, tasks_by_module
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge did to a model.
+    """Report of a merge into a model.
 
     Args:
         new_tasks: Names of the tasks that were added.

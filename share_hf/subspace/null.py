@@ -58,6 +58,6 @@ def random_orthonormal(count: int, rows: int, columns: int, generator: torch.Gen
     """Return uniformly random orthonormal columns (count, rows, columns) float64."""
     normal = torch.randn(count, rows, columns, dtype=torch.float64, generator=generator)
     directions, triangle = torch.linalg.qr(normal)
-    # The signs of a Householder QR are not random. Those of Gram-Schmidt, with a positive diagonal, keep the
+    # The signs of a Householder QR are not random. The signs of Gram-Schmidt, with a positive diagonal, keep the
     # distribution uniform.
     return directions * triangle.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)

@@ -52,7 +52,7 @@ class Rounding:
     changes: Tensor
 
     def append(self, other: Rounding) -> Rounding:
-        """Return the changes of these tasks followed by those of `other`."""
+        """Return the changes of these tasks, followed by the changes of the tasks in `other`."""
         return Rounding(
             torch.cat([self.sizes, other.sizes]),
             torch.cat([self.roundings, other.roundings]),

@@ -17,7 +17,7 @@ from .threads import for_each_module, tasks_by_module
 
 
 SKETCH_BUCKETS = 512  # a power of two; the cosine of two sketches is off by about 1 / sqrt(512)
-SAME_INITIALIZATION = 0.3  # seven times that error
+SAME_INITIALIZATION = 0.3  # about seven times that error
 
 # Numbers of a sketch, as computed or as read from a file.
 Numbers = Tensor | Sequence[float]
