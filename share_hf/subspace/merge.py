@@ -33,7 +33,7 @@ from .settings import SubspaceSettings, rank_in_layer
 from .stack import UpdateStack
 
 
-# A new update with less than this relative part outside the basis needs no new basis: the rest is float32 rounding
+# A new update with less than this relative part outside the basis needs no new basis: it is float32 rounding
 # error.
 NEGLIGIBLE_RESIDUAL = 1e-6
 
