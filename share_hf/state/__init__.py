@@ -1,4 +1,4 @@
-"""The immutable value that a shared subspace is: its state, its lineage, and the scores of its stream."""
+"""A shared subspace as an immutable value: its state, its lineage, and the scores of its stream."""
 
 from .component import component_of
 from .edits import renamed_task, without_scores

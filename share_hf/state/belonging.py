@@ -1,4 +1,4 @@
-"""Whether tasks can belong to one model, as far as the names and shapes of their modules tell."""
+"""Check of whether tasks can belong to one model, judging by the names and shapes of their modules."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from ..subspace import LayerSubspace, LowRankUpdate
 
 
 def check_one_model(layers: Mapping[str, LayerSubspace], updates: Mapping[str, Mapping[str, LowRankUpdate]]) -> None:
-    """Refuse tasks that adapt the same layers under two names: merged, they would share nothing.
+    """Check that no tasks adapt the same layers under two names, as they would share nothing after a merge.
 
-    The layers of a model have other names inside another class (`encoder.layer.0` is `bert.encoder.layer.0` with a
+    The layers of a model have different names inside another class (`encoder.layer.0` is `bert.encoder.layer.0` with a
     head) and in another version of transformers (`language_model.model.layers.0` became
-    `model.language_model.layers.0`). Two names are taken for one layer where only what is before its number differs,
-    one has all the parts of the other, the shapes are the same, and no task has both.
+    `model.language_model.layers.0`). Two names count as the same layer if only the parts before the layer number
+    differ, one has all the parts of the other, the shapes are the same, and no task has both.
 
     Args:
-        layers: The layers there are, with their tasks.
-        updates: By new task and module.
+        layers: Existing layers by module, with their tasks.
+        updates: Updates by new task and module.
 
     Raises:
-        ValueError: Naming two tasks and their modules.
+        ValueError: If there are such tasks. The error names two of them and their modules.
     """
     shapes: dict[str, dict[str, tuple[int, int]]] = {}
     for modules in (layers, *updates.values()):
@@ -48,13 +48,13 @@ def check_one_model(layers: Mapping[str, LayerSubspace], updates: Mapping[str, M
 
 
 def prefixes(modules: Iterable[str]) -> frozenset[str]:
-    """What is before the numbers of layers in the names of modules, which tells how a class calls them."""
+    """Return the parts of module names before the layer numbers, which show how a model class names its layers."""
     return frozenset(_split(module)[0] for module in modules)
 
 
 @lru_cache(maxsize=2**16)
 def _split(module: str) -> tuple[str, str]:
-    """What is before the number of a layer in its name, and the rest; two empty texts where there is not both."""
+    """Split a module name before the number of the layer; two empty strings if there is no number or no prefix."""
     parts = module.split(".")
     at = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
     return (".".join(parts[:at]), ".".join(parts[at:])) if at else ("", "")
@@ -75,5 +75,5 @@ def _tasks_with(
 
 
 def _latest(tasks: set[str], updates: Mapping[str, object]) -> str:
-    """One of the tasks, a new one if there is one."""
+    """Return one of the tasks, preferably a new one."""
     return min(tasks & updates.keys() or tasks)

@@ -1,4 +1,4 @@
-"""One component of a pipeline, such as the `unet` of a diffusion model, as a model of its own."""
+"""A component of a pipeline, such as the `unet` of a diffusion model, as a model of its own."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ Value = TypeVar("Value")
 
 
 def component_of(state: SubspaceState, prefix: str, expected: Iterable[str] = ()) -> SubspaceState:
-    """What a subspace has for one component, by the names that modules have in it.
+    """Return the part of a subspace that belongs to one component, with the module names used inside the component.
 
     Args:
-        state: Its modules are named from the pipeline down, as `unet.down_blocks.0.…`; not changed.
+        state: State whose modules are named from the pipeline down, such as `unet.down_blocks.0.…`; not changed.
         prefix: Name of the component, such as "unet".
-        expected: Tasks that must have something there.
+        expected: Tasks that must adapt something in the component.
 
     Returns:
-        A state with the tasks that have something there. Which modules they target is told by their names.
+        A state with the tasks that adapt something in the component. Their targets list the modules by name.
 
     Raises:
-        ValueError: If no module is in such a component, or one of the tasks adapts nothing there; naming what is.
+        ValueError: If no module is in such a component, or an expected task adapts nothing there. The error names the
+            components or tasks that exist.
     """
     layers = _below(state.layers, prefix)
     if not layers:

@@ -1,4 +1,4 @@
-"""Edits of the tasks of a subspace that compute nothing: another name, and the scores that go with a task."""
+"""Edits of the tasks of a subspace that need no computation: renaming a task, and removing the scores of tasks."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from .state import SubspaceState
 
 
 def renamed_task(state: SubspaceState, old: str, new: str, *, origins: Sequence[str] | None = None) -> SubspaceState:
-    """A state in which a task has another name, and everything else is as it was, to the bit.
+    """Return a state in which one task has another name, and everything else is unchanged to the bit.
 
-    The step of the lineage says that `old` was removed and `new` learned, which every version of this library
-    understands, and that the one is the other.
+    The step in the lineage records that `old` was removed and `new` learned, which every version of this library
+    understands, and also that both are the same task.
 
     Args:
-        state: Not changed.
-        old: One of its tasks.
-        new: A name that none of its tasks has.
-        origins: The ids of the steps that the task had in another lineage, if the step comes from there.
+        state: State that holds the task; not changed.
+        old: Present name of the task.
+        new: New name, which no other task has.
+        origins: Ids of the steps that the task had in another lineage, if the step comes from there.
     """
     layers = {module: _renamed(layer, old, new) if layer.has(old) else layer for module, layer in state.layers.items()}
     renamed = replace(
@@ -38,7 +38,7 @@ def renamed_task(state: SubspaceState, old: str, new: str, *, origins: Sequence[
 
 
 def without_scores(metrics: Mapping[str, Any], tasks: Collection[str]) -> Mapping[str, Any]:
-    """What a stream measured without the scores and drifts of some tasks."""
+    """Return the metrics of a stream without the scores and drifts of some tasks."""
     if not metrics.get("matrix") or not set(metrics.get("tasks", ())) & set(tasks):
         return metrics
     found = ContinualMetrics.from_dict(metrics)
@@ -53,7 +53,7 @@ def _renamed(layer: LayerSubspace, old: str, new: str) -> LayerSubspace:
 
 
 def _metrics_renamed(metrics: Mapping[str, Any], old: str, new: str) -> Mapping[str, Any]:
-    """What a stream measured, by the new name; a score that an earlier task of that name left behind is dropped."""
+    """Return the metrics of a stream under the new name, without leftover scores of an earlier task of that name."""
     metrics = without_scores(metrics, [new])
     renamed = dict(metrics)
     if isinstance(tasks := metrics.get("tasks"), list):

@@ -1,8 +1,9 @@
-"""How the matrix of a module lies in its weight, where it is not simply that of a dense layer.
+"""The layout of a module's matrix in its weight, for modules that are not dense layers.
 
-A subspace knows an update as a matrix ΔW (n, d) only. Of a convolution it is the weight with a row for each output
-channel; of an embedding its transpose, so that n is the size of a vector and d the number of them, as in PEFT's
-``ΔW = B A``. What is noted here makes a LoRA of the update that PEFT loads into the same kind of layer.
+A subspace knows an update only as a matrix ΔW (n, d). For a convolution it is the weight with one row per output
+channel. For an embedding it is the transposed weight, so that n is the size of a vector and d the number of vectors,
+as in PEFT's ``ΔW = B A``. A layout holds the information that turns the update into a LoRA that PEFT can load into the
+same kind of layer.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ Kind = Literal["convolution", "embedding", "expert"]
 
 @dataclass(frozen=True)
 class Layout:
-    """The kind of a module that is no dense layer, and what its matrix does not tell.
+    """Kind of a module that is not a dense layer, and what its matrix does not show.
 
     Args:
-        kind: "convolution" (in one to three dimensions), "embedding", or "expert": one of those that a model keeps in
-            one parameter.
-        kernel: Sizes of the kernel of a convolution, one to three; of others ().
+        kind: Kind of the module: "convolution" (in one to three dimensions), "embedding", or "expert" (one of several
+            experts that a model keeps in a single parameter).
+        kernel: One to three sizes of the kernel of a convolution; () for other kinds.
 
     Raises:
-        ValueError: If there is no such module.
+        ValueError: If there are no such modules.
     """
 
     kind: Kind
@@ -40,10 +41,10 @@ class Layout:
             raise ValueError(f"kernel of a {self.kind} is {self.kernel}, expected {dimensions} positive integers")
 
     def check_shape(self, shape: tuple[int, int]) -> None:
-        """Refuse a matrix (n, d) that no module of this layout has.
+        """Check that a module of this layout can have a matrix (n, d).
 
         Raises:
-            ValueError: If its columns are no multiple of the kernel's size.
+            ValueError: If the number of columns is not a multiple of the kernel's size.
         """
         if shape[1] % math.prod(self.kernel):
             raise ValueError(f"shape is {shape}, expected a multiple of the kernel {self.kernel} of columns")
@@ -53,15 +54,15 @@ class Layout:
 
 
 def as_json(layout: Layout) -> dict[str, Any]:
-    """What a file holds of a layout."""
+    """Return a layout as it is stored in a file."""
     return {"kind": layout.kind, **({"kernel": list(layout.kernel)} if layout.kernel else {})}
 
 
 def from_json(content: Any) -> Layout:
-    """The layout in a file.
+    """Return the layout that a file holds.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If the content is not a layout.
     """
     if not isinstance(content, dict) or not isinstance(kernel := content.get("kernel", []), list):
         raise ValueError(f"layout is {content!r}, expected its kind and kernel")
@@ -69,12 +70,12 @@ def from_json(content: Any) -> Layout:
 
 
 def of_experts(layouts: Mapping[str, Layout]) -> set[str]:
-    """The modules that are experts in a parameter of a model."""
+    """Return the modules that are experts inside a parameter of the model."""
     return {module for module, layout in layouts.items() if layout.kind == "expert"}
 
 
 def named(layout: Layout | None) -> str:
-    """How messages call the modules of a layout."""
+    """Return the name of a layout for messages; None means a dense layer."""
     return "dense layer" if layout is None else str(layout)
 
 
@@ -84,16 +85,16 @@ def joined_layouts(
     layouts: Mapping[str, Mapping[str, Layout]],
     updates: Mapping[str, Mapping[str, object]],
 ) -> dict[str, Layout]:
-    """The layouts of all modules, those of new tasks among them.
+    """Return the layouts of all modules, including modules of new tasks.
 
     Args:
-        known: Layouts of the modules there are, where they are no dense layers.
-        modules: The modules there are.
-        layouts: By new task, of its modules.
-        updates: The modules that each new task adapts.
+        known: Layouts of the existing modules that are not dense layers.
+        modules: Existing modules.
+        layouts: Layouts by new task and module.
+        updates: Modules that each new task adapts.
 
     Raises:
-        ValueError: If a module is of one kind for one task and of another for another; naming it and the task.
+        ValueError: If a module has different layouts for different tasks. The error names the module and the task.
     """
     joined = dict(known)
     seen = dict.fromkeys(modules, "the subspace")

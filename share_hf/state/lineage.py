@@ -1,10 +1,10 @@
-"""The lineage of a subspace: one entry for each step that changed it, by which two writers know what they share.
+"""The lineage of a subspace: one entry for each step that changed it, from which two writers see what they share.
 
-An entry is JSON: what the step did (`merged`, `learned` or `removed`), and an `id` that stands for the step and all
-before it. Where a task got another name, the entry has `removed` and `learned`, and both names in `renamed`. Where
-all bases were fitted anew, it has the tasks in `refit`. Of tasks that came from adapters on the hub, `originals` has
-repository, commit and checksum. Where tasks came from another lineage, `origins` has, by task, the ids of the steps
-that they had there.
+An entry is JSON. It holds what the step did (`merged`, `learned` or `removed`), and an `id` that stands for the step
+and all steps before it. If a task was renamed, the entry has `removed` and `learned`, and both names in `renamed`. If
+all bases were fitted anew, it has the tasks in `refit`. For tasks that came from adapters on the Hub, `originals` has
+repository, commit and checksum. For tasks that came from another lineage, `origins` has the ids of the steps that each
+task had there.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ Lineage = tuple[Mapping[str, Any], ...]
 
 
 def extended(lineage: Lineage, coefficients: Iterable[Tensor], facts: Mapping[str, Any]) -> Lineage:
-    """A lineage with one more entry.
+    """Return a lineage with one more entry.
 
     Args:
-        lineage: Not changed.
-        coefficients: What the step wrote: two steps of the same facts and other results are different steps.
-        facts: What the step did, as JSON.
+        lineage: Lineage before the step; not changed.
+        coefficients: Coefficients that the step wrote. Two steps with the same facts but different results are
+            different steps.
+        facts: Description of the step, as JSON.
     """
     before = lineage[-1]["id"] if lineage else ""
     digest = hashlib.sha256(json.dumps([before, facts], sort_keys=True).encode())
@@ -36,12 +37,12 @@ def extended(lineage: Lineage, coefficients: Iterable[Tensor], facts: Mapping[st
 
 
 def added_by(entry: Mapping[str, Any]) -> list[str]:
-    """The tasks that a step added, or trained further."""
+    """Return the tasks that a step added or trained further."""
     return list(entry.get("merged", [])) + ([entry["learned"]] if "learned" in entry else [])
 
 
 def shared_steps(first: Lineage, second: Lineage) -> int:
-    """How many entries, from the beginning, two lineages have in common."""
+    """Return the number of entries, from the beginning, that two lineages have in common."""
     shared = 0
     for ours, theirs in zip(first, second, strict=False):
         if ours["id"] != theirs["id"]:
@@ -51,15 +52,15 @@ def shared_steps(first: Lineage, second: Lineage) -> int:
 
 
 def tasks_touched(lineage: Lineage) -> set[str]:
-    """The tasks that some step added, trained further, or fitted anew."""
+    """Return the tasks that some step added, trained further, or fitted anew."""
     return {task for entry in lineage for task in (*added_by(entry), *entry.get("refit", ()))}
 
 
 def steps_of_tasks(lineage: Lineage) -> dict[str, list[str]]:
-    """By task, the ids of the steps that added it or trained it further, in their order.
+    """Return the ids of the steps that added each task or trained it further, in order.
 
-    A task that came from another lineage keeps the steps that it had there, by which its writer knows it again. Tasks
-    that were removed since have theirs too.
+    A task that came from another lineage keeps the steps that it had there, so its writer can recognize it. Tasks that
+    have been removed since are included.
     """
     steps: dict[str, list[str]] = {}
     for entry in lineage:
@@ -70,7 +71,7 @@ def steps_of_tasks(lineage: Lineage) -> dict[str, list[str]]:
 
 
 def renamings(lineage: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    """By name, the name that a task had before these steps, of those that were renamed and nothing else since."""
+    """Map the names of renamed tasks to their names before these steps, for tasks that were not changed otherwise."""
     before: dict[str, str] = {}
     for entry in lineage:
         if "renamed" in entry:
@@ -84,9 +85,9 @@ def renamings(lineage: Iterable[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def hub_originals(lineage: Lineage) -> dict[str, Mapping[str, Any]]:
-    """By task, where on the hub the adapter is that it came from, as its step noted it.
+    """Return the adapter on the Hub that each task came from, as recorded by its step.
 
-    A task that was trained further since is no longer what that adapter is.
+    Tasks that have been trained further since are left out, because they no longer match that adapter.
     """
     known: dict[str, Mapping[str, Any]] = {}
     for entry in lineage:
@@ -104,10 +105,10 @@ def hub_originals(lineage: Lineage) -> dict[str, Mapping[str, Any]]:
 
 
 def step_tags(lineage: Iterable[Mapping[str, Any]], tasks: Sequence[str]) -> dict[str, str]:
-    """By task, the tag that stands for the state right after it was learned.
+    """Return the tag of the state right after each task was learned.
 
-    Its number is how many tasks had been learned with it, those counted that were removed since. A task that got
-    another name keeps its number.
+    The number in the tag counts the tasks learned so far, including the task itself and tasks that have been removed
+    since. A renamed task keeps its number.
     """
     count, numbers = 0, {}
     for entry in (*lineage, {"merged": tasks}):

@@ -1,4 +1,4 @@
-"""How a task is trained, or was."""
+"""The phases in which a task is trained."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from enum import Enum
 
 
 class Phase(str, Enum):
-    """A phase of learning: one optimizer run over what it trains. Also tells how a task came into the subspace.
+    """Phase of learning, which is one optimizer run over what it trains. It also records how a task was learned.
 
     Attributes:
-        INIT: Free factors of rank p, as in a LoRA, before there is a subspace to build on.
-        ADAPT: Temporary factors and their coefficients (Sec. 3.2.2).
-        COEFFICIENTS: The coefficients of a new task in the frozen basis.
-        FINETUNE: The coefficients of a task that was merged (Sec. 3.2.3).
-        ADAPTER: None of them: the task arrived as a LoRA and was merged as it was.
+        INIT: Training of free factors of rank p, as in a LoRA, before there is a subspace to build on.
+        ADAPT: Training of temporary factors and their coefficients (Sec. 3.2.2).
+        COEFFICIENTS: Training of the coefficients of a new task in the frozen basis.
+        FINETUNE: Training of the coefficients of a task that was merged (Sec. 3.2.3).
+        ADAPTER: No training: the task arrived as a LoRA and was merged unchanged.
     """
 
     INIT = "init"
@@ -22,6 +22,6 @@ class Phase(str, Enum):
     FINETUNE = "finetune"
     ADAPTER = "adapter"
 
-    # A member reads as its value wherever text is made of it, on every version of Python.
+    # A member converts to its value as text on every version of Python.
     __str__ = str.__str__
     __format__ = str.__format__

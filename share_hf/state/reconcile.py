@@ -1,10 +1,10 @@
-"""Two writers of one subspace: what both have learned, in one subspace.
+"""Joining what two writers of one subspace have learned into one subspace.
 
-Each starts from a state that both share and changes it. What one knows of the other's tasks is told by their lineages.
-The result is the other's state with those of our steps that it lacks: our new tasks are merged into it as if they had
-arrived as adapters (the asynchronous setting of Sec. 3.2.3), what we removed is removed, and what we renamed has its
-new name; where the other trained it further meanwhile, both are kept. A task keeps the ids of
-the steps that it had with its writer, who knows it again by them after a push that was cut off.
+Both writers start from a shared state and change it. Their lineages show what each knows of the tasks of the other.
+The result is the other's state plus those of our steps that it lacks: our new tasks are merged into it as if they had
+arrived as adapters (the asynchronous setting of Sec. 3.2.3), tasks that we removed are removed, and tasks that we
+renamed get their new names. If the other has trained a renamed task further meanwhile, both are kept. A task keeps the
+ids of the steps that it had with its writer, who can thus recognize it after an interrupted push.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from .scores import combined_metrics
 from .state import SubspaceState, merge_tasks, without_task
 
 
-# Relative distance below which two updates are one task that reached both writers; float32 rounding is far below it.
+# Relative distance below which two updates are the same task that reached both writers. float32 rounding is far below.
 _SAME_UPDATE = 1e-4
 
 
 def extends(ours: SubspaceState, lineage: Lineage) -> bool:
-    """Whether a state has every step of another's lineage."""
+    """Return whether a state has every step of another lineage."""
     return shared_steps(ours.lineage, lineage) == len(lineage)
 
 
 def reconcile(ours: SubspaceState, theirs: SubspaceState) -> SubspaceState:
-    """A subspace with the tasks of both.
+    """Return a subspace with the tasks of both states.
 
     Args:
-        ours: Its new tasks are merged into the other.
-        theirs: Not changed; the result goes on from its lineage.
+        ours: State whose new tasks are merged into the other; not changed.
+        theirs: State whose lineage the result continues; not changed.
 
     Raises:
-        ValueError: If they belong to different base models or have different settings, or both have a new task of one
-            name.
+        ValueError: If the states belong to different base models or have different settings, or both have a new task
+            of the same name with different results.
         DriftToleranceError: If the tolerated drift cannot be met.
     """
     if extends(ours, theirs.lineage):
@@ -53,14 +53,14 @@ def reconcile(ours: SubspaceState, theirs: SubspaceState) -> SubspaceState:
     added, superseded = _differences(ours, theirs)
     merged = theirs
     for new, old in renamings(ours.lineage[shared_steps(ours.lineage, theirs.lineage) :]).items():
-        # What the other still has under the old name is the same task: it need not be merged once more.
+        # The other still has the same task under the old name, so it need not be merged once more.
         if old in superseded and new in added and new not in merged.tasks:
             merged = renamed_task(merged, old, new, origins=added.pop(new))
             superseded.remove(old)
     for task in superseded:
         merged = without_task(merged, task)
     if added:
-        # In float64: no bound would know of what rounding the factors changes.
+        # Use float64, because no bound would include the rounding of the factors.
         updates = {task: ours.updates_of(task, torch.float64) for task in added}
         known = hub_originals(ours.lineage)
         merged, _ = merge_tasks(
@@ -83,22 +83,22 @@ def reconcile(ours: SubspaceState, theirs: SubspaceState) -> SubspaceState:
 
 
 def _named(state: SubspaceState, ours: SubspaceState) -> SubspaceState:
-    """A state that knows its base model where we do: a place on our machine was left out of what we published."""
+    """Return a state with our base model if it has none: publishing leaves out a path on our machine."""
     base = state.base_model_name_or_path or ours.base_model_name_or_path
     return replace(state, base_model_name_or_path=base)
 
 
 def _differences(ours: SubspaceState, theirs: SubspaceState) -> tuple[dict[str, list[str]], list[str]]:
-    """What is to be done to the other's state.
+    """Return the changes to make to the other's state.
 
-    A side that knows the last step of the other's task has seen it, and did what it did to it since: it kept the task,
-    trained it further, removed it, or learned another under its name.
+    A side that knows the last step of the other's task has seen the task, so its present state reflects what it did
+    since: it kept the task, trained it further, removed it, or learned another task under the same name.
 
     Returns:
-        The tasks to add, each with the ids of its steps; and the tasks to remove before.
+        The tasks to add, each with the ids of its steps, and the tasks to remove first.
 
     Raises:
-        ValueError: If neither side knows the other's task of one name.
+        ValueError: If neither side knows the other's task of the same name, and the two differ.
     """
     steps, their_steps = steps_of_tasks(ours.lineage), steps_of_tasks(theirs.lineage)
     added, superseded = {}, []
@@ -119,7 +119,7 @@ def _differences(ours: SubspaceState, theirs: SubspaceState) -> tuple[dict[str, 
 
 
 def _knows(steps: Mapping[str, list[str]], others: Mapping[str, list[str]], task: str) -> bool:
-    """Whether the last of the other's steps of a task is among one's own."""
+    """Return whether the last step of a task in `others` is among its steps in `steps`."""
     return task in others and others[task][-1] in steps.get(task, ())
 
 
@@ -151,7 +151,7 @@ def _same_update(ours: SubspaceState, theirs: SubspaceState, task: str) -> bool:
 
 
 def _distance(first: LowRankUpdate, second: LowRankUpdate) -> float:
-    """``‖ΔW_1 - ΔW_2‖ / ‖ΔW_1‖`` without forming either."""
+    """Return ``‖ΔW_1 - ΔW_2‖ / ‖ΔW_1‖`` without forming either matrix."""
     out = torch.cat([first.out_factor, second.out_factor], dim=1)
     in_ = torch.cat([first.in_factor, -second.in_factor], dim=1)
     difference, norm = product_norm(out, in_), product_norm(first.out_factor, first.in_factor)
@@ -159,7 +159,7 @@ def _distance(first: LowRankUpdate, second: LowRankUpdate) -> float:
 
 
 def with_history(layer: LayerSubspace, origin: LayerSubspace | None, tasks: Iterable[str]) -> LayerSubspace:
-    """A layer that still knows what its newly merged tasks had lost in the subspace that they come from."""
+    """Return a layer whose records include what newly merged tasks had lost in the subspace that they come from."""
     columns = [column.clone() for column in vars(layer.records).values()]
     norms, rank_errors, bounds, estimates = columns
     for task in tasks:

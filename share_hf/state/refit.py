@@ -1,4 +1,7 @@
-"""A subspace built anew from what its tasks were learned from: truncation does not add up, what is removed is gone."""
+"""Rebuilding a subspace from what its tasks were learned from.
+
+Truncation then does not accumulate, and nothing of removed tasks remains in the bases.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +16,20 @@ from .reconcile import with_history
 from .state import SubspaceState, merge_tasks, rounded
 
 
-# Relative difference of the norm as learned by which an adapter is known to be another one; rounding is far below.
+# Relative difference from the norm as learned above which an adapter is a different one. Rounding is far below.
 _ANOTHER_NORM = 1e-3
 
 
 def check_original(state: SubspaceState, task: str, updates: Mapping[str, LowRankUpdate]) -> None:
-    """Refuse an adapter that is not what a task was learned from.
+    """Check that an adapter can be the one that a task was learned from.
 
     Args:
-        state: Holds the task.
-        task: Its name.
-        updates: Updates of the adapter, by module.
+        state: State that holds the task.
+        task: Name of the task.
+        updates: Updates of the adapter by module.
 
     Raises:
-        ValueError: If it adapts other modules, or the norm of an update is another one.
+        ValueError: If the adapter adapts other modules, or an update has a different shape or norm.
     """
     layers = state.layers_of(task)
     if odd := sorted(layers.keys() ^ updates.keys()):
@@ -46,16 +49,16 @@ def check_original(state: SubspaceState, task: str, updates: Mapping[str, LowRan
 def refitted(
     state: SubspaceState, originals: Mapping[str, Mapping[str, LowRankUpdate]], *, progress: bool = False
 ) -> tuple[SubspaceState, MergeReport]:
-    """A state of the same tasks on bases that are found anew.
+    """Return a state with the same tasks on newly fitted bases, and the report of the merge.
 
     Args:
-        state: Not changed.
-        originals: By task, the updates that it was learned from. The other tasks are taken as they are stored, and
-            keep the drift that they have.
+        state: State to rebuild; not changed.
+        originals: Updates that tasks were learned from, by task and module. The other tasks are taken as they are
+            stored, and keep their drift.
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: As for `merge_tasks`.
+        ValueError: See `merge_tasks`.
         DriftToleranceError: If the tolerated drift cannot be met.
     """
     kept = [task for task in state.tasks if task not in originals]
@@ -64,7 +67,7 @@ def refitted(
     }
     empty = replace(state, layers={}, tasks={}, layouts={}, lineage=())
     layouts = dict.fromkeys(state.tasks, state.layouts)
-    # What is taken as stored has lost what is tolerated already.
+    # Tasks that are taken as stored have already lost what is tolerated.
     built, report = merge_tasks(empty, updates, state.tasks, layouts=layouts, uncut=kept, progress=progress)
     layers = {module: with_history(layer, state.layers.get(module), kept) for module, layer in built.layers.items()}
     steps = {

@@ -1,4 +1,4 @@
-"""A subspace in numbers: sizes, directions, drift."""
+"""Reports of the sizes, directions and drift of a subspace."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from .state import SubspaceState
 
 @dataclass(frozen=True)
 class TaskReport:
-    """A task in numbers.
+    """Size and drift of a task.
 
     Args:
-        name: Its name.
-        learned_by: The phase that trained it, or `"adapter"`.
-        parameters: Numbers in its coefficients.
-        bytes: Size of its coefficients, as they are stored, and of its head.
-        drift: Estimated drift since it was learned, over all layers.
-        drift_bound: Certified bound on its drift in any one layer.
+        name: Name of the task.
+        learned_by: Phase that trained the task, or `"adapter"`.
+        parameters: Number of coefficients.
+        bytes: Size of the stored coefficients and the head, in bytes.
+        drift: Estimated drift since the task was learned, over all layers.
+        drift_bound: Certified bound on the drift in any one layer.
     """
 
     name: str
@@ -33,16 +33,16 @@ class TaskReport:
 
 @dataclass(frozen=True)
 class SubspaceReport:
-    """A subspace in numbers.
+    """Sizes, directions and drift of a subspace.
 
     Args:
-        tasks: In the order they were learned.
+        tasks: Reports of the tasks, in the order in which they were learned.
         modules: Number of adapted modules.
         num_components: Smallest and largest number of directions of a layer, over both sides.
-        pseudo_rank: Rank p of a task's update.
-        basis_bytes: Size of all bases in float32.
-        explained_variance: Mean over modules.
-        lora_bytes: What the tasks would take as LoRAs of rank p, for comparison.
+        pseudo_rank: Rank p of the update of a task.
+        basis_bytes: Size of all bases in float32, in bytes.
+        explained_variance: Explained variance as a mean over modules.
+        lora_bytes: Size of the tasks as float32 LoRAs of rank p, in bytes, for comparison.
     """
 
     tasks: tuple[TaskReport, ...]
@@ -54,12 +54,12 @@ class SubspaceReport:
     lora_bytes: int
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON."""
+        """Return the report as values that JSON can represent."""
         return asdict(self)
 
 
 def report_of(state: SubspaceState) -> SubspaceReport:
-    """Sizes, k, explained variance and drift of a subspace."""
+    """Report sizes, k, explained variance and drift of a subspace."""
     layers = state.layers.values()
     parameters, bounds = dict.fromkeys(state.tasks, 0), dict.fromkeys(state.tasks, 0.0)
     sizes = dict.fromkeys(state.tasks, 0)

@@ -1,8 +1,7 @@
-"""What a subspace knows of the inputs of its tasks, by which an input finds its task.
+"""Knowledge of a subspace about the inputs of its tasks, which routes an input to its task.
 
-The means of a task's features are the task's own. The scatter that all share is a sum over tasks, of which the newest
-parts are still told apart: two writers who began from one subspace know by that which parts both have, and each is
-counted once.
+Each task keeps the means of its own features. The shared scatter is a sum over tasks, whose newest parts are kept
+separate. From these, two writers who started from one subspace see which parts both have, and each part counts once.
 """
 
 from __future__ import annotations
@@ -25,22 +24,23 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-# Parts of the scatter that are told apart; what two writers have learned since they were one is exact up to as many.
+# Number of parts of the scatter that are kept separate. Joining two writers is exact for up to this many tasks that
+# they learned since they split.
 MOST_PARTS = 4
-# Cosine of a probe's features in two copies of one model, at the least: quantized ones are off by a few percent.
+# Least cosine of the features of a probe in two copies of one model. Quantized copies are off by a few percent.
 _SAME_MODEL = 0.8
 
 
 @dataclass(frozen=True)
 class Router:
-    """What all tasks of a subspace share for routing.
+    """Data that all tasks of a subspace share for routing.
 
     Args:
-        layers: Hidden states that features are of: 0 for the embeddings, i for what layer i puts out.
-        probe: (m,) float32, the features of `PROBE`: another base model has others. None of a model without tokens.
+        layers: Hidden states that features are taken from: 0 for the embeddings, i for the output of layer i.
+        probe: (m,) float32, features of `PROBE`, which differ for another base model. None for a model without tokens.
         parts: Scatter of the tasks learned last, by its identity.
-        settled: The sum of the scatter of all others; None before there is one.
-        settled_identities: What is in that sum.
+        settled: Sum of the scatter of all other tasks; None if there are none yet.
+        settled_identities: Identities of the scatter in that sum.
     """
 
     layers: tuple[int, ...]
@@ -51,25 +51,25 @@ class Router:
 
     @property
     def width(self) -> int:
-        """How many features an input has (m)."""
+        """Number of features m of an input."""
         known = self.settled or next(iter(self.parts.values()))
         return len(known.products)
 
     @property
     def scatter(self) -> FeatureScatter:
-        """The scatter of all tasks learned so far, removed ones included."""
+        """Scatter of all tasks learned so far, including removed ones."""
         settled = [] if self.settled is None else [self.settled]
         return reduce(add, [*settled, *self.parts.values()])
 
     def with_part(self, part: FeatureScatter) -> Router:
-        """A router that has a task's scatter too, once."""
+        """Return a router that includes the scatter of a task exactly once."""
         identity = part.identity
         if identity in {*self.parts, *self.settled_identities}:
             return self
         return replace(self, parts={**self.parts, identity: part})._settled()
 
     def _settled(self) -> Router:
-        """The same with no more parts than are told apart, the oldest taken into the sum."""
+        """Return the router with at most `MOST_PARTS` separate parts, and the oldest ones moved into the sum."""
         excess = list(self.parts)[: max(0, len(self.parts) - MOST_PARTS)]
         if not excess:
             return self
@@ -83,17 +83,17 @@ class Router:
 
 
 def check_same_features(ours: Router, layers: tuple[int, ...], width: int, probe: Tensor | None, place: str) -> None:
-    """Refuse features that a router's own cannot be compared with.
+    """Check that features can be compared with the features of a router.
 
     Args:
-        ours: The router.
-        layers: The layers that they are of.
-        width: How many they are.
-        probe: Those of the probe.
-        place: What has them, for messages.
+        ours: Router to compare with.
+        layers: Layers that the features are taken from.
+        width: Number of features.
+        probe: Features of the probe, or None.
+        place: Description of where the features come from, for messages.
 
     Raises:
-        ValueError: If they are of another base model, or of other layers.
+        ValueError: If the features come from another base model or other layers.
     """
     if (layers, width) != (ours.layers, ours.width):
         raise ValueError(
@@ -119,18 +119,18 @@ def with_route(
     layers: tuple[int, ...],
     probe: Tensor | None = None,
 ) -> SubspaceState:
-    """A state whose router knows the inputs of one more task, or knows a task's anew.
+    """Return a state whose router has learned the inputs of one more task, or relearned those of a known one.
 
     Args:
-        state: Not changed.
-        task: One of its tasks.
-        features: What is kept of the task's texts.
-        scatter: The part of the shared scatter that is theirs.
-        layers: The layers that the features are of.
-        probe: As of `Router`.
+        state: State that holds the task; not changed.
+        task: Name of the task.
+        features: Statistics of the features of the task's inputs.
+        scatter: Scatter of the task, which is added to the shared one.
+        layers: Layers that the features are taken from.
+        probe: Features of the probe. See `Router`.
 
     Raises:
-        ValueError: If the other tasks' features are of another base model, or of other layers.
+        ValueError: If the features of the other tasks come from another base model or other layers.
     """
     router = state.router
     if router is None:
@@ -146,10 +146,10 @@ def with_route(
 
 
 def joined_router(ours: Router | None, theirs: Router | None) -> Router | None:
-    """The router of two writers: whatever both have counts once.
+    """Join the routers of two writers, counting once whatever both have.
 
     Raises:
-        ValueError: If their features are of different base models, or of other layers.
+        ValueError: If their features come from different base models or different layers.
     """
     if ours is None or theirs is None:
         return theirs or ours
@@ -169,7 +169,7 @@ def joined_router(ours: Router | None, theirs: Router | None) -> Router | None:
 
 
 def with_routes_of(state: SubspaceState, ours: SubspaceState) -> SubspaceState:
-    """A state of two writers that also has the routes of its tasks that only we have learned."""
+    """Add to the joint state of two writers the routes of its tasks that only we have learned."""
     known = {task: info.route for task, info in ours.tasks.items() if info.route is not None}
     tasks = {
         task: replace(info, route=known[task]) if info.route is None and task in known else info

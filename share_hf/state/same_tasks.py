@@ -1,7 +1,7 @@
-"""New tasks that were there before under another name: known by the norms of their updates, told by what is stored.
+"""Search for new tasks that already exist under another name, by the norms of their updates and then by stored values.
 
-The norms as learned, layer by layer, are a fingerprint that truncation and merges leave alone. What is stored must not
-be further apart than the certificates of the two tasks allow, if both came from one adapter.
+The norms as learned, layer by layer, are a fingerprint that truncation and merges do not change. If two tasks came
+from the same adapter, their stored updates are no further apart than the certificates of both allow.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from ..subspace.likeness import SAME
 from .state import SubspaceState
 
 
-_MOST_COMPARED = 8  # copies of one adapter have one key, so the nearest are enough
+_MOST_COMPARED = 8  # copies of one adapter have the same key, so the nearest tasks are enough
 
 
 def earlier_names(state: SubspaceState, new: Sequence[str]) -> dict[str, str]:
-    """By new task, the earlier one that has the same updates, to rounding, and the same head.
+    """Return the earlier task that has the same updates up to rounding, and the same head, for each new task with one.
 
-    Every new task is compared with a few whose norms are the nearest, however many there are.
+    Every new task is compared with only a few tasks whose norms are the nearest, however many tasks there are.
 
     Args:
-        state: Has all of them.
-        new: The tasks that were added last.
+        state: State that holds all tasks.
+        new: Names of the tasks that were added last.
     """
     earlier = [task for task in state.tasks if task not in set(new)]
     if not earlier:
@@ -40,7 +40,7 @@ def earlier_names(state: SubspaceState, new: Sequence[str]) -> dict[str, str]:
     found = {}
     for task in new:
         if not (key := keys.get(task, 0.0)):
-            continue  # zeros are nobody's fingerprint
+            continue  # zeros identify no task
         near = earlier[bisect_left(sizes, key * (1 - SAME)) : bisect_right(sizes, key * (1 + SAME))]
         near = sorted(near, key=lambda other: abs(keys[other] - key))[:_MOST_COMPARED]
         if (same := next((other for other in near if _same(state, task, other)), None)) is not None:
@@ -49,9 +49,9 @@ def earlier_names(state: SubspaceState, new: Sequence[str]) -> dict[str, str]:
 
 
 def _keys(layers: Mapping[str, LayerSubspace]) -> dict[str, float]:
-    """A number for each task: the sum of its norms, of each layer with a weight of its own.
+    """Return a number for each task: the sum of its norms with a different weight for each layer.
 
-    So tasks that were scaled to one size have different numbers.
+    The weights give different numbers to tasks that were scaled to the same size.
     """
     sums: dict[tuple[str, ...], Tensor] = {}  # most layers have the same tasks
     for module, layer in layers.items():
@@ -79,13 +79,13 @@ def _same_norm(layer: LayerSubspace, task: str, other: str) -> bool:
 
 
 def _distance(layer: LayerSubspace, task: str, other: str) -> float:
-    """``‖ΔW_1 - ΔW_2‖`` as stored."""
+    """Return ``‖ΔW_1 - ΔW_2‖`` of two stored tasks."""
     (out, in_), (other_out, other_in) = layer.coefficients_of(task), layer.coefficients_of(other)
     return float(product_norm(torch.cat([out, other_out], 1), torch.cat([in_, -other_in], 1)))
 
 
 def _allowed(layer: LayerSubspace, task: str, other: str) -> float:
-    """The largest distance of what is stored of two tasks that were learned from the same update."""
+    """Return the largest possible distance between two stored tasks that were learned from the same update."""
     records, (i, j) = layer.records, (layer.index(task), layer.index(other))
     relative = records.drift_bounds[i] + records.drift_bounds[j] + 2 * SAME
     return float(relative * torch.maximum(records.norms[i], records.norms[j]))

@@ -1,4 +1,4 @@
-"""Scores over a stream of tasks, with the definitions of GEM (Lopez-Paz & Ranzato 2017, Sec. 2)."""
+"""Scores over a stream of tasks, as defined by GEM (Lopez-Paz & Ranzato 2017, Sec. 2)."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from itertools import zip_longest
 from typing import Any, NamedTuple
 
 
-# Name of the score where tasks are measured by different metrics.
+# Name of the score if tasks are measured by different metrics.
 MIXED_SCORE = "score"
 
 
 class TaskScore(NamedTuple):
-    """A task's score when it was learned, and now; None where it was not measured."""
+    """Score of a task when it was learned, and now; None where it was not measured."""
 
     metric: str = "score"
     learned: float | None = None
@@ -22,21 +22,21 @@ class TaskScore(NamedTuple):
 
 
 def measured(score: float | None) -> float | None:
-    """A score as it counts: NaN or an infinite one, as of a loss that overflows, was not measured."""
+    """Return a score, or None if it is NaN or infinite (such as a loss that overflows), which counts as unmeasured."""
     return score if score is not None and math.isfinite(score) else None
 
 
 def mean_score(values: Sequence[float | None]) -> float | None:
-    """The mean of what was measured; None where nothing was."""
+    """Return the mean of the measured values, or None if there are none."""
     known = [value for value in values if value is not None]
     return measured(sum(known) / len(known)) if known else None
 
 
 def scores_in(metrics: Mapping[str, Any]) -> dict[str, TaskScore]:
-    """The scores of the tasks that a stream measured.
+    """Return the scores of the tasks that a stream measured.
 
     Args:
-        metrics: Those of the stream, as `ContinualMetrics.as_dict` has them; may be empty.
+        metrics: Metrics of the stream, as returned by `ContinualMetrics.as_dict`; may be empty.
     """
     matrix, scores = metrics.get("matrix", []), {}
     rows, names = rows_of_tasks(metrics), metrics.get("score_names") or {}
@@ -49,20 +49,20 @@ def scores_in(metrics: Mapping[str, Any]) -> dict[str, TaskScore]:
 
 
 def rows_of_tasks(metrics: Mapping[str, Any]) -> list[int]:
-    """By task that was learned, in their order, the row of the matrix that was measured after it.
+    """Return the row of the matrix that was measured after each learned task, in the order of the tasks.
 
     Args:
-        metrics: As for `scores_in`.
+        metrics: Same as in `scores_in`.
     """
     sizes = metrics.get("row_sizes") or [1] * len(metrics.get("matrix", []))
     return [i for i, size in enumerate(sizes) for _ in range(size)]
 
 
 def row_names(metrics: Mapping[str, Any]) -> list[str]:
-    """A name for each row of the matrix: of the task that was learned then, or of the first of several and how many.
+    """Return a name for each row of the matrix: the task learned then, or the first task and how many more there are.
 
     Args:
-        metrics: As for `scores_in`.
+        metrics: Same as in `scores_in`.
     """
     of_rows: dict[int, list[str]] = {}
     for task, row in zip(metrics.get("tasks", []), rows_of_tasks(metrics), strict=False):
@@ -72,22 +72,22 @@ def row_names(metrics: Mapping[str, Any]) -> list[str]:
 
 @dataclass
 class ContinualMetrics:
-    """The matrix ``R[i][j]``, score on task j after learning task i, and what follows from it. Higher is better.
+    """The matrix ``R[i][j]`` of scores on task j after learning task i, and metrics derived from it. Higher is better.
 
     Tasks that were learned together share a row.
 
     Args:
-        score: What the scores are, such as `"accuracy"`.
-        score_names: By task, what its scores are, where they are not `score`.
-        tasks: In the order they were learned.
-        matrix: One row a learned task, or several that were learned together; an entry is None where it was not
-            measured.
-        row_sizes: How many tasks were learned when a row was measured, since the row before it; empty where each is
-            of one task.
-        baseline: Score ``b_j`` of the model before any task was learned, None where it was not measured.
-        drift: By task, its estimated drift after the last step.
-        parameters: By phase, how many numbers were trained.
-        training: What the tasks were trained with, as JSON.
+        score: Name of the scores, such as `"accuracy"`.
+        score_names: Names of the scores of tasks that differ from `score`.
+        tasks: Names of the tasks, in the order in which they were learned.
+        matrix: One row for each learned task, or for several that were learned together. An entry is None where it was
+            not measured.
+        row_sizes: Number of tasks that were learned between each row and the row before it; empty if it is one for
+            every row.
+        baseline: Scores ``b_j`` of the model before any task was learned; None where they were not measured.
+        drift: Estimated drift of each task after the last step.
+        parameters: Number of trained parameters by phase.
+        training: Settings that the tasks were trained with, as JSON.
     """
 
     score: str = "accuracy"
@@ -102,17 +102,17 @@ class ContinualMetrics:
 
     @property
     def common_score(self) -> str:
-        """What the scores of all tasks are; `"score"` where those of some are something else."""
+        """Name of the scores of all tasks; `"score"` if tasks have different ones."""
         names = {self.score_of(task) for task in self._scored_tasks} or {self.score}
         return names.pop() if len(names) == 1 else MIXED_SCORE
 
     def score_of(self, task: str) -> str:
-        """What the scores of a task are, such as `"accuracy"`."""
+        """Return the name of the scores of a task, such as `"accuracy"`."""
         return self.score_names.get(task, self.score)
 
     @property
     def learned(self) -> int:
-        """How many tasks were learned."""
+        """Number of learned tasks."""
         return len(self._rows)
 
     @property
@@ -122,7 +122,7 @@ class ContinualMetrics:
 
     @property
     def backward_transfer(self) -> float | None:
-        """``BWT = mean_j<T (R[T][j] - R[j][j])``: negative where tasks got worse after they were learned."""
+        """Backward transfer ``BWT = mean_j<T (R[T][j] - R[j][j])``, negative if tasks got worse after learning."""
         return mean_score([_difference(self.matrix[-1][j], self.matrix[row][j]) for j, row in self._earlier])
 
     @property
@@ -136,13 +136,13 @@ class ContinualMetrics:
 
     @property
     def forward_transfer(self) -> float | None:
-        """``FWT = mean_j>1 (R[j-1][j] - b_j)``: what the newest task's adapter does for the next task, unseen."""
+        """Forward transfer ``FWT = mean_j>1 (R[j-1][j] - b_j)``, the effect of the newest adapter on the next task."""
         later = [(j, row) for j, row in enumerate(self._rows) if row]
         return mean_score([_difference(self.matrix[row - 1][j], self.baseline[j]) for j, row in later])
 
     @property
     def _scored_tasks(self) -> list[str]:
-        """Tasks that have a score, or of which it is known what it will be."""
+        """Tasks that have a score, or whose kind of score is known in advance."""
         columns = zip(self.tasks, *(self._padded(row) for row in (self.baseline, *self.matrix)), strict=True)
         measured_tasks = {task for task, *column in columns if any(score is not None for score in column)}
         return [task for task in self.tasks if task in measured_tasks or task in self.score_names]
@@ -152,7 +152,7 @@ class ContinualMetrics:
 
     @property
     def _rows(self) -> list[int]:
-        """The row of each learned task."""
+        """Row of each learned task."""
         return rows_of_tasks({"matrix": self.matrix, "row_sizes": self.row_sizes})
 
     @property
@@ -161,7 +161,7 @@ class ContinualMetrics:
         return [(j, row) for j, row in enumerate(self._rows) if row < len(self.matrix) - 1]
 
     def add_tasks(self, names: Sequence[str]) -> None:
-        """Columns for the tasks that are learned next, in place of what was begun and has not come to its row."""
+        """Add columns for the tasks that are learned next, in place of columns that were begun but never got a row."""
         done = self.learned
         if self.tasks[done : done + len(names)] == list(names):
             return
@@ -172,12 +172,12 @@ class ContinualMetrics:
             row += [None] * len(names)
 
     def add_row(self, scores: list[float | None], tasks: int) -> None:
-        """What was measured after so many tasks were learned, one or several together."""
+        """Add a row of scores that were measured after `tasks` tasks were learned, one or several together."""
         self.row_sizes = _unless_single([*(self.row_sizes or [1] * len(self.matrix)), tasks])
         self.matrix.append(scores)
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything as JSON."""
+        """Return the metrics as values that JSON can represent."""
         score = self.common_score
         names = {task: self.score_of(task) for task in self._scored_tasks} if score == MIXED_SCORE else {}
         return {
@@ -198,10 +198,10 @@ class ContinualMetrics:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ContinualMetrics:
-        """Metrics from JSON.
+        """Create metrics from JSON.
 
         Raises:
-            ValueError, KeyError, TypeError, AttributeError: If it is no JSON of `as_dict`.
+            ValueError, KeyError, TypeError, AttributeError: If the values do not have the form of `as_dict`.
         """
         score, tasks, matrix = values["score"], values["tasks"], values["matrix"]
         names = values.get("score_names") or {}
@@ -236,11 +236,11 @@ class ContinualMetrics:
         )
 
     def joined_by(self, later: ContinualMetrics, tasks: Collection[str]) -> ContinualMetrics:
-        """The metrics of two streams over one subspace: rows and columns of both matrices, by task.
+        """Join the metrics of two streams over one subspace, with the rows and columns of both matrices, by task.
 
         Args:
-            later: Wins where both know something.
-            tasks: Those that are still there; rows and columns of others are left out.
+            later: Metrics that take precedence where both have a value.
+            tasks: Tasks that still exist. Rows and columns of others are left out.
         """
         rows: dict[tuple[str, ...], dict[str, float | None]] = {}
         row_of: dict[str, tuple[str, ...]] = {}
@@ -272,14 +272,14 @@ class ContinualMetrics:
         )
 
     def _learned_together(self) -> list[tuple[str, ...]]:
-        """The tasks that were learned when each row was measured."""
+        """Return the tasks that were learned for each row."""
         of_rows: list[list[str]] = [[] for _ in self.matrix]
         for task, row in zip(self.tasks, self._rows, strict=False):
             of_rows[row].append(task)
         return [tuple(tasks) for tasks in of_rows]
 
     def table(self) -> str:
-        """The matrix and the summary as text."""
+        """Return the matrix and a summary as text."""
         names = row_names(self.as_dict())
         score = self.common_score
         scores = [self.score_of(task) for task in self.tasks] if score == MIXED_SCORE else []
@@ -307,17 +307,17 @@ class ContinualMetrics:
 def combined_metrics(
     earlier: Mapping[str, Any], later: Mapping[str, Any], tasks: Collection[str]
 ) -> Mapping[str, Any]:
-    """What two streams over one subspace measured, of these tasks."""
+    """Combine the metrics that two streams over one subspace measured for these tasks."""
     if not earlier.get("matrix") or not later.get("matrix"):
         return later if later.get("matrix") else earlier
     return ContinualMetrics.from_dict(earlier).joined_by(ContinualMetrics.from_dict(later), tasks).as_dict()
 
 
 def _row_sizes(sizes: Any, rows: int, tasks: int) -> list[int]:
-    """How many tasks each row is of, one if nothing else is said.
+    """Return the number of tasks of each row, one by default, or an empty list if it is one for all rows.
 
     Raises:
-        ValueError: If they are no numbers of tasks of these rows.
+        ValueError: If `sizes` does not fit the rows and tasks.
     """
     sizes = [1] * rows if sizes is None else sizes
     if not isinstance(sizes, list) or not all(type(size) is int and size > 0 for size in sizes):
@@ -336,7 +336,7 @@ def _is_score(value: Any) -> bool:
 
 
 def _drift(task: str, value: Any) -> float:
-    if value is None or not _is_score(value):  # text such as "nan" would become a number that JSON does not have
+    if value is None or not _is_score(value):  # a string such as "nan" would become a number that JSON lacks
         raise ValueError(f"drift of {task!r} is {value!r}, expected a number")
     return float(value)
 

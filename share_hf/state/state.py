@@ -1,4 +1,4 @@
-"""All of a shared subspace as one immutable value: what the tree on disk holds, and what the library works on."""
+"""A complete shared subspace as one immutable value: the content of a tree on disk, and what the library works on."""
 
 from __future__ import annotations
 
@@ -30,19 +30,20 @@ from .scores import TaskScore, scores_in
 
 @dataclass(frozen=True)
 class TaskInfo:
-    """What is known of a task beside its coefficients.
+    """Information on a task besides its coefficients.
 
     Args:
-        learned_by: The phase that trained it.
-        target: Which modules it adapts: the fields of its PEFT configuration in `format.lora.TARGET_FIELDS`, and
-            `auto_mapping` where it has no `task_type`.
-        head: Weights of its classification head and of whatever else `modules_to_save` has, by name in the base model.
-        scores: Its score when learned, by metric.
-        labels: Names of its labels, for a classification task.
-        problem_type: What its labels are, in the words of transformers; None if that is not known.
-        dataset: Hub id of the data set it was learned from.
-        initialization: Sketch of the A it was trained from, see `subspace.sketch`; None where it is not known.
-        route: What is kept of the features of its texts, by which inputs find it; None where it was not learned.
+        learned_by: Phase that trained the task.
+        target: Description of the modules that the task adapts: the fields of its PEFT configuration in
+            `format.lora.TARGET_FIELDS`, and `auto_mapping` if it has no `task_type`.
+        head: Weights of the classification head and of everything else in `modules_to_save`, by name in the base
+            model.
+        scores: Score when the task was learned, by metric.
+        labels: Names of the labels of a classification task.
+        problem_type: Kind of labels, as `problem_type` in transformers; None if unknown.
+        dataset: Hub id of the dataset that the task was learned from.
+        initialization: Sketch of the A that the task was trained from (see `subspace.sketch`); None if unknown.
+        route: Statistics of the features of its inputs, which route inputs to the task; None if not learned.
     """
 
     learned_by: Phase = Phase.ADAPTER
@@ -61,15 +62,16 @@ class SubspaceState:
     """A subspace with its tasks.
 
     Args:
-        settings: k, p and how merges work.
-        layers: By module of the base model.
-        tasks: By name, in the order they were learned. A task need not be in every layer.
-        base_model_name_or_path: The model the subspace belongs to.
-        default_task: The task that the root of the tree stands for; the newest if not chosen.
-        metrics: What the trainer measured over the stream, as JSON.
-        lineage: One entry for each step that changed the subspace.
-        layouts: By module, how its matrix lies in its weight; without those that are dense layers.
-        router: What tasks share by which inputs find them; None before the first route is learned.
+        settings: Settings such as k, p and how merges work.
+        layers: Layers by module of the base model.
+        tasks: Information on the tasks by name, in the order in which they were learned. A task need not be in every
+            layer.
+        base_model_name_or_path: Model that the subspace belongs to.
+        default_task: Task that the root of the tree stands for. None means the newest task.
+        metrics: Metrics that the trainer measured over the stream, as JSON.
+        lineage: Lineage, with one entry for each step that changed the subspace.
+        layouts: Layouts of the matrices by module, for modules that are not dense layers.
+        router: Data that the tasks share for routing inputs; None before the first route is learned.
     """
 
     settings: SubspaceSettings
@@ -84,26 +86,26 @@ class SubspaceState:
 
     @property
     def root_task(self) -> str | None:
-        """The default task, or the newest."""
+        """Default task, or the newest task if none was chosen."""
         return self.default_task or next(reversed(self.tasks), None)
 
     def with_step(self, *, changed: Iterable[str] = (), **facts: Any) -> SubspaceState:
-        """The state with one more entry in its lineage, about these tasks of it."""
+        """Return the state with one more entry in its lineage, which covers the coefficients of `changed` tasks."""
         coefficients = (
             side for task in changed for layer in self.layers_of(task).values() for side in layer.coefficients_of(task)
         )
         return replace(self, lineage=extended(self.lineage, coefficients, facts))
 
     def layers_of(self, task: str) -> dict[str, LayerSubspace]:
-        """The layers that a task adapts."""
+        """Return the layers that a task adapts, by module."""
         return {module: layer for module, layer in self.layers.items() if layer.has(task)}
 
     def updates_of(self, task: str, dtype: torch.dtype | None = None) -> dict[str, LowRankUpdate]:
-        """The task's updates by module, each as factors of rank p, or of the task's own rank where it has one.
+        """Return the updates of a task by module, as factors of rank p or of the task's own rank if it has one.
 
         Args:
-            task: One of the tasks.
-            dtype: As for `LayerSubspace.update_of`.
+            task: Name of the task.
+            dtype: Same as in `LayerSubspace.update_of`.
         """
         trimmed = self.settings.has_ranks
         return {
@@ -111,7 +113,7 @@ class SubspaceState:
         }
 
     def drifts(self) -> dict[str, float]:
-        """By task, its estimated drift since it was learned, over all layers: ``‖ΔW' - ΔW‖ / ‖ΔW‖``."""
+        """Return the estimated drift ``‖ΔW' - ΔW‖ / ‖ΔW‖`` of each task since it was learned, over all layers."""
         drifted, total = dict.fromkeys(self.tasks, 0.0), dict.fromkeys(self.tasks, 0.0)
         for layer in self.layers.values():
             energies = layer.records.norms.square().tolist()
@@ -122,7 +124,7 @@ class SubspaceState:
         return {task: (drifted[task] / total[task]) ** 0.5 if total[task] else 0.0 for task in self.tasks}
 
     def scores(self) -> dict[str, TaskScore]:
-        """By task, what its score was when it was learned, and is now."""
+        """Return the score of each task when it was learned, and now."""
         measured = scores_in(self.metrics)
         return {task: measured.get(task) or _recorded_score(info) for task, info in self.tasks.items()}
 
@@ -139,22 +141,22 @@ def merge_tasks(
     uncut: Collection[str] = (),
     progress: bool = False,
 ) -> tuple[SubspaceState, MergeReport]:
-    """A state with new tasks merged into it; the given one is not changed.
+    """Return a state with new tasks merged into it, and the report of the merge.
 
     Args:
-        state: Not changed.
+        state: State to merge into; not changed.
         updates: Updates by task and module.
-        infos: What is known of each task.
-        layouts: By task and module, how its matrix lies in its weight, where it is no dense layer.
-        origins: By task, the ids of the steps that it had in another lineage, if it comes from one.
-        originals: By task, where on the hub its adapter is, as the lineage notes it.
-        tolerance: As for `merge_into_layer`.
-        uncut: Likewise.
+        infos: Information on each new task.
+        layouts: Layouts of the matrices by task and module, for modules that are not dense layers.
+        origins: Ids of the steps that a task had in another lineage, for tasks that come from one.
+        originals: Location on the Hub of the adapter of each task, as recorded in the lineage.
+        tolerance: Same as in `merge_into_layer`.
+        uncut: Same as in `merge_into_layer`.
         progress: Whether to show a progress bar.
 
     Raises:
         ValueError: If a task has NaN or infinite weights, the tasks cannot belong to one model, or a module has
-            another shape or is of another kind; naming it.
+            another shape or layout. The error names the task or the module.
         DriftToleranceError: If the tolerated drift cannot be met.
     """
     for task, info in infos.items():
@@ -164,7 +166,7 @@ def merge_tasks(
     layers, report = merge_into_layers(
         state.layers, updates, state.settings, tolerance=tolerance, uncut=uncut, progress=progress
     )
-    # In the order that a tree is read back, so that sums over layers round as they would for a loaded subspace.
+    # Use the order in which a tree is read back, so that sums over layers round as they do for a loaded subspace.
     merged = replace(
         state,
         layers=dict(sorted(layers.items())),
@@ -184,15 +186,16 @@ def with_learned_coefficients(
     coefficients: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]],
     infos: Mapping[str, TaskInfo],
 ) -> SubspaceState:
-    """A state with tasks that were learned, or learned further, inside the bases there are.
+    """Return a state with tasks that were learned, or trained further, inside the existing bases.
 
     Args:
-        state: Not changed.
-        coefficients: By task, a new one or one whose coefficients were trained, and by module, (k_out, p), (k_in, p).
-        infos: What is known of each task.
+        state: State that holds the bases; not changed.
+        coefficients: Coefficients (k_out, p) and (k_in, p) by task and module. The tasks are new or existing ones.
+        infos: Information on each of the tasks.
 
     Raises:
-        ValueError: If a task has NaN or infinite weights; naming it.
+        ValueError: If a task has NaN or infinite weights, or coefficients that cannot be stored. The error names the
+            task.
     """
     for task, info in infos.items():
         _check_head(task, info)
@@ -211,7 +214,7 @@ def with_learned_coefficients(
 
 
 def without_task(state: SubspaceState, task: str) -> SubspaceState:
-    """A state without one of its tasks. The basis and the other tasks stay as they are."""
+    """Return a state without one of its tasks. The bases and the other tasks stay as they are."""
     layers = {module: layer.without_task(task) if layer.has(task) else layer for module, layer in state.layers.items()}
     return replace(
         state,
@@ -228,22 +231,22 @@ def _check_head(task: str, info: TaskInfo) -> None:
 
 
 def _recorded_score(info: TaskInfo) -> TaskScore:
-    """What was noted with a task of a stream whose metrics are not there."""
+    """Return the score recorded with a task, for a task without metrics of a stream."""
     return next((TaskScore(metric, score) for metric, score in info.scores.items()), TaskScore())
 
 
 def rounded(number: float) -> float:
-    """Three significant digits, for what is told but not computed with."""
+    """Round to three significant digits, for numbers that are reported but not computed with."""
     return float(f"{number:.3g}")
 
 
 def initialization_of(updates: Mapping[str, LowRankUpdate]) -> str:
-    """A sketch of the A that an adapter was trained from, as text: one signed byte an entry, the largest 127."""
+    """Return a sketch of the A that an adapter was trained from, as text with one signed byte per entry, up to 127."""
     return initializations_of({"": updates})[""]
 
 
 def initializations_of(adapters: Mapping[str, Mapping[str, LowRankUpdate]]) -> dict[str, str]:
-    """`initialization_of` for each of many adapters, one module after another."""
+    """Return `initialization_of` for each of many adapters, computed for one module after another."""
     texts = {}
     for task, sketch in initialization_sketches(adapters).items():
         scaled = sketch * (127 / sketch.abs().max().clamp_min(torch.finfo(sketch.dtype).tiny))
@@ -252,10 +255,10 @@ def initializations_of(adapters: Mapping[str, Mapping[str, LowRankUpdate]]) -> d
 
 
 def sketch_of(info: TaskInfo) -> Tensor | None:
-    """The sketch of a task's A, None where it is not known.
+    """Return the sketch of a task's A, or None if it is unknown.
 
     Raises:
-        ValueError: If it is not one.
+        ValueError: If the text is not a sketch.
     """
     if info.initialization is None:
         return None

@@ -1,4 +1,4 @@
-"""Tensors in, tensors out: the mathematics of a shared LoRA subspace. Depends on torch alone."""
+"""The mathematics of a shared LoRA subspace, from tensors to tensors. It depends on torch alone."""
 
 from .audit import AuditReport, audit_layers, audit_updates
 from .dimensions import Auto, ChosenDimensions, WantedDimensions, choose_dimensions

@@ -1,8 +1,9 @@
-"""Is there a shared subspace, or do these adapters look alike for no reason of their tasks?
+"""Test whether adapters share a subspace, or look alike for reasons unrelated to their tasks.
 
-Two reasons that are none: adapters that started from the same random A keep nearly the same A, and k directions
-explain some of anything. So adapters are grouped by a small sketch of their A, and the explained variance is put
-beside a null: updates of the same singular values and uniformly random directions, through the same computation.
+There are two such reasons: adapters that started from the same random A keep nearly the same A, and any k directions
+explain some part of anything. The audit therefore groups adapters by a small sketch of their A, and compares the
+explained variance with a null distribution: updates with the same singular values and uniformly random directions,
+put through the same computation.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from .null import NEGLIGIBLE, flattest_singular_values, normalized_updates, padd
 from .sketch import Numbers, group_by_initialization, initialization_sketches
 
 
-CHANCE_MARGIN = 0.02  # an explained variance that is above the null by less says nothing
+CHANCE_MARGIN = 0.02  # an explained variance that exceeds the null by less than this is no evidence
 
-# Up to this size a full eigendecomposition is cheap; beyond it a block Krylov space finds the same leading directions,
-# in fewer steps from those of an earlier half-step. What they explain is off by less than 0.001.
+# Up to this size a full eigendecomposition is cheap. Beyond it a block Krylov space finds the same leading directions,
+# in fewer steps if it starts from the directions of an earlier half-step. The fraction that they explain is off by
+# less than 0.001.
 _DENSE_COORDINATES = 256
 _KRYLOV_STEPS, _STEPS_FROM_EARLIER = 6, 2
 
@@ -34,12 +36,13 @@ Progress = Callable[[Iterable[str]], Iterable[str]]
 
 @dataclass(frozen=True)
 class Explained:
-    """Fractions of the updates' energy, each update normalized: mean over tasks of ``‖part of ΔW_i‖² / ‖ΔW_i‖²``.
+    """Fractions of the energy of normalized updates: mean over tasks of ``‖part of ΔW_i‖² / ‖ΔW_i‖²``.
 
     Args:
-        joint: Inside a joint basis, ``C_i = β^T ΔW_i α``.
-        outputs: Inside the best k output directions, whatever the inputs; None if not known.
-        inputs: Inside the best k input directions. High for no reason of the tasks where adapters share their A.
+        joint: Fraction inside a joint basis, ``C_i = β^T ΔW_i α``.
+        outputs: Fraction inside the best k output directions, whatever the inputs. None means unknown.
+        inputs: Fraction inside the best k input directions, or None. It is high, whatever the tasks, where adapters
+            share their A.
     """
 
     joint: float
@@ -49,15 +52,15 @@ class Explained:
 
 @dataclass(frozen=True)
 class ModuleAudit:
-    """What one module's updates explain, beside the null.
+    """Explained variance of the updates of one module, next to the null.
 
     Args:
-        module: Its name.
-        tasks: Updates that count: all but zero ones.
+        module: Name of the module.
+        tasks: Number of updates that count, which are all but the zero ones.
         num_components: (k_out, k_in) of the basis.
-        observed: Fractions of the updates.
-        null: Fractions of updates of the same singular values and random directions.
-        trivial: Whether so many directions hold any updates of these ranks, so that `observed` says nothing.
+        observed: Explained fractions of the updates.
+        null: Explained fractions of updates with the same singular values and random directions.
+        trivial: Whether this many directions hold any updates of these ranks, which makes `observed` meaningless.
     """
 
     module: str
@@ -73,9 +76,10 @@ class AuditReport:
     """Evidence for and against a shared subspace.
 
     Args:
-        groups: Tasks that started from the same random A, a tuple each; a task that shares it with none is alone.
-        ungrouped: Tasks whose A is not known.
-        rows: The audited modules.
+        groups: Tuples of tasks that started from the same random A. A task that shares its A with no other is a group
+            of its own.
+        ungrouped: Tasks whose A is unknown.
+        rows: Results of the audited modules.
     """
 
     groups: tuple[tuple[str, ...], ...]
@@ -84,39 +88,39 @@ class AuditReport:
 
     @property
     def observed(self) -> Explained:
-        """Mean over modules."""
+        """Mean of the observed fractions over modules."""
         return _mean_explained([row.observed for row in self.rows])
 
     @property
     def null(self) -> Explained:
-        """Mean over modules."""
+        """Mean of the null fractions over modules."""
         return _mean_explained([row.null for row in self.rows])
 
     @property
     def excess(self) -> float:
-        """What the joint basis explains beyond the null."""
+        """Fraction that the joint basis explains beyond the null."""
         return self.observed.joint - self.null.joint
 
     @property
     def trivial(self) -> bool:
-        """Whether no module's number says anything."""
+        """Whether the numbers of all modules are trivial."""
         return all(row.trivial for row in self.rows)
 
     def to_dict(self) -> dict[str, object]:
-        """Everything, the means included, as JSON has it."""
+        """Return the whole report, including the means, as values that JSON can represent."""
         means = {"observed": asdict(self.observed), "null": asdict(self.null), "excess": self.excess}
         return {**asdict(self), **means, "trivial": self.trivial}
 
     def sentences(self) -> tuple[str, str]:
-        """What the model card says: about the adapters' initialization, and about the explained variance."""
+        """Return the model card's sentences about the initialization of the adapters and the explained variance."""
         return _initialization_sentence(self.groups, self.ungrouped), _variance_sentence(self)
 
 
 def explained_variance(updates: Sequence[LowRankUpdate], k_out: int, k_in: int) -> Explained:
-    """What a joint basis of `k_out` and `k_in` directions explains of updates of one layer.
+    """Return the fractions that a joint basis of `k_out` and `k_in` directions explains of the updates of one layer.
 
-    The basis is found as a merge finds it, by alternating from the one-sided directions. Zero updates do not count;
-    without any other, everything is explained.
+    The basis is found as in a merge, by alternation from the one-sided directions. Zero updates do not count; if there
+    are no others, all fractions are 1.
     """
     return _explained_of(normalized_updates(updates), k_out, k_in)
 
@@ -131,19 +135,19 @@ def null_explained_variance(
     seed: int = 0,
     draws: int = 1,
 ) -> Explained:
-    """What `explained_variance` is for updates of the same singular values and uniformly random directions.
+    """Return `explained_variance` of updates with the same singular values and uniformly random directions.
 
-    It takes O(tasks r (n + d)) float64 numbers of memory.
+    It needs memory for O(tasks r (n + d)) float64 numbers.
 
     Args:
-        singular_values: One (r_i,) a task.
+        singular_values: Singular values (r_i,) of each task.
         shape: (n, d) of the layer.
-        k_out: Output directions of the basis.
-        k_in: Input directions.
-        norms: (tasks,), ``‖ΔW_i‖`` where the singular values are not all of it. What is missing is explained by
-            nothing.
+        k_out: Number of output directions of the basis.
+        k_in: Number of input directions of the basis.
+        norms: (tasks,), ``‖ΔW_i‖``, for singular values that do not make up the whole update. No direction explains
+            the missing part.
         seed: Seed of the directions.
-        draws: How many to average over.
+        draws: Number of draws to average over.
     """
     values = padded([values.double().cpu() for values in singular_values])[:, : min(shape)]
     weights = inverse_norms(values.norm(dim=1) if norms is None else norms.double().cpu())
@@ -171,13 +175,13 @@ def audit_updates(
     """Audit adapters as they were trained.
 
     Args:
-        layers: Module -> task -> update.
-        num_components: Directions of a basis on each side.
-        sketches: By task; computed from the updates if not given.
-        modules: Those whose variance is compared; all by default. The sketches are of all in any case.
-        draws: Draws of the null in each module.
-        seed: Seed of the null.
-        progress: Wraps the iteration over modules, as `tqdm` does.
+        layers: Updates, as a mapping of module -> task -> update.
+        num_components: Number of directions of a basis on each side.
+        sketches: Sketch of A by task. They are computed from the updates if not given.
+        modules: Modules whose variance is compared; all by default. The sketches always cover all modules.
+        draws: Number of draws from the null distribution in each module.
+        seed: Seed of the null distribution.
+        progress: Function that wraps the iteration over modules, as `tqdm` does.
     """
     if sketches is None:
         by_task: dict[str, dict[str, LowRankUpdate]] = {}
@@ -212,19 +216,20 @@ def audit_layers(
 ) -> AuditReport:
     """Audit a stored subspace by what it keeps of its tasks as they were learned.
 
-    How much of an update one side alone explains is not stored, so the observed sides are None. Nor are the singular
-    values as learned: those of the null are the flattest that the coefficients allow, so that it is the least that
-    chance explains. What a rank over p lost is lost to the null too.
+    A subspace does not store how much of an update one side alone explains, so these fractions are None in the
+    observed part. It does not store the singular values as learned either: the null takes the flattest ones that the
+    coefficients allow, so it is a lower bound on what chance explains. What the updates lost to a rank above p, the
+    null loses as well.
 
     Args:
-        layers: By module.
-        sketches: By task, for the groups.
-        tasks: Those whose variance counts, all by default. A task that was trained inside the basis is explained by it
-            for no merit of the basis, so leave those out.
-        max_layers: Audit so many layers, evenly spaced; all by default.
-        draws: Draws of the null in each layer.
-        seed: Seed of the null.
-        progress: Wraps the iteration over modules, as `tqdm` does.
+        layers: Layers by module.
+        sketches: Sketch of A by task, for the groups.
+        tasks: Tasks whose variance counts; all by default. Leave out tasks that were trained inside the basis: it
+            explains them through no merit of its own.
+        max_layers: Number of layers to audit, evenly spaced; all by default.
+        draws: Number of draws from the null distribution in each layer.
+        seed: Seed of the null distribution.
+        progress: Function that wraps the iteration over modules, as `tqdm` does.
     """
     modules = list(layers)
     if max_layers is not None and max_layers < len(modules):
@@ -250,7 +255,7 @@ def audit_layers(
 
 
 def _explained_of(updates: Sequence[CompactUpdate], k_out: int, k_in: int) -> Explained:
-    """`explained_variance` of updates of norm 1."""
+    """Return `explained_variance` of updates of norm 1."""
     if not updates:
         return Explained(1.0, 1.0, 1.0)
     values = padded([update.singular_values for update in updates])
@@ -262,14 +267,14 @@ def _explained_of(updates: Sequence[CompactUpdate], k_out: int, k_in: int) -> Ex
 
 
 def _explained(left: Tensor, values: Tensor, right: Tensor, k_out: int, k_in: int) -> Explained:
-    """Explained variance of ``ΔW_i = left_i diag(values_i) right_i^T``.
+    """Return the explained variance of ``ΔW_i = left_i diag(values_i) right_i^T``.
 
     Args:
         left: (tasks, n, r), orthonormal columns where the singular value is not 0.
-        values: (tasks, r).
-        right: (tasks, d, r).
-        k_out: Output directions of the basis.
-        k_in: Input directions.
+        values: (tasks, r), singular values.
+        right: (tasks, d, r), orthonormal columns, as in `left`.
+        k_out: Number of output directions of the basis.
+        k_in: Number of input directions of the basis.
     """
     root = values.sqrt().unsqueeze(1)
     out, in_ = _coordinates(left * root), _coordinates(right * root)
@@ -284,7 +289,7 @@ def _explained(left: Tensor, values: Tensor, right: Tensor, k_out: int, k_in: in
 
 
 def _coordinates(columns: Tensor) -> Tensor:
-    """Factors (tasks, n, r), transposed, in coordinates of their span: (tasks, r, q), q = min(n, tasks r)."""
+    """Return factors (tasks, n, r), transposed, in coordinates of their span: (tasks, r, q), q = min(n, tasks r)."""
     tasks, features, rank = columns.shape
     rows = columns.mT.reshape(tasks * rank, features)
     if len(rows) < features:
@@ -293,13 +298,13 @@ def _coordinates(columns: Tensor) -> Tensor:
 
 
 def _gram(rows: Tensor, directions: Tensor) -> Tensor:
-    """``X_i^T P P^T X_i`` (tasks, r, r) of factors (tasks, r, q)."""
+    """Return ``X_i^T P P^T X_i`` (tasks, r, r) for factors (tasks, r, q)."""
     seen = rows @ directions
     return seen @ seen.mT
 
 
 def _moment_times(rows: Tensor, weights: Tensor, block: Tensor) -> Tensor:
-    """``(Σ X_i G_i X_i^T) block`` (q, b) of factors (tasks, r, q) and G (tasks, r, r)."""
+    """Return ``(Σ X_i G_i X_i^T) block`` (q, b) for factors (tasks, r, q) and G (tasks, r, r)."""
     return rows.flatten(0, 1).T @ (weights @ (rows @ block)).flatten(0, 1)
 
 
@@ -308,20 +313,20 @@ def _energy(rows: Tensor, weights: Tensor, directions: Tensor) -> float:
 
 
 def _leading_directions(rows: Tensor, weights: Tensor, k: int, earlier: Tensor | None = None) -> Tensor:
-    """The k leading eigenvectors (q, k) of ``Σ X_i G_i X_i^T``.
+    """Return the k leading eigenvectors (q, k) of ``Σ X_i G_i X_i^T``.
 
     Args:
         rows: (tasks, r, q), X transposed.
         weights: (tasks, r, r), G.
-        k: How many.
-        earlier: (q, k), those of similar weights.
+        k: Number of eigenvectors.
+        earlier: (q, k), leading eigenvectors for similar weights.
     """
     q = rows.shape[2]
     k = min(k, q)
     if q <= _DENSE_COORDINATES or 2 * _KRYLOV_STEPS * 2 * k >= q:
         moment = (weights @ rows).flatten(0, 1).T @ rows.flatten(0, 1)
         return torch.linalg.eigh(moment).eigenvectors[:, q - k :]
-    # Single precision is enough to tell directions by; what they explain is computed in double.
+    # Single precision is enough to find the directions; the fraction that they explain is computed in double.
     rows, weights = rows.float(), weights.float()
     if earlier is None:
         generator = torch.Generator().manual_seed(0)
@@ -338,7 +343,7 @@ def _leading_directions(rows: Tensor, weights: Tensor, k: int, earlier: Tensor |
 
 
 def _mean_explained(parts: Sequence[Explained]) -> Explained:
-    """Mean of each fraction; None where one is not known. Without any, everything is explained."""
+    """Return the mean of each fraction, None where one is unknown, and 1 for all of them if there are no parts."""
     columns = list(zip(*((part.joint, part.outputs, part.inputs) for part in parts), strict=True)) or [(1.0,)] * 3
     return Explained(*(None if None in column else sum(column) / len(column) for column in columns))
 
@@ -387,7 +392,7 @@ def _variance_sentence(report: AuditReport) -> str:
     explains = f"{basis} explains {_percent(observed.joint)} of the updates' energy"
     if report.trivial:
         return f"{explains}. It has room for all directions of so few updates, so this number proves nothing."
-    # In a stored subspace, the singular values are the flattest possible.
+    # For a stored subspace, the null takes the flattest singular values possible.
     alike, least = ("similar", "at least ") if observed.outputs is None else ("the same", "")
     explains += f"; random directions with {alike} singular values would have {least}{_percent(null.joint)}."
     by_chance = report.excess < CHANCE_MARGIN
@@ -405,7 +410,7 @@ def _variance_sentence(report: AuditReport) -> str:
 
 
 def _names(tasks: Sequence[str]) -> str:
-    """``a, b and c``, or the first few and how many more."""
+    """Return ``a, b and c``, or the first few names and how many more there are."""
     shown = list(tasks)
     if len(shown) > _NAMES_SHOWN:
         shown = [*shown[:_NAMES_SHOWN], f"{len(shown) - _NAMES_SHOWN} more"]

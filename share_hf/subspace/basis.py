@@ -1,7 +1,7 @@
 """The two ways to choose the directions of a layer: the paper's, and one that does not depend on the factorization.
 
-Both take an `UpdateStack` and return orthonormal directions in its coordinates, each completed to a full basis of
-them: what comes after the first k is what a merge discards, and the drift certificate is computed from it.
+Both take an `UpdateStack` and return orthonormal directions in its coordinates, completed to a basis of the whole
+coordinate space: a merge discards the directions after the first k, and computes the drift certificate from them.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from .settings import SubspaceSettings
 from .stack import UpdateStack
 
 
-# Alternating half-steps of the joint basis converge fast; after three of each the objective is stationary to 1e-4.
+# The alternating half-steps of the joint basis converge fast; after three on each side the objective is stationary to
+# 1e-4.
 JOINT_ITERATIONS = 3
 
-# Energy, relative to a task's, of a direction that counts however many tasks there are: its square root is what a new
-# update may have outside the basis without a merge.
+# Energy, relative to the energy of a task, above which a direction counts however many tasks there are. Its square
+# root is the relative part of a new update that may lie outside the basis without a merge.
 _NOTABLE_ENERGY = 1e-12
 
 
@@ -29,9 +30,9 @@ class Directions:
     """Orthonormal directions of one side of a layer, in the coordinates of a stack, best first.
 
     Args:
-        vectors: (q, q), all of them; the first `kept` are the basis.
-        spectrum: (q,), singular values of the stack along them, descending.
-        kept: How many are the basis.
+        vectors: (q, q), all directions; the first `kept` form the basis.
+        spectrum: (q,), singular values of the stack along the directions, descending.
+        kept: Number of directions in the basis.
     """
 
     vectors: Tensor
@@ -40,30 +41,30 @@ class Directions:
 
     @property
     def basis(self) -> Tensor:
-        """(q, kept)."""
+        """Directions (q, kept) of the basis."""
         return self.vectors[:, : self.kept]
 
     @property
     def discarded(self) -> Tensor:
-        """(q, q - kept)."""
+        """Directions (q, q - kept) that are not part of the basis."""
         return self.vectors[:, self.kept :]
 
     def keep(self, kept: int) -> Directions:
-        """The same directions, cut elsewhere."""
+        """Return the same directions with `kept` of them in the basis."""
         return Directions(self.vectors, self.spectrum, kept)
 
     def oriented(self, coordinates: Tensor) -> Directions:
-        """The same directions with signs that the basis itself tells, ``coordinates (n, q) @ basis``."""
+        """Return the same directions with signs that the basis itself, ``coordinates (n, q) @ basis``, determines."""
         signs = torch.ones_like(self.spectrum)
         signs[: self.kept] = orienting_signs(coordinates @ self.basis).squeeze(0)
         return Directions(self.vectors * signs, self.spectrum, self.kept)
 
 
 def choose_directions(stack: UpdateStack, settings: SubspaceSettings, cap: int) -> tuple[Directions, Directions]:
-    """Output and input directions of a layer, at most `cap` of them on each side.
+    """Choose output and input directions of a layer, at most `cap` of them on each side.
 
-    With `settings.explained_variance`, the fewest that reach it, but no fewer than the layer has; always cut to
-    numerical rank.
+    With `settings.explained_variance`, these are the fewest directions that reach it, but no fewer than the layer
+    already has. They are always cut to numerical rank.
     """
     if settings.basis == "factor":
         sides = _factor_directions(stack, settings, cap), _factor_directions(stack.mirrored, settings, cap)
@@ -75,7 +76,7 @@ def _factor_directions(stack: UpdateStack, settings: SubspaceSettings, cap: int)
     columns = stack.factor_columns()
     if settings.center:
         columns = columns - columns.mean(dim=1, keepdim=True)
-    # The triangular factor has the singular values of the stack and at most q rows, however many tasks there are.
+    # The triangular factor has the same singular values as the stack and at most q rows, however many tasks there are.
     triangle = torch.linalg.qr(columns.T, mode="r").R
     _, spectrum, right_t = torch.linalg.svd(triangle, full_matrices=True)
     coordinates = columns.shape[0]
@@ -101,7 +102,7 @@ def _joint_directions(stack: UpdateStack, settings: SubspaceSettings, cap: int) 
 
     fewest = problem.fewest_nested(settings.explained_variance)
     best = solve(fewest)
-    # The one-sided start reaches the threshold later than the optimum: try with fewer.
+    # The one-sided start needs more directions than the optimum to reach the threshold, so try fewer.
     for k in range(fewest - 1, max(0, min(least_out, least_in) - 1), -1):
         fewer = solve(k)
         if problem.explained(*fewer) < settings.explained_variance:
@@ -111,7 +112,7 @@ def _joint_directions(stack: UpdateStack, settings: SubspaceSettings, cap: int) 
 
 
 class _JointProblem:
-    """``max Σ w_i² ‖P_out^T ΔW_i P_in‖²`` over orthonormal P_out, P_in of given sizes."""
+    """Maximization of ``Σ w_i² ‖P_out^T ΔW_i P_in‖²`` over orthonormal P_out and P_in of given sizes."""
 
     def __init__(self, stack: UpdateStack) -> None:
         self.stack, self.mirrored = stack, stack.mirrored
@@ -120,7 +121,7 @@ class _JointProblem:
         self.start_in = _with_faint_directions(self.mirrored, _eigen_directions(self.moment_in))
 
     def solve(self, kept_out: int, kept_in: int) -> tuple[Directions, Directions]:
-        """Alternating half-steps, each exact, from the one-sided directions of the input side."""
+        """Solve by alternating half-steps, each exact, from the one-sided directions of the input side."""
         out, in_ = self.start_out.keep(kept_out), self.start_in.keep(kept_in)
         if kept_out >= self.start_out.kept and kept_in >= self.start_in.kept:
             return out, in_
@@ -134,13 +135,13 @@ class _JointProblem:
         return _eigen_directions(stack.second_moment_within(moment, other.basis, other.discarded)).keep(kept)
 
     def explained(self, out: Directions, in_: Directions) -> float:
-        """Fraction of ``Σ w_i² ‖ΔW_i‖²`` inside both bases."""
+        """Return the fraction of ``Σ w_i² ‖ΔW_i‖²`` inside both bases."""
         total = torch.trace(self.moment_out) + self.stack.energy_outside
         within = self.stack.second_moment_within(self.moment_out, in_.basis, in_.discarded)
         return float(torch.trace(out.basis.T @ within @ out.basis) / total) if total > 0 else 1.0
 
     def fewest_nested(self, threshold: float) -> int:
-        """Smallest k for which the first k one-sided directions of both sides explain `threshold`."""
+        """Return the smallest k for which the first k one-sided directions of both sides explain `threshold`."""
         limit = max(self.start_out.kept, self.start_in.kept)
         for k in range(1, limit):
             out, in_ = (side.keep(min(k, side.kept)) for side in (self.start_out, self.start_in))
@@ -150,9 +151,10 @@ class _JointProblem:
 
 
 def _eigen_directions(moment: Tensor) -> Directions:
-    """Eigenvectors of a second moment, best first, kept to numerical rank.
+    """Return the eigenvectors of a second moment, best first, with a basis of its numerical rank.
 
-    An eigenvalue carries the square of a singular value, so what is under 1e-7 of the largest is rounding error.
+    An eigenvalue is the square of a singular value, so singular values below about 1e-7 of the largest are rounding
+    error.
     """
     values, vectors = torch.linalg.eigh(moment)
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
@@ -160,9 +162,10 @@ def _eigen_directions(moment: Tensor) -> Directions:
 
 
 def _with_faint_directions(stack: UpdateStack, found: Directions) -> Directions:
-    """Directions of a second moment, with those that its rounding error hides: it grows with the number of tasks.
+    """Add to the directions of a second moment those that its rounding error hides.
 
-    What a task has along them may be all that it has of its own, so they are found from the factors.
+    The rounding error grows with the number of tasks, and a hidden direction may hold all that sets a task apart from
+    the others, so these directions are found from the factors.
     """
     if not found.kept or found.kept == len(found.spectrum) or _noise(found.spectrum.square()) < _NOTABLE_ENERGY:
         return found
@@ -176,5 +179,5 @@ def _with_faint_directions(stack: UpdateStack, found: Directions) -> Directions:
 
 
 def _noise(eigenvalues: Tensor) -> Tensor:
-    """Rounding error of the eigenvalues (q,) of a second moment, descending."""
+    """Return the rounding error of the eigenvalues (q,), descending, of a second moment."""
     return 8 * len(eigenvalues) * torch.finfo(torch.float64).eps * eigenvalues[:1].sum()

@@ -1,4 +1,4 @@
-"""Many updates of one layer as one stack of factors, with their norms: what a merge of many begins with."""
+"""The updates of one layer as one stack of factors with their norms, which a merge of many updates starts from."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from .factors import LowRankUpdate, check_norm, thin_svd_of_update
 from .layer import LayerSubspace
 
 
-# Beyond these sizes the square of a square is no float64 number.
+# Beyond these sizes float64 cannot represent the square of a square.
 _LARGEST_USUAL_FACTOR = 1e60
-# Within these sizes float32 holds what its products with weights and with each other come to.
+# Within these sizes float32 can represent the products of factors with weights and with each other.
 _LARGEST_SINGLE_FACTOR = 1e12
-# Where ‖ΔW‖ is smaller than this part of ‖B‖ ‖A‖, columns cancel each other, and a product of Gram matrices would know
-# less than half of its digits.
+# Where ‖ΔW‖ is smaller than this part of ‖B‖ ‖A‖, columns cancel each other, and a product of Gram matrices would have
+# fewer than half of its digits right.
 _NOTABLE_CANCELLATION = 1e-3
 
-TASKS_PER_CHUNK = 16  # of rank 16 and 1024 features, as float64: what fits a processor's cache
+TASKS_PER_CHUNK = 16  # at rank 16 and 1024 features, this many in float64 fit the cache of a processor
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,12 @@ class UpdateBatch:
     """Updates ``ΔW_j = X_j Y_j^T`` of one layer, exactly as they are.
 
     Args:
-        out: (updates, r, n), factors X, transposed; zeros fill up smaller ranks. Float64, or float32 where it holds
-            each of them exactly and the products that they come to.
-        in_: (updates, r, d), factors Y, in the same dtype.
-        ranks: (updates,) int64.
-        norms: (updates,) float64, ``‖ΔW_j‖``; 0 for one that is zero against its own factors.
-        noise: (updates,) float64, bound on what rounding, and cutting to numerical rank, changed of each.
+        out: (updates, r, n), factors X, transposed, and padded with zeros where the rank is smaller. They are float64,
+            or float32 where that represents each of them exactly and does not overflow in their products.
+        in_: (updates, r, d), factors Y, in the same layout and dtype.
+        ranks: (updates,) int64, ranks before padding.
+        norms: (updates,) float64, ``‖ΔW_j‖``; 0 for an update that is zero relative to its own factors.
+        noise: (updates,) float64, bound on how much rounding and the cut to numerical rank changed each update.
     """
 
     out: Tensor
@@ -46,14 +46,14 @@ class UpdateBatch:
 
     @property
     def given(self) -> Tensor:
-        """(updates, r) bool: which rows of the factors are not there to fill up."""
+        """Mask (updates, r) bool of the rows of the factors that are not padding."""
         places = torch.arange(self.out.shape[1], device=self.ranks.device)
         return places < self.ranks.unsqueeze(1)
 
 
 @dataclass(frozen=True)
 class LargeBatch(UpdateBatch):
-    """Updates of one layer, so many that they are not decomposed.
+    """Updates of one layer that are too many to be decomposed one by one.
 
     Args:
         grams: ``X_j^T X_j`` and ``Y_j^T Y_j``, (updates, r, r) float64 each.
@@ -63,15 +63,15 @@ class LargeBatch(UpdateBatch):
 
 
 def batch_of_few(layer: LayerSubspace, updates: Mapping[str, LowRankUpdate], *, as_they_are: bool) -> UpdateBatch:
-    """Stack updates cut to their numerical rank, each from its compact SVD.
+    """Stack updates that are cut to their numerical rank, each through its compact SVD.
 
     Args:
-        layer: Which they are of.
-        updates: By task.
+        layer: Layer that the updates belong to.
+        updates: Updates by task.
         as_they_are: Whether to keep the factors that the updates came with, instead of balanced ones.
 
     Raises:
-        ValueError: If one is not finite or its norm is out of range; naming the task.
+        ValueError: If an update is not finite or its norm is out of range. The error names the task.
     """
     factors, norms, noise = [], [], []
     for task, update in updates.items():
@@ -84,16 +84,16 @@ def batch_of_few(layer: LayerSubspace, updates: Mapping[str, LowRankUpdate], *, 
 
 
 class Scratch(threading.local):
-    """Memory for the stacks of one layer after another, of each thread alone.
+    """Memory for the stacks of one layer after another, separate for each thread.
 
-    A stack takes tens of megabytes, and the system takes longer to hand out their pages than the stack to be filled.
+    A stack takes tens of megabytes, and the system needs longer to hand out its pages than a merge needs to fill it.
     """
 
     def __init__(self) -> None:
         self._held: dict[str, Tensor] = {}
 
     def empty(self, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A tensor of unknown content; it is gone when the next one of this name is asked for."""
+        """Return a tensor of undefined content, which the next tensor of the same name overwrites."""
         size = math.prod(shape)
         held = self._held.get(name)
         if held is None or held.dtype != dtype or held.device != device or len(held) < size:
@@ -104,18 +104,18 @@ class Scratch(threading.local):
 def batch_of_many(
     layer: LayerSubspace, updates: Mapping[str, LowRankUpdate], scratch: Scratch, *, as_they_are: bool
 ) -> LargeBatch:
-    """Stack updates with the factors that they came with, and norms from Gram matrices: no decomposition of each.
+    """Stack updates with the factors that they came with and norms from Gram matrices, without decomposing each.
 
     An update whose columns cancel each other, or that is zero or not finite, is treated as in `batch_of_few`.
 
     Args:
-        layer: Which they are of.
-        updates: By task.
-        scratch: Has the stacks.
-        as_they_are: As for `batch_of_few`.
+        layer: Layer that the updates belong to.
+        updates: Updates by task.
+        scratch: Memory that holds the stacks.
+        as_they_are: Same as in `batch_of_few`.
 
     Raises:
-        ValueError: As for `batch_of_few`.
+        ValueError: See `batch_of_few`.
     """
     given = {factor.dtype for update in updates.values() for factor in (update.out_factor, update.in_factor)}
     dtype = torch.float64 if torch.float64 in given else torch.float32
@@ -146,12 +146,12 @@ def batch_of_many(
 
 
 def _all_within(sizes: Tensor, largest: float) -> Tensor:
-    """Which updates have factors (2, updates) whose sizes, and their inverses, are below a limit."""
+    """Return which updates have factors whose sizes (2, updates), and the inverses of these, are below a limit."""
     return ((sizes > 1 / largest) & (sizes < largest)).all(0)
 
 
 def _balanced(task: str, update: LowRankUpdate) -> tuple[LowRankUpdate, Tensor, Tensor]:
-    """Balanced factors of numerical rank, ``‖ΔW‖``, and what was lost (0-d each)."""
+    """Return balanced factors of numerical rank, ``‖ΔW‖``, and a bound on what was lost (0-d each)."""
     try:
         compact = thin_svd_of_update(update)
     except ValueError as error:
@@ -164,7 +164,7 @@ def _balanced(task: str, update: LowRankUpdate) -> tuple[LowRankUpdate, Tensor, 
 def _stacked(
     layer: LayerSubspace, updates: Sequence[LowRankUpdate], dtype: torch.dtype, scratch: Scratch
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Factors (updates, r, n) and (updates, r, d), transposed, and ranks (updates,)."""
+    """Return the factors (updates, r, n) and (updates, r, d), transposed, and the ranks (updates,)."""
     ranks = [update.out_factor.shape[1] for update in updates]
     sides = (
         (layer.basis_out, [update.out_factor for update in updates]),
@@ -183,14 +183,14 @@ def _stacked(
 
 
 def _row_of(factor: Tensor, stack: Tensor) -> Tensor:
-    """A factor as a row of a stack (updates, r, n), with zeros behind it."""
+    """Return a factor as an entry of a stack (updates, r, n), padded with zeros."""
     missing = stack.shape[1] - factor.shape[1]
     row = factor.T.to(stack)
     return torch.nn.functional.pad(row, (0, 0, 0, missing)) if missing else row
 
 
 def _fill(out: Tensor, in_: Tensor, update: LowRankUpdate) -> None:
-    """Write the factors of an update into their rows, (r, n) and (r, d), and zeros behind them."""
+    """Write the factors of an update into their rows, (r, n) and (r, d), and pad them with zeros."""
     for rows, factor in ((out, update.out_factor), (in_, update.in_factor)):
         rows[: factor.shape[1]] = factor.T
         if factor.shape[1] < len(rows):
@@ -198,7 +198,7 @@ def _fill(out: Tensor, in_: Tensor, update: LowRankUpdate) -> None:
 
 
 def in_chunks(rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Positions and factors (chunk, r, n) float64 of a few updates at a time, in memory that the next ones reuse."""
+    """Yield positions and factors (chunk, r, n) float64 of a few updates at a time, in memory that is reused."""
     buffer = rows.new_empty(min(TASKS_PER_CHUNK, len(rows)), *rows.shape[1:], dtype=torch.float64)
     for start in range(0, len(rows), TASKS_PER_CHUNK):
         part = rows[start : start + TASKS_PER_CHUNK]
@@ -206,7 +206,7 @@ def in_chunks(rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 
 def _grams(rows: Tensor) -> Tensor:
-    """``X^T X`` (updates, r, r) float64 of factors (updates, r, n)."""
+    """Return ``X^T X`` (updates, r, r) float64 for factors (updates, r, n)."""
     grams = rows.new_empty(len(rows), rows.shape[1], rows.shape[1], dtype=torch.float64)
     for span, part in in_chunks(rows):
         torch.matmul(part, part.mT, out=grams[span])

@@ -1,7 +1,7 @@
-"""A collection of adapters, surveyed: how many directions it needs, whom they serve badly, who is there twice.
+"""Survey of a collection of adapters: how many directions it needs, which adapters these serve badly, and duplicates.
 
-Every adapter counts for the errors and for who is alike. The curve over k and its null take a sample of modules, and
-of adapters where there are many: what they cost depends on the sample alone.
+The errors and the search for duplicates cover every adapter. The curve over k and its null take a sample of modules,
+and of adapters where there are many, so their cost depends on the sample alone.
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ from .settings import SubspaceSettings
 from .threads import for_each_module, tasks_by_module
 
 
-# Where there are `SAMPLE_FROM` adapters.
+# Sizes of the sample from `SAMPLE_FROM` adapters on.
 SAMPLED_ADAPTERS = 80
 SAMPLED_MODULES = 2
-# From so many adapters on, the curve takes all of them in some of the modules: twelve, or twice as many as there are
-# kinds, in proportion to how many of a kind there are, and at least one of each. On 18 LoRAs of all-MiniLM-L6-v2,
-# twelve modules of 18 are off by 0.006 in what k explains, and by 0.002 in how much that is beyond chance.
+# From this many adapters on, the curve takes all of them, but only some of the modules: twelve, or twice the number of
+# kinds if that is more, in proportion to the size of each kind, and at least one of each. On 18 LoRAs of
+# all-MiniLM-L6-v2, twelve modules of 18 are off by 0.006 in the variance that k directions explain, and by 0.002 in
+# its excess over chance.
 SAMPLE_MODULES_FROM = 16
 _OF_A_KIND, _MODULES = 2, 12
 
-# An adapter of which the basis keeps less than this part of what it keeps of the median one is served badly.
+# The basis serves an adapter badly if the fraction that it keeps of it is less than this part of the median fraction.
 _BADLY = 0.5
 
 Progress = Callable[[Iterable[str]], Iterable[str]]
@@ -42,7 +43,7 @@ Progress = Callable[[Iterable[str]], Iterable[str]]
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """What k directions keep of the updates, and of random ones of the same singular values."""
+    """Parts of the updates, and of random updates with the same singular values, that k directions keep."""
 
     num_components: int
     explained: float
@@ -54,14 +55,16 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class Advice:
-    """The cheapest k and p of the curve that keep the mean error under a target.
+    """The cheapest k and p of the curve whose mean error is at most a target.
+
+    All fields but the target are None if no k of the curve reaches it.
 
     Args:
-        target_error: Mean over adapters and modules of ``‖ΔW' - ΔW‖ / ‖ΔW‖``.
-        num_components: k; None if no k of the curve reaches it.
-        pseudo_rank: p.
-        error: The error there.
-        bytes: Bytes of all bases and coefficients in float32.
+        target_error: Target for the mean over adapters and modules of ``‖ΔW' - ΔW‖ / ‖ΔW‖``.
+        num_components: Chosen k.
+        pseudo_rank: Chosen p.
+        error: Mean error at this k and p.
+        bytes: Size of all bases and coefficients in float32, in bytes.
     """
 
     target_error: float
@@ -78,15 +81,15 @@ class CollectionReport:
     Args:
         tasks: Number of adapters.
         modules: Number of modules.
-        num_components: k at which `errors` are.
-        curve: By k.
-        rows: What k explains in each module of the curve, beside the null.
-        curve_tasks: Number of adapters that the curve was computed with.
-        curve_modules: The modules that it was computed with.
-        errors: By task, its relative error over all modules inside k directions.
-        badly_served: The tasks that would better be stored apart, the worst first.
-        alike: Adapters that are the same or nearly, each with one that came before it.
-        advice: For the errors that were asked for.
+        num_components: Number of directions k that `errors` refers to.
+        curve: Points of the curve, in ascending order of k.
+        rows: Variance that k directions explain in each module of the curve, next to the null.
+        curve_tasks: Number of adapters that the curve was computed from.
+        curve_modules: Modules that the curve was computed from.
+        errors: Relative error of each task over all modules inside k directions.
+        badly_served: Tasks that are better stored separately, the worst first.
+        alike: Adapters that are the same or nearly the same, each with one that came before it.
+        advice: Advice for each target error that was asked for.
     """
 
     tasks: int
@@ -103,21 +106,21 @@ class CollectionReport:
 
     @property
     def duplicates(self) -> tuple[tuple[str, ...], ...]:
-        """Groups of tasks that are one adapter."""
+        """Groups of tasks that are the same adapter."""
         return groups_of([pair for pair in self.alike if pair.same])
 
     @property
     def near_duplicates(self) -> tuple[tuple[str, ...], ...]:
-        """Groups of tasks that are nearly one adapter."""
+        """Groups of tasks that are nearly the same adapter."""
         return groups_of([pair for pair in self.alike if not pair.same])
 
     @property
     def sampled(self) -> bool:
-        """Whether the curve is of a sample."""
+        """Whether the curve was computed from a sample."""
         return self.curve_tasks < self.tasks or len(self.curve_modules) < self.modules
 
     def to_dict(self) -> dict[str, object]:
-        """Everything as JSON has it."""
+        """Return the whole report as values that JSON can represent."""
         return {
             **asdict(self),
             "duplicates": [list(group) for group in self.duplicates],
@@ -134,18 +137,20 @@ def survey_updates(
     seed: int = 0,
     progress: Progress = iter,
 ) -> CollectionReport:
-    """Survey adapters as they were trained: they are built into a subspace module by module, which is let go of again.
+    """Survey adapters as they were trained.
+
+    The survey builds them into a subspace module by module, and keeps no module after its turn.
 
     Args:
-        updates: Task -> module -> update, taken one module at a time.
-        num_components: Directions of a basis on each side.
-        target_errors: Errors for which k and p are advised.
-        seed: Seed of the null.
-        progress: Wraps the iteration over modules, as `tqdm` does.
+        updates: Updates, as a mapping of task -> module -> update. They are read one module at a time.
+        num_components: Number of directions of a basis on each side.
+        target_errors: Mean errors to advise k and p for.
+        seed: Seed of the null distribution.
+        progress: Function that wraps the iteration over modules, as `tqdm` does.
     """
     by_module, most = tasks_by_module(updates), _most_adapters(len(updates))
     seeds = {module: seed + i for i, module in enumerate(_modules_of_curve(list(by_module), len(updates)))}
-    # Those of the sample first, as they take longer: the others fill up what time they leave.
+    # The modules of the sample take longer, so they come first and the others fill the remaining time.
     by_module = {module: by_module[module] for module in (*seeds, *by_module)}
     sketches, survey = UpdateSketches(updates), _Survey(num_components)
 
@@ -177,13 +182,15 @@ def survey_layers(
 ) -> CollectionReport:
     """Survey a stored subspace by what it keeps of its tasks.
 
-    The curve ends at the directions that are stored; the singular values of its null are the flattest that the
-    coefficients allow. Tasks are alike as they are stored.
+    The curve ends at the number of stored directions, and its null takes the flattest singular values that the
+    coefficients allow. Tasks are compared with each other as they are stored.
 
     Args:
-        layers: By module.
-        tasks: Those that count.
-        target_errors: As for `survey_updates`, as are `seed` and `progress`.
+        layers: Layers by module.
+        tasks: Tasks to survey.
+        target_errors: Same as in `survey_updates`.
+        seed: Same as in `survey_updates`.
+        progress: Same as in `survey_updates`.
     """
     wanted = frozenset(tasks)
     used = {
@@ -216,7 +223,7 @@ def survey_layers(
 
 @dataclass(frozen=True)
 class _ModuleCurve:
-    """What is kept of a module's updates and of random ones, by k, and what k directions explain of them."""
+    """Parts of the updates of a module, and of random updates, that are kept at each k, and the row of its audit."""
 
     observed: list[Served]
     null: list[Served]
@@ -232,15 +239,15 @@ def _curve_of(
     directions: tuple[int, int],
     seed: int,
 ) -> _ModuleCurve | None:
-    """A module's curve and its null; None without updates.
+    """Compute the curve of a module and its null, or return None if there are no updates.
 
     Args:
-        module: Its name.
-        out: (tasks, r, q_out), factors of updates of norm 1.
-        in_: (tasks, r, q_in).
+        module: Name of the module.
+        out: (tasks, r, q_out), output factors of updates of norm 1.
+        in_: (tasks, r, q_in), input factors.
         values: (tasks, any), singular values of the null, of norm 1.
-        shape: (n, d).
-        directions: k of the row, and at how many times as many the curve ends.
+        shape: (n, d) of the layer.
+        directions: Number of directions k of the row, and the multiple of k at which the curve ends.
         seed: Seed of the null distribution.
     """
     if not len(out):
@@ -262,7 +269,7 @@ def _curve_of(
 
 
 class _Survey:
-    """What is known after some of the modules."""
+    """Results of a survey after some of the modules."""
 
     def __init__(self, num_components: int) -> None:
         self.num_components = num_components
@@ -308,14 +315,14 @@ class _Survey:
 
 
 def _built(module: str, updates: Mapping[str, LowRankUpdate], num_components: int) -> LayerSubspace:
-    """The layer of a subspace of these updates, at a rank that cuts nothing but what k does."""
+    """Build the layer of a subspace from these updates, at a rank that cuts nothing beyond what k cuts."""
     rank = max(update.out_factor.shape[1] for update in updates.values())
     settings = SubspaceSettings(num_components=num_components, pseudo_rank=min(rank, num_components))
     return merge_into_layers({}, {task: {module: update} for task, update in updates.items()}, settings)[0][module]
 
 
 def _balanced_rows(updates: Sequence[LowRankUpdate]) -> tuple[Tensor, Tensor, Tensor]:
-    """Factors (tasks, r, n) and (tasks, r, d) of updates of norm 1 that share it evenly, and singular values."""
+    """Return balanced factors (tasks, r, n) and (tasks, r, d) of the updates scaled to norm 1, and singular values."""
     compact = normalized_updates(updates)
     if not compact:
         return torch.zeros(0, 1, 1), torch.zeros(0, 1, 1), torch.zeros(0, 1)
@@ -326,13 +333,15 @@ def _balanced_rows(updates: Sequence[LowRankUpdate]) -> tuple[Tensor, Tensor, Te
 
 
 def kind_of(module: str) -> str:
-    """What modules are called that do the same in all layers, a star in place of each number."""
+    """Return the name that modules with the same role share over all layers, with a star in place of each number."""
     return re.sub(r"\d+", "*", module)
 
 
 def _modules_of_curve(modules: Sequence[str], tasks: int) -> list[str]:
-    """The modules that the curve of so many adapters takes: in proportion to how many of a kind there are, from all
-    heights of the model."""
+    """Choose the modules of the curve for this many adapters.
+
+    They come from all heights of the model, and each kind is represented in proportion to its size.
+    """
     if not SAMPLE_MODULES_FROM <= tasks < SAMPLE_FROM:
         return _sample(modules, tasks)
     by_kind = sorted(modules, key=kind_of)
@@ -352,7 +361,7 @@ def _most_adapters(tasks: int) -> int:
 
 
 def _evenly(items: Sequence, most: int) -> list:
-    """At most so many items, evenly spaced."""
+    """Return at most `most` of the items, evenly spaced."""
     return list(items) if len(items) <= most else [items[i * len(items) // most] for i in range(most)]
 
 
@@ -367,7 +376,7 @@ def _badly_served(errors: Mapping[str, float]) -> tuple[str, ...]:
 
 
 def _mean_curve(curves: Sequence[tuple[Sequence[Served], Sequence[Served]]]) -> tuple[CurvePoint, ...]:
-    """The mean over modules by k; a module that is smaller than k counts with its largest."""
+    """Return the mean over modules at each k. A module that is smaller than k counts with its largest k."""
     sizes = sorted({point.num_components for observed, _ in curves for point in observed})
 
     def at(points: Sequence[Served], k: int) -> Served:

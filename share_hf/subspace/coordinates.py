@@ -1,14 +1,14 @@
-"""Orthonormal coordinates in which a merge computes: all that old and new updates span, or the leading part of it.
+"""Orthonormal coordinates in which a merge computes: the whole span of old and new updates, or the leading part of it.
 
-All old updates lie in the span of the basis. Beside a few new ones, one QR of ``[β N]`` a side holds everything, and a
-merge is exact. Many new ones, as of a build from a folder of adapters, span more than can be decomposed; a merge of
-them takes the leading directions, `OVERSAMPLING` more than it may keep, and knows exactly what of each update lies
-outside of them. So its certificate is as rigorous, and its basis explains nearly what the best one does: in the tests,
-the error of the updates is within 1 % of it.
+All old updates lie in the span of the basis. With a few new updates, one QR of ``[β N]`` per side holds everything,
+and the merge is exact. Many new updates, as in a build from a folder of adapters, span more than can be decomposed.
+Their merge takes the leading directions, `OVERSAMPLING` more than it may keep, and computes exactly how much of each
+update lies outside of them. Its certificate is therefore just as rigorous, and its basis explains nearly as much as
+the best one: in the tests, the error of the updates is within 1 % of the best.
 
-Finding directions needs no more than float32, and neither does what is seen along them, as the bound on its rounding
-is part of the certificate. An update for which that bound would matter, as nearly all of it lies in the coordinates,
-is seen along them in float64. Norms and coordinates are computed in float64.
+float32 is enough to find directions. It is also enough to project the updates on them, because the certificate
+includes the bound on the rounding. Where that bound would matter, because nearly all of an update lies in the
+coordinates, the update is projected in float64. Norms and coordinates are computed in float64.
 """
 
 from __future__ import annotations
@@ -24,28 +24,29 @@ from .products import product_rounding, rounding_is_known
 from .stack import UpdateStack
 
 
-# Up to so many columns of new factors, the coordinates hold everything. Beyond, that costs more than finding them.
+# Up to this many columns of new factors, the coordinates hold everything. Beyond, a QR of all columns costs more than
+# finding the leading directions.
 EXACT_COLUMNS = 256
 
 OVERSAMPLING = 16
-# A difference of squares that is so many times its own rounding error is known well enough for a bound.
+# A difference of squares is accurate enough for a bound if it is this many times its own rounding error.
 _KNOWN_DIGITS = 1e3
-# What the rounding of float32 may add to the bound of an update, relative to what lies outside the coordinates.
+# Largest amount that float32 rounding may add to the bound of an update, relative to the part outside the coordinates.
 _MOST_ROUNDING = 0.02
 
-# A layer's coordinates, (n, q_out) and (d, q_in).
+# Coordinates of a layer, (n, q_out) and (d, q_in).
 Coordinates = tuple[Tensor, Tensor]
 
 
 def exact_coordinates(layer: LayerSubspace, batch: UpdateBatch, weights: Tensor) -> tuple[Coordinates, UpdateStack]:
-    """Coordinates of all updates: one QR a side, of the basis beside the new factors.
+    """Compute coordinates of all updates by one QR per side, of the basis next to the new factors.
 
-    No orthogonality is assumed, so a rank-deficient block, or more columns than rows, needs no special case.
+    This assumes no orthogonality, so a rank-deficient block, or more columns than rows, needs no special case.
 
     Args:
-        layer: As it is.
-        batch: The new updates.
-        weights: (tasks + new tasks,), of all updates.
+        layer: Layer before the merge.
+        batch: New updates.
+        weights: (tasks + new tasks,), weights of all updates.
     """
     sides, factors = [], []
     for basis, rows in ((layer.basis_out, batch.out), (layer.basis_in, batch.in_)):
@@ -60,17 +61,18 @@ def exact_coordinates(layer: LayerSubspace, batch: UpdateBatch, weights: Tensor)
 def found_coordinates(
     layer: LayerSubspace, batch: LargeBatch, weights: Tensor, room: int, *, joint: bool
 ) -> tuple[Coordinates, UpdateStack, Tensor]:
-    """The basis and `room` leading directions a side of what the new updates have beside it.
+    """Compute coordinates from the basis and, on each side, `room` leading directions of the new updates outside it.
 
     Args:
-        layer: As it is.
-        batch: The new updates.
-        weights: (tasks + new tasks,), of all updates.
-        room: How many directions to find.
-        joint: Whether they are to be the best for the updates, or for the columns of the factors.
+        layer: Layer before the merge.
+        batch: New updates.
+        weights: (tasks + new tasks,), weights of all updates.
+        room: Number of directions to find on each side.
+        joint: Whether to find the best directions for the updates, instead of for the columns of their factors.
 
     Returns:
-        The coordinates, all updates in them, and a bound (new tasks,) on what rounding changed of each new one there.
+        The coordinates, the stack of all updates in them, and a bound (new tasks,) on how much rounding changed each
+        new update there.
     """
     find = _joint_sides if joint else _factor_sides
     with without_autocast(layer.basis_out.device):
@@ -92,7 +94,7 @@ def _stack(
     stack = UpdateStack(
         rotation_out=rotation_out,
         rotation_in=rotation_in,
-        # Transposed in memory too, as the products over all tasks run along the rows.
+        # Transposed in memory as well, because the products over all tasks run along the rows.
         old_out=layer.coefficients_out.mT.contiguous(),
         old_in=layer.coefficients_in.mT.contiguous(),
         new_out=factors[0],
@@ -106,10 +108,10 @@ def _stack(
 
 
 def _joint_sides(layer: LayerSubspace, batch: LargeBatch, weights: Tensor, room: int) -> tuple[Side, Side]:
-    """Both sides along leading directions of weighted updates, alternating between them."""
+    """Return both sides along the leading directions of the weighted updates, by alternating between the sides."""
     (rows_out, scales_out), (rows_in, scales_in) = (_in_single(rows) for rows in (batch.out, batch.in_))
     out, in_ = Side(rows_out, layer.basis_out, room), Side(rows_in, layer.basis_in, room)
-    # What each update's Gram matrices are to be multiplied with, for updates of norm 1.
+    # Factors that the Gram matrices are multiplied by, so that each update has norm 1.
     energies = (weights / scales_out / scales_in).square()[:, None, None]
     out.start(energies * batch.grams[1] * scales_in.square()[:, None, None])
     in_.start(energies * out.gram)
@@ -122,7 +124,7 @@ def _joint_sides(layer: LayerSubspace, batch: LargeBatch, weights: Tensor, room:
 
 
 def _factor_sides(layer: LayerSubspace, batch: LargeBatch, weights: Tensor, room: int) -> tuple[Side, Side]:
-    """Each side alone along leading directions of the columns of the factors, as they are."""
+    """Return each side on its own along the leading directions of the columns of the factors, unweighted."""
     found = []
     for rows, basis in ((batch.out, layer.basis_out), (batch.in_, layer.basis_in)):
         if rows.dtype == torch.float64:
@@ -139,7 +141,7 @@ def _factor_sides(layer: LayerSubspace, batch: LargeBatch, weights: Tensor, room
 
 
 def _in_single(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors (updates, r, n) in float32, and what each was multiplied with (updates,) to be of a usual size there."""
+    """Return factors (updates, r, n) in float32, and the scales (updates,) that bring each of them to a usual size."""
     if rows.dtype == torch.float32:
         return rows, rows.new_ones(len(rows), dtype=torch.float64)
     sizes = torch.linalg.vector_norm(rows, dim=(1, 2))
@@ -148,10 +150,10 @@ def _in_single(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _seen_and_outside(batch: LargeBatch, sides: tuple[Side, Side]) -> tuple[Coordinates, Tensor, Tensor]:
-    """Factors (updates, r, q) float64 in the coordinates, what lies outside, and a bound on their rounding (updates,).
+    """Return factors (updates, r, q) float64 in the coordinates, the norms outside, and a bound on their rounding.
 
-    An update along the coordinates is the product of the factors there, so what rounding changed of these is a change
-    inside of the coordinates, and counts on its own.
+    In the coordinates an update is the product of its factors there. A rounding error of these factors is therefore a
+    change inside the coordinates, and counts on its own.
     """
     seen = sides[0].seen.double(), sides[1].seen.double()
     if batch.out.dtype == torch.float32 and rounding_is_known(batch.out.device):
@@ -170,10 +172,10 @@ def _seen_and_outside(batch: LargeBatch, sides: tuple[Side, Side]) -> tuple[Coor
 
 
 def _rounding_of_single(batch: LargeBatch, seen: Coordinates, outside: Tensor) -> Tensor:
-    """Bound (updates,) on what float32 products with the coordinates changed, and hid of what lies outside of them.
+    """Bound how much float32 products with the coordinates changed, and hid of the part outside of them (updates,).
 
-    ``‖X̂^T Ŷ - X^T Y‖ <= ‖X̂ - X‖_F ‖Ŷ‖_2 + ‖X‖_2 ‖Ŷ - Y‖_F`` of both sides' factors there. The largest singular value
-    of one is at most the root of the norm of its Gram matrix.
+    The bound is ``‖X̂^T Ŷ - X^T Y‖ <= ‖X̂ - X‖_F ‖Ŷ‖_2 + ‖X‖_2 ‖Ŷ - Y‖_F`` for the factors of both sides in the
+    coordinates. The largest singular value of a factor is at most the root of the norm of its Gram matrix.
     """
     sizes = [gram.diagonal(dim1=1, dim2=2).sum(1).sqrt() for gram in batch.grams]
     errors = [
@@ -184,32 +186,32 @@ def _rounding_of_single(batch: LargeBatch, seen: Coordinates, outside: Tensor) -
     largest = [torch.linalg.matrix_norm(gram).sqrt() for gram in grams]
     changed = errors[0] * largest[1] + (largest[0] + errors[0]) * errors[1]
     inside = _inner(*grams).clamp_min(0).sqrt()
-    # What lies outside has the energy that is not inside, of which as much may have been a change.
+    # The energy outside is whatever is not inside, and up to `changed` of the norm inside may be rounding error.
     return changed + (outside.square() + 2 * changed * inside).sqrt() - outside
 
 
 def _outside(batch: LargeBatch, some: Tensor | slice, seen: Coordinates) -> tuple[Tensor, Tensor]:
-    """``‖ΔW_j‖² - ‖X_j^T Y_j‖²`` of factors in the coordinates, rounded up, and its rounding error, of some."""
+    """Return ``‖ΔW_j‖² - ‖X_j^T Y_j‖²`` of some updates for factors in the coordinates, rounded up, and its error."""
     gram_out, gram_in = (gram[some] for gram in batch.grams)
     seen_out, seen_in = (of[some] for of in seen)
     gram_seen = seen_out @ seen_out.mT
     squared = _inner(gram_out - gram_seen, gram_in) + _inner(gram_seen, gram_in - seen_in @ seen_in.mT)
-    # Each sum over the features rounds, and so do the q products with the coordinates.
+    # Each sum over the features adds rounding error, and so do the q products with the coordinates.
     rounding = 8 * max(seen_out.shape[2], seen_in.shape[2]) ** 0.5 * _rounding(batch, gram_out, gram_in)
     return squared.clamp_min(0) + rounding, rounding
 
 
 def _outside_exactly(batch: LargeBatch, some: Tensor, coordinates: Coordinates, seen: Coordinates) -> Tensor:
-    """``‖ΔW_j - QQ^T ΔW_j Q'Q'^T‖``, rounded up, of some updates (some,) that were seen in float64."""
+    """Return ``‖ΔW_j - QQ^T ΔW_j Q'Q'^T‖``, rounded up, of some updates (some,) that were projected in float64."""
     squared, rounding = _outside(batch, some, seen)
-    # Where little lies outside, a difference has lost the digits that the residuals of the factors have.
+    # Where little lies outside, the difference has lost digits that the residuals of the factors still have.
     for i in (squared < _KNOWN_DIGITS * rounding).nonzero().flatten().tolist():
         squared[i] = _outside_of_one(batch, int(some[i]), coordinates, seen)
     return squared.sqrt()
 
 
 def _outside_of_one(batch: LargeBatch, j: int, coordinates: Coordinates, seen: Coordinates) -> Tensor:
-    """The square of `_outside_exactly` of one update, from the residuals of its factors."""
+    """Return the square of `_outside_exactly` for one update, from the residuals of its factors."""
     rows_out, rows_in = batch.out[j].double(), batch.in_[j].double()
     left_out, left_in = (
         rows - of[j] @ side.T for rows, of, side in zip((rows_out, rows_in), seen, coordinates, strict=True)
@@ -226,7 +228,7 @@ def _inner(first: Tensor, second: Tensor) -> Tensor:
 
 
 def _rounding(batch: LargeBatch, gram_out: Tensor, gram_in: Tensor) -> Tensor:
-    """Bound on the rounding error of the inner product of Gram matrices."""
+    """Bound the rounding error of the inner product of two Gram matrices."""
     features = max(batch.out.shape[2], batch.in_.shape[2])
     traces = [gram.diagonal(dim1=-2, dim2=-1).sum(-1) for gram in (gram_out, gram_in)]
     return features * torch.finfo(torch.float64).eps * traces[0] * traces[1]

@@ -1,8 +1,8 @@
-"""What a subspace of k directions would explain of updates, for many k at once, and what rank p costs at each.
+"""How much of some updates a subspace of k directions would explain, and what rank p costs, for many k at once.
 
-Where the updates of a layer span few directions, each k is solved as a merge solves it. Where they span many, all of
-them are solved by products with the thin factors alone, from the largest k down: each half-step of the alternation is
-a step of a power iteration. Updates and their null go the same way.
+Where the updates of a layer span few directions, each k is solved as in a merge. Where they span many, all k are
+solved from the largest down with products of the thin factors alone: each half-step of the alternation is a step of a
+power iteration. Updates and their null are treated in the same way.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from .basis import JOINT_ITERATIONS
 from .leading import rough_product, rough_sum
 
 
-# Half-steps on each side at the largest k, and at each smaller one, which begins within the one before.
+# Half-steps on each side at the largest k, and at each smaller one, which starts inside the directions of the last.
 _FIRST_STEPS, _STEPS = 8, 3
 
-# From so many updates on, what a survey tells of all k is told of a sample, in the leading coordinates alone.
+# From this many adapters on, a survey computes its curve over k from a small sample of adapters and modules.
 SAMPLE_FROM = 200
 
 # Up to this many coordinates a full eigendecomposition costs no more than power steps.
@@ -29,13 +29,13 @@ _EXACT_COORDINATES = 256
 
 @dataclass(frozen=True)
 class Served:
-    """What k directions on each side keep of updates.
+    """Parts of updates that k directions on each side keep.
 
     Args:
-        num_components: k.
+        num_components: Number of directions k on each side.
         explained: Mean over updates of ``‖C_i‖² / ‖ΔW_i‖²``, ``C_i = β^T ΔW_i α``.
-        errors: (r,), by p from 1 on, the mean over updates of ``‖ΔW_i' - ΔW_i‖ / ‖ΔW_i‖`` where each is kept at its
-            best rank p; the last is that of no cut.
+        errors: (r,), mean over updates of ``‖ΔW_i' - ΔW_i‖ / ‖ΔW_i‖`` for each p from 1 on, with each update kept at
+            its best rank p. The last is the error without a cut of the rank.
     """
 
     num_components: int
@@ -44,23 +44,23 @@ class Served:
 
     @property
     def error(self) -> float:
-        """The mean error without a cut of the rank."""
+        """Mean error without a cut of the rank."""
         return self.errors[-1]
 
 
 def curve_sizes(largest: int) -> list[int]:
-    """The k of a curve: 1, 2, 3, 4, 6, 8, 12, 16, … up to `largest`, which is among them."""
+    """Return the k of a curve: 1, 2, 3, 4, 6, 8, 12, 16, … up to and including `largest`."""
     powers = [2**power for power in range(largest.bit_length())]
     return sorted({k for power in powers for k in (power, 3 * power // 2) if k <= largest} | {largest})
 
 
 def served_by(out: Tensor, in_: Tensor, sizes: Sequence[int]) -> list[Served]:
-    """What a joint basis of each size keeps of updates ``ΔW_i = X_i^T Y_i``, each scaled by ``1 / ‖ΔW_i‖``.
+    """Return how much a joint basis of each size keeps of updates ``ΔW_i = X_i^T Y_i`` scaled by ``1 / ‖ΔW_i‖``.
 
     Args:
-        out: (tasks, r, n) float64, X; columns that share the update's weight evenly with those of `in_`.
-        in_: (tasks, r, d), Y.
-        sizes: The k, ascending.
+        out: (tasks, r, n) float64, factors X, balanced with `in_`.
+        in_: (tasks, r, d), factors Y.
+        sizes: Values of k, ascending.
     """
     if not len(out):
         return [Served(k, 1.0, (0.0,)) for k in sizes]
@@ -73,7 +73,7 @@ def served_by(out: Tensor, in_: Tensor, sizes: Sequence[int]) -> list[Served]:
 
 
 def _exact_bases(out: Tensor, in_: Tensor, sizes: Sequence[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """By k, output and input directions from exact half-steps."""
+    """Yield each k with output and input directions from exact half-steps."""
     start = torch.linalg.eigh(_moment(in_, out @ out.mT)).eigenvectors
     for k in sizes:
         basis_in = start[:, -k:]
@@ -84,7 +84,7 @@ def _exact_bases(out: Tensor, in_: Tensor, sizes: Sequence[int]) -> Iterator[tup
 
 
 def _power_bases(out: Tensor, in_: Tensor, sizes: Sequence[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """By k, the same from power steps in few digits, which are enough to tell directions by."""
+    """Yield each k with directions from power steps in low precision, which is enough to find directions."""
     single_out, single_in = out.float(), in_.float()
     generator = torch.Generator().manual_seed(0)
     basis_out, basis_in = (
@@ -104,44 +104,44 @@ def _power_bases(out: Tensor, in_: Tensor, sizes: Sequence[int]) -> Iterator[tup
 
 
 def _power_step(rows: Tensor, weights: Tensor, basis: Tensor) -> Tensor:
-    """A step towards the leading directions (q, k) of ``Σ X_i^T G_i X_i``, the leading one last."""
+    """Take a step towards the leading directions (q, k) of ``Σ X_i^T G_i X_i``, with the leading one last."""
     times = rough_sum(rows, weights @ rough_product(rows, basis))
     inside = torch.linalg.eigh(basis.T @ times).eigenvectors
     return torch.linalg.qr((times @ inside).flip(1)).Q.flip(1)
 
 
 def _explained_and_errors(kept: Tensor) -> tuple[float, tuple[float, ...]]:
-    """The mean energy kept, and the mean error by rank, from energies (tasks, r) of updates of norm 1, descending."""
+    """Return the mean energy kept and the mean error by rank, for descending energies (tasks, r) and norms of 1."""
     left = (1 - kept.cumsum(1)).clamp_min(0).sqrt().mean(0)
     return float(kept.sum(1).mean()), tuple(left.tolist())
 
 
 def _energies(gram_out: Tensor, gram_in: Tensor) -> Tensor:
-    """Squared singular values (tasks, r), descending, of updates from the Gram matrices (tasks, r, r) of factors."""
+    """Return squared singular values (tasks, r), descending, for updates with these Gram matrices (tasks, r, r)."""
     values, vectors = torch.linalg.eigh(gram_out)
     root = vectors * values.clamp_min(0).sqrt().unsqueeze(-2)
     return torch.linalg.eigvalsh(root.mT @ gram_in @ root).clamp_min(0).flip(-1)
 
 
 def in_coordinates(rows: Tensor) -> Tensor:
-    """Factors (tasks, r, n) in coordinates of their span: (tasks, r, q), q = min(n, tasks r)."""
+    """Return factors (tasks, r, n) in coordinates of their span: (tasks, r, q), q = min(n, tasks r)."""
     tasks, rank, features = rows.shape
     flat = rows.reshape(tasks * rank, features)
     return rows if len(flat) >= features else torch.linalg.qr(flat.T, mode="r").R.T.reshape(tasks, rank, -1)
 
 
 def _seen(rows: Tensor, directions: Tensor) -> Tensor:
-    """``X_i P P^T X_i^T`` (tasks, r, r)."""
+    """Return ``X_i P P^T X_i^T`` (tasks, r, r)."""
     seen = rows @ directions
     return seen @ seen.mT
 
 
 def _roughly_seen(rows: Tensor, directions: Tensor) -> Tensor:
-    """`_seen` in as few digits as a power step needs."""
+    """Return `_seen` in the low precision that is enough for a power step."""
     seen = rough_product(rows, directions)
     return seen @ seen.mT
 
 
 def _moment(rows: Tensor, weights: Tensor) -> Tensor:
-    """``Σ X_i^T G_i X_i`` (q, q) of factors (tasks, r, q) and G (tasks, r, r)."""
+    """Return ``Σ X_i^T G_i X_i`` (q, q) for factors (tasks, r, q) and G (tasks, r, r)."""
     return rows.flatten(0, 1).T @ (weights @ rows).flatten(0, 1)

@@ -1,7 +1,7 @@
-"""Which k and p reach a target: the error and the size of every candidate, from one pass over the modules.
+"""Choice of the k and p that reach a target, from the error and size of every candidate in one pass over the modules.
 
-A module is decomposed once, for the largest k that comes into question. Smaller bases follow from larger ones, each by
-a few alternations inside the leading directions of the last, so that no candidate costs a build.
+A module is decomposed once, for the largest k under consideration. Smaller bases follow from larger ones, each by a
+few alternations inside the leading directions of the one before, so no candidate costs a build.
 """
 
 from __future__ import annotations
@@ -27,19 +27,20 @@ from .threads import for_each_module, tasks_by_module
 
 Auto = Literal["auto"]
 
-# The largest k that "auto" considers where no `max_components` is given.
+# The largest k that "auto" considers if `max_components` is not given.
 LARGEST_AUTO = 128
 
-# Up to the first, every k is computed; beyond, so many an octave. Between them, what is lost is interpolated.
+# Every k is computed up to the first of these, and beyond it only as many k per octave as the second. Between them,
+# the loss is interpolated.
 _EVERY_SIZE_TO = 16
 _SIZES_AN_OCTAVE = 4
 
-# What a build may lose more than is seen here: its alternation starts elsewhere, and where it looks for the leading
-# directions of many updates, it does so with less room, see `coordinates`.
+# Factors by which the error of a build may exceed the error computed here: its alternation starts elsewhere, and its
+# search for the leading directions of many updates has less room (see `coordinates`).
 _OTHER_START = 1.002
 _LESS_ROOM = 1.01
 
-# Where an alternation holds hardly more than the one before, it has ended.
+# An alternation has converged once a step gains less than this part of the energy.
 _NOTABLE_GAIN = 1e-3
 
 _TASKS_PER_CHUNK = 64
@@ -49,18 +50,20 @@ _BYTES_OF_BASIS = 4  # a float32 number
 
 @dataclass(frozen=True)
 class WantedDimensions:
-    """k and p as a user asks for them.
+    """The k and p that a user asks for.
 
     Args:
-        num_components: k, or `"auto"`.
-        pseudo_rank: p, or `"auto"`.
-        target_error: Mean relative error ``‖ΔW' - ΔW‖ / ‖ΔW‖`` over all tasks and modules that what is `"auto"` is to
-            reach with the fewest bytes.
-        target_bytes: Size of bases and coefficients under which it is to reach the smallest error.
-        max_components: The largest k that is considered; `LARGEST_AUTO` if not given.
+        num_components: Number of directions k, or `"auto"`.
+        pseudo_rank: Rank p, or `"auto"`.
+        target_error: Largest mean relative error ``‖ΔW' - ΔW‖ / ‖ΔW‖`` over all tasks and modules. The values that are
+            `"auto"` are chosen to reach it with the fewest bytes.
+        target_bytes: Largest size of bases and coefficients. The values that are `"auto"` are chosen to reach the
+            smallest error within it.
+        max_components: Largest k to consider; `LARGEST_AUTO` if not given.
 
     Raises:
-        ValueError: If a value is out of range, or nothing says what `"auto"` is to reach, or more than one thing does.
+        ValueError: If a value is out of range, if a value is `"auto"` without exactly one target, or if a target is
+            given and no value is `"auto"`.
     """
 
     num_components: int | Auto = 32
@@ -93,19 +96,19 @@ class WantedDimensions:
 
     @property
     def is_open(self) -> bool:
-        """Whether there is something to choose."""
+        """Whether k or p has yet to be chosen."""
         return "auto" in (self.num_components, self.pseudo_rank)
 
     @property
     def limits(self) -> tuple[int, int]:
-        """The k and p that are given; in place of what is to be chosen, the largest k and the smallest p."""
+        """Given k and p, with the largest k and the smallest p in place of a value that has yet to be chosen."""
         return self.limit, 1 if self.pseudo_rank == "auto" else self.pseudo_rank
 
     def check_beside(self, settings: SubspaceSettings) -> None:
-        """Refuse a choice of k and p beside settings that choose them too, layer by layer.
+        """Check that no setting which chooses k or p layer by layer is combined with `"auto"`.
 
         Raises:
-            ValueError: Naming the setting.
+            ValueError: If there is such a setting. The error names it.
         """
         given = {name: getattr(settings, name) for name in ("explained_variance", "drift_tolerance", "tolerance")}
         for name, value in given.items():
@@ -118,7 +121,7 @@ class WantedDimensions:
 
     @property
     def limit(self) -> int:
-        """The largest k there may be."""
+        """Largest possible k."""
         if self.num_components != "auto":
             return self.num_components
         return LARGEST_AUTO if self.max_components is None else self.max_components
@@ -126,13 +129,13 @@ class WantedDimensions:
 
 @dataclass(frozen=True)
 class ChosenDimensions:
-    """k and p, and what they cost.
+    """Chosen k and p, with the expected error and size.
 
     Args:
-        num_components: k.
-        pseudo_rank: p.
-        error: Mean relative error of ΔW over tasks and modules that a build with them is expected to have.
-        bytes: Size of its bases and coefficients.
+        num_components: Number of directions k.
+        pseudo_rank: Rank p.
+        error: Mean relative error of ΔW over tasks and modules that is expected of a build with this k and p.
+        bytes: Size of the bases and coefficients of that build, in bytes.
     """
 
     num_components: int
@@ -141,7 +144,7 @@ class ChosenDimensions:
     bytes: int
 
     def sentence(self) -> str:
-        """What was chosen, for a person."""
+        """Return a sentence that describes the choice."""
         return (
             f"chose num_components = {self.num_components} and pseudo_rank = {self.pseudo_rank}: a mean relative "
             f"error of {self.error:.3g} and {self.bytes / 1e6:.3g} MB of bases and coefficients"
@@ -153,9 +156,9 @@ class _Curves:
     """Errors and sizes of one or more modules, by k and p from 1 to the largest k.
 
     Args:
-        errors: (K, K) float64, sum of the relative errors of all updates.
-        bytes: (K, K) float64.
-        updates: How many updates count: all but zero ones.
+        errors: (K, K) float64, sums of the relative errors of all updates.
+        bytes: (K, K) float64, sizes in bytes.
+        updates: Number of updates that count, which are all but the zero ones.
     """
 
     errors: Tensor
@@ -173,13 +176,16 @@ def settled(
     *,
     progress: bool = False,
 ) -> tuple[SubspaceSettings, ChosenDimensions | None]:
-    """Settings with the k and p that are asked for, and what was chosen, None where all was given.
+    """Return the settings with the wanted k and p, and the choice that was made, or None if both were given.
 
     Args:
-        settings: All the others.
-        wanted: What is asked for.
-        updates: As for `choose_dimensions`, which raises what this does.
+        settings: Source of all other settings.
+        wanted: Values of k and p that are asked for.
+        updates: Same as in `choose_dimensions`.
         progress: Whether to show a progress bar.
+
+    Raises:
+        ValueError: See `choose_dimensions`.
     """
     if not wanted.is_open:
         return settings, None
@@ -194,19 +200,20 @@ def choose_dimensions(
     *,
     progress: bool = False,
 ) -> ChosenDimensions:
-    """The k and p that reach a target, for the updates that a subspace is about to be built from.
+    """Choose the k and p that reach a target, for the updates that a subspace is about to be built from.
 
-    Updates are taken from their mappings one module at a time and let go of after it. Errors are those of the bases
-    that a build would choose, to within a percent; of coefficients in 4 bit, to within some percent.
+    Updates are read from their mappings one module at a time and not kept afterwards. The errors agree to within a
+    percent with the errors of the bases that a build would choose, and to within a few percent for 4-bit coefficients.
 
     Args:
-        updates: Task -> module -> update, as for `merge_into_layers`.
-        wanted: What is to be chosen, and what it is to reach.
-        settings: The kind of basis; its k and p do not matter.
+        updates: Updates, as a mapping of task -> module -> update, as for `merge_into_layers`.
+        wanted: Dimensions to choose, and the target that they must reach.
+        settings: Settings of the build, such as the kind of basis. Their k and p do not matter.
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: If no k up to the largest and no p reaches the target, or an update is unusable; naming it.
+        ValueError: If no k up to the largest and no p reaches the target, or an update is unusable. The error names
+            the target or the update.
     """
     by_module = tasks_by_module(updates)
 
@@ -241,7 +248,7 @@ def _best(total: _Curves, wanted: WantedDimensions) -> ChosenDimensions:
     if not (allowed & reached).any():
         raise ValueError(_unreachable(errors, total.bytes, allowed, wanted))
     least = cost[allowed & reached].min()
-    # Rounding decides between candidates that lose nothing: of these, the one that is better otherwise.
+    # Rounding would decide between candidates that lose nothing, so take the one that is better in the other measure.
     among = allowed & reached & (cost <= least * (1 + 1e-9) + 1e-9)
     k, p = divmod(int(torch.where(among, then, torch.inf).argmin()), len(errors))
     return ChosenDimensions(k + 1, p + 1, float(errors[k, p]), int(total.bytes[k, p]))
@@ -277,7 +284,7 @@ def _curves_of(updates: Mapping[str, LowRankUpdate], settings: SubspaceSettings,
     errors = torch.zeros(limit, limit, dtype=torch.float64)
     for chunk in lost.split(_TASKS_PER_CHUNK, dim=1) if counts.any() else ():
         summed = _interpolated(chunk, sizes, limit).sqrt().sum(1).cpu() * margin
-        columns = torch.arange(limit).clamp_max(summed.shape[1] - 1)  # a larger rank than the updates have
+        columns = torch.arange(limit).clamp_max(summed.shape[1] - 1)  # ranks larger than the updates have
         errors += summed[:, columns]
     ks, ps = torch.arange(1, limit + 1)[:, None], torch.arange(1, limit + 1)[None, :]
     k_out, k_in = (ks.clamp_max(most) for most in kept)
@@ -289,7 +296,7 @@ def _curves_of(updates: Mapping[str, LowRankUpdate], settings: SubspaceSettings,
 
 
 def _stack_of(updates: Mapping[str, LowRankUpdate], settings: SubspaceSettings) -> tuple[UpdateStack, Tensor, float]:
-    """The updates in coordinates that hold the leading k directions, their norms, and a factor on errors there."""
+    """Return the updates in coordinates that hold the leading k directions, their norms, and a factor for errors."""
     first = next(iter(updates.values()))
     layer = LayerSubspace.empty(*first.shape, settings.pseudo_rank, device=first.out_factor.device)
     joint, room = settings.basis == "joint", settings.num_components + OVERSAMPLING
@@ -304,7 +311,7 @@ def _stack_of(updates: Mapping[str, LowRankUpdate], settings: SubspaceSettings) 
 
 
 def _sizes_to(limit: int) -> list[int]:
-    """The k that are computed: every small one, a few an octave, and the largest."""
+    """Return the k to compute: every small one, a few per octave, and the largest."""
     sizes, size = [], 1
     while size < limit:
         sizes.append(size)
@@ -315,21 +322,21 @@ def _sizes_to(limit: int) -> list[int]:
 def _held_energies(
     stack: UpdateStack, settings: SubspaceSettings, directions: tuple[Directions, Directions], sizes: list[int]
 ) -> tuple[tuple[int, int], Tensor]:
-    """What the best p directions of each update inside k directions of a layer hold of it.
+    """Compute the energy of each update that its best p directions hold inside k directions of a layer.
 
     Args:
-        stack: The updates, as new ones.
-        settings: The kind of basis.
-        directions: Those of the largest k, of both sides.
-        sizes: The k, ascending.
+        stack: Stack of the updates, as new ones.
+        settings: Settings that give the kind of basis.
+        directions: Output and input directions of the largest k.
+        sizes: Values of k, ascending.
 
     Returns:
-        The most directions that there are on each side, and (sizes, updates, r) float64, for p = 1 ... r the sum of
-        the p largest squared singular values of ``P_out^T ΔW_i P_in``.
+        The largest number of directions on each side, and (sizes, updates, r) float64, for p = 1 ... r the sum of the
+        p largest squared singular values of ``P_out^T ΔW_i P_in``.
     """
     out_directions, in_directions = directions
     kept = out_directions.kept, in_directions.kept
-    # Best first on both sides, so that the first k of them are directions already, and the first 2k hold better ones.
+    # Both sides are best first, so the first k are usable directions already, and the first 2k hold better ones.
     out, in_ = stack.new_out @ out_directions.vectors, stack.new_in @ in_directions.vectors
     held = []
     for size in reversed(sizes):
@@ -353,9 +360,9 @@ def _held_energies(
 def _relative_rounding(
     stack: UpdateStack, directions: tuple[Directions, Directions], dtype: CoefficientDtype
 ) -> Tensor:
-    """What storing coefficients in fewer bits changes of each update (updates,), relative to what is stored.
+    """Return how much storing coefficients in fewer bits changes each update (updates,), relative to what is stored.
 
-    Of one k: blocks have the same size in all, so that this hardly depends on it.
+    It is computed for one k only: blocks have the same size for all k, so the change hardly depends on it.
     """
     out, in_ = (
         (factors @ side.keep(min(side.kept, _K_OF_ROUNDING)).basis).mT
@@ -369,15 +376,15 @@ def _relative_rounding(
 
 
 def _turned(factors: Tensor, others: Tensor, weights: Tensor) -> Tensor:
-    """Factors (updates, r, q) in directions that are best first, as seen through those of the other side (…, k)."""
+    """Return factors (updates, r, q) along directions that are best first, as seen through the other side (…, k)."""
     gram = (others @ others.mT) * weights.square()[:, None, None]
     moment = factors.flatten(0, 1).T @ (gram @ factors).flatten(0, 1)
     return factors @ torch.linalg.eigh(moment).eigenvectors.flip(1)
 
 
 def _energies(out: Tensor, in_: Tensor) -> Tensor:
-    """Sums (updates, r) of the largest 1 ... r squared singular values of ``X_i^T Y_i``, from Gram matrices."""
-    # With L L^T = Y Y^T by its eigenvectors, X X^T Y Y^T has the eigenvalues of L^T X X^T L, which is symmetric.
+    """Return sums (updates, r) of the largest 1 ... r squared singular values of ``X_i^T Y_i``, from Gram matrices."""
+    # With L L^T = Y Y^T from an eigendecomposition, X X^T Y Y^T has the eigenvalues of the symmetric L^T X X^T L.
     values, vectors = torch.linalg.eigh(in_ @ in_.mT)
     root = vectors * values.clamp_min(0).sqrt().unsqueeze(-2)
     product = root.mT @ (out @ out.mT) @ root
@@ -385,10 +392,10 @@ def _energies(out: Tensor, in_: Tensor) -> Tensor:
 
 
 def _interpolated(lost: Tensor, sizes: list[int], limit: int) -> Tensor:
-    """What is lost (limit, updates, r) for every k, from that (sizes, updates, r) for some.
+    """Interpolate the loss (limit, updates, r) at every k from the loss (sizes, updates, r) at some k.
 
-    Directions come best first, so each takes off less than the last, and a line between two of them is on the safe
-    side. Of one k alone, what is lost is the same for all.
+    Directions come best first, so each reduces the loss by less than the one before, and a straight line between two
+    points overestimates it. If only one k is known, its loss holds for all.
     """
     known = torch.tensor(sizes, device=lost.device, dtype=lost.dtype)
     wanted = torch.arange(1, limit + 1, device=lost.device, dtype=lost.dtype)

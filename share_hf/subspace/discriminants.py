@@ -1,15 +1,16 @@
-"""Which task an input belongs to: linear discriminants of features, with one covariance shared by all tasks.
+"""Linear discriminants that decide which task an input belongs to, from features with one covariance for all tasks.
 
-A task is learned once, from sums over its own inputs, and never seen again: its folder keeps their mean features, and
-their scatter about it is added to one that all tasks share. Sums know no order, so the result is the same whatever the
-order of the tasks. With one covariance for all, the boundary between two tasks is linear (Fisher's discriminant, as
-"streaming LDA", Hayes & Kanan 2020, and RanPAC, McDonnell et al. 2023, use it for continual learning). A mean of its
-own for each label of a task was tried, and told tasks apart no better.
+A task is learned once, from sums over its own inputs, and never seen again: its folder keeps the mean of their
+features, and their scatter about the mean is added to one that all tasks share. Sums do not depend on an order, so the
+result is the same for every order of the tasks. With one covariance for all, the boundary between two tasks is linear
+(Fisher's discriminant, used for continual learning by "streaming LDA", Hayes & Kanan 2020, and RanPAC, McDonnell et
+al. 2023). A separate mean for each label of a task was tried, and did not tell tasks apart any better.
 
-Whether an input belongs to none of the tasks is told by its distance from the mean of its task, in units of the task's
-own variances: what the task's own inputs had, left out one by one, says how far is too far. It depends on that task
-alone, and so never changes. Inputs that look like those of a known task are mostly taken for it: the distance in units
-of the covariance that all share was tried, and refuses no more of them for as many of the task's own.
+Whether an input belongs to none of the tasks depends on its distance from the mean of its task, in units of the task's
+own variances. The distances of the task's own inputs, each left out in turn, show how far is too far. This limit
+depends on that task alone, and so never changes. Inputs that resemble a known task are mostly attributed to it. The
+distance in units of the shared covariance was tried as well, and at the same rate of falsely rejected inputs it
+rejects no more of them.
 """
 
 from __future__ import annotations
@@ -24,24 +25,25 @@ from torch import Tensor
 
 
 LEAST_INPUTS = 3
-# Inputs of a task whose distances are measured, and how many of these are kept.
+# Largest number of inputs of a task whose distances are measured, and of distances that are kept.
 MOST_MEASURED = 4096
 MOST_DISTANCES = 256
 _MEASURED_AT_ONCE = 256
-# Part of a task's mean variance that is added to each: a feature that never varied must not rule.
+# Part of the mean variance of a task that is added to each variance, so that a feature that never varied does not
+# dominate.
 _LEAST_VARIANCE = 1e-2
 _LEAST_SHRINKAGE = 1e-3
-# Bits of a scatter's largest entry: what is added up is exact in float64, in any order, and one of them in float32.
+# Bits of the largest entry of a scatter. With these, float64 holds sums exactly in any order, and float32 one scatter.
 _SCATTER_BITS = 23
 
 
 @dataclass(frozen=True)
 class FeatureScatter:
-    """A sum of products of features less their task's mean: ``Σ_t Σ_{x in t} (x - μ_t)(x - μ_t)^T``.
+    """Sum of products of features minus the mean of their task: ``Σ_t Σ_{x in t} (x - μ_t)(x - μ_t)^T``.
 
     Args:
-        products: (m, m) float64, symmetric. Entries of one task are whole multiples of a power of two.
-        degrees: Inputs less tasks, over which the covariance is the mean.
+        products: (m, m) float64, symmetric. The entries of a single task are whole multiples of a power of two.
+        degrees: Number of inputs minus number of tasks, which `products` is divided by to get the covariance.
     """
 
     products: Tensor
@@ -52,7 +54,7 @@ class FeatureScatter:
 
     @property
     def identity(self) -> str:
-        """What tells the scatter of a task from any other's: the same data has the same."""
+        """Digest that identifies the scatter of a task. The same data always has the same digest."""
         digest = hashlib.sha256(f"{tuple(self.products.shape)} {self.degrees}".encode())
         digest.update(self.products.cpu().contiguous().numpy())
         return digest.hexdigest()[:16]
@@ -60,15 +62,15 @@ class FeatureScatter:
 
 @dataclass(frozen=True)
 class TaskFeatures:
-    """What is kept of the features of a task's inputs.
+    """Statistics that are kept of the features of a task's inputs.
 
     Args:
-        mean: (m,) float32.
-        variances: (m,) float32.
-        distances: (d,) float32, in ascending order: of `measured` inputs, each without itself, the squared distance
-            from the mean in units of the variances, per feature. At most 256 of them, evenly spaced, the largest among
-            them.
-        measured: How many inputs were measured.
+        mean: (m,) float32, mean of the features.
+        variances: (m,) float32, variances of the features.
+        distances: (d,) float32, ascending squared distances of `measured` inputs from the mean, in units of the
+            variances and per feature, with mean and variances computed without the input itself. At most 256 are
+            kept, evenly spaced and including the largest.
+        measured: Number of inputs that were measured.
     """
 
     mean: Tensor
@@ -77,31 +79,31 @@ class TaskFeatures:
     measured: int
 
     def threshold(self, false_rejects: float) -> float:
-        """The distance past which an input is none of this task's.
+        """Return the distance beyond which an input does not belong to this task.
 
         Args:
-            false_rejects: Largest fraction of the task's own inputs that are to be past it, in (0, 1). A new input is
-                as likely as each of those measured to be the farthest, so it takes ``1 / false_rejects - 1`` of them
-                to know.
+            false_rejects: Largest fraction of the task's own inputs that may lie beyond it, in (0, 1). A new input is
+                as likely to be the farthest as each of the measured ones, so the threshold takes
+                ``1 / false_rejects - 1`` of them.
 
         Returns:
-            Infinity where they are too few.
+            The threshold, or infinity if too few inputs were measured.
         """
         rank = math.ceil((self.measured + 1) * (1 - false_rejects))
         if rank > self.measured:
             return math.inf
-        # The distance at `i` is that of rank ceil((i + 1) n / kept): the first whose rank is no smaller.
+        # The distance at `i` has rank ceil((i + 1) n / kept). This takes the first whose rank is not smaller.
         return float(self.distances[(rank - 1) * len(self.distances) // self.measured])
 
 
 class FeatureSums:
-    """Running sums over the inputs of one task; those of several processes add up.
+    """Running sums over the inputs of one task. The sums of several processes add up.
 
     Attributes:
-        count: How many inputs.
+        count: Number of inputs.
         total: (m,) float64, ``Σ x``; None before the first input.
-        products: (m, m) float64, ``Σ x x^T``; likewise.
-        kept: Features (n, m) float32 of some of the inputs, evenly spaced, to measure; in a few pieces.
+        products: (m, m) float64, ``Σ x x^T``; None before the first input.
+        kept: Features (n, m) float32 of some inputs, evenly spaced and in a few pieces, whose distances are measured.
     """
 
     def __init__(self) -> None:
@@ -112,10 +114,10 @@ class FeatureSums:
         self._stride = 1
 
     def add(self, features: Tensor) -> None:
-        """Add inputs of these features (n, m), of any float dtype.
+        """Add inputs with these features (n, m), in any float dtype.
 
         Raises:
-            ValueError: If features are not finite, or of another width than the ones before.
+            ValueError: If features are not finite, or differ in width from the ones before.
         """
         rows = features.detach().double().cpu()
         if not torch.isfinite(rows).all():
@@ -135,7 +137,7 @@ class FeatureSums:
 
     @classmethod
     def together(cls, parts: Iterable[FeatureSums]) -> FeatureSums:
-        """The sums over the inputs of all parts."""
+        """Return the sums over the inputs of all parts."""
         whole = cls()
         for part in parts:
             if part.total is not None:
@@ -146,7 +148,7 @@ class FeatureSums:
         return whole
 
     def learned(self) -> tuple[TaskFeatures, FeatureScatter]:
-        """What is kept of a task, and its part of the scatter that all tasks share.
+        """Return the statistics that are kept of the task, and its part of the scatter that all tasks share.
 
         Raises:
             ValueError: If there are fewer than three inputs.
@@ -175,8 +177,8 @@ class Discriminants:
     """Scores inputs for any number of tasks by one product with their features.
 
     Args:
-        tasks: What is known of the tasks; at least one.
-        scatter: The sum of all tasks' scatter.
+        tasks: Features of the tasks; at least one.
+        scatter: Sum of the scatter of all tasks.
     """
 
     def __init__(self, tasks: Iterable[TaskFeatures], scatter: FeatureScatter) -> None:
@@ -188,23 +190,23 @@ class Discriminants:
         self._offsets = -((means * weights.T).sum(1) / 2).float()
 
     def log_likelihoods(self, features: Tensor) -> Tensor:
-        """By input and task, the logarithm of how likely inputs of the task have such features.
+        """Return the log-likelihood of the features of each input under each task.
 
         Args:
-            features: (n, m).
+            features: (n, m), features of the inputs.
 
         Returns:
-            (n, tasks) float32; a constant for each input is left out.
+            (n, tasks) float32, up to a constant for each input.
         """
         return torch.addmm(self._offsets, features.float().cpu(), self._weights)
 
     def is_beyond(self, features: Tensor, chosen: Sequence[int], false_rejects: float) -> list[bool]:
-        """Whether each input is farther from its task than that task's own inputs are.
+        """Return whether each input is farther from its task than the task's own inputs are.
 
         Args:
-            features: (n, m).
-            chosen: Place of a task, for each input.
-            false_rejects: As for `TaskFeatures.threshold`.
+            features: (n, m), features of the inputs.
+            chosen: Position of the chosen task for each input.
+            false_rejects: Same as in `TaskFeatures.threshold`.
         """
         tasks = [self._tasks[place] for place in chosen]
         off = features.float().cpu() - torch.stack([of.mean for of in tasks])
@@ -214,11 +216,11 @@ class Discriminants:
 
 
 def shrunk_covariance(scatter: FeatureScatter) -> Tensor:
-    """The covariance (m, m), part of it replaced by a multiple of the identity of the same trace.
+    """Return the covariance (m, m) with part of it replaced by a multiple of the identity of the same trace.
 
-    The part is that of the oracle approximating shrinkage (Chen, Wiesel, Eldar & Hero 2010, Eq. 23): all of it where
-    there is next to nothing to estimate from, little where there is much. It is at least 0.001, so that there is an
-    inverse.
+    The part follows the oracle approximating shrinkage (Chen, Wiesel, Eldar & Hero 2010, Eq. 23): all of it where
+    there is next to nothing to estimate from, little where there is much. It is at least 0.001, so that the inverse
+    exists.
     """
     covariance = scatter.products / max(scatter.degrees, 1)
     width = len(covariance)
@@ -231,19 +233,19 @@ def shrunk_covariance(scatter: FeatureScatter) -> Tensor:
 
 
 def _floored(variances: Tensor) -> Tensor:
-    """Variances (…, m), none of them next to nothing."""
+    """Return variances (…, m) raised so that none is close to zero."""
     mean = variances.mean(-1, keepdim=True)
     return variances + _LEAST_VARIANCE * torch.where(mean > 0, mean, 1.0)
 
 
 def _left_out_distances(rows: Tensor, mean: Tensor, squares: Tensor, count: int) -> Tensor:
-    """The distance that each input would have, had mean and variances been found without it: in closed form.
+    """Return the distance of each input from a mean and variances that were computed without it, in closed form.
 
     Args:
-        rows: (n, m) float64.
-        mean: (m,).
+        rows: (n, m) float64, features of the inputs.
+        mean: (m,), mean over all inputs.
         squares: (m,), ``Σ (x - μ)²`` over all inputs.
-        count: How many inputs.
+        count: Number of all inputs.
     """
     off = rows - mean
     without = (squares - off.square() * (count / (count - 1))).clamp_min(0) / (count - 2)
@@ -251,13 +253,13 @@ def _left_out_distances(rows: Tensor, mean: Tensor, squares: Tensor, count: int)
 
 
 def _evenly_spaced(ascending: Tensor) -> Tensor:
-    """At most 256 of these, the last among them: those of rank ceil((i + 1) n / 256)."""
+    """Return at most 256 of the values, including the last, with ranks ceil((i + 1) n / 256)."""
     count, kept = len(ascending), min(len(ascending), MOST_DISTANCES)
     return ascending[[-(-(i + 1) * count // kept) - 1 for i in range(kept)]]
 
 
 def _on_grid(products: Tensor) -> Tensor:
-    """The nearest whole multiples of a power of two, of which sums in float64 are exact."""
+    """Round to the nearest whole multiples of a power of two, whose sums are exact in float64."""
     largest = float(products.abs().max())
     if not largest:
         return products

@@ -1,4 +1,4 @@
-"""One layer's shared subspace and the coefficients of its tasks."""
+"""The shared subspace of one layer, and the coefficients of its tasks."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from .settings import rank_in_layer
 from .stack import TASKS_PER_CHUNK
 
 
-# Relative size under which a singular value of float32 coefficients may be what rounding made of zero.
+# Relative size below which a singular value of float32 coefficients may be nothing but rounding error.
 _ROUNDING_OF_COEFFICIENTS = 1e-6
 _SIZE_OF_EMPTY_COLUMNS = 0.2
 
-# What products with two bases in float32 may be larger than those with the orthonormal ones that they stand for.
+# Largest factor by which rounding two bases to float32 can make products with them larger than with exact bases.
 _ROUNDED_BASIS = 1 + 1e-5
 
 
 @dataclass(frozen=True)
 class TaskRecords:
-    """What a layer remembers of its tasks beside their coefficients, each (tasks,) float64.
+    """Norms and errors that a layer records of its tasks besides their coefficients, each (tasks,) float64.
 
     Args:
-        norms: ``‖ΔW_i‖`` as learned. It fixes the task's weight and is the denominator of its drift.
-        rank_errors: Relative error that no basis can remove: what a rank over p lost when the task was added.
-        drift_bounds: Sum of the relative drifts since the task was learned, its own compression error included. A
-            rigorous bound on ``‖ΔW_i' - ΔW_i‖ / ‖ΔW_i‖``.
-        drift_estimates: Root of the sum of their squares. Close to the true drift, but no bound.
+        norms: Norms ``‖ΔW_i‖`` as learned. They fix the weights of the tasks, and the drift is relative to them.
+        rank_errors: Relative errors that no basis can remove: what a rank above p lost when the task was added.
+        drift_bounds: Sums of the relative drifts since the tasks were learned, including their own compression errors.
+            They are rigorous bounds on ``‖ΔW_i' - ΔW_i‖ / ‖ΔW_i‖``.
+        drift_estimates: Roots of the sums of the squared drifts. They are close to the true drift, but not bounds.
     """
 
     norms: Tensor
@@ -50,12 +50,12 @@ class TaskRecords:
 
     @cached_property
     def rows(self) -> list[list[float]]:
-        """By task, its norm, rank error, drift bound and drift estimate as numbers."""
+        """Norm, rank error, drift bound and drift estimate of each task, as numbers."""
         return torch.stack([getattr(self, field.name) for field in fields(self)], dim=1).tolist()
 
     @classmethod
     def undrifted(cls, norms: Tensor) -> TaskRecords:
-        """Records of tasks that are stored exactly as learned."""
+        """Return records of tasks that are stored exactly as learned."""
         zeros = torch.zeros_like(norms)
         return cls(norms, zeros, zeros, zeros)
 
@@ -75,23 +75,23 @@ class TaskRecords:
 
 @dataclass(frozen=True)
 class LayerSubspace:
-    """Basis of one layer and its tasks in it: ``ΔW_i = (basis_out ε_out,i)(basis_in ε_in,i)^T``.
+    """Basis of one layer and the tasks in it: ``ΔW_i = (basis_out ε_out,i)(basis_in ε_in,i)^T``.
 
-    An immutable value: a merge returns a new one. The dtype of the basis (float32 as stored) is that of everything
-    a merge writes; a merge computes in float64 whatever it is. All tensors are contiguous: BLAS rounds differently
-    for other memory layouts, and a subspace must compute the same whether it was merged or loaded.
+    The value is immutable: a merge returns a new one. A merge writes everything in the dtype of the basis (float32 as
+    stored), and computes in float64 whatever that dtype is. All tensors are contiguous, because BLAS rounds
+    differently for other memory layouts, and a subspace must compute the same whether it was merged or loaded.
 
     Args:
-        tasks: Names of the tasks that adapt this layer, in the order they were added.
+        tasks: Names of the tasks that adapt this layer, in the order in which they were added.
         basis_out: (n, k_out), orthonormal columns (β in the paper).
         basis_in: (d, k_in), orthonormal columns (α in the paper).
-        coefficients_out: (tasks, k_out, p).
-        coefficients_in: (tasks, k_in, p).
+        coefficients_out: (tasks, k_out, p), coefficients on the output side.
+        coefficients_in: (tasks, k_in, p), coefficients on the input side.
         records: Norms and drift of the tasks.
         spectrum_out: (k_out,) float64, singular values of the weighted stack of updates along `basis_out` when the
-            basis was last changed.
-        spectrum_in: (k_in,) float64, likewise for `basis_in`.
-        explained_by_basis: The explained variance when the basis was last changed.
+            basis last changed.
+        spectrum_in: (k_in,) float64, the same along `basis_in`.
+        explained_by_basis: Explained variance when the basis last changed.
     """
 
     tasks: tuple[str, ...]
@@ -119,7 +119,7 @@ class LayerSubspace:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> LayerSubspace:
-        """A layer without directions and tasks; merging into it is the paper's initialization (Sec. 3.2.1)."""
+        """Return a layer without directions and tasks. Merging into it is the paper's initialization (Sec. 3.2.1)."""
         return cls.from_basis(
             torch.zeros(out_features, 0, dtype=dtype, device=device),
             torch.zeros(in_features, 0, dtype=dtype, device=device),
@@ -128,9 +128,9 @@ class LayerSubspace:
 
     @classmethod
     def from_basis(cls, basis_out: Tensor, basis_in: Tensor, pseudo_rank: int) -> LayerSubspace:
-        """A layer with a basis, (n, k_out) and (d, k_in) orthonormal, of unknown spectrum and without tasks.
+        """Return a layer with an orthonormal basis, (n, k_out) and (d, k_in), an unknown spectrum and no tasks.
 
-        Its tasks have rank `pseudo_rank`, or as much as the layer has outputs and inputs.
+        Its tasks have rank `pseudo_rank`, or as many as the layer has outputs or inputs if that is fewer.
         """
         k_out, k_in = basis_out.shape[1], basis_in.shape[1]
         pseudo_rank = rank_in_layer(pseudo_rank, (basis_out.shape[0], basis_in.shape[0]))
@@ -147,12 +147,12 @@ class LayerSubspace:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(n, d): outputs and inputs of the layer."""
+        """Outputs and inputs (n, d) of the layer."""
         return self.basis_out.shape[0], self.basis_in.shape[0]
 
     @property
     def num_components(self) -> tuple[int, int]:
-        """(k_out, k_in)."""
+        """Numbers of output and input directions (k_out, k_in)."""
         return self.basis_out.shape[1], self.basis_in.shape[1]
 
     @property
@@ -164,11 +164,11 @@ class LayerSubspace:
         return {task: i for i, task in enumerate(self.tasks)}
 
     def has(self, task: str) -> bool:
-        """Whether the task adapts this layer."""
+        """Return whether the task adapts this layer."""
         return task in self._positions
 
     def index(self, task: str) -> int:
-        """Position of `task` in this layer.
+        """Return the position of `task` in this layer.
 
         Raises:
             ValueError: If the layer has no such task.
@@ -178,34 +178,34 @@ class LayerSubspace:
         return self._positions[task]
 
     def coefficients_of(self, task: str, *, trimmed: bool = False) -> tuple[Tensor, Tensor]:
-        """The task's coefficients (k_out, p), (k_in, p); `trimmed`, without zeros that fill up a smaller rank."""
+        """Return the coefficients (k_out, p) and (k_in, p) of a task, without the zero padding if `trimmed`."""
         i = self.index(task)
         rank = int(self.ranks[i]) if trimmed else self.pseudo_rank
         return self.coefficients_out[i, :, :rank], self.coefficients_in[i, :, :rank]
 
     @cached_property
     def ranks(self) -> Tensor:
-        """How many columns of each task's coefficients (tasks,) int64 are not there to fill up; at least 1."""
+        """Number of columns of the coefficients of each task (tasks,) int64 without zero padding; at least 1."""
         given = self.coefficients_out.any(1) | self.coefficients_in.any(1)
         places = torch.arange(1, self.pseudo_rank + 1, device=given.device)
         return (given * places).amax(1).clamp_min(1)
 
     @cached_property
     def packed(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """4-bit codes (tasks, p, ⌈k / 2⌉) and scales (tasks, p, ⌈k / 32⌉) of both sides, all tasks at once.
+        """Codes in 4 bits (tasks, p, ⌈k / 2⌉) and scales (tasks, p, ⌈k / 32⌉) of both sides, for all tasks at once.
 
         Raises:
-            ValueError: If 4 bits do not hold the coefficients exactly.
+            ValueError: If 4 bits do not represent the coefficients exactly.
         """
         return packed(self.coefficients_out.mT), packed(self.coefficients_in.mT)
 
     def update_of(self, task: str, dtype: torch.dtype | None = None, *, trimmed: bool = False) -> LowRankUpdate:
-        """The task's update as rank-p factors ``(β ε_out, α ε_in)``: a LoRA of ``B = out_factor, A = in_factor^T``.
+        """Return a task's update as rank-p factors ``(β ε_out, α ε_in)``, a LoRA ``B = out_factor, A = in_factor^T``.
 
         Args:
-            task: A task of the layer.
-            dtype: Type of the products; that of the basis if not given, which may round them.
-            trimmed: As for `coefficients_of`.
+            task: Name of a task of the layer.
+            dtype: Dtype of the products. If not given, it is the dtype of the basis, which may round them.
+            trimmed: Whether to leave out the zero padding of a smaller rank.
         """
         dtype = dtype or self.basis_out.dtype
         out, in_ = (side.to(dtype) for side in self.coefficients_of(task, trimmed=trimmed))
@@ -213,7 +213,7 @@ class LayerSubspace:
             return LowRankUpdate(self.basis_out.to(dtype) @ out, self.basis_in.to(dtype) @ in_)
 
     def explained_variance(self) -> float:
-        """Mean over tasks of ``‖C_i‖² / ‖ΔW_i‖²`` with ``C_i = ε_out ε_in^T``: 1 where nothing was lost."""
+        """Return the mean over tasks of ``‖C_i‖² / ‖ΔW_i‖²`` with ``C_i = ε_out ε_in^T``, 1 where nothing was lost."""
         weights = inverse_norms(self.records.norms)
         if not weights.any():
             return 1.0
@@ -223,29 +223,31 @@ class LayerSubspace:
     def with_task(
         self, task: str, coefficients_out: Tensor, coefficients_in: Tensor, *, dtype: CoefficientDtype = "float32"
     ) -> LayerSubspace:
-        """The layer with a task learned inside its basis; as `with_tasks`, for one.
+        """Return the layer with one task that was learned inside its basis. See `with_tasks`.
 
         Args:
-            task: Its name.
-            coefficients_out: (k_out, p), or of a smaller rank.
-            coefficients_in: (k_in, p), likewise.
-            dtype: What they are stored in.
+            task: Name of the task.
+            coefficients_out: (k_out, p), or with a smaller rank.
+            coefficients_in: (k_in, p), or with the same smaller rank.
+            dtype: Type that the coefficients are stored in.
         """
         return self.with_tasks({task: (coefficients_out, coefficients_in)}, dtype=dtype)
 
     def with_tasks(
         self, learned: Mapping[str, tuple[Tensor, Tensor]], *, dtype: CoefficientDtype = "float32"
     ) -> LayerSubspace:
-        """The layer with tasks learned inside its basis, which stays as it is; existing ones are replaced.
+        """Return the layer with tasks that were learned inside its basis, replacing tasks of the same names.
 
-        The coefficients count as learned: norm from now, and no drift but for what storing them in fewer bits changes.
+        The basis stays as it is. The coefficients count as learned: the norm is taken from them, and there is no drift
+        except the change made by storing them in fewer bits.
 
         Args:
-            learned: By task, its coefficients (k_out, p) and (k_in, p), or of a smaller rank.
-            dtype: What they are stored in.
+            learned: Coefficients (k_out, p) and (k_in, p) of each task, or with a smaller rank.
+            dtype: Type that the coefficients are stored in.
 
         Raises:
-            ValueError: If they are not finite, or the norm of their update is out of range; naming the task.
+            ValueError: If coefficients are not finite, the norm of their update is out of range, or `dtype` cannot
+                hold them. The error names the task.
         """
         norms = torch.stack([self._norm_of(task, *sides) for task, sides in learned.items()])
         kept = self.select([i for i, task in enumerate(self.tasks) if task not in learned])
@@ -273,7 +275,7 @@ class LayerSubspace:
         return added.select([place[task] for task in dict.fromkeys([*self.tasks, *learned])])
 
     def _norm_of(self, task: str, coefficients_out: Tensor, coefficients_in: Tensor) -> Tensor:
-        """``‖ΔW‖`` (0-d float64) of coefficients as they would be stored, in the basis as it is."""
+        """Return ``‖ΔW‖`` (0-d float64) of coefficients as they would be stored, in the current basis."""
         stored = coefficients_out.to(self.coefficients_out), coefficients_in.to(self.coefficients_in)
         if not all(torch.isfinite(side).all() for side in stored):
             raise ValueError(f"task {task!r}: its coefficients have NaN or infinite entries, expected finite numbers")
@@ -284,12 +286,12 @@ class LayerSubspace:
         return norm
 
     def without_task(self, task: str) -> LayerSubspace:
-        """The layer without `task`; the basis and the other tasks stay as they are."""
+        """Return the layer without `task`. The basis and the other tasks stay as they are."""
         gone = self.index(task)
         return self.select([i for i in range(len(self.tasks)) if i != gone])
 
     def select(self, order: list[int]) -> LayerSubspace:
-        """The layer with the tasks at these positions, in this order."""
+        """Return the layer with the tasks at these positions, in this order."""
         index = torch.tensor(order, dtype=torch.long, device=self.basis_out.device)
         return replace(
             self,
@@ -300,14 +302,14 @@ class LayerSubspace:
         )
 
     def balanced(self, task: str) -> tuple[Tensor, Tensor]:
-        """The task's coefficients rebalanced by the SVD of ``C = ε_out ε_in^T``: the same update, evenly split.
+        """Return a task's coefficients rebalanced by the SVD of ``C = ε_out ε_in^T``: the same update, evenly split.
 
-        Where C has a smaller rank than p, what rounding left of the other columns is replaced by zeros on the output
-        side and the leading directions on the input side: as a LoRA's at its start, they can be trained, and from the
-        same place on every machine.
+        Where C has a smaller rank than p, the other columns hold only rounding error. They are replaced by zeros on
+        the output side and the leading directions on the input side, so that they can be trained like a LoRA at its
+        start, and from the same point on every machine.
 
         Returns:
-            (k_out, p) and (k_in, p) in the basis' dtype: where training on the coefficients starts from.
+            (k_out, p) and (k_in, p) in the dtype of the basis, the starting point of training on the coefficients.
         """
         stored_out, stored_in = self.coefficients_of(task)
         out, in_, _ = truncated_balanced_factors(stored_out.double(), stored_in.double(), self.pseudo_rank)
@@ -321,7 +323,7 @@ class LayerSubspace:
         return out.to(self.basis_out.dtype), in_.to(self.basis_in.dtype)
 
     def to(self, device: torch.device | str) -> LayerSubspace:
-        """The layer on another device."""
+        """Return the layer on another device."""
         records = TaskRecords(
             self.records.norms.to(device),
             self.records.rank_errors.to(device),
@@ -341,7 +343,7 @@ class LayerSubspace:
 
 
 def update_norms(coefficients_out: Tensor, coefficients_in: Tensor) -> Tensor:
-    """``‖ε_out ε_in^T‖`` (tasks,) float64 of stacked coefficients (tasks, k, p), in an orthonormal basis."""
+    """Return ``‖ε_out ε_in^T‖`` (tasks,) float64 of stacked coefficients (tasks, k, p) in an orthonormal basis."""
     squared = torch.zeros(len(coefficients_out), dtype=torch.float64, device=coefficients_out.device)
     for start in range(0, len(squared), TASKS_PER_CHUNK):
         span = slice(start, start + TASKS_PER_CHUNK)

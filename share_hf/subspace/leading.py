@@ -1,9 +1,10 @@
-"""Leading directions of many updates, from a few products with their thin factors: a range finder.
+"""Randomized range finder for the leading directions of many updates, from a few products with their thin factors.
 
-Directions start as random combinations of the columns and turn towards the leading ones of ``Σ X_i G_i X_i^T`` with
-each step of a power iteration (Halko, Martinsson & Tropp 2011, Sec. 4.5), never from a matrix as large as the layer.
-Only the last step must lie in the span of the factors to the last digit: the steps before it say where to look, for
-which bfloat16 is enough, and takes a third of the time on processors that multiply it.
+Directions start as random combinations of the columns and turn towards the leading directions of ``Σ X_i G_i X_i^T``
+with each step of a power iteration (Halko, Martinsson & Tropp 2011, Sec. 4.5), without ever forming a matrix as large
+as the layer. Only the result of the last step must lie in the span of the factors to full precision. The steps before
+it only show where to look. bfloat16 is enough for that, and takes a third of the time on processors that multiply it
+in hardware.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from torch import Tensor
 from .products import product
 
 
-# Power steps before the last one.
+# Number of power steps before the last one.
 ROUGH_STEPS = 1
-_TASKS_AT_ONCE = 64  # of rank 16 and 1024 features, as bfloat16: what fits a processor's cache
+_TASKS_AT_ONCE = 64  # at rank 16 and 1024 features, this many in bfloat16 fit the cache of a processor
 
 
 class Side:
@@ -26,13 +27,13 @@ class Side:
 
     Args:
         rows: (updates, r, n) float32, the factors X, transposed.
-        basis: (n, k), which directions are found beside.
-        room: How many directions to find; all there are if the layer has no more.
+        basis: (n, k), basis that the directions are added to.
+        room: Number of directions to find. If the layer has no more than that, all of them are taken.
 
     Attributes:
-        seen: (updates, r, q) float32, ``X_i^T Q`` along the basis and the directions beside it, Q (n, q).
-        coordinates: (n, q) float64, orthonormal, after `settle`: the first ones span the basis.
-        rotation: (q, k) float64, the basis in these coordinates.
+        seen: (updates, r, q) float32, ``X_i^T Q`` with Q (n, q) the basis and the directions added to it.
+        coordinates: (n, q) float64, orthonormal, set by `settle`. The first ones span the basis.
+        rotation: (q, k) float64, the basis in these coordinates, set by `settle`.
     """
 
     seen: Tensor
@@ -47,11 +48,11 @@ class Side:
 
     @property
     def gram(self) -> Tensor:
-        """``X_i^T Q Q^T X_i`` (updates, r, r) float64."""
+        """Gram matrices ``X_i^T Q Q^T X_i`` (updates, r, r) float64."""
         return (self.seen @ self.seen.mT).double()
 
     def start(self, weights: Tensor) -> None:
-        """Directions of random combinations of the columns, those of each update as large as G (updates, r, r)."""
+        """Start from random combinations of the columns, scaled for each update to the size of G (updates, r, r)."""
         if self._is_whole:
             return
         updates, rank, _ = self._rows.shape
@@ -60,24 +61,24 @@ class Side:
         self._look_along(rough_sum(self._rows, mixing * sizes[:, None, None]))
 
     def turn(self, weights: Tensor) -> None:
-        """One step of the power iteration with G (updates, r, r), in as few digits as it needs."""
+        """Take one step of the power iteration with G (updates, r, r), in low precision."""
         if not self._is_whole:
             self._look_along(rough_sum(self._rows, self._weighted(weights)))
 
     def settle(self, weights: Tensor) -> None:
-        """The last step, with all digits of the factors: `coordinates`, and what is seen along them."""
+        """Take the last step at full precision, and set `coordinates`, `rotation` and `seen`."""
         if self._is_whole:
             block = torch.eye(self._rows.shape[2], dtype=torch.float64, device=self._rows.device)
         else:
             block = (self._weighted(weights).flatten(0, 1).T @ self._rows.flatten(0, 1)).T
-        # No orthogonality is assumed, and columns that depend on each other need no special case.
+        # This assumes no orthogonality, and linearly dependent columns need no special case.
         both = torch.cat([self._basis.double(), block.double()], dim=1)
         self.coordinates, triangle = torch.linalg.qr(both)
         self.rotation = triangle[:, : self._basis.shape[1]]
         self.seen = product(self._rows, self.coordinates)
 
     def _weighted(self, weights: Tensor) -> Tensor:
-        """``G_i X_i^T`` along the directions beside the basis, (updates, r, room) float32."""
+        """Return ``G_i X_i^T`` along the directions added to the basis, (updates, r, room) float32."""
         return weights.float() @ self.seen[..., self._basis.shape[1] :]
 
     def _look_along(self, block: Tensor) -> None:
@@ -86,7 +87,7 @@ class Side:
 
 
 def rough_sum(rows: Tensor, weights: Tensor) -> Tensor:
-    """``Σ X_i W_i`` (n, q) float32 of W (updates, r, q), in few digits."""
+    """Return ``Σ X_i W_i`` (n, q) float32 for W (updates, r, q), in low precision."""
     dtype = _rough_dtype(rows.device)
     total = rows.new_zeros(weights.shape[2], rows.shape[2])
     for part, of in zip(rows.split(_TASKS_AT_ONCE), weights.split(_TASKS_AT_ONCE), strict=True):
@@ -95,7 +96,7 @@ def rough_sum(rows: Tensor, weights: Tensor) -> Tensor:
 
 
 def rough_product(rows: Tensor, directions: Tensor) -> Tensor:
-    """``X_i^T Q`` (updates, r, q) float32 of Q (n, q), in few digits."""
+    """Return ``X_i^T Q`` (updates, r, q) float32 for Q (n, q), in low precision."""
     dtype = _rough_dtype(rows.device)
     seen, directions = rows.new_empty(*rows.shape[:2], directions.shape[1]), directions.to(dtype)
     for part, into in zip(rows.split(_TASKS_AT_ONCE), seen.split(_TASKS_AT_ONCE), strict=True):
@@ -104,7 +105,7 @@ def rough_product(rows: Tensor, directions: Tensor) -> Tensor:
 
 
 def _rough_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where it is faster than float32: elsewhere a processor may take many times as long."""
+    """Return bfloat16 where it is faster than float32; on other processors it may take many times as long."""
     return torch.bfloat16 if device.type == "cpu" and _multiplies_bfloat16() else torch.float32
 
 
@@ -114,7 +115,7 @@ def _multiplies_bfloat16() -> bool:
     return bool(known.get("avx512_bf16") or known.get("amx_bf16")) and torch.backends.mkldnn.is_available()
 
 
-@lru_cache(maxsize=2)  # the modules of a collection take the same ones
+@lru_cache(maxsize=2)  # all modules of a collection take the same numbers
 def _random(rows: int, columns: int) -> Tensor:
-    """Normal numbers (rows, columns) float32, the same on every device."""
+    """Return normal random numbers (rows, columns) float32 that are the same on every device."""
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))

@@ -1,8 +1,8 @@
-"""Which adapters are the same, or nearly: found by a sketch of their updates, told by the updates themselves.
+"""Search for adapters that are the same or nearly the same, by sketches of their updates and then by the updates.
 
-A sketch is a random bilinear image of every update, ``Ω_out^T ΔW Ω_in``, summed over modules; the inner product of two
-is that of the adapters, off by a few percent. So one Gram matrix of short vectors finds who may be alike, and only
-those are compared, each with one other.
+A sketch is a random bilinear image of every update, ``Ω_out^T ΔW Ω_in``, summed over modules. The inner product of two
+sketches approximates the inner product of the adapters to within a few percent. One Gram matrix of short vectors
+therefore finds the adapters that may be alike, and only these are compared, each with one other.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from torch import Tensor
 from .factors import LowRankUpdate, product_norm
 
 
-_SIDE = 32  # of a sketch; the cosine of two is off by about 2 / 32
-_MAY_BE_ALIKE = 0.8  # of sketches
-NEAR = 0.95  # cosine of two adapters that are nearly the same, such as two checkpoints of one run
-SAME = 1e-4  # relative distance of two that are the same; rounding in float16 is over it, in float32 far below
+_SIDE = 32  # side of a sketch; the cosine of two sketches is off by about 2 / 32
+_MAY_BE_ALIKE = 0.8  # cosine of two sketches above which their adapters are compared
+NEAR = 0.95  # least cosine of two adapters that are nearly the same, such as two checkpoints of one run
+SAME = 1e-4  # largest relative distance of two equal adapters; float16 rounding exceeds it, float32 is far below
 
 
 @dataclass(frozen=True)
 class Alike:
-    """Two adapters that are the same, or nearly.
+    """Two adapters that are the same or nearly the same.
 
     Args:
-        task: One of them.
-        other: The one that came before it.
-        cosine: ``⟨ΔW_1, ΔW_2⟩ / (‖ΔW_1‖ ‖ΔW_2‖)`` over all modules.
-        distance: ``‖ΔW_1 - ΔW_2‖ / max(‖ΔW_1‖, ‖ΔW_2‖)``.
+        task: Name of one adapter.
+        other: Name of the adapter that came before it.
+        cosine: Cosine ``⟨ΔW_1, ΔW_2⟩ / (‖ΔW_1‖ ‖ΔW_2‖)`` over all modules.
+        distance: Relative distance ``‖ΔW_1 - ΔW_2‖ / max(‖ΔW_1‖, ‖ΔW_2‖)`` over all modules.
     """
 
     task: str
@@ -41,29 +41,29 @@ class Alike:
 
     @property
     def same(self) -> bool:
-        """Whether they are one adapter."""
+        """Whether the two are the same adapter."""
         return self.distance <= SAME
 
 
 class UpdateSketches:
-    """Sketches of many adapters, made one module after another: (32²,) float64 numbers an adapter."""
+    """Sketches of many adapters, (32²,) float64 each, computed one module after another."""
 
     def __init__(self, tasks: Iterable[str]) -> None:
         self._sketches = {task: torch.zeros(_SIDE * _SIDE, dtype=torch.float64) for task in tasks}
 
     def add(self, images: Mapping[str, Tensor]) -> None:
-        """Add the `sketches_of` one module."""
+        """Add the sketches of one module, as returned by `sketches_of`."""
         for task, image in images.items():
             self._sketches[task] += image
 
     def candidates(self) -> dict[str, str]:
-        """By task, the earlier one that it is most like, where they may be alike."""
+        """Return the earlier task that each task is most like, for tasks that may be alike."""
         tasks = list(self._sketches)
         if len(tasks) < 2:
             return {}
         rows = torch.nn.functional.normalize(torch.stack([self._sketches[task] for task in tasks]), dim=1)
         cosines = (rows @ rows.T).tril(-1)
-        # The first of those that are as near: all copies of an adapter are compared with the first of them.
+        # Take the first of equally near tasks, so that all copies of an adapter are compared with its first copy.
         best, _ = cosines.max(1, keepdim=True)
         nearest = (cosines >= best - 1e-6).int().argmax(1).tolist()
         pairs = [(i, j) for i, j in enumerate(nearest) if cosines[i, j] > _MAY_BE_ALIKE]
@@ -71,7 +71,7 @@ class UpdateSketches:
 
 
 def sketches_of(module: str, updates: Mapping[str, LowRankUpdate]) -> dict[str, Tensor]:
-    """``Ω_out^T ΔW Ω_in`` (32²,) float64 of the updates of one module, by task."""
+    """Return ``Ω_out^T ΔW Ω_in`` (32²,) float64 of the updates of one module, by task."""
     if not updates:
         return {}
     n, d = next(iter(updates.values())).shape
@@ -89,11 +89,11 @@ def alike(
     candidates: Mapping[str, str],
     modules_of: Callable[[str], Mapping[str, LowRankUpdate]],
 ) -> tuple[Alike, ...]:
-    """Those of the candidates that are the same or nearly, by their updates.
+    """Return the candidates whose updates are the same or nearly the same.
 
     Args:
-        candidates: Task -> the one it is compared with.
-        modules_of: The updates of a task by module.
+        candidates: Mapping of each task to the task that it is compared with.
+        modules_of: Function that returns the updates of a task by module.
     """
     found = []
     for task, other in candidates.items():
@@ -120,7 +120,7 @@ def alike(
 
 
 def groups_of(pairs: Sequence[Alike]) -> tuple[tuple[str, ...], ...]:
-    """Tasks that are linked by pairs, a tuple a group, each with the one that came first at its beginning."""
+    """Return groups of tasks that are linked by pairs, each starting with the task that came first."""
     first: dict[str, str] = {}
     groups: dict[str, list[str]] = {}
     for pair in pairs:
@@ -139,5 +139,5 @@ def _inner(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> float
 
 
 def _distance_squared(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> float:
-    """The squared distance as the norm of one product: a difference of squares would lose half the digits."""
+    """Return the squared distance from the norm of one product; a difference of squares would lose half the digits."""
     return float(product_norm(torch.cat([first[0], second[0]], 1), torch.cat([first[1], -second[1]], 1)).square())

@@ -1,8 +1,9 @@
-"""Merging new updates into a layer (Sec. 3.2.3 of the paper), at a cost that does not depend on the number of tasks.
+"""Merging new updates into a layer (Sec. 3.2.3 of the paper), at a cost that hardly depends on the number of tasks.
 
-The work on matrices with n or d rows is one QR of the basis beside the new factors and one product, whatever the
-number of tasks; what grows with it is O(tasks p k²) in coordinates of at most k + m. Every merge certifies what it did
-to each task, at whatever scale the task is, and what the bound says holds for what is stored, rounding included.
+The work on matrices with n or d rows is one QR of the basis next to the new factors and one product, whatever the
+number of tasks. Only the work of O(tasks p k²) in at most k + m coordinates grows with that number. Every merge
+certifies how much it changed each task, relative to the size of the task, and the bound covers what is stored,
+including rounding.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from .settings import SubspaceSettings, rank_in_layer
 from .stack import UpdateStack
 
 
-# A new update with less than this relative part outside the basis needs no merge: it is float32 rounding error.
+# A new update with less than this relative part outside the basis needs no new basis: it is float32 rounding
+# error.
 NEGLIGIBLE_RESIDUAL = 1e-6
 
 
@@ -42,16 +44,16 @@ class DriftToleranceError(ValueError):
 
 @dataclass(frozen=True)
 class LayerMergeReport:
-    """What one merge did to one layer.
+    """Report of one merge into one layer.
 
     Args:
-        new_tasks: Tasks that were added.
-        drift: Relative change ``‖ΔW_i' - ΔW_i‖ / ‖ΔW_i‖`` of every task by this merge, (task -> value); for a new
-            task, its own compression error. Exact up to the rounding of what is stored in float32, which only the
-            bound includes.
-        drift_bound: Sum of the drifts since each task was learned.
+        new_tasks: Names of the tasks that were added.
+        drift: Relative change ``‖ΔW_i' - ΔW_i‖ / ‖ΔW_i‖`` of every task by this merge (task -> value). For a new task
+            it is its own compression error. It is exact up to the rounding of what is stored in float32, which only
+            the bound includes.
+        drift_bound: Sum of the drifts since each task was learned, as a bound.
         num_components: (k_out, k_in) of the result.
-        basis_changed: False if the basis already explained the new updates.
+        basis_changed: Whether the merge changed the basis. It does not if the basis already explained the new updates.
     """
 
     new_tasks: tuple[str, ...]
@@ -63,19 +65,19 @@ class LayerMergeReport:
 
 @dataclass(frozen=True)
 class _Merge:
-    """What goes into one merge of one layer.
+    """Inputs of one merge of one layer.
 
     Args:
-        layer: As it was.
+        layer: Layer before the merge.
         new_tasks: Names of the new tasks.
-        norms: (tasks + new tasks,), of all updates as learned.
-        noise: (new tasks,), relative size of what rounding may have changed of a new update, or hidden of its drift.
+        norms: (tasks + new tasks,), norms of all updates as learned.
+        noise: (new tasks,), relative bound on how much rounding changed a new update, or hid of its drift.
         coordinates: (n, q_out) and (d, q_in), orthonormal.
         stack: All updates in these coordinates.
-        unbalanced: Whether the factors of the new updates are still to get equal shares of them.
-        coefficient_dtype: What coefficients are stored in.
-        tolerance: Relative error up to which a new task takes a smaller rank.
-        uncut: Which of the new tasks (new tasks,) bool keep their rank whatever it says.
+        unbalanced: Whether the factors of the new updates have yet to be balanced.
+        coefficient_dtype: Type that coefficients are stored in.
+        tolerance: Relative error up to which a new task takes a smaller rank. None means that no rank is cut.
+        uncut: (new tasks,) bool, whether a new task keeps its rank in spite of the tolerance.
     """
 
     layer: LayerSubspace
@@ -91,16 +93,16 @@ class _Merge:
 
     @property
     def weights(self) -> Tensor:
-        """(tasks + new tasks,), ``1 / ‖ΔW_i‖``, or 0 for an update that is zero."""
+        """Weights (tasks + new tasks,), ``1 / ‖ΔW_i‖`` or 0 for an update that is zero."""
         return torch.cat([self.stack.old_weights, self.stack.new_weights])
 
     @property
     def nothing_lost(self) -> Tensor:
-        """Zeros (tasks,), the change of old tasks that are not moved."""
+        """Zeros (tasks,), the loss of old tasks that are not moved."""
         return torch.zeros_like(self.layer.records.norms)
 
 
-# A layer after a merge, and the relative drift (tasks,) by it.
+# A layer after a merge, and the relative drift (tasks,) that the merge caused.
 _Merged = tuple[LayerSubspace, Tensor]
 
 
@@ -113,27 +115,27 @@ def merge_into_layer(
     tolerance: float | None = None,
     uncut: Collection[str] = (),
 ) -> tuple[LayerSubspace, LayerMergeReport]:
-    """Add updates to a layer: new basis, analytic coefficients of every task, and a certificate of their drift.
+    """Add updates to a layer, with a new basis, analytic coefficients of every task, and a certificate of their drift.
 
-    Merging into `LayerSubspace.empty` is the initialization of the subspace from adapters.
+    Merging into `LayerSubspace.empty` initializes the subspace from adapters.
 
     Args:
-        layer: The layer as it is; not changed.
-        updates: New tasks by name, each an update of the layer's shape.
-        settings: k, p, the kind of basis, and the drift that is tolerated.
+        layer: Layer before the merge; not changed.
+        updates: Updates of the new tasks by name, each of the layer's shape.
+        settings: Settings such as k, p, the kind of basis, and the tolerated drift.
         scratch: Memory that the merges of several layers share.
-        tolerance: Relative part of an update that may be outside the basis for the basis to stay as it is; rounding
-            errors if not given. What p < r costs an update does not count: no basis removes it. Another thing than
-            the tolerance of `settings`, which is about ranks.
-        uncut: New tasks that keep the rank they come with, up to p, whatever the tolerance of `settings`: it was
-            applied to them before.
+        tolerance: Relative part of an update that may lie outside the basis without a change of the basis. If not
+            given, only rounding errors are tolerated. The error of an update due to p < r does not count, because no
+            basis removes it. This is not the tolerance of `settings`, which is about ranks.
+        uncut: Names of new tasks that keep the rank they come with, up to p, whatever the tolerance of `settings`,
+            because it was applied to them before.
 
     Returns:
-        The new layer, in the dtype of the old one's basis, and the report.
+        The new layer, in the dtype of the old basis, and the report.
 
     Raises:
         ValueError: If a name is taken, a shape is not the layer's, a factor is not finite, or a task cannot be stored
-            in the layer's dtype within a bound; naming the task.
+            in the layer's dtype within a bound. The error names the task.
         DriftToleranceError: If no number of components up to `max_components` meets `drift_tolerance`.
     """
     _check_updates(layer, updates, settings)
@@ -157,7 +159,7 @@ def merge_into_layer(
 
 def _merged(merge: _Merge, settings: SubspaceSettings, explained: float) -> _Merged:
     if min(merge.layer.num_components) == 0 and merge.stack.new_weights.any():
-        return _search(merge, settings)  # nothing explains an update yet
+        return _search(merge, settings)  # there is no basis yet
     unchanged = candidate_of(merge.stack, (old_basis_of(merge.stack), old_basis_of(merge.stack.mirrored)))
     if (unchanged.span_error <= explained).all():
         kept, drift = _with_old_basis(merge, unchanged)
@@ -168,9 +170,9 @@ def _merged(merge: _Merge, settings: SubspaceSettings, explained: float) -> _Mer
 
 
 def residual_outside(layer: LayerSubspace, update: LowRankUpdate) -> float:
-    """Relative part of an update that the layer's basis does not explain, ``‖ΔW - ββ^T ΔW αα^T‖ / ‖ΔW‖``.
+    """Return the relative part of an update that the basis does not explain, ``‖ΔW - ββ^T ΔW αα^T‖ / ‖ΔW‖``.
 
-    Measured on the factors themselves, not as a difference of squared norms.
+    It is computed from the factors themselves, not as a difference of squared norms.
     """
     batch = batch_of_few(layer, {"": update}, as_they_are=False)
     weights = torch.ones(len(layer.tasks) + 1, dtype=torch.float64, device=layer.basis_out.device)
@@ -190,7 +192,7 @@ def _check_updates(layer: LayerSubspace, updates: Mapping[str, LowRankUpdate], s
 
 
 def _rooms(layer: LayerSubspace, updates: Mapping[str, LowRankUpdate], settings: SubspaceSettings) -> Iterator[int]:
-    """How many directions to find for a merge, more and more while a tolerated drift is not met; 0 for all."""
+    """Yield numbers of directions to find, growing for as long as the tolerated drift is not met, and 0 for all."""
     columns = sum(update.out_factor.shape[1] for update in updates.values())
     room = max(settings.num_components, *layer.num_components) + OVERSAMPLING
     if columns > EXACT_COLUMNS:
@@ -236,13 +238,13 @@ def _prepared(
 
 
 def _search(merge: _Merge, settings: SubspaceSettings) -> _Merged:
-    """The smallest result that meets the drift tolerance; without one, the result at `num_components`.
+    """Return the smallest result that meets the drift tolerance, or, if there is none, the one at `num_components`.
 
-    Drift is not monotone in k, so k is scanned upward, one by one. What rounding adds is only known of a whole result,
-    which is not computed where the directions alone lose too much.
+    Drift is not monotone in k, so k is scanned upward, one by one. The effect of rounding is only known for a complete
+    result, which is not computed where the directions alone lose too much.
 
     Raises:
-        DriftToleranceError: If none meets it.
+        DriftToleranceError: If no result meets the tolerance.
     """
     stack, tolerance = merge.stack, settings.drift_tolerance
     candidate = candidate_of(stack, choose_directions(stack, settings, settings.num_components))
@@ -278,20 +280,20 @@ def _search(merge: _Merge, settings: SubspaceSettings) -> _Merged:
 
 
 def _worst_drift(merge: _Merge, candidate: Candidate) -> float:
-    """Largest drift the tolerance applies to, before rounding: of old tasks by merges, of new ones by the basis."""
+    """Return the largest drift before rounding: of old tasks by all merges, and of new tasks by the basis alone."""
     drift = move_old_tasks(merge.stack, candidate).lost * merge.stack.old_weights
     return float(torch.cat([_tolerated_part(merge.layer.records) + drift, candidate.span_error]).max())
 
 
 def _tolerated_part(records: TaskRecords) -> Tensor:
-    """What the tolerance applies to (tasks,): the bounds without what p < r cost a task, which no basis changes."""
+    """Return the bounds (tasks,) without the cost of p < r, which no basis changes and the tolerance leaves out."""
     return records.drift_bounds - records.rank_errors
 
 
 def _with_new_basis(merge: _Merge, candidate: Candidate) -> _Merged:
-    """The layer in the candidate's basis, rounded to its dtype, and the drift (tasks,) of this merge.
+    """Return the layer in the candidate's basis, rounded to its dtype, and the drift (tasks,) of this merge.
 
-    What is certified is what is written: the bounds include the rounding of basis and coefficients.
+    The certificate covers what is written: the bounds include the rounding of basis and coefficients.
     """
     layer, stack, coordinates = merge.layer, merge.stack, merge.coordinates
     dtype, old_count = layer.basis_out.dtype, len(layer.tasks)
@@ -323,7 +325,7 @@ def _with_new_basis(merge: _Merge, candidate: Candidate) -> _Merged:
 
 
 def _with_old_basis(merge: _Merge, candidate: Candidate) -> _Merged:
-    """The layer with the new tasks projected on the basis it has; the old tasks keep their coefficients to the bit."""
+    """Return the layer with new tasks projected on its present basis; old tasks keep their coefficients to the bit."""
     layer, stack, dtype = merge.layer, merge.stack, merge.layer.basis_out.dtype
     new_out, new_in, rank_errors = _new_coefficients(merge, candidate)
     new_out, new_in = _in_old_basis(new_out, stack.rotation_out), _in_old_basis(new_in, stack.rotation_in)
@@ -355,10 +357,10 @@ def _new_coefficients(merge: _Merge, candidate: Candidate) -> tuple[Tensor, Tens
 
 
 def _check_storable(merge: _Merge, rounding: Tensor, dtype: torch.dtype, spectra: tuple[Tensor, ...] = ()) -> None:
-    """Refuse a result that its dtype cannot hold: overflow and underflow are the rounding of single tasks.
+    """Check that the dtype can hold a result; overflow and underflow show as the rounding of single tasks.
 
     Raises:
-        ValueError: Naming the task that it changes most.
+        ValueError: If it cannot. The error names the task that rounding changes most.
     """
     relative = rounding * merge.weights
     overflows = any(not torch.isfinite(spectrum.float()).all() for spectrum in spectra)
@@ -377,19 +379,19 @@ def _check_storable(merge: _Merge, rounding: Tensor, dtype: torch.dtype, spectra
 def _records(
     merge: _Merge, lost: Tensor, span_error: Tensor, rank_errors: Tensor, rounding: Tensor, changes: Tensor
 ) -> tuple[TaskRecords, Tensor]:
-    """Records of all tasks after a merge, and its drift (tasks,).
+    """Return the records of all tasks after a merge, and the drift (tasks + new tasks,) that it caused.
 
     Args:
-        merge: What went into it.
-        lost: (tasks,), ``‖ΔW_i' - ΔW_i‖`` of the old tasks.
-        span_error: (new tasks,), relative.
-        rank_errors: (new tasks,), absolute.
-        rounding: (tasks + new tasks,), absolute.
-        changes: (tasks + new tasks,), absolute, by storing coefficients in fewer bits.
+        merge: Inputs of the merge.
+        lost: (tasks,), absolute loss ``‖ΔW_i' - ΔW_i‖`` of the old tasks.
+        span_error: (new tasks,), relative part outside the directions.
+        rank_errors: (new tasks,), absolute loss to a rank above p.
+        rounding: (tasks + new tasks,), absolute bound on the rounding.
+        changes: (tasks + new tasks,), absolute change by storing coefficients in fewer bits.
     """
     old, stack = merge.layer.records, merge.stack
     old_changes, new_changes = (changes * merge.weights).split([len(lost), len(span_error)])
-    # What storing changes lies inside the basis, and what is lost outside of it.
+    # The change by storing lies inside the basis, and the loss outside of it.
     old_drift = torch.hypot(lost * stack.old_weights, old_changes)
     rank_errors = rank_errors * stack.new_weights
     new_drift = (span_error.square() + rank_errors.square() + new_changes.square()).sqrt()
@@ -405,6 +407,6 @@ def _records(
 
 
 def _in_old_basis(coefficients: Tensor, rotation: Tensor) -> Tensor:
-    """Coefficients in the first coordinates of a merge, written in the old basis that spans them."""
+    """Convert coefficients in the first coordinates of a merge to the old basis, which spans these."""
     k = rotation.shape[1]
     return torch.linalg.solve_triangular(rotation[:k], coefficients, upper=True)

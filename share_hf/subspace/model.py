@@ -18,13 +18,13 @@ from .threads import for_each_module, tasks_by_module
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge did to a model.
+    """Report of a merge into a model.
 
     Args:
-        new_tasks: Tasks that were added.
-        layers: By module, what happened there.
-        drift: By task, its relative change by this merge over all layers, ``‖ΔW' - ΔW‖ / ‖ΔW‖``; for a new task, its
-            own compression error.
+        new_tasks: Names of the tasks that were added.
+        layers: Reports of the layers by module.
+        drift: Relative change ``‖ΔW' - ΔW‖ / ‖ΔW‖`` of each task by this merge over all layers. For a new task it is
+            its own compression error.
     """
 
     new_tasks: tuple[str, ...]
@@ -33,23 +33,23 @@ class MergeReport:
 
     @property
     def max_drift(self) -> float:
-        """Largest drift of a task that was there before."""
+        """Largest drift of a task that was already there."""
         return max((drift for task, drift in self.drift.items() if task not in self.new_tasks), default=0.0)
 
     @property
     def max_drift_bound(self) -> float:
-        """Largest certified drift since learning, over tasks and layers."""
+        """Largest drift bound since learning, over the tasks and the merged layers."""
         return max((bound for layer in self.layers.values() for bound in layer.drift_bound.values()), default=0.0)
 
     @property
     def projected_tasks(self) -> tuple[str, ...]:
-        """The new tasks that the bases explained already: none of their layers' bases changed."""
+        """New tasks that the bases already explained, so that the basis of none of their layers changed."""
         merged = {task for layer in self.layers.values() if layer.basis_changed for task in layer.new_tasks}
         return tuple(task for task in self.new_tasks if task not in merged)
 
     @property
     def changed_layers(self) -> int:
-        """Layers whose basis changed."""
+        """Number of layers whose basis changed."""
         return sum(layer.basis_changed for layer in self.layers.values())
 
 
@@ -62,23 +62,23 @@ def merge_into_layers(
     uncut: Collection[str] = (),
     progress: bool = False,
 ) -> tuple[dict[str, LayerSubspace], MergeReport]:
-    """Merge new tasks into every layer they adapt; a layer that is seen for the first time is initialized.
+    """Merge new tasks into every layer they adapt, and initialize layers that are seen for the first time.
 
-    Updates are taken from their mappings one layer at a time and let go of after it, so mappings that read an update
-    when it is asked for never hold more than a layer's. Where many tasks come at once, as many layers are merged at a
-    time as there are threads, with one thread each: what comes out does not depend on how many there are.
+    Updates are read from their mappings one layer at a time and not kept afterwards, so mappings that read updates on
+    demand never hold more than those of one layer. If many tasks come at once, as many layers are merged at a time as
+    there are threads, with one thread each. The result does not depend on the number of threads.
 
     Args:
-        layers: By module; not changed.
-        updates: Task -> module -> update. A task need not be in every layer.
+        layers: Layers by module; not changed.
+        updates: Updates, as a mapping of task -> module -> update. A task need not be in every layer.
         settings: Settings of every layer.
-        tolerance: As for `merge_into_layer`.
-        uncut: Likewise.
+        tolerance: Same as in `merge_into_layer`.
+        uncut: Same as in `merge_into_layer`.
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: As `merge_into_layer`, naming the module.
-        DriftToleranceError: Likewise.
+        ValueError: See `merge_into_layer`. The error names the module.
+        DriftToleranceError: See `merge_into_layer`. The error names the module.
     """
     by_module, scratch = tasks_by_module(updates), Scratch()
 

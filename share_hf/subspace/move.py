@@ -1,6 +1,6 @@
-"""What becomes of a layer's tasks in other directions: their coefficients there, and what is lost, computed exactly.
+"""Moving the tasks of a layer to other directions: their coefficients there, and the loss, computed exactly.
 
-Everything is in the coordinates of an `UpdateStack`. What is lost comes from the parts that are discarded rather than
+All computations are in the coordinates of an `UpdateStack`. The loss is computed from the discarded parts rather than
 from differences of norms, which would lose half the digits.
 """
 
@@ -27,21 +27,22 @@ class Candidate:
 
 
 def old_basis_of(stack: UpdateStack) -> Directions:
-    """The old basis as directions: the first coordinates of the QR span it."""
+    """Return the old basis as directions; the first coordinates of the QR span it."""
     kept = stack.rotation_out.shape[1]
     identity = torch.eye(stack.rotation_out.shape[0], dtype=torch.float64, device=stack.rotation_out.device)
     return Directions(identity, identity.new_zeros(len(identity)), kept)
 
 
 def candidate_of(stack: UpdateStack, directions: tuple[Directions, Directions]) -> Candidate:
-    """Directions with what they leave out of each new update."""
+    """Return the directions with the part of each new update that they leave out."""
     return Candidate(*directions, _span_errors(stack, *directions) * stack.new_weights)
 
 
 def _span_errors(stack: UpdateStack, out: Directions, in_: Directions) -> Tensor:
-    """``‖ΔW - PP^T ΔW P'P'^T‖`` (new tasks,).
+    """Return ``‖ΔW - PP^T ΔW P'P'^T‖`` (new tasks,).
 
-    Parts outside the coordinates, in discarded outputs, and in kept outputs but discarded inputs, are orthogonal.
+    The parts outside the coordinates, in discarded outputs, and in kept outputs but discarded inputs are orthogonal to
+    each other.
     """
     squared = stack.outside.square()
     for span, new_out, new_in in stack.new_chunks():
@@ -54,13 +55,13 @@ def _span_errors(stack: UpdateStack, out: Directions, in_: Directions) -> Tensor
 
 @dataclass(frozen=True)
 class MovedTasks:
-    """Old tasks in a new basis, as stored, with what the change did to each of them.
+    """Old tasks in a new basis, as stored, with the loss of each of them.
 
     Args:
-        coefficients_out: (tasks + new tasks, k_out', p), with room at the end for the new tasks. Likewise
-            `coefficients_in`.
-        lost: (tasks,), ``‖ΔW_i' - ΔW_i‖`` before rounding.
-        rounding: What storing them changed.
+        coefficients_out: (tasks + new tasks, k_out', p), with room at the end for the new tasks.
+        coefficients_in: (tasks + new tasks, k_in', p), with room at the end for the new tasks.
+        lost: (tasks,), loss ``‖ΔW_i' - ΔW_i‖`` before rounding.
+        rounding: Changes made by storing the coefficients.
     """
 
     coefficients_out: Tensor
@@ -70,10 +71,10 @@ class MovedTasks:
 
 
 def move_old_tasks(stack: UpdateStack, candidate: Candidate, dtype: CoefficientDtype = "float32") -> MovedTasks:
-    """``ε' = P^T R ε`` for all old tasks (Sec. 3.2.3), and how much of each update the new basis loses.
+    """Compute ``ε' = P^T R ε`` for all old tasks (Sec. 3.2.3), and how much of each update the new basis loses.
 
-    The loss is ``‖D_out^T ΔW‖² + ‖ΔW D_in‖² - ‖D_out^T ΔW D_in‖²`` with D the discarded directions. The last term is
-    no larger than either of the others, so nothing cancels.
+    The squared loss is ``‖D_out^T ΔW‖² + ‖ΔW D_in‖² - ‖D_out^T ΔW D_in‖²`` with D the discarded directions. The last
+    term is no larger than either of the others, so no digits cancel.
     """
     turn_out = stack.rotation_out.T @ candidate.out.vectors
     turn_in = stack.rotation_in.T @ candidate.in_.vectors
@@ -103,7 +104,7 @@ def move_old_tasks(stack: UpdateStack, candidate: Candidate, dtype: CoefficientD
 
 
 def _product_norm_squared(factor: Tensor, gram: Tensor) -> Tensor:
-    """``‖X Y^T‖²`` (tasks,) from X^T (tasks, p, j) and the Gram matrix Y^T Y (tasks, p, p)."""
+    """Return ``‖X Y^T‖²`` (tasks,) from X^T (tasks, p, j) and the Gram matrix Y^T Y (tasks, p, p)."""
     return ((gram @ factor) * factor).sum((-2, -1)).clamp_min(0)
 
 
@@ -116,18 +117,20 @@ def new_coefficients(
     tolerance: float | None = None,
     uncut: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Coefficients of the new tasks: their factors projected, or the best rank p of the product if they are wider.
+    """Compute the coefficients of the new tasks: their projected factors, or the best rank p if these are wider.
 
     Args:
-        stack: Has the new tasks.
-        candidate: The directions.
-        pseudo_rank: p.
-        balance: Whether both factors of each task get the same share of its update, instead of what they came with.
-        tolerance: Relative error up to which a task takes a smaller rank, filled up with zeros. Balances them too.
-        uncut: Which of the new tasks (new tasks,) bool keep their rank all the same; none if not given.
+        stack: Stack that holds the new tasks.
+        candidate: Directions of the result.
+        pseudo_rank: Rank p.
+        balance: Whether to balance the two factors of each task, instead of keeping them as they came.
+        tolerance: Relative error up to which a task takes a smaller rank, padded with zeros. It implies balancing.
+            None means that no rank is cut.
+        uncut: (new tasks,) bool, whether a new task keeps its rank in spite of the tolerance; none if not given.
 
     Returns:
-        (new tasks, k_out', p), (new tasks, k_in', p), and the norm (new tasks,) of what a rank over p lost.
+        Coefficients (new tasks, k_out', p) and (new tasks, k_in', p), and the norm (new tasks,) of what the cut of the
+        rank lost.
     """
     count = len(stack.new_weights)
     all_out = stack.new_out.new_zeros(count, candidate.out.kept, pseudo_rank)
@@ -142,36 +145,36 @@ def new_coefficients(
             all_out[span][remade], all_in[span][remade], rank_errors[span][remade] = truncated_balanced_factors(
                 new_out[remade], new_in[remade], pseudo_rank
             )
-    # Of an update of a smaller rank, a decomposition leaves rounding errors where there is nothing.
+    # For an update of a smaller rank, a decomposition leaves rounding errors in columns that should be zero.
     empty = torch.arange(pseudo_rank, device=all_out.device) >= stack.new_ranks.unsqueeze(1)
     all_out.masked_fill_(empty.unsqueeze(1), 0.0)
     all_in.masked_fill_(empty.unsqueeze(1), 0.0)
     if tolerance is not None:
         tolerated = _tolerated(stack, candidate, tolerance)
         if uncut is not None:
-            tolerated[uncut] = -1.0  # less than a column of zeros loses
+            tolerated[uncut] = -1.0  # less than the loss of a zero column, so nothing is cut
         _cut_to_tolerance(all_out, all_in, rank_errors, tolerated)
     return all_out, all_in, rank_errors
 
 
 def _tolerated(stack: UpdateStack, candidate: Candidate, tolerance: float) -> Tensor:
-    """Squared norms (new tasks,) of what a rank may lose of each, beside what the directions do."""
+    """Return the squared norms (new tasks,) that a smaller rank may lose in addition to the loss of the directions."""
     relative = (tolerance**2 - candidate.span_error.square()).clamp_min(0)
     weights = stack.new_weights
     return torch.where(weights > 0, relative / torch.where(weights > 0, weights, 1.0).square(), 0.0)
 
 
 def _cut_to_tolerance(out: Tensor, in_: Tensor, rank_errors: Tensor, tolerated: Tensor) -> None:
-    """Zero the last columns of balanced coefficients, as many as are tolerated, and count them as lost; in place.
+    """Zero as many of the last columns of balanced coefficients as is tolerated, and count them as lost, in place.
 
     Args:
         out: (tasks, k_out, p), ``U √S``.
         in_: (tasks, k_in, p), ``V √S``.
-        rank_errors: (tasks,), what a rank over p lost.
-        tolerated: (tasks,), squared norms.
+        rank_errors: (tasks,), norms of what a rank above p lost.
+        tolerated: (tasks,), tolerated squared norms.
     """
-    energies = out.square().sum(1) * in_.square().sum(1)  # S², whose roots are the norms of both sides' columns
-    # Behind each column, what is lost without it and those after it.
+    energies = out.square().sum(1) * in_.square().sum(1)  # S², as the columns of both sides have squared norms S
+    # The loss at each column is the energy of that column and all columns after it.
     lost = energies.flip(1).cumsum(1).flip(1) + rank_errors.square().unsqueeze(1)
     cut = lost <= tolerated.unsqueeze(1)
     out.masked_fill_(cut.unsqueeze(1), 0.0)
@@ -180,7 +183,7 @@ def _cut_to_tolerance(out: Tensor, in_: Tensor, rank_errors: Tensor, tolerated: 
 
 
 def rounded_basis(exact: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
-    """The basis as stored, and the spectral norm of what rounding changed."""
+    """Return the basis as stored, and the spectral norm of its rounding error."""
     rounded = exact.to(dtype)
     change = rounded.double() - exact
     if not change.numel():
@@ -189,11 +192,12 @@ def rounded_basis(exact: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
 
 
 def rounding_bound(rounding: Rounding, slack: Tensor) -> Tensor:
-    """Upper bound (tasks,) on the change of each update by rounding the bases, and its coefficients where that is
-    little; not the `changes` of coefficients in fewer bits.
+    """Bound the change (tasks,) of each update by rounding the bases and the coefficients.
+
+    The bound includes only small rounding errors of coefficients, not the `changes` of coefficients in fewer bits.
 
     Args:
-        rounding: The rounding of the coefficients.
+        rounding: Rounding of the coefficients.
         slack: (2,), spectral norms of the rounding errors of the bases.
     """
     sizes, roundings = rounding.sizes, rounding.roundings

@@ -1,4 +1,4 @@
-"""One vector of features for an input, from the hidden states of a model: the mean over its tokens in some layers."""
+"""One feature vector per input from the hidden states of a model: the means over its tokens in some layers."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from torch import Tensor
 from .sketch import entry_hashes
 
 
-# More features than these are folded into as many: the covariance of all tasks has 4 MB then, whatever the model.
+# More features than this are folded into this many, so that the float32 covariance takes 4 MB whatever the model.
 MOST_FEATURES = 1024
 
 
 def pooled(hidden_states: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
-    """Features of each input: of each layer the mean over its tokens, scaled to a mean square of one.
+    """Compute the features of each input: the mean over its tokens in each layer, scaled to a mean square of one.
 
-    The scale makes layers comparable, and keeps the features of any model in the range that float32 is made for.
+    The scale makes layers comparable, and keeps the features of any model well within the range of float32.
 
     Args:
-        hidden_states: Those of each layer, (b, t, d).
-        mask: (b, t), nonzero at the tokens that count; all of them if not given.
+        hidden_states: Hidden states (b, t, d) of each layer.
+        mask: (b, t), nonzero at the tokens that count; all tokens if not given.
 
     Returns:
-        (b, layers * d) float32. An input without tokens has features of zero.
+        (b, layers * d) float32. The features of an input without tokens are zero.
     """
     if mask is None:
         mask = torch.ones(hidden_states[0].shape[:2], device=hidden_states[0].device)
@@ -32,7 +32,7 @@ def pooled(hidden_states: Sequence[Tensor], mask: Tensor | None = None) -> Tenso
     tokens = weights.sum(1).clamp_min(1)
     blocks = []
     for states in hidden_states:
-        # Not a product with the weights: what is padded may be NaN, as attention without a key gives.
+        # A product with the weights would not do: padding may be NaN, which attention without a key produces.
         kept = states.float().masked_fill(weights.to(states.device) == 0, 0)
         mean = kept.sum(1) / tokens.to(states.device)
         scale = mean.square().mean(1, keepdim=True).sqrt()
@@ -41,7 +41,7 @@ def pooled(hidden_states: Sequence[Tensor], mask: Tensor | None = None) -> Tenso
 
 
 def to_the_left(values: Tensor, mask: Tensor) -> Tensor:
-    """Rows whose tokens come first, in their order, and whose padding comes last, wherever it was.
+    """Move the tokens of each row to the front, in their order, and all padding to the end.
 
     Args:
         values: (b, t, …), such as token ids.
@@ -52,10 +52,10 @@ def to_the_left(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def folded(features: Tensor, width: int = MOST_FEATURES) -> Tensor:
-    """At most so many features (b, width): each is added to, or taken off, one of them that hashing chose.
+    """Fold features to at most (b, width), by adding each to, or subtracting it from, a place chosen by a hash.
 
-    Such a count-sketch keeps products of any two inputs, up to an error of about ``1 / sqrt(width)``. It is integer
-    arithmetic, so that every machine has the same.
+    Such a count-sketch preserves the inner product of any two inputs up to an error of about ``1 / sqrt(width)``. The
+    hashes are integer arithmetic, so every machine chooses the same places.
     """
     count = features.shape[1]
     if count <= width:

@@ -1,4 +1,4 @@
-"""Updates that no merge takes, whatever they are merged with: found before it, so that others go without them."""
+"""Updates that every merge refuses, found before the merge so that the others can be merged without them."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from .settings import BasisKind, SubspaceSettings
 from .threads import for_each_module, tasks_by_module
 
 
-# A product of factors of these sizes is a norm in range, or zero against the factors.
+# The product of factors within these sizes has a norm in range, or is zero relative to the factors.
 _USUAL_FACTOR = 1e12
-# Where ‖ΔW‖ is smaller than this part of ‖B‖ ‖A‖, the rounding of stored factors may be notable in it.
+# Where ‖ΔW‖ is smaller than this part of ‖B‖ ‖A‖, the rounding of stored factors may matter.
 _NOTABLE_CANCELLATION = 1e-3
 
 
 def refused_updates(
     updates: Mapping[str, Mapping[str, LowRankUpdate]], basis: BasisKind, *, progress: bool = False
 ) -> dict[str, ValueError]:
-    """By task, why a merge refuses one of its updates.
+    """Return the error with which a merge refuses an update of each task that has such an update.
 
-    It is not finite, its norm is out of range, or float32 numbers cannot hold its factors. What only the scales of
-    several tasks beside each other make impossible is no fault of one.
+    An update is refused because it is not finite, its norm is out of range, or float32 cannot hold its factors. A
+    merge that fails only because the scales of several tasks do not fit together is not attributed to any of them.
 
     Args:
-        updates: By task and module, taken one module at a time.
-        basis: The kind of basis, which says whether factors are stored as they are.
+        updates: Updates by task and module. They are read one module at a time.
+        basis: Kind of basis, which determines whether factors are stored as they are.
         progress: Whether to show a progress bar.
     """
     by_module = tasks_by_module(updates)
@@ -62,10 +62,10 @@ def _messages(updates: Mapping[str, LowRankUpdate], basis: BasisKind) -> Iterato
 
 
 def _is_usual(update: LowRankUpdate, basis: BasisKind) -> bool:
-    """Whether the sizes of an update's factors alone say that a merge takes it."""
+    """Return whether a merge certainly accepts an update, judging by the sizes of its factors alone."""
     factors = update.out_factor, update.in_factor
     sizes = [float(torch.linalg.vector_norm(factor, dtype=torch.float64)) for factor in factors]
-    if not all(1 / _USUAL_FACTOR < size < _USUAL_FACTOR for size in sizes):  # nor if one is not finite
+    if not all(1 / _USUAL_FACTOR < size < _USUAL_FACTOR for size in sizes):  # also False if one is not finite
         return False
     if basis == "joint":
         return True

@@ -1,11 +1,11 @@
-"""Coefficients in fewer bits: what is rounded to, what that changes, and how it is packed.
+"""Coefficients in fewer bits: rounding them, measuring what that changes, and packing them.
 
-In memory, coefficients are numbers of the basis' dtype that the type they are stored in holds exactly, so that a merge
-works on what the file has, and knows in float64 what storing it changed.
+In memory, coefficients have the dtype of the basis, with values that their storage type holds exactly. A merge thus
+works on the values in the file, and computes in float64 how much storing them changed.
 
-A 4-bit code stands for a small whole number, positive or negative, times a scale of its block, 32 directions of one
-column. The numbers lie closer together near zero, as coefficients of later directions are small. The scale is a
-bfloat16 number: products with the numbers are exact, and the codes follow from the products again, to the bit.
+A 4-bit code stands for a small whole number, positive or negative, times the scale of its block of 32 directions in
+one column. The numbers lie closer together near zero, because coefficients of later directions are small. The scale is
+a bfloat16 number: its products with the numbers are exact, and the codes can be recovered from them to the bit.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ CoefficientDtype = Literal["float32", "bfloat16", "4bit"]
 COEFFICIENT_DTYPES: tuple[str, ...] = get_args(CoefficientDtype)
 
 BLOCK = 32  # directions that share a scale
-_LEVELS = (0.0, 1.0, 2.0, 3.0, 5.0, 7.0, 10.0, 15.0)  # by size of a code
-_OFFSET = 8  # of a code in its four bits; a nibble of 0 is no code, and fills up the last byte of an odd column
+_LEVELS = (0.0, 1.0, 2.0, 3.0, 5.0, 7.0, 10.0, 15.0)  # numbers by absolute value of the code
+_OFFSET = 8  # offset of a code in its four bits; a nibble of 0 is no code, and pads the last byte of an odd column
 _NO_CODE = 0
 
-# A scale under that of the largest number cuts it off, and serves the others better: the best of these is taken.
+# A scale below that of the largest number clips it but suits the others better, so the best of these factors is used.
 _SCALES_TRIED = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 
-# A smaller one would not be a bfloat16 number of full precision.
+# bfloat16 does not hold smaller scales at full precision.
 _SMALLEST_SCALE = 1e-37
 
-# Relative change of an update by storing it from which on the type does not hold it: it is too large or too small, or
-# its factors cancel each other.
+# Largest relative change of an update by storing it in each type. Beyond it the type cannot hold the update: it is too
+# large or too small, or its factors cancel each other.
 MOST_ROUNDING: dict[str, float] = {"float32": 1e-2, "bfloat16": 5e-2, "4bit": 0.8}
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """What storing coefficients changed.
+    """Changes made by storing coefficients.
 
     Args:
-        sizes: (tasks, 2), norms of the coefficients, output and input side.
-        roundings: (tasks, 2), norms of their rounding errors, where those are small.
-        changes: (tasks,), ``‖ε̂_out ε̂_in^T - ε_out ε_in^T‖`` of coefficients in fewer bits, of which `sizes` are the
-            rounded ones'; 0 for others.
+        sizes: (tasks, 2), norms of the coefficients on the output and input side. For coefficients in fewer bits, they
+            are the norms after rounding.
+        roundings: (tasks, 2), norms of the rounding errors of float32 coefficients; 0 for coefficients in fewer bits.
+        changes: (tasks,), ``‖ε̂_out ε̂_in^T - ε_out ε_in^T‖`` of coefficients in fewer bits; 0 for float32.
     """
 
     sizes: Tensor
@@ -52,7 +52,7 @@ class Rounding:
     changes: Tensor
 
     def append(self, other: Rounding) -> Rounding:
-        """That of these tasks and of others behind them."""
+        """Return the changes of these tasks, followed by the changes of the tasks in `other`."""
         return Rounding(
             torch.cat([self.sizes, other.sizes]),
             torch.cat([self.roundings, other.roundings]),
@@ -63,13 +63,13 @@ class Rounding:
 def store(
     exact: tuple[Tensor, Tensor], stored: tuple[Tensor, Tensor], dtype: CoefficientDtype, *, dim: int
 ) -> Rounding:
-    """Write rounded coefficients where they are kept, and tell what that changed.
+    """Write rounded coefficients to their destination, and return how much that changed them.
 
     Args:
-        exact: Output and input side, float64, (tasks, k, p) or transposed.
-        stored: Likewise, in the dtype of the basis; written to.
-        dtype: What a file has them in.
-        dim: The dimension of the directions, -2 or transposed -1.
+        exact: Coefficients of the output and input side, float64, (tasks, k, p) or transposed.
+        stored: Destination of both sides, in the same shapes and the dtype of the basis.
+        dtype: Type that a file stores them in.
+        dim: Dimension of the directions, -2, or -1 if transposed.
     """
     if dtype == "float32":
         for side, into in zip(exact, stored, strict=True):
@@ -85,10 +85,10 @@ def store(
 
 
 def _rounded_pair(out: Tensor, in_: Tensor, dtype: CoefficientDtype) -> tuple[Tensor, Tensor]:
-    """Both sides' coefficients (tasks, k, p) in fewer bits, float64.
+    """Round the coefficients (tasks, k, p) of both sides to fewer bits, as float64.
 
-    Of 4 bits, each side is then fitted to what rounding made of the other, which takes off a part of the error; not so
-    where columns nearly depend on each other, as happens where p is about k: of each task, the better is taken.
+    With 4 bits, each side is then fitted to the rounded values of the other, which usually removes part of the error.
+    It does not where columns are nearly dependent, as happens if p is about k, so each task takes the better result.
     """
     apart = rounded(out.mT, dtype).mT.double(), rounded(in_.mT, dtype).mT.double()
     if dtype == "bfloat16":
@@ -100,39 +100,39 @@ def _rounded_pair(out: Tensor, in_: Tensor, dtype: CoefficientDtype) -> tuple[Te
 
 
 def _changes(found: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> Tensor:
-    """``‖ε̂_out ε̂_in^T - ε_out ε_in^T‖`` (tasks,) of coefficients (tasks, k, p)."""
+    """Return ``‖ε̂_out ε̂_in^T - ε_out ε_in^T‖`` (tasks,) of coefficients (tasks, k, p)."""
     left, right = torch.cat([found[0], exact[0]], -1), torch.cat([found[1], -exact[1]], -1)
     return torch.linalg.matrix_norm(left @ right.mT)
 
 
 def _fitted(side: Tensor, other: Tensor, found: Tensor) -> Tensor:
-    """The X (tasks, k, p) for which ``X found^T`` is nearest to ``side other^T``; columns of zeros stay zeros."""
+    """Return the X (tasks, k, p) for which ``X found^T`` is nearest to ``side other^T``; zero columns stay zero."""
     fitted = side @ (other.mT @ found) @ torch.linalg.pinv(found.mT @ found, hermitian=True)
     return fitted * side.any(-2, keepdim=True)
 
 
 def coefficient_norms(coefficients_out: Tensor, coefficients_in: Tensor) -> Tensor:
-    """Frobenius norms of both sides' coefficients, (tasks, 2)."""
+    """Return the Frobenius norms (tasks, 2) of the coefficients of both sides."""
     norm = torch.linalg.vector_norm
     return torch.stack([norm(coefficients_out, dim=(-2, -1)), norm(coefficients_in, dim=(-2, -1))], dim=-1)
 
 
 def rounded(rows: Tensor, dtype: CoefficientDtype) -> Tensor:
-    """Coefficients (..., k) as a type of fewer bits has them, float32."""
+    """Round coefficients (..., k) to a type of fewer bits, as float32."""
     if dtype == "bfloat16":
         return rows.to(torch.bfloat16).float()
     codes, scales = _codes_and_scales(rows)
-    numbers = _numbers(codes) * scales.unsqueeze(-1) + 0.0  # no -0.0, which has no code
+    numbers = _numbers(codes) * scales.unsqueeze(-1) + 0.0  # avoid -0.0, which has no code
     return numbers.flatten(-2)[..., : rows.shape[-1]].float()
 
 
 def packed(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rounded coefficients (..., p, k) as 4-bit codes (..., p, ⌈k / 2⌉) uint8, scales (..., p, ⌈k / 32⌉) bfloat16.
+    """Pack coefficients (..., p, k) as 4-bit codes (..., p, ⌈k / 2⌉) uint8 and scales (..., p, ⌈k / 32⌉) bfloat16.
 
-    Of two codes in a byte, the first has the lower four bits.
+    The first of the two codes in a byte is in the lower four bits.
 
     Raises:
-        ValueError: If 4 bits do not hold them exactly.
+        ValueError: If 4 bits do not represent the coefficients exactly.
     """
     k = rows.shape[-1]
     codes, scales = _codes_and_scales(rows, factors=(1.0,))
@@ -144,10 +144,10 @@ def packed(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unpacked(pairs: Tensor, scales: Tensor) -> Tensor:
-    """The coefficients (p, k) float32 of 4-bit codes and scales.
+    """Unpack the coefficients (p, k) float32 from 4-bit codes and scales.
 
     Raises:
-        ValueError: If they are no codes and scales; saying what was found.
+        ValueError: If the tensors are not codes and scales. The error describes what was found.
     """
     if pairs.dtype != torch.uint8 or scales.dtype != torch.bfloat16 or pairs.ndim != 2 or scales.ndim != 2:
         raise ValueError(
@@ -167,14 +167,14 @@ def unpacked(pairs: Tensor, scales: Tensor) -> Tensor:
 
 
 def stored_bytes(k: Tensor | int, p: Tensor | int, dtype: CoefficientDtype) -> Tensor | int:
-    """Bytes of coefficients (k, p) in a file, element by element."""
+    """Return the number of bytes that coefficients (k, p) take in a file, element by element."""
     if dtype == "4bit":
         return p * ((k + 1) // 2 + 2 * ((k + BLOCK - 1) // BLOCK))
     return p * k * (2 if dtype == "bfloat16" else 4)
 
 
 def _codes_and_scales(rows: Tensor, factors: tuple[float, ...] = _SCALES_TRIED) -> tuple[Tensor, Tensor]:
-    """Codes (..., blocks, 32) from -7 to 7 and scales (..., blocks), both float64, of coefficients (..., k)."""
+    """Return codes (..., blocks, 32) from -7 to 7 and scales (..., blocks), both float64, of coefficients (..., k)."""
     count = -(-rows.shape[-1] // BLOCK)
     blocks = torch.nn.functional.pad(rows.double(), (0, count * BLOCK - rows.shape[-1])).unflatten(-1, (count, BLOCK))
     levels = blocks.new_tensor(_LEVELS)
@@ -196,5 +196,5 @@ def _codes_and_scales(rows: Tensor, factors: tuple[float, ...] = _SCALES_TRIED) 
 
 
 def _numbers(codes: Tensor) -> Tensor:
-    """What codes from -7 to 7 stand for."""
+    """Return the numbers that codes from -7 to 7 stand for."""
     return codes.new_tensor(_LEVELS)[codes.abs().long()] * codes.sign()

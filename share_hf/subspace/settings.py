@@ -1,4 +1,4 @@
-"""What a subspace is allowed to look like: how many directions, of which kind, and how far a task may drift."""
+"""Settings of a subspace: the number and kind of its directions, and how far a task may drift."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from .rounding import COEFFICIENT_DTYPES, CoefficientDtype
 
 BasisKind = Literal["joint", "factor"]
 
-_SHOWN = 4  # layers in a line
+_SHOWN = 4  # largest number of layers named in one line
 
-# Settings of format version 3, and what they are where nothing is said.
+# Settings that came with format version 3, and the values they have if a file does not state them.
 LATER_SETTINGS: dict[str, Any] = {"coefficient_dtype": "float32", "tolerance": None}
 
 
@@ -22,26 +22,30 @@ class SubspaceSettings:
     """Settings of every layer of a shared subspace.
 
     Args:
-        num_components: Cap k on the directions of a layer's basis, on each side. A layer has fewer while fewer
-            directions have been seen, and never more than it has outputs, or inputs.
-        pseudo_rank: Cap p on the columns of a task's coefficients: the rank of its update. At most `num_components`;
-            a layer (n, d) takes min(p, n, d).
-        basis: `"joint"` (default) weighs every task's update equally and does not depend on how it was factored;
-            `"factor"` is the paper's basis, from the stacked LoRA factors as they are (Sec. 3.2.1).
-        center: Subtract the mean column before the decomposition, as the paper does. `"factor"` only: the mean is not
-            kept, and depends on signs that mean nothing.
-        explained_variance: If given, a layer takes the smallest number of directions that explains this fraction of
-            its tasks' variance, at most `num_components`. In (0, 1].
-        drift_tolerance: If given, the largest relative drift ``‖ΔW' - ΔW‖ / ‖ΔW‖`` that merges may add up to in any
-            task and layer, as certified by the drift bound. A layer grows past `num_components` to stay under it.
-        max_components: How far a layer may grow for `drift_tolerance`; `None` for as far as its numerical rank.
-        coefficient_dtype: What coefficients are stored in: `"float32"`, `"bfloat16"` or `"4bit"`. Every merge rounds
-            them, and what that changes is part of the drift that it certifies.
-        tolerance: If given, a task that is merged takes in each layer the smallest rank, up to `pseudo_rank`, that
-            keeps its relative error ``‖ΔW' - ΔW‖ / ‖ΔW‖`` there at or under this, before rounding. It keeps this rank.
+        num_components: Largest number k of directions in the basis of a layer, on each side. A layer has fewer until
+            enough directions have been seen, and never more than it has outputs or inputs.
+        pseudo_rank: Largest number p of columns of a task's coefficients, which is the rank of its update. It is at
+            most `num_components`; a layer (n, d) takes min(p, n, d).
+        basis: Kind of basis. `"joint"` (default) gives the updates of all tasks equal weight and does not depend on
+            how they were factored; `"factor"` is the paper's basis, from the stacked LoRA factors as they are
+            (Sec. 3.2.1).
+        center: Whether to subtract the mean column before the decomposition, as the paper does. Only for `"factor"`.
+            The mean is not kept, and depends on arbitrary signs.
+        explained_variance: Fraction in (0, 1] of the variance of its tasks that a layer explains with the smallest
+            possible number of directions, at most `num_components`. None means that there is no such target.
+        drift_tolerance: Largest relative drift ``‖ΔW' - ΔW‖ / ‖ΔW‖`` that merges may add up to in any task and layer,
+            as certified by the drift bound. A layer grows past `num_components` to stay within it. None means that
+            there is no limit.
+        max_components: Largest number of directions that a layer may grow to for `drift_tolerance`. None means up to
+            its numerical rank.
+        coefficient_dtype: Type that coefficients are stored in: `"float32"`, `"bfloat16"` or `"4bit"`. Every merge
+            rounds them, and includes the change in the drift that it certifies.
+        tolerance: Relative error ``‖ΔW' - ΔW‖ / ‖ΔW‖``, before rounding, up to which a merged task takes a smaller
+            rank than `pseudo_rank`. In each layer it takes, and keeps, the smallest rank that stays within it. None
+            means that no rank is cut.
 
     Raises:
-        ValueError: If a value is out of range, or two contradict each other.
+        ValueError: If a value is out of range, or two values contradict each other.
     """
 
     num_components: int = 32
@@ -75,7 +79,7 @@ class SubspaceSettings:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as a file has them: those that came with a later format only where they are used."""
+        """Return the fields as they are written to a file; settings of later formats only if they are used."""
         values = asdict(self)
         return {
             name: value
@@ -85,25 +89,25 @@ class SubspaceSettings:
 
     @property
     def has_ranks(self) -> bool:
-        """Whether each task has a rank of its own in each layer."""
+        """Whether each task has its own rank in each layer."""
         return self.tolerance is not None
 
     @property
     def is_plain(self) -> bool:
-        """Whether a file of format version 2 says it all."""
+        """Whether a file of format version 2 can hold these settings."""
         return all(getattr(self, name) == value for name, value in LATER_SETTINGS.items())
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SubspaceSettings:
-        """Settings from the fields this class has; other keys are ignored."""
+        """Create settings from a dictionary; keys that are not fields of this class are ignored."""
         return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
 
 
 def check_tolerance(tolerance: float | None) -> None:
-    """Refuse what is no relative part of an update, be it tolerated of a rank or of a projection.
+    """Check that a tolerance, be it of a rank or of a projection, is a relative part of an update.
 
     Raises:
-        ValueError: If it is not None, and no number from 0 to below 1.
+        ValueError: If it is neither None nor a number of at least 0 and below 1.
     """
     if tolerance is None:
         return
@@ -113,7 +117,7 @@ def check_tolerance(tolerance: float | None) -> None:
 
 
 def check_dimensions(num_components: int, pseudo_rank: int) -> None:
-    """Refuse k and p that no layer can have.
+    """Check that a layer can have these k and p.
 
     Raises:
         ValueError: If k or p is not a positive integer, or p > k.
@@ -126,16 +130,16 @@ def check_dimensions(num_components: int, pseudo_rank: int) -> None:
 
 
 def rank_in_layer(pseudo_rank: int, shape: tuple[int, int]) -> int:
-    """Columns of a task's coefficients in a layer (n, d): min(p, n, d), as no update of it has a larger rank."""
+    """Return the number of columns of coefficients in a layer (n, d), min(p, n, d): no update has a larger rank."""
     return min(pseudo_rank, *shape)
 
 
 def smaller_layers(shapes: Mapping[str, tuple[int, int]], num_components: int) -> str | None:
-    """One line about the layers that have no room for k directions on both sides; None if all have.
+    """Describe in one line the layers that have no room for k directions on both sides; None if all have room.
 
     Args:
-        shapes: (n, d) by module.
-        num_components: k.
+        shapes: Shapes (n, d) by module.
+        num_components: Number of directions k.
     """
     small = [f"{module!r} {shape}" for module, shape in sorted(shapes.items()) if min(shape) < num_components]
     if not small:

@@ -1,9 +1,9 @@
 """The stack of all updates of a layer in the coordinates of one merge.
 
-All old updates lie in the span of the basis and the new ones in that of their factors, so the orthonormal coordinates
-of `coordinates` hold everything that a merge of a few updates does, and the leading part of a merge of many. Nothing
-in here has a size of n or d. The tasks appear only in products over their stacked factors, taken a chunk at a time so
-that what a chunk needs stays in the processor's cache.
+Old updates lie in the span of the basis and new ones in the span of their factors. The orthonormal coordinates from
+`coordinates` therefore hold everything in a merge of a few updates, and the leading part in a merge of many. No
+dimension here is n or d. The tasks appear only in products over their stacked factors, which are computed in chunks so
+that the data of a chunk stays in the processor's cache.
 """
 
 from __future__ import annotations
@@ -21,20 +21,22 @@ TASKS_PER_CHUNK = 256
 
 @dataclass(frozen=True)
 class UpdateStack:
-    """Old and new updates of one layer, in orthonormal coordinates (q_out of them outside, q_in inside).
+    """Old and new updates of one layer in orthonormal coordinates (q_out for the outputs, q_in for the inputs).
 
-    An old update is ``rotation_out ε_out,i (rotation_in ε_in,i)^T``; a new one is ``X_j Y_j^T`` and what of it lies
-    outside the coordinates. Everything is float64 but the old coefficients, which stay as stored.
+    An old update is ``rotation_out ε_out,i (rotation_in ε_in,i)^T``; a new one is ``X_j Y_j^T`` plus its part outside
+    the coordinates. Everything is float64 except the old coefficients, which stay as stored.
 
     Args:
-        rotation_out: (q_out, k_out), the old basis in these coordinates. Likewise `rotation_in` (q_in, k_in).
-        old_out: (tasks, p, k_out), coefficients of the old tasks, transposed.
-        old_in: (tasks, p, k_in).
-        new_out: (new tasks, r, q_out), factors X of the new updates, transposed; zeros fill up smaller ranks.
-        new_in: (new tasks, r, q_in), factors Y.
-        new_ranks: (new tasks,) int64, how many rows of its factors a new update has.
-        old_weights: (tasks,), w_i of the old tasks.
-        new_weights: (new tasks,).
+        rotation_out: (q_out, k_out), old output basis in these coordinates.
+        rotation_in: (q_in, k_in), old input basis in these coordinates.
+        old_out: (tasks, p, k_out), output coefficients of the old tasks, transposed.
+        old_in: (tasks, p, k_in), input coefficients of the old tasks, transposed.
+        new_out: (new tasks, r, q_out), factors X of the new updates, transposed, and padded with zeros where the rank
+            is smaller.
+        new_in: (new tasks, r, q_in), factors Y, in the same layout.
+        new_ranks: (new tasks,) int64, number of rows of the factors of each new update that are not padding.
+        old_weights: (tasks,), weights w_i of the old tasks.
+        new_weights: (new tasks,), weights w_j of the new tasks.
         outside: (new tasks,), norm of the part of each new update that the coordinates do not hold.
     """
 
@@ -51,7 +53,7 @@ class UpdateStack:
 
     @cached_property
     def mirrored(self) -> UpdateStack:
-        """The stack of the transposed updates, for the computations of the input side."""
+        """Stack of the transposed updates, for the computations of the input side."""
         return UpdateStack(
             rotation_out=self.rotation_in,
             rotation_in=self.rotation_out,
@@ -67,28 +69,28 @@ class UpdateStack:
 
     @cached_property
     def energy_outside(self) -> float:
-        """``Σ w_j² ‖·‖²`` of what the coordinates do not hold."""
+        """Weighted energy ``Σ w_j² ‖·‖²`` that the coordinates do not hold."""
         return float((self.outside * self.new_weights).square().sum())
 
     def old_chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Positions and coefficients (chunk, p, k) of the old tasks, a cacheful at a time."""
+        """Iterate over positions and coefficients (chunk, p, k) of the old tasks, in chunks that fit the cache."""
         return _chunks(self.old_out, self.old_in)
 
     def new_chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Positions and factors (chunk, r, q) of the new tasks, a cacheful at a time."""
+        """Iterate over positions and factors (chunk, r, q) of the new tasks, in chunks that fit the cache."""
         return _chunks(self.new_out, self.new_in)
 
     def factor_columns(self) -> Tensor:
-        """The paper's stack ``[β ε_1 … β ε_T, N]`` (q_out, columns): factors as they are, unweighted (Sec. 3.2.1)."""
+        """Return the paper's stack ``[β ε_1 … β ε_T, N]`` (q_out, columns) of unweighted factors (Sec. 3.2.1)."""
         places = torch.arange(self.new_out.shape[1], device=self.new_ranks.device)
         given = places < self.new_ranks.unsqueeze(1)
         old = self.rotation_out @ self.old_out.double().flatten(0, 1).T
         return torch.cat([old, self.new_out[given].T], dim=1)
 
     def second_moment_along(self, directions: Tensor) -> Tensor:
-        """``V^T (Σ w_i² ΔW_i ΔW_i^T) V`` (j, j) along directions V (q_out, j), from the factors there.
+        """Return ``V^T (Σ w_i² ΔW_i ΔW_i^T) V`` (j, j) along directions V (q_out, j), from the factors along them.
 
-        Its small eigenvalues are exact where those of `second_moment` are rounding error of the largest.
+        Its small eigenvalues are accurate, while in `second_moment` they drown in the rounding error of the largest.
         """
         reduction = self.rotation_out.T @ directions
         old = ((span, old_out.double() @ reduction, old_in) for span, old_out, old_in in self.old_chunks())
@@ -97,20 +99,20 @@ class UpdateStack:
         return _moment(size, old, self.old_weights) + _moment(size, new, self.new_weights)
 
     def second_moment(self) -> Tensor:
-        """``Σ w_i² ΔW_i ΔW_i^T`` (q_out, q_out)."""
+        """Return ``Σ w_i² ΔW_i ΔW_i^T`` (q_out, q_out)."""
         moment = _moment(self.rotation_out.shape[1], self.old_chunks(), self.old_weights)
         return self.rotation_out @ moment @ self.rotation_out.T + self._new_moment
 
     def second_moment_within(self, moment: Tensor, kept: Tensor, discarded: Tensor) -> Tensor:
-        """``Σ w_i² ΔW_i Π ΔW_i^T`` (q_out, q_out), with Π the projection on some directions of the inputs.
+        """Return ``Σ w_i² ΔW_i Π ΔW_i^T`` (q_out, q_out), with Π the projection on some directions of the inputs.
 
-        The old tasks are summed over the kept directions or taken off `moment` over the discarded ones, whichever are
-        fewer: a merge discards no more than it adds.
+        The old tasks are either summed over the kept directions, or subtracted from `moment` over the discarded ones,
+        whichever are fewer: a merge discards no more directions than it adds.
 
         Args:
-            moment: `second_moment()`.
-            kept: (q_in, j), orthonormal.
-            discarded: (q_in, q_in - j), the rest of the space.
+            moment: Result of `second_moment()`.
+            kept: (q_in, j), orthonormal directions to project on.
+            discarded: (q_in, q_in - j), orthonormal directions of the rest of the space.
         """
         seen = ((span, new_out, new_in @ kept) for span, new_out, new_in in self.new_chunks())
         of_new = _moment(self.new_out.shape[2], seen, self.new_weights)
@@ -119,10 +121,10 @@ class UpdateStack:
         return moment - self._new_moment - self._old_moment_through(discarded) + of_new
 
     def _old_moment_through(self, directions_in: Tensor) -> Tensor:
-        """``Σ w_i² ΔW_i D D^T ΔW_i^T`` of the old tasks, with products in the dtype the coefficients are stored in."""
+        """Return ``Σ w_i² ΔW_i D D^T ΔW_i^T`` over the old tasks, with products in the dtype of their coefficients."""
         dtype = self.old_out.dtype
         reduction = (self.rotation_in.T @ directions_in).to(dtype)
-        # The weight of a very quiet task is no float32 number, unlike its root.
+        # float32 cannot hold the weight of a task with a very small update, but it can hold the root of the weight.
         roots = self.old_weights.sqrt().to(dtype)[:, None, None]
         moment = self.rotation_out.new_zeros(self.rotation_out.shape[1], self.rotation_out.shape[1])
         for span, old_out, old_in in self.old_chunks():
@@ -143,7 +145,7 @@ def _chunks(factors_out: Tensor, factors_in: Tensor) -> Iterator[tuple[slice, Te
 
 
 def _moment(size: int, chunks: Iterable[tuple[slice, Tensor, Tensor]], weights: Tensor) -> Tensor:
-    """``Σ w_i² X_i Y_i^T Y_i X_i^T`` (size, size) float64, of chunks of X^T (chunk, r, size) and Y^T (chunk, r, j)."""
+    """Sum ``w_i² X_i Y_i^T Y_i X_i^T`` (size, size), float64, for chunks X^T (chunk, r, size), Y^T (chunk, r, j)."""
     moment = weights.new_zeros(size, size)
     for span, factors_out, factors_in in chunks:
         out, in_ = factors_out.double(), factors_in.double()

@@ -1,4 +1,4 @@
-"""A survey of a collection in sentences."""
+"""Sentences that describe a survey of a collection."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from .collection import Advice, CollectionReport
 
 
-_SHOWN = 8  # adapters in a sentence
+_SHOWN = 8  # largest number of adapters named in a sentence
 
 
 def survey_sentences(report: CollectionReport) -> tuple[str, ...]:
-    """What a person would say of a survey, one sentence or two a finding."""
+    """Describe the findings of a survey in plain language, in one or two sentences each."""
     return tuple(
         sentence
         for sentence in (

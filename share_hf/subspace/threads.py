@@ -1,7 +1,7 @@
-"""Work on one module after another, side by side where many tasks make it worth a thread.
+"""Work on one module after another, or on several in parallel where many tasks make it worthwhile.
 
-Modules are independent of each other, so who runs the library may have another way with them, such as to divide them
-between processes: `working_by`.
+Modules are independent of each other, so the caller of the library may handle them in another way, such as dividing
+them between processes. See `working_by`.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ import torch
 from .factors import LowRankUpdate
 
 
-# From so many tasks in a module on, modules are worked on side by side: before, one has too little work for that.
+# From this many tasks in a module on, modules are processed in parallel. With fewer, a module is too little work.
 TASKS_AT_ONCE = 16
 
 _Result = TypeVar("_Result")
 
 Purpose = Literal["merge", "other"]
 
-# Works on some of the modules here and now: their results, in their order.
+# Processes some of the modules in this process, and yields their results in order.
 RunHere = Callable[[Sequence[str]], Iterator[_Result]]
 
 
 class Way(Protocol):
-    """How the work on modules is done; the results do not depend on it."""
+    """Way to distribute the work on modules. The results do not depend on it."""
 
     def __call__(self, run: RunHere[_Result], modules: Sequence[str], purpose: Purpose) -> Iterator[_Result]:
-        """The result of the work on each module, in their order.
+        """Return the result for each module, in the order of the modules.
 
         Args:
-            run: Works on some of the modules.
-            modules: All of them.
-            purpose: What the results are; those of a merge are the long work of a build.
+            run: Function that processes some of the modules.
+            modules: Names of all modules.
+            purpose: Purpose of the work. The merge is the long part of a build.
         """
         ...
 
@@ -48,7 +48,7 @@ _WAY: ContextVar[Way | None] = ContextVar("_WAY", default=None)
 
 @contextmanager
 def working_by(way: Way | None) -> Iterator[None]:
-    """Inside of it, this thread works on the modules of a model in another way."""
+    """Context in which this thread processes the modules of a model in the given way; None means the default."""
     token = _WAY.set(way)
     try:
         yield
@@ -57,10 +57,10 @@ def working_by(way: Way | None) -> Iterator[None]:
 
 
 def tasks_by_module(updates: Mapping[str, Mapping[str, LowRankUpdate]]) -> dict[str, list[str]]:
-    """The tasks that adapt each module, in the order of the tasks.
+    """Return the tasks that adapt each module, in the order of the tasks.
 
     Args:
-        updates: By task and module.
+        updates: Updates by task and module.
     """
     by_module: dict[str, list[str]] = {}
     for task, modules in updates.items():
@@ -72,21 +72,21 @@ def tasks_by_module(updates: Mapping[str, Mapping[str, LowRankUpdate]]) -> dict[
 def for_each_module(
     work: Callable[[str], _Result], by_module: Mapping[str, Sequence[str]], purpose: Purpose = "other"
 ) -> Iterator[_Result]:
-    """The result of the work on each module, in their order.
+    """Return the result of the work on each module, in the order of the modules.
 
-    Many tasks are worked on with as many modules at a time as torch has threads, and one thread each: what comes out
-    does not depend on how many there are.
+    If there are many tasks, as many modules are processed at a time as torch has threads, with one thread each. The
+    result does not depend on the number of threads.
 
     Args:
-        work: Called with each module.
-        by_module: The tasks of each module.
-        purpose: What the results are.
+        work: Function that is called with each module.
+        by_module: Tasks of each module.
+        purpose: Purpose of the work.
     """
-    # Asked of all modules: who works on some of them must round as one who works on all.
+    # This looks at all modules, so that a process with only some of them rounds like one with all of them.
     many = max(map(len, by_module.values()), default=0) >= TASKS_AT_ONCE
 
     def alone(module: str) -> _Result:
-        with working_by(None):  # modules inside of a module are nobody else's
+        with working_by(None):  # work on modules inside of a module is not distributed again
             return work(module)
 
     def run(modules: Sequence[str]) -> Iterator[_Result]:
@@ -99,11 +99,11 @@ def for_each_module(
 
 def _side_by_side(work: Callable[[str], _Result], modules: Sequence[str]) -> Iterator[_Result]:
     threads = torch.get_num_threads()
-    # Whoever takes the results has one thread meanwhile: threads of its own would wait for it beside those that work.
+    # The consumer of the results has one thread meanwhile: more would only compete with the threads that work.
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            # No more than are worked on: results that nobody has taken yet would pile up, and errors would wait.
+            # Submit no more than are being processed, or untaken results would pile up and errors would come late.
             waiting: deque[Future[_Result]] = deque()
             for module in modules:
                 waiting.append(pool.submit(work, module))
