@@ -135,11 +135,11 @@ class ShareModel(RoutingModel, MergingTuner):
         finally:
             self._stored = StoredAdapter()
 
-    def _tell_smaller_layers(self, model: nn.Module, config: ShareConfig, layers_before: set[str]) -> None:
+    def _tell_smaller_layers(self, model: nn.Module, config: ShareConfig, before: set[ShareLayer]) -> None:
         """Log one line about new layers that have no room for k directions, unless their basis was stored."""
         layers = {} if self._stored.bases else share_layers(model)
-        fresh = [name for name in layers if name not in layers_before]
-        shapes = {name: (layers[name].out_features, layers[name].in_features) for name in fresh}
+        fresh = {name: layer for name, layer in layers.items() if layer not in before}
+        shapes = {name: (layer.out_features, layer.in_features) for name, layer in fresh.items()}
         if (line := smaller_layers(shapes, config.num_components)) is not None:
             logger.warning_once(line)
 
