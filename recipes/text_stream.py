@@ -108,12 +108,14 @@ def main() -> None:
     tasks = load_tasks(script, places, tokenizer)
     if args.process_index == 0:
         print(*(task.summary for task in tasks.values()), sep="\n")
-    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    compute_dtype = torch.bfloat16 if args.bf16 else torch.float32
     model = AutoModelForSequenceClassification.from_pretrained(
         script.model_name_or_path,
         num_labels=max(task.num_labels for task in tasks.values()),
-        dtype=dtype,
-        quantization_config=quantization(script.load_in_4bit, dtype),
+        # With bf16, weights stay float32 and autocast rounds what is computed: in bfloat16, small steps of a head are
+        # lost.
+        dtype=compute_dtype if script.load_in_4bit else torch.float32,
+        quantization_config=quantization(script.load_in_4bit, compute_dtype),
     )
     target_modules = script.target_modules.split(",")
 

@@ -99,12 +99,14 @@ def main() -> None:
         for name, place in places.items()
     }
     num_labels = {name: data["train"].features["label"].num_classes for name, data in tasks.items()}
-    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    compute_dtype = torch.bfloat16 if args.bf16 else torch.float32
     model = AutoModelForImageClassification.from_pretrained(
         script.model_name_or_path,
         num_labels=max(num_labels.values()),
-        dtype=dtype,
-        quantization_config=quantization(script.load_in_4bit, dtype, head="classifier"),
+        # With bf16, weights stay float32 and autocast rounds what is computed: in bfloat16, small steps of a head are
+        # lost.
+        dtype=compute_dtype if script.load_in_4bit else torch.float32,
+        quantization_config=quantization(script.load_in_4bit, compute_dtype, head="classifier"),
         ignore_mismatched_sizes=True,  # replaces a head for other labels, such as ImageNet's
     )
     target_modules = script.target_modules.split(",")

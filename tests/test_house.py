@@ -115,7 +115,8 @@ def test_the_package_offers_what_it_lists() -> None:
     assert {*names.split()} <= {*dir(__import__("share_hf"))}
 
 
-def test_the_readme_names_no_test_that_is_not_there() -> None:
-    named = set(re.findall(r"`(tests/[\w/]+\.py)`", (ROOT / "README.md").read_text(encoding="utf-8")))
+def test_no_page_names_a_test_that_is_not_there() -> None:
+    pages = [ROOT / "README.md", *(ROOT / "recipes" / "guides").glob("**/*.md")]
+    named = {test for page in pages for test in re.findall(r"`(tests/[\w/]+\.py)`", page.read_text(encoding="utf-8"))}
     assert len(named) >= 15
     assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
