@@ -19,6 +19,7 @@ from ..format.names import check_task_name
 from ..shared_subspace import SharedSubspace
 from ..state import Phase, SubspaceState
 from ..subspace import DriftToleranceError, MergeReport
+from ..tuner.master_weights import MasterWeights
 from ..tuner.model import share_layers
 from ..tuner.renaming import named_as_in
 from ..tuner.transfer import is_share_model, load_router, load_tasks, state_of
@@ -93,6 +94,7 @@ class ShareCallback(TrainerCallback):
         self.routing = routing
         self.report: MergeReport | None = None
         self._entered = False
+        self._masters: MasterWeights | None = None
 
     def on_init_end(
         self,
@@ -126,6 +128,8 @@ class ShareCallback(TrainerCallback):
         self._config = config
         self._phase = Phase.ADAPT if known.tasks else Phase.INIT
         begin_phase(model, known, self.task, self._phase, config)
+        if AcceleratorState().distributed_type != DistributedType.DEEPSPEED:  # which has float32 values of its own
+            self._masters = MasterWeights(model, [self.task])
         if rounded:
             load_tasks(model, known, rounded)
         self._entered = True
@@ -172,6 +176,8 @@ class ShareCallback(TrainerCallback):
             # The reference is not a task, and has no coefficients in the basis that the merge creates.
             model.delete_adapter(REFERENCE)
             model.set_adapter(self.task)
+        if self._masters is not None:
+            self._masters.release()
         info, known = describe_task(model, self.task, self._phase), self.subspace.state
         try:
             merged, self.report = take_merged(model, known, self.task, info)

@@ -5,11 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from ..tuner.master_weights import MasterWeights
 from .engine import Engine, unprepare
 
 
 class LocalEngine(Engine):
     """The Trainer's own preparation of the model, undone after each phase."""
+
+    @contextmanager
+    def train_ready(self) -> Iterator[None]:
+        with super().train_ready():
+            masters = MasterWeights(self.trainer.model, self.trainer.model.active_adapters)
+            try:
+                yield
+            finally:
+                masters.release()
 
     @contextmanager
     def inference_ready(self) -> Iterator[None]:
