@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,31 @@ from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
     from _continual_report import Loss
+
+
+UPPER_BOUND = "lora"  # what the others are compared with
+
+
+def draw_methods(averages: Mapping[str, Sequence[float]], path: Path) -> None:
+    """Draw the average score of each method at the end of a stream, one point per run.
+
+    Args:
+        averages: By method, the average of each run.
+        path: Where to draw.
+    """
+    ordered = sorted(averages, key=lambda method: statistics.mean(averages[method]))
+    figure = Figure(figsize=(6.4, 0.7 + 0.34 * len(ordered)), layout="constrained")
+    axes = figure.add_subplot()
+    for place, method in enumerate(ordered):
+        scores = [100 * average for average in averages[method]]
+        axes.barh(place, statistics.mean(scores), color="tab:blue" if method == "share" else "lightgray")
+        axes.plot(scores, [place] * len(scores), "o", color="black", markersize=3)
+    if UPPER_BOUND in averages:
+        axes.axvline(100 * statistics.mean(averages[UPPER_BOUND]), color="gray", linewidth=0.8, linestyle="--")
+    axes.set_yticks(range(len(ordered)), ordered)
+    axes.set_xlabel("average score at the end (points; one dot per seed)")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
 def draw_certificate(losses: Sequence[Loss], path: Path) -> None:

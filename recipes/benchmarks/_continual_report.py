@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from _answers import answers_of
-from _continual_figures import draw_certificate, draw_fifty
+from _continual_figures import draw_certificate, draw_fifty, draw_methods
 from _grid import Results, Run
 from _paired import METRICS, Difference, paired_difference, standard_error
 from _report import Row, table
@@ -78,6 +78,12 @@ def print_report(runs: Sequence[Run], results: Results, figures: Path | None) ->
         print(f"\ncertificate and loss\n\n{table(_certificate_rows(losses))}")
     if figures is not None:
         figures.mkdir(parents=True, exist_ok=True)
+        for stream in dict.fromkeys(run.stream for run, _ in compared):
+            averages: dict[str, list[float]] = defaultdict(list)
+            for run, result in compared:
+                if run.stream == stream:
+                    averages[run.method].append(average_of(result))
+            draw_methods(averages, figures / f"{stream}.png")
         if losses:
             draw_certificate(losses, figures / "certificate.png")
         if many:
