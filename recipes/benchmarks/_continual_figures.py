@@ -21,8 +21,8 @@ def draw_methods(averages: Mapping[str, Sequence[float]], path: Path) -> None:
     """Draw the average score of each method at the end of a stream, one point per run.
 
     Args:
-        averages: By method, the average of each run.
-        path: Where to draw.
+        averages: Averages of all runs, by method.
+        path: File to write.
     """
     ordered = sorted(averages, key=lambda method: statistics.mean(averages[method]))
     figure = Figure(figsize=(6.4, 0.7 + 0.34 * len(ordered)), layout="constrained")
@@ -40,11 +40,11 @@ def draw_methods(averages: Mapping[str, Sequence[float]], path: Path) -> None:
 
 
 def draw_certificate(losses: Sequence[Loss], path: Path) -> None:
-    """Drift of each task's update, and what its score lost.
+    """Draw the loss of each task's score against the drift of its update.
 
     Args:
-        losses: Tasks of all runs.
-        path: Where to draw.
+        losses: Losses of the tasks of all runs.
+        path: File to write.
     """
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
@@ -61,11 +61,11 @@ def draw_certificate(losses: Sequence[Loss], path: Path) -> None:
 
 
 def draw_fifty(curves: Mapping[str, Mapping[int, float]], path: Path) -> None:
-    """The mean score of the first tasks as others arrive.
+    """Draw the mean score of the first tasks while others arrive.
 
     Args:
-        curves: By name of the line, the score after how many tasks.
-        path: Where to draw.
+        curves: Score by number of learned tasks, by name of the curve.
+        path: File to write.
     """
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot()

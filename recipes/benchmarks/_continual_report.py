@@ -1,4 +1,4 @@
-"""The report of the benchmark of continual learning: tables, goals and figures of the results that there are."""
+"""Report of the benchmark of continual learning: tables, goals and figures of the existing results."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ COLUMNS = (
     *("method", "runs", "average", "± se", "vs lora", "95 %", "forgetting"),
     *("own loss", "trained", "kB a task", "min a run"),
 )
-FIRST = 10  # tasks whose scores are followed as others arrive
+FIRST = 10  # number of tasks whose scores are followed while others arrive
 POINT = 0.01
-ENOUGH = 200  # test examples of a task that tells of a point
+ENOUGH = 200  # test examples that a task needs to show a loss of one point
 THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
 
 
 @dataclass(frozen=True)
 class Loss:
-    """What a task lost since it was learned, beside what the certificate says of it.
+    """Loss of a task's score since it was learned, with the drift that the certificate reports.
 
     Args:
         stream: Name of the stream.
         task: Name of the task.
-        drift: Estimated relative drift of its update.
-        loss: Its score when it was learned, less its score later.
+        drift: Estimated relative drift of its update, including its own compression error.
+        loss: Score when it was learned minus score later.
         examples: Number of its test examples.
     """
 
@@ -52,12 +52,12 @@ class Loss:
 
 
 def print_report(runs: Sequence[Run], results: Results, figures: Path | None) -> None:
-    """Print what the results say, and draw it.
+    """Print the tables and draw the figures.
 
     Args:
-        runs: Those to report.
-        results: Where their results are.
-        figures: Folder to draw in; None to draw nothing.
+        runs: Runs to report.
+        results: Results of these and other runs.
+        figures: Folder for the figures. None draws nothing.
     """
     found = list(results.of(runs))
     compared = [(run, result) for run, result in found if not run.settings.get("validation") and run.stream != "fifty"]
@@ -128,19 +128,19 @@ def _method_lines(found: Found) -> Iterator[tuple[str, ...]]:
 
 
 def own_loss(result: Result) -> str:
-    """What tasks add to the loss of the base model on texts of no task, where that was measured."""
+    """Return how much the tasks add to the base model's loss on texts of no task, or "" if that was not measured."""
     if "own_loss" not in result:
         return ""
     return f"{result['own_loss']['with'] - result['own_loss']['without']:+.3f}"
 
 
 def average_of(result: Result) -> float:
-    """The mean score over tasks at the end of a stream."""
+    """Return the mean score over all tasks at the end of a stream."""
     return statistics.mean(scores_of(result, result["answers"]).values())
 
 
 def scores_of(result: Result, answers: Mapping[str, Any]) -> dict[str, float]:
-    """By task, the score of answers such as those of a stage."""
+    """Return the score by task of some answers of a result, such as those of a stage."""
     found, true = answers_of({"answers": answers}), answers_of(result, "true")
     return {
         task: float(METRICS[result["metrics"][task]](found[task], true[task], np.ones((1, len(true[task]))))[0])
@@ -149,7 +149,7 @@ def scores_of(result: Result, answers: Mapping[str, Any]) -> dict[str, float]:
 
 
 def forgetting_of(result: Result) -> float | None:
-    """Mean over all tasks but the last of the best score before the end, less the one at the end."""
+    """Return the mean over all tasks but the last of the best earlier score minus the score at the end."""
     matrix = result["matrix"]
     if len(matrix) < 2:
         return None
@@ -162,7 +162,7 @@ def forgetting_of(result: Result) -> float | None:
 
 
 def against(other: str, method: str, found: Found) -> Difference | None:
-    """A method's average at the end less another's of the same seed and, if it has one, order; None without pairs."""
+    """Compare the averages of two methods over runs of equal seed and, if both have one, order; None without pairs."""
     theirs = {(run.order, run.seed): result for run, result in found if run.method == other}
     pairs, seeds = [], []
     for run, result in found:
@@ -178,18 +178,18 @@ def against(other: str, method: str, found: Found) -> Difference | None:
 
 
 def _interval(difference: Difference) -> str:
-    """An interval, with the number of seeds that it knows of."""
+    """Return an interval as text, with the number of seeds behind it."""
     seeds = f"{difference.seeds} seed{'s' if difference.seeds > 1 else ''}"
     return f"[{100 * difference.low:+.2f}, {100 * difference.high:+.2f}] of {seeds}"
 
 
 def stored(result: Result) -> int:
-    """Bytes that must be kept to run all tasks beside the base model; cards and figures are left out."""
+    """Return the bytes needed to run all tasks besides the base model, without cards and figures."""
     return sum(size for kind, size in result["bytes"].items() if kind != "other")
 
 
 def _goals(stream: str, found: Found) -> Iterator[Row]:
-    """What the method is to reach on a stream."""
+    """Yield the goals of a stream."""
     orders = sorted({run.order for run, _ in found if run.order is not None})
     for order in orders:
         of_order = [(run, result) for run, result in found if run.order in (None, order)]
@@ -213,7 +213,7 @@ def _goals(stream: str, found: Found) -> Iterator[Row]:
 
 
 def _larger_class(found: Found) -> Iterator[Row]:
-    """Accuracy on MRPC above the share of its larger class, which a model that learned nothing reaches."""
+    """Yield how far the accuracy on MRPC is above the share of its larger class, which a constant answer reaches."""
     for method in ("share", "lora"):
         above = []
         for run, result in found:
@@ -238,7 +238,7 @@ def _setting_lines(found: Found) -> list[tuple[str, ...]]:
 
 
 def curve_of(run: Run, result: Result) -> dict[int, float]:
-    """After how many tasks, the mean score of the first ten."""
+    """Return the mean score of the first ten tasks, by number of learned tasks."""
     stages = {int(end): stage["answers"] for end, stage in result.get("stages", {}).items()}
     stages[len(run.tasks)] = result["answers"]
     first = run.tasks[: min(FIRST, *stages)]
@@ -288,7 +288,7 @@ def _merged_lines(found: Found) -> Iterator[tuple[str, ...]]:
 
 
 def losses_of(found: Found) -> Iterator[Loss]:
-    """What each task of each run of Share lost on test data, beside its drift, its own compression included."""
+    """Yield the loss of every task of every run of Share on test data, with its drift."""
     for run, result in found:
         if run.method == "merged":
             yield from _losses_of_merged(run, result)
@@ -317,7 +317,7 @@ def _certificate_rows(losses: Sequence[Loss]) -> Iterator[Row]:
         if len(set(drifts)) > 1 and len(set(lost)) > 1:
             name = f"{stream}: rank correlation of drift and loss, {len(of_stream)} tasks"
             yield Row.at_least(name, float(spearmanr(drifts, lost).statistic), "", 0.6)
-    losses = [loss for loss in losses if loss.examples >= ENOUGH]  # of fewer, one answer is half a point or more
+    losses = [loss for loss in losses if loss.examples >= ENOUGH]  # one answer of fewer counts too much
     harmed = [loss.drift for loss in losses if loss.loss > POINT]
     if harmed:
         yield Row("largest drift under which no task lost over a point", min(harmed), "")

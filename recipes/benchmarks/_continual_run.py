@@ -1,4 +1,4 @@
-"""One run of the benchmark of continual learning, in a process of its own: `python _continual_run.py JOB`, as JSON."""
+"""Run one entry of the benchmark of continual learning in this process: `python _continual_run.py JOB`, with JSON."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ sys.path.insert(0, str(ROOT / "recipes"))
 from text_tasks import TextTask, load_text_task
 
 
-OWN_TEXT = "imdb"  # of no task of a causal LM's stream: its loss tells what is left of the model's own ability
-OF_DATA = ("max_length", "train_examples", "target_modules", "validation")  # settings that are of the data alone
-OF_MERGES = ("num_components", "basis", "seeds", "together", "scored")  # those of merging LoRAs, not of training them
+OWN_TEXT = "imdb"  # not a task of the causal LM: the loss on it shows how much of the model's own ability is left
+OF_DATA = ("max_length", "train_examples", "target_modules", "validation")  # settings that only describe the data
+OF_MERGES = ("num_components", "basis", "seeds", "together", "scored")  # settings for merging LoRAs
 
 
 def main() -> None:
@@ -79,22 +79,23 @@ def main() -> None:
 
 
 def without_dropout(model: Path, folder: Path) -> Path:
-    """A copy of a base model that drops nothing out in training.
+    """Make a copy of a base model that has no dropout.
 
-    Dropout slows what a thousand examples can teach, and every step by a quarter; it is off for all methods alike.
+    With a thousand examples, dropout mostly slows learning, and it makes every step a quarter longer. It is off for
+    all methods.
     """
     if not folder.exists():
         draft = Path(shutil.copytree(model, folder.with_name(f"{folder.name}.{os.getpid()}")))
         config = json.loads((draft / "config.json").read_text(encoding="utf-8"))
         config |= {name: 0.0 for name in config if name.endswith(("dropout_prob", "dropout"))}
         (draft / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
-        with contextlib.suppress(OSError):  # another run made it meanwhile
+        with contextlib.suppress(OSError):  # another run made the folder in the meantime
             draft.rename(folder)
     return folder
 
 
 def keep(job: Mapping[str, Any], run: Run, result: Mapping[str, Any], started: float) -> None:
-    """Write the result of a run, with what it ran on."""
+    """Write the result of a run, with versions and machine."""
     facts = {"seconds": time.monotonic() - started, "versions": versions(), "machine": machine()}
     Results(Path(job["results"])).add(run, {**result, **facts})
 
@@ -102,7 +103,7 @@ def keep(job: Mapping[str, Any], run: Run, result: Mapping[str, Any], started: f
 def baseline(
     run: Run, model: Path, tasks: Mapping[str, TextTask], tokenizer: PreTrainedTokenizerBase, work: Path
 ) -> dict[str, Any]:
-    """A stream learned by a method that is not ours."""
+    """Learn a stream with one of the other methods."""
     settings = {name: value for name, value in run.settings.items() if name not in OF_DATA}
     rank, of_heads = settings.pop("pseudo_rank"), settings.pop("head_learning_rate", None)
     args = TrainingArguments(
@@ -126,7 +127,7 @@ def baseline(
 
 
 def loras_of(run: Run, work: Path) -> Path:
-    """Where the LoRAs of a run are kept, for others that merge them."""
+    """Return the folder that keeps the LoRAs of a run for the runs that merge them."""
     (folder := work.parent / "loras").mkdir(exist_ok=True)
     return folder / run.name
 
@@ -134,7 +135,7 @@ def loras_of(run: Run, work: Path) -> Path:
 def merged(
     run: Run, model: Path, tasks: Mapping[str, TextTask], tokenizer: PreTrainedTokenizerBase, work: Path
 ) -> dict[str, Any]:
-    """LoRAs of several seeds merged; those are trained first that are not there."""
+    """Merge LoRAs of several seeds, after training the missing ones."""
     loras = {}
     for seed in run.settings["seeds"]:
         settings = {name: value for name, value in run.settings.items() if name not in OF_MERGES}
@@ -148,7 +149,7 @@ def merged(
 
 
 def measured(outcome: Outcome, tasks: Mapping[str, TextTask]) -> dict[str, Any]:
-    """An outcome as results keep it."""
+    """Convert an outcome to the form of the results."""
     return {
         "answers": {
             name: encoded(chosen(outcome.predictions[name], task.problem_type, task.num_labels))

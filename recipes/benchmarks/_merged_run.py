@@ -1,4 +1,4 @@
-"""LoRAs that arrive ready-made and are merged ten at a time: what their tasks answer before and after."""
+"""Merge trained LoRAs into one subspace, ten at a time, and compare the answers before and after."""
 
 from __future__ import annotations
 
@@ -33,18 +33,19 @@ def merge(
     loras: Mapping[int, Path],
     work: Path,
 ) -> dict[str, Any]:
-    """Merge a LoRA of every task and seed into one subspace, `together` at a time, and answer all test examples.
+    """Merge one LoRA per task and seed into a subspace, a few at a time, and answer all test examples.
 
     Args:
-        run: Its settings are those of the subspace, `together`, and after how many tasks all are scored (`scored`).
-        base: The base model, with a classifier, which heads take the place of.
-        tasks: The tasks, tokenized.
-        tokenizer: The model's.
-        loras: By seed, a folder with a LoRA of each task, its head in it.
-        work: A folder of the run's own.
+        run: Run whose settings have those of the subspace, the number of LoRAs per merge (`together`), and the numbers
+            of merged tasks after which all tasks are scored (`scored`).
+        base: Base model. The heads of the LoRAs replace its classifier.
+        tasks: Tokenized tasks by name.
+        tokenizer: Tokenizer of the model.
+        loras: Folder with the LoRA and the head of each task, by seed.
+        work: Folder for this run only.
 
     Returns:
-        A result. A task is there once a seed, as `task-s0`.
+        Result of the run, in which each task appears once per seed, as `task-s0`.
     """
     settings = run.settings
     arrived = {f"{task}-s{seed}": folder / task for seed, folder in loras.items() for task in run.tasks}

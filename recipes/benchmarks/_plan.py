@@ -1,4 +1,4 @@
-"""What the benchmark of continual learning runs: every method with all its settings."""
+"""Plan of the benchmark of continual learning: every method and run, with all settings."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Settings = Mapping[str, Any]
 
 SEEDS = (0, 1, 2)
 
-# Of data and training, the same for all methods. Names are flags of recipes/text_stream.py.
+# Settings of data and training that all methods share. The names are flags of recipes/text_stream.py.
 COMMON: dict[str, Any] = {
     "max_length": 64,
-    "bf16": True,  # 1.8 times faster in training and 3.5 in evaluation where the processor has AMX
+    "bf16": True,  # with AMX, training is 1.8 times faster and evaluation 3.5 times
     "num_train_epochs": 5.0,
     "per_device_train_batch_size": 8,
     "warmup_steps": 0.1,
@@ -43,13 +43,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "replay-2": {"learning_rate": 2e-3},
     "replay-5": {"learning_rate": 2e-3},
     "olora": {"learning_rate": 2e-3},
-    # Its weights want a smaller rate than a head that starts at random, which would learn little in so few steps.
+    # Weights need a smaller rate than a head that starts at random, which would learn little in so few steps.
     "osf": {"learning_rate": 5e-4, "head_learning_rate": 2e-3},
     "joint": {"learning_rate": 2e-3},
 }
 SHARE_METHODS = ("share", "share-paper", "coefficients")
-WITHOUT_ORDER = ("lora", "joint")  # their results differ between orders by seeds alone
-EVERYWHERE = ("share", "lora", "coefficients", "sequential")  # the others are run on one order and seed
+WITHOUT_ORDER = ("lora", "joint")  # the order only changes their seeds
+EVERYWHERE = ("share", "lora", "coefficients", "sequential")  # the other methods run with one order and one seed
 
 FIFTY: dict[str, dict[str, Any]] = {
     "k=32": SHARE | {"num_components": 32},
@@ -61,7 +61,7 @@ FIFTY: dict[str, dict[str, Any]] = {
 
 MERGED_SEEDS = (0, 1)  # a hundred LoRAs
 
-# Of recipes/llama_stream.py with SmolLM2-135M-Instruct; rates as in recipes/configs/smollm2.yaml.
+# Flags of recipes/llama_stream.py for SmolLM2-135M-Instruct; the rates are those of recipes/configs/smollm2.yaml.
 LANGUAGE: dict[str, Any] = {
     "max_length": 128,
     "eval_examples": 400,
@@ -84,10 +84,10 @@ LANGUAGE_METHODS: dict[str, dict[str, Any]] = {
     "sequential": {"lora_rank": 16, "lora_learning_rate": 3e-3},
 }
 
-# What settings are chosen by.
+# Data that settings are chosen on.
 VALIDATION = {"validation": True, "train_examples": 500}
 
-# One setting changed at a time, scored on training examples that are held out.
+# Changes of one setting at a time, scored on training examples that are held out.
 ABLATIONS: dict[str, dict[str, Any]] = {
     "default": {},
     **{f"k={k}": {"num_components": k, "num_temporary": min(8, k // 2)} for k in (4, 8, 16, 64)},
@@ -96,7 +96,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     **{f"sigma={sigma:g}": {"init_std": sigma} for sigma in (0.01, 0.2)},
     "factor": {"basis": "factor"},
     **{f"init tasks={count}": {"num_init_tasks": count} for count in (1, 4)},
-    # Those of a LoRA, at the rate of one.
+    # A fresh LoRA, with the learning rate of a LoRA.
     "random temporaries": {"temporary_init": "random", "learning_rate": 2e-3},
     "finetune": {"finetune_num_train_epochs": 1.0, "finetune_learning_rate": 5e-3},
 }
@@ -110,7 +110,7 @@ RATES = dict.fromkeys(("lora", "sequential", "replay-2", "replay-5", "olora", "j
 
 
 def planned() -> Iterator[Run]:
-    """All runs: first those that choose the rates, then those that tell most."""
+    """Yield all runs: first those that choose the learning rates, then the most informative ones."""
     yield from tuning()
     yield from _compared("glue", [0], SEEDS, EVERYWHERE)
     yield from _compared("glue", [0], SEEDS[:1], [method for method in METHODS if method not in EVERYWHERE])
@@ -123,7 +123,7 @@ def planned() -> Iterator[Run]:
 
 
 def language() -> Iterator[Run]:
-    """A causal LM that people know, on one order and seed."""
+    """Yield the runs of SmolLM2-135M-Instruct, with one order and one seed."""
     stream = STREAMS["smollm2"]
     of_data = {"train_examples": stream.train_examples, "target_modules": stream.target_modules}
     for method, settings in LANGUAGE_METHODS.items():
@@ -132,7 +132,7 @@ def language() -> Iterator[Run]:
 
 
 def fifty() -> Iterator[Run]:
-    """Fifty tasks at several k, and a LoRA a task."""
+    """Yield the runs with fifty tasks: Share at several k, and one LoRA per task."""
     for label, settings in FIFTY.items():
         yield run("fifty", "share", 0, 0, {**settings, "chunk": 10}, label)
     for seed in MERGED_SEEDS:
@@ -140,7 +140,7 @@ def fifty() -> Iterator[Run]:
 
 
 def merged() -> Iterator[Run]:
-    """The LoRAs of fifty tasks and two seeds, merged ten at a time at several k."""
+    """Yield the runs that merge the LoRAs of fifty tasks and two seeds, ten at a time, at several k."""
     stages = {"seeds": MERGED_SEEDS, "together": 10, "scored": (10, 20, 50)}
     for k in (16, 32, 64, 128):
         settings = {**METHODS["lora"], "num_components": k, "basis": "joint", **stages}
@@ -148,13 +148,13 @@ def merged() -> Iterator[Run]:
 
 
 def ablations() -> Iterator[Run]:
-    """Share on one order of nine tasks, with a setting changed, on validation data."""
+    """Yield the runs that change one setting of Share, on one order of nine tasks and validation data."""
     for label, changed in ABLATIONS.items():
         yield run("nine", "share", 0, 0, {**SHARE, **changed, **VALIDATION}, label)
 
 
 def tuning() -> Iterator[Run]:
-    """Three rates for each method, on GLUE and validation data; `METHODS` has the best."""
+    """Yield runs that choose a learning rate for each method, on GLUE and validation data; `METHODS` has the best."""
     for method, rates in RATES.items():
         for rate in rates:
             settings = {**METHODS[method], "learning_rate": rate, **VALIDATION}
@@ -165,7 +165,7 @@ def tuning() -> Iterator[Run]:
 
 
 def run(stream: str, method: str, seed: int, order: int | None, settings: Settings, label: str = "") -> Run:
-    """A run, with the settings of its data and training."""
+    """Return a run with the settings of its stream and those that all methods share."""
     declared = STREAMS[stream]
     of_data = {"train_examples": declared.train_examples, "target_modules": declared.target_modules}
     if method in WITHOUT_ORDER:

@@ -1,4 +1,4 @@
-"""Share, learned by the recipe as a person runs it, and what its subspace then answers and takes up."""
+"""Learn a stream with Share by running the recipe as a user would, and measure answers and bytes of the subspace."""
 
 from __future__ import annotations
 
@@ -35,15 +35,16 @@ def learn(
     tokenizer: PreTrainedTokenizerBase,
     work: Path,
 ) -> dict[str, Any]:
-    """Learn a stream, or go on with one that was stopped, and measure it.
+    """Learn a stream, or resume one that was stopped, and measure it.
 
     Args:
-        run: Its settings are flags of the recipe; `chunk`, if there, says after how many tasks all are scored.
-        places: By task, where its data lies.
-        model: The base model.
-        tasks: The tasks, tokenized.
-        tokenizer: The model's.
-        work: A folder of the run's own.
+        run: Run whose settings are flags of the recipe. With `chunk`, all tasks are scored after every
+            `chunk` tasks.
+        places: Folder of the data by task.
+        model: Folder of the base model.
+        tasks: Tokenized tasks by name.
+        tokenizer: Tokenizer of the model.
+        work: Folder for this run only.
     """
     settings = {name: value for name, value in run.settings.items() if name not in ("chunk", "validation")}
     chunk = run.settings.get("chunk")
@@ -100,7 +101,7 @@ def answers(
     *,
     bf16: bool,
 ) -> dict[str, str | list[float]]:
-    """By task, what the subspace answers to its test examples."""
+    """Return the answers of the subspace to the test examples of each task."""
     outputs = max(task.num_labels for task in tasks.values())
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=outputs)
     model = subspace.apply(model, list(tasks)).eval()
@@ -111,8 +112,8 @@ def answers(
     for name, task in tasks.items():
         model.set_adapter(name)
         inputs = task.scored.remove_columns("label")
-        order = np.argsort([len(ids) for ids in inputs["input_ids"]], kind="stable")  # pads little
-        with torch.autocast(device, torch.bfloat16, enabled=bf16):  # as the Trainer evaluates
+        order = np.argsort([len(ids) for ids in inputs["input_ids"]], kind="stable")  # for little padding
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):  # as in the evaluations of the Trainer
             logits = [
                 model(**collate([inputs[int(i)] for i in order[start : start + BATCH]]).to(device))
                 .logits.float()
@@ -127,7 +128,7 @@ def answers(
 
 
 def trained_numbers(subspace: SharedSubspace, run: Run) -> int:
-    """How many numbers the last task trained, its head left out."""
+    """Return how many numbers the last task trained, without its head."""
     count = 0
     for layer in subspace.state.layers.values():
         outputs, inputs = len(layer.basis_out), len(layer.basis_in)
@@ -142,7 +143,7 @@ def trained_numbers(subspace: SharedSubspace, run: Run) -> int:
 
 
 def stored_bytes(tree: Path) -> dict[str, int]:
-    """What a tree takes up on disk: the basis, coefficients, heads and what else a task keeps, JSON, and cards."""
+    """Return the bytes of a tree on disk: basis, coefficients, heads and other saved modules, JSON, all else."""
     sizes = {"basis": 0, "coefficients": 0, "heads": 0, "json": 0, "other": 0}
     for path in tree.rglob("*"):
         if path.name == "adapter_model.safetensors":

@@ -1,4 +1,4 @@
-"""The streams of the benchmark of continual learning, and their data as the recipes take them."""
+"""Streams of the benchmark of continual learning, and their data in the form that the recipes read."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from typing import Any
 
 Example = dict[str, Any]
 
-VALIDATION = 200  # training examples of a task that score the settings to choose from
+VALIDATION = 200  # training examples per task that candidate settings are scored on
 FIFTY_TEST = 200  # test examples of each of the fifty tasks
 
 
 @dataclass(frozen=True)
 class Stream:
-    """Tasks, and the orders they are learned in.
+    """A set of tasks and the orders in which they are learned.
 
     Args:
-        folder: Where the data of the tasks lies, below the folder of all data.
+        folder: Folder of the tasks' data, relative to the folder of all data.
         orders: Names of the tasks in each order.
-        train_examples: Examples to train a task on at most.
-        target_modules: Modules to adapt, as a recipe takes them.
-        metrics: By task, its metric; accuracy where none is named.
-        elsewhere: By task, another folder that its data lies in.
+        train_examples: Largest number of training examples per task.
+        target_modules: Modules to adapt, in the form that a recipe takes.
+        metrics: Metric by task; accuracy for the others.
+        elsewhere: Folder by task, for tasks whose data is not in `folder`.
     """
 
     folder: str
@@ -43,12 +43,12 @@ class Stream:
 
 @dataclass(frozen=True)
 class Slice:
-    """A task made of a part of another one.
+    """A task made from a part of another one.
 
     Args:
-        source: The task whose examples it takes.
-        labels: By label of the source, its new label; examples of other labels are left out. None keeps all.
-        part: Which part of the training examples, and of how many parts.
+        source: Name of the task whose examples it takes.
+        labels: New label by label of the source; examples with other labels are left out. None keeps all labels.
+        part: Number of the part of the training examples, and number of parts.
     """
 
     source: str
@@ -63,7 +63,7 @@ class Slice:
 
 
 def _sentiment(source: str) -> dict[str, Slice]:
-    """Tasks of reviews with five labels: pairs that are told apart, and coarser labels."""
+    """Return tasks made from reviews with five labels: pairs to distinguish, and coarser labels."""
     pairs = {
         "extremes": ("very negative", "very positive"),
         "bad-or-best": ("negative", "very positive"),
@@ -109,7 +109,7 @@ _SHUFFLED = random.Random(0).sample(sorted(FIFTY), len(FIFTY))
 STREAMS: dict[str, Stream] = {
     "glue": Stream(
         "glue",
-        (("cola", "mrpc", "rte", "stsb", "qnli", "sst2"),),  # as the paper has them
+        (("cola", "mrpc", "rte", "stsb", "qnli", "sst2"),),  # the order of the paper
         1000,
         "query,value",
         {"cola": "matthews_correlation", "stsb": "pearson"},
@@ -136,21 +136,20 @@ STREAMS: dict[str, Stream] = {
 
 
 def write_data(stream: str, data: Path, folder: Path, *, validation: bool = False) -> dict[str, str]:
-    """Write the data of a stream's tasks as the recipes take it.
+    """Write the data of a stream's tasks in the form that the recipes read.
 
-    Training examples are shuffled: some files have them by their source, the first thousand of STS-B from one alone.
-    Values to be predicted are standardized by those of the training examples: a head that starts near zero would else
-    spend its first steps on their mean, and at higher rates the whole model with it.
+    Training examples are shuffled, because some files sort them by source: the first thousand of STS-B come from a
+    single one. Values to be predicted are standardized with the mean and deviation of the training examples. A head
+    that starts near zero would otherwise spend its first steps on their mean and, at higher rates, so would the model.
 
     Args:
         stream: Name of the stream.
         data: Folder of all data.
-        folder: Where to write to.
-        validation: Whether a task is scored on training examples that it is not trained on, in place of its test
-            examples: what settings are chosen by.
+        folder: Folder to write to.
+        validation: Whether held-out training examples take the place of the test examples, to choose settings on.
 
     Returns:
-        By task, the place of its data.
+        Folder of the data by task.
     """
     declared, places = STREAMS[stream], {}
     for task in sorted(declared.orders[0]):
@@ -172,7 +171,7 @@ def write_data(stream: str, data: Path, folder: Path, *, validation: bool = Fals
 
 
 def _standardized(train: list[Example], test: list[Example]) -> tuple[list[Example], list[Example]]:
-    """Training and test examples, values to be predicted with mean 0 and deviation 1 over the training ones."""
+    """Return the examples with values that have mean 0 and deviation 1 over the training examples."""
     if any(isinstance(example["label"], str) for example in train):  # classes
         return train, test
     values = [float(example["label"]) for example in train]

