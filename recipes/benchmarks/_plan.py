@@ -36,6 +36,7 @@ SHARE: dict[str, Any] = {
 
 METHODS: dict[str, dict[str, Any]] = {
     "share": SHARE,
+    "share-random": SHARE | {"temporary_init": "random"},
     "share-paper": SHARE | {"basis": "factor", "center": True, "num_temporary": 2, "num_init_tasks": 1},
     "coefficients": SHARE | {"method": "coefficients", "num_init_tasks": 4, "learning_rate": 1e-2},
     "lora": {"learning_rate": 2e-3},
@@ -47,7 +48,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "osf": {"learning_rate": 5e-4, "head_learning_rate": 2e-3},
     "joint": {"learning_rate": 2e-3},
 }
-SHARE_METHODS = ("share", "share-paper", "coefficients")
+SHARE_METHODS = ("share", "share-random", "share-paper", "coefficients")
 WITHOUT_ORDER = ("lora", "joint")  # the order only changes their seeds
 EVERYWHERE = ("share", "lora", "coefficients", "sequential")  # the other methods run with one order and one seed
 
@@ -96,23 +97,27 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     **{f"sigma={sigma:g}": {"init_std": sigma} for sigma in (0.01, 0.2)},
     "factor": {"basis": "factor"},
     **{f"init tasks={count}": {"num_init_tasks": count} for count in (1, 4)},
-    # A fresh LoRA, with the learning rate of a LoRA.
-    "random temporaries": {"temporary_init": "random", "learning_rate": 2e-3},
+    "random temporaries": {"temporary_init": "random"},
     "finetune": {"finetune_num_train_epochs": 1.0, "finetune_learning_rate": 5e-3},
 }
 OF_LORAS = (5e-4, 1e-3, 2e-3, 4e-3)
 RATES = dict.fromkeys(("lora", "sequential", "replay-2", "replay-5", "olora", "joint"), OF_LORAS) | {
     "osf": (1e-4, 5e-4, 2e-3),
     "share": (1e-3, 2e-3, 5e-3),
+    "share-random": OF_LORAS,
     "share-paper": (1e-3, 2e-3, 5e-3),
     "coefficients": (5e-3, 1e-2, 2e-2),
 }
 
 
 def planned() -> Iterator[Run]:
-    """Yield all runs: first those that choose the learning rates, then the most informative ones."""
+    """Yield all runs, each once: first those that choose the learning rates, then the most informative ones."""
+    yield from {run.name: run for run in _planned()}.values()
+
+
+def _planned() -> Iterator[Run]:
     yield from tuning()
-    yield from _compared("glue", [0], SEEDS, EVERYWHERE)
+    yield from _compared("glue", [0], SEEDS, (*EVERYWHERE, "share-random"))
     yield from _compared("glue", [0], SEEDS[:1], [method for method in METHODS if method not in EVERYWHERE])
     yield from _compared("nine", [0], SEEDS[:1], METHODS)
     yield from ablations()
@@ -159,9 +164,6 @@ def tuning() -> Iterator[Run]:
         for rate in rates:
             settings = {**METHODS[method], "learning_rate": rate, **VALIDATION}
             yield run("glue", method, 0, 0, settings, f"rate={rate:g}")
-    for rate in OF_LORAS[1:]:
-        settings = {**SHARE, "temporary_init": "random", "learning_rate": rate, **VALIDATION}
-        yield run("glue", "share", 0, 0, settings, f"random temporaries, rate={rate:g}")
 
 
 def run(stream: str, method: str, seed: int, order: int | None, settings: Settings, label: str = "") -> Run:
