@@ -37,6 +37,7 @@ AWAITED = {
 # A line of a page that stands for the options of a command.
 _OPTIONS = re.compile(r"^<!-- options of ([a-z]+) -->$", re.MULTILINE)
 _TO_REPOSITORY = re.compile(r"\]\((\.\.?/[^)#\s]+)(#[^)\s]*)?\)")
+_TO_PAGE = re.compile(r"\[([^\]]+)\]\((?:\.\./)?([\w-]+\.md)(?:#[^)\s]*)?\)")
 _FENCE = re.compile(r"^(```.*?^```)$", re.MULTILINE | re.DOTALL)
 
 
@@ -59,8 +60,18 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: Any) 
     """A page with its links, and with the options of the commands that it names."""
     markdown = _OPTIONS.sub(lambda match: options_of(match[1]), markdown)
     parts = _FENCE.split(markdown)
-    parts[::2] = [_to_repository(with_links(part), page, config) for part in parts[::2]]
+    parts[::2] = [_to_repository(with_links(_without_awaited(part, config)), page, config) for part in parts[::2]]
     return "".join(parts)
+
+
+def _without_awaited(text: str, config: MkDocsConfig) -> str:
+    """A text in which links to pages that are awaited are plain words."""
+
+    def link(match: re.Match[str]) -> str:
+        is_absent = match[2] in AWAITED and not (Path(config.docs_dir) / match[2]).is_file()
+        return match[1] if is_absent else match[0]
+
+    return _TO_PAGE.sub(link, text)
 
 
 def _to_repository(text: str, page: Page, config: MkDocsConfig) -> str:

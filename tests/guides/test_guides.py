@@ -47,15 +47,17 @@ def folder(shared_data: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def programs(tmp_path: Path) -> str:
-    """PATH with `share-hf` of this repository, and with the programs of the environment."""
+def programs(tmp_path: Path) -> Path:
+    """A folder for PATH and PYTHONPATH, with `share-hf` of this repository."""
     folder = tmp_path / "bin"
     folder.mkdir()
     python = shlex.quote(sys.executable)
-    for name, command in {"share-hf": f"{python} -m share_hf.cli", "python": python, "python3": python}.items():
+    for name, command in {"share-hf": f"{python} -m share_hf_cli", "python": python, "python3": python}.items():
         (folder / name).write_text(f'#!/bin/sh\nexec {command} "$@"\n', encoding="utf-8")
         (folder / name).chmod(0o755)
-    return os.pathsep.join([str(folder), str(Path(sys.executable).parent), os.environ["PATH"]])
+    # As setup.py installs the command line: by itself, whatever another checkout may have installed.
+    (folder / "share_hf_cli").symlink_to(ROOT / "share_hf" / "cli", target_is_directory=True)
+    return folder
 
 
 @pytest.mark.timeout(SECONDS + 60)
@@ -68,19 +70,19 @@ def programs(tmp_path: Path) -> str:
     ],
     ids=page_id,
 )
-def test_the_examples_run(page: Path, folder: Path, programs: str, request: pytest.FixtureRequest) -> None:
+def test_the_examples_run(page: Path, folder: Path, programs: Path, request: pytest.FixtureRequest) -> None:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     if wants_a_hub(page):
         hub: Hub = request.getfixturevalue("hub")
         environment = hub.subprocess_env()
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    paths = [str(programs), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     run = subprocess.run(
         [sys.executable, "-m", "tests.guides.run_page", str(page)],
         cwd=folder,
         env={
             **environment,
-            "PATH": programs,
-            "PYTHONPATH": path,
+            "PATH": os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]]),
+            "PYTHONPATH": os.pathsep.join(paths),
             "TOKENIZERS_PARALLELISM": "false",
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"),
         },
