@@ -1,4 +1,4 @@
-"""Hooks of the build: links as in docstrings, tables of the commands' options, and links to files of the repository."""
+"""Hooks of the build: links as in docstrings, tables of the commands' options, links to files of the repository."""
 
 from __future__ import annotations
 

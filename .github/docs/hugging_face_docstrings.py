@@ -1,8 +1,8 @@
 """Docstrings in the Hugging Face variety of Google's style, as griffe reads Google's.
 
-``name (`int` or `"auto"`, *optional*, defaults to `8`):`` becomes ``name (int | Literal["auto"]):``, since defaults are
-in the signature too. ``[`~SharedSubspace.apply`]`` becomes a link to the reference. Types of what is returned are those
-of the signature.
+``name (`int` or `"auto"`, *optional*, defaults to `8`):`` becomes ``name (int | Literal["auto"]):``, since defaults
+are in the signature too. ``[`~SharedSubspace.apply`]`` becomes a link to the reference. Types of what is returned are
+those of the signature.
 """
 
 from __future__ import annotations
