@@ -35,6 +35,7 @@ install_requires = [
 ]
 
 extras_require = {
+    "completion": ["argcomplete>=3.5"],  # of `share-hf` in the shell
     "quantization": ["bitsandbytes>=0.45"],
     "deepspeed": ["deepspeed>=0.16"],
     "gguf": ["gguf>=0.18"],
@@ -46,7 +47,17 @@ extras_require = {
 extras_require["all"] = sorted({requirement for extra in extras_require.values() for requirement in extra})
 # Not in `all`: PEFT imports them wherever they are installed, and HQQ has no wheel.
 extras_require["quantizers"] = ["hqq>=0.2.8", "torchao>=0.18"]
+# Of .github/mkdocs.yml, which reads the sources alone: `pip install` these without the package to build the site.
+extras_require["docs"] = [
+    "mkdocs-llmstxt>=0.5",
+    "mkdocs-material>=9.7",
+    "mkdocs>=1.6",
+    "mkdocstrings-python>=2.0",
+    "mkdocstrings>=1.0",
+    "ruff",  # it formats the signatures
+]
 extras_require["tests"] = [
+    "argcomplete>=3.5",
     "hypothesis",
     "matplotlib>=3.8",
     "pytest>=8.0",

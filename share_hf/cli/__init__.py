@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .argument_types import number_or_auto, relative_error, size_in_bytes
+from .completing import complete
 from .editing_arguments import (
     add_export,
     add_keeping,
@@ -56,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit code: 0 on success, 1 if the command failed, 130 if it was interrupted. Wrong arguments exit with 2. Under
         a launcher, only the first process prints.
     """
+    complete(build_parser)
     args = parse(sys.argv[1:] if argv is None else argv)
     if not is_first() and args.command not in DIVIDED:
         return 0

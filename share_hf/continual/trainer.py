@@ -189,7 +189,7 @@ class ShareTrainer(TaskTrainer):
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """The matrix R[i][j], average, forgetting, backward and forward transfer, drift and parameter counts."""
+        """The matrix ``R[i][j]``, average, forgetting, backward and forward transfer, drift and parameter counts."""
         return self._stream.metrics.as_dict()
 
     @property
