@@ -19,59 +19,18 @@ sys.path.insert(0, str(Path(__file__).parent))
 from hugging_face_docstrings import with_links  # noqa: E402
 
 
-# Pages of the navigation that somebody still writes: they are left out as long as they are not there.
-AWAITED = {
-    "folder-of-loras.md",
-    "new-data-every-week.md",
-    "qlora-one-gpu.md",
-    "deepspeed-fsdp.md",
-    "publish-and-load.md",
-    "two-people.md",
-    "serve-a-thousand-tasks.md",
-    "choose-k-p-phi.md",
-    "what-can-be-lost.md",
-    "from-vlora-lorashare.md",
-    "differences-from-the-paper.md",
-}
-
 # A line of a page that stands for the options of a command.
 _OPTIONS = re.compile(r"^<!-- options of ([a-z]+) -->$", re.MULTILINE)
 _TO_REPOSITORY = re.compile(r"\]\((\.\.?/[^)#\s]+)(#[^)\s]*)?\)")
-_TO_PAGE = re.compile(r"\[([^\]]+)\]\((?:\.\./)?([\w-]+\.md)(?:#[^)\s]*)?\)")
 _FENCE = re.compile(r"^(```.*?^```)$", re.MULTILINE | re.DOTALL)
-
-
-def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Leave out the pages that are awaited."""
-    absent = {page for page in AWAITED if not (Path(config.docs_dir) / page).is_file()}
-    sections = config.plugins["llmstxt"].config.sections
-    for pages in (*sections.values(), *(part for entry in config.nav or () for part in entry.values())):
-        if isinstance(pages, list):
-            pages[:] = [page for page in pages if not absent.intersection(_pages(page))]
-    return config
-
-
-def _pages(entry: str | dict[str, str]) -> set[str]:
-    """The page that an entry names: the value of one of the navigation, the key of one of llms.txt."""
-    return {entry} if isinstance(entry, str) else {*entry, *entry.values()}
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: Any) -> str:
     """A page with its links, and with the options of the commands that it names."""
     markdown = _OPTIONS.sub(lambda match: options_of(match[1]), markdown)
     parts = _FENCE.split(markdown)
-    parts[::2] = [_to_repository(with_links(_without_awaited(part, config)), page, config) for part in parts[::2]]
+    parts[::2] = [_to_repository(with_links(part), page, config) for part in parts[::2]]
     return "".join(parts)
-
-
-def _without_awaited(text: str, config: MkDocsConfig) -> str:
-    """A text in which links to pages that are awaited are plain words."""
-
-    def link(match: re.Match[str]) -> str:
-        is_absent = match[2] in AWAITED and not (Path(config.docs_dir) / match[2]).is_file()
-        return match[1] if is_absent else match[0]
-
-    return _TO_PAGE.sub(link, text)
 
 
 def _to_repository(text: str, page: Page, config: MkDocsConfig) -> str:

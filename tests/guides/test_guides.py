@@ -39,6 +39,7 @@ def folder(shared_data: Path, tmp_path: Path) -> Path:
         "data": shared_data / "data" / "cl_bench",
         "llama": shared_data / "models" / "llama-text-6m",
         "minilm": Path(spec.origin).parent / "model",
+        "recipes": ROOT / "recipes",
     }.items():
         if not target.is_dir():
             pytest.skip(f"no {target}")
