@@ -41,7 +41,7 @@ class SourceDistribution(sdist):
 install_requires = [
     "accelerate>=1.10",
     "datasets>=3.0",
-    "huggingface_hub>=1.5",
+    "huggingface_hub>=1.31",
     "jinja2>=3.1",  # the model card's template
     "numpy>=1.26",
     "peft>=0.21",
@@ -49,7 +49,7 @@ install_requires = [
     "safetensors>=0.8",
     "torch>=2.6",
     "tqdm>=4.66.3",
-    "transformers>=5.13",
+    "transformers>=5.19",
 ]
 
 extras_require = {
