@@ -2,6 +2,7 @@ import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.sdist import sdist
 
 
 ROOT = Path(__file__).resolve().parent
@@ -21,17 +22,34 @@ def read_long_description() -> str:
     return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
+class SourceDistribution(sdist):
+    """Adds the files that are neither code of the package nor its metadata, as a MANIFEST.in would."""
+
+    folders = ("recipes", "tests", "model_cards", ".github", ".ci")
+
+    def make_release_tree(self, base_dir: str, files: list[str]) -> None:
+        added = {
+            path.relative_to(ROOT).as_posix()
+            for folder in self.folders
+            for path in (ROOT / folder).rglob("*")
+            if path.is_file() and "__pycache__" not in path.parts
+        }
+        super().make_release_tree(base_dir, sorted(added.union(name.replace("\\", "/") for name in files)))
+
+
 # Ranges only. The exact versions that are tested together are in .github/constraints.txt.
 install_requires = [
     "accelerate>=1.10",
     "datasets>=3.0",
-    "huggingface_hub>=1.0",
-    "jinja2",  # the model card's template
+    "huggingface_hub>=1.31",
+    "jinja2>=3.1",  # the model card's template
+    "numpy>=1.26",
     "peft>=0.21",
-    "safetensors>=0.5",
-    "torch>=2.4",
-    "tqdm",
-    "transformers>=5.0",
+    "PyYAML>=6.0.1",
+    "safetensors>=0.8",
+    "torch>=2.6",
+    "tqdm>=4.66.3",
+    "transformers>=5.19",
 ]
 
 extras_require = {
@@ -58,6 +76,7 @@ extras_require["docs"] = [
 ]
 extras_require["tests"] = [
     "argcomplete>=3.5",
+    "build>=1.2",  # of tests/test_packaging.py
     "hypothesis",
     "matplotlib>=3.8",
     "pytest>=8.0",
@@ -67,8 +86,10 @@ extras_require["tests"] = [
     "ruff",
     "scikit-learn>=1.4",
     "scipy>=1.11",
+    "setuptools>=77",  # what `build` finds where it must not download it
     "tensorboard",
 ]
+extras_require["dev"] = [*extras_require["tests"], "mypy>=1.15"]
 
 setup(
     name="share-hf",
@@ -77,6 +98,7 @@ setup(
     long_description=read_long_description(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    project_urls={"Paper": "https://arxiv.org/abs/2602.06043"},
     keywords="continual learning, LoRA, parameter-efficient fine-tuning, low-rank adapters, subspace, merging",
     # The command line is a package of its own, so that its --help does not wait for share_hf, which imports torch.
     packages=[
@@ -91,6 +113,7 @@ setup(
         "vllm.general_plugins": ["share_hf_resolver = share_hf_cli.vllm_plugin:register_resolver"],
     },
     package_data={"share_hf": ["py.typed"], "share_hf.model_cards": ["*.jinja"]},
+    cmdclass={"sdist": SourceDistribution},
     zip_safe=False,  # type checkers look for py.typed on disk
     python_requires=">=3.10",
     install_requires=install_requires,
@@ -106,6 +129,7 @@ setup(
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
         "Programming Language :: Python :: 3.13",
+        "Programming Language :: Python :: 3.14",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],

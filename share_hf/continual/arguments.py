@@ -149,11 +149,13 @@ class ShareTrainingArguments(TrainingArguments):
         for name, expected in REFUSED_ARGUMENTS.items():
             if value := getattr(self, name, None):  # versions of transformers differ in what they have
                 raise ValueError(f"{name} is {value!r}, expected {expected}")
-        self.hub_branches = branch_choice(self.hub_branches)
+        # Wider than the annotation, which HfArgumentParser reads.
+        self.hub_branches = branch_choice(self.hub_branches)  # type: ignore[assignment]
         if self.push_to_hub:
             if self.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
+                strategy = HubStrategy(self.hub_strategy).value
                 raise ValueError(
-                    f"hub_strategy is {self.hub_strategy.value!r}, expected 'every_save' (a push after every task) or "
+                    f"hub_strategy is {strategy!r}, expected 'every_save' (a push after every task) or "
                     "'end': the checkpoints of a phase stay where it is trained"
                 )
             if self.hub_revision not in (None, "main"):
@@ -177,10 +179,10 @@ def check_parameters(args: ShareTrainingArguments, parameters: Mapping[str, Any]
         if value is not None and not (isinstance(value, tuple) and set(value) == {None}):
             raise ValueError(f"{name} is given, expected {expected}")
     optimizer, keywords = parameters.get("optimizer_cls_and_kwargs") or (None, {})
+    name = getattr(optimizer, "__name__", optimizer)
     if bound := sorted({"params", "model", "optimizer_dict"} & keywords.keys()):
         raise ValueError(
-            f"optimizer_cls_and_kwargs has {bound} for {optimizer.__name__}, expected none: each phase trains other "
-            "parameters"
+            f"optimizer_cls_and_kwargs has {bound} for {name}, expected none: each phase trains other parameters"
         )
     for name in ("init_learning_rate", "finetune_learning_rate"):
         if "lr" in keywords and getattr(args, name) is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
@@ -19,6 +19,7 @@ from ..format.names import check_task_name
 from ..shared_subspace import SharedSubspace
 from ..state import Phase, SubspaceState
 from ..subspace import DriftToleranceError, MergeReport
+from ..tuner import ShareConfig
 from ..tuner.master_weights import MasterWeights
 from ..tuner.model import share_layers
 from ..tuner.renaming import named_as_in
@@ -124,7 +125,7 @@ class ShareCallback(TrainerCallback):
                 f"ShareCallback({self.task!r}, subspace)"
             )
         self.subspace = SharedSubspace(known)
-        config = keeping_random_parts(model, copy.copy(model.peft_config[model.active_adapter]))
+        config = keeping_random_parts(model, copy.copy(cast(ShareConfig, model.peft_config[model.active_adapter])))
         self._config = config
         self._phase = Phase.ADAPT if known.tasks else Phase.INIT
         begin_phase(model, known, self.task, self._phase, config)
@@ -168,6 +169,7 @@ class ShareCallback(TrainerCallback):
         train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
+        assert is_share_model(model) and self.subspace is not None  # on_train_begin has seen to it
         write_final_values(optimizer)
         take_trained_values(model)
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:

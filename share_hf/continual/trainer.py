@@ -6,7 +6,7 @@ import copy
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from accelerate import PartialState
 from huggingface_hub import CommitInfo
@@ -137,7 +137,7 @@ class ShareTrainer(TaskTrainer):
         share_config = config_for(model, share_config, subspace)
         state = subspace.state if subspace is not None else SubspaceState(share_config.subspace_settings())
         is_classifier = classifies_inputs(model, share_config.task_type)
-        self._num_labels = model.config.num_labels if is_classifier else None
+        self._num_labels = cast(PreTrainedModel, model).config.num_labels if is_classifier else None
         splits: dict[str, TaskSplits] = {}
         details: dict[str, TaskDetails] = {}
         for name, data in (tasks or {}).items():
@@ -155,7 +155,7 @@ class ShareTrainer(TaskTrainer):
             logger.warning(doubt)
         adapted = with_adapters(model, state, share_config)
         stream = Stream(
-            Path(args.output_dir),
+            Path(str(args.output_dir)),
             state,
             ContinualMetrics(training=training_facts(args, share_config, optimizer)),
             replace(record, arguments=arguments_record(args, share_config, optimizer)),
@@ -305,7 +305,7 @@ class ShareTrainer(TaskTrainer):
         except RefusedTaskError:
             # The task may have been merged before its finetuning was refused.
             self._stream.state, self._stream.metrics = state, metrics
-            load_tasks(self.model, state)
+            load_tasks(cast(PeftModel, self.model), state)
             self._withdraw_task(name)
             self._stream.save_subspace(draft=False)
             self._stream.save_position(metrics.learned, self.trained_steps)
@@ -356,7 +356,7 @@ class ShareTrainer(TaskTrainer):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
             self.init_hf_repo(token=options.get("token"), private=options.get("private"))
-        return publish(self.subspace, self.hub_model_id, self.args, **options)
+        return publish(self.subspace, str(self.hub_model_id), self.args, **options)
 
     def _take_published(self, state: SubspaceState) -> None:
         if state.lineage != self._stream.state.lineage:
@@ -393,4 +393,4 @@ class ShareTrainer(TaskTrainer):
         """Remove a task that was not learned from the stream and the model."""
         self.tasks.pop(name, None)
         self._details.pop(name, None)
-        put_back(self.model, self._stream.state, name, self.share_config)
+        put_back(cast(PeftModel, self.model), self._stream.state, name, self.share_config)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from ..format.collection import read_loras
 from ..format.history import step_back
@@ -84,7 +84,7 @@ class Editing(HeldSubspace):
         self._check_known(name)
         before = self.state
         without = replace(without_task(before, name), metrics=without_scores(before.metrics, [name]))
-        others = type(self)(without)
+        others: Any = type(self)(without)
         report = others.add_adapters(
             {name: adapter},
             tolerance=tolerance,
@@ -141,7 +141,7 @@ class Editing(HeldSubspace):
             )
         known = {task: original for task, original in folders.items() if task not in given}
         components = {task: original.component for task, original in known.items()} | dict.fromkeys(given, component)
-        places = {task: original.place for task, original in known.items()}
+        places: dict[str, str | Path] = {task: original.place for task, original in known.items()}
         places |= {task: place if isinstance(place, str) else Path(place) for task, place in given.items()}
         loras = read_loras(
             places, components=components, base_model=self.base_model_name_or_path, token=token, progress=progress
@@ -173,4 +173,4 @@ class Editing(HeldSubspace):
         place = Path(folder)
         with holding(place):
             step_back(place)
-            return cls.from_pretrained(place)
+            return cast(Any, cls).from_pretrained(place)

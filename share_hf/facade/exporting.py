@@ -143,6 +143,7 @@ class Exporting(HeldSubspace):
             raise ValueError(f"style is {style!r}, expected one of {list(get_args(ExportStyle))}")
         if holds(folder, INDEX_FILE):
             raise ValueError(f"{folder}: holds a subspace or a model's checkpoint, expected another folder")
+        written: tuple[str, ...]
         if style == "peft":
             if component is not None:
                 raise ValueError(f"component is {component!r}, which only style='diffusers' has a use for")

@@ -340,6 +340,8 @@ def naming(place: Path) -> Iterator[None]:
 
 
 def flush_folder(folder: Path) -> None:
+    if sys.platform == "win32":  # which cannot open a folder
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -78,7 +78,7 @@ class RemoteTree:
         revision: str | None = None,
         *,
         token: str | bool | None = None,
-        cache_dir: str | Path | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
     ) -> RemoteTree:
         """Download the index of a tree. A task that has no branch of its own is looked up on `main`.

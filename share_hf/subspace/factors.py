@@ -59,9 +59,15 @@ class LowRankUpdate:
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Return a context in which products keep the dtype of their factors, even under mixed-precision training."""
-    if not torch.amp.is_autocast_available(device.type):
+    if not _has_autocast(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+# torch.compile looks into it from torch 2.12 on only; it is the same for a type of device at any time.
+@torch.compiler.assume_constant_result
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
 
 
 @dataclass(frozen=True)

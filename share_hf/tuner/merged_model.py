@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,7 +34,9 @@ _AUTO_CLASSES = {
 }
 
 
-def base_model_for(base: str | Path, info: TaskInfo, *, token: str | bool | None = None) -> PreTrainedModel:
+def base_model_for(
+    base: str | os.PathLike[str], info: TaskInfo, *, token: str | bool | None = None
+) -> PreTrainedModel:
     """Load the base model in the class and with the labels that a task needs, in the dtype that it is stored in.
 
     Args:
@@ -102,7 +105,7 @@ def merge_tasks_into(model: PreTrainedModel, state: SubspaceState, weights: Mapp
     return merged
 
 
-def save_tokenizer_of(base: str | Path, folder: Path, *, token: str | bool | None = None) -> None:
+def save_tokenizer_of(base: str | os.PathLike[str], folder: Path, *, token: str | bool | None = None) -> None:
     """Save the tokenizer of a base model, if it has one, next to a merged model."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(base, token=token)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from peft import PeftModel
@@ -278,5 +278,5 @@ def _has_update(layer: ShareLayer, task: str) -> bool:
     return bool(layer.share_coefficients_out[task].any() and layer.share_coefficients_in[task].any())
 
 
-def is_share_model(model: object) -> bool:
+def is_share_model(model: object) -> TypeGuard[PeftModel]:
     return isinstance(model, PeftModel) and isinstance(model.base_model, ShareModel)

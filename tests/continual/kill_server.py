@@ -45,6 +45,7 @@ WATCHED = {
         *(trainer_module, task_trainer, phase_trainer, stream_module),
     )
 }
+SIGKILL = getattr(signal, "SIGKILL", 9)  # Windows, where these tests are skipped, has none
 OPERATIONS = {"open", "os.chmod", "os.mkdir", "os.remove", "os.rename", "os.rmdir"}
 
 # What else a moment may be counted in: events of the Trainer, and merges begun.
@@ -86,7 +87,7 @@ def run_stream(
     rank: int = 0,
     alone: bool = True,
     fails: bool = False,
-    number: int = signal.SIGKILL,
+    number: int = SIGKILL,
     begun: Callable[[], object] = lambda: None,
     **overrides: Any,
 ) -> dict[str, float]:
@@ -192,7 +193,7 @@ def _run_in_forks(
     moment: float,
     rank: int,
     alone: bool,
-    number: int = signal.SIGKILL,
+    number: int = SIGKILL,
     **run: Any,
 ) -> dict[str, Any]:
     run |= {"clock": clock, "moment": moment, "rank": rank, "alone": alone, "number": number}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import resource
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +16,9 @@ from share_hf.continual.folder_lock import LOCK_FILE
 from share_hf.continual.stream import Stream
 
 from .conftest import MakeTrainer, assert_same_to_the_bit, coefficients
+
+
+resource = pytest.importorskip("resource", reason="limits the length of files as Unix can")
 
 
 DISK_BYTES = 8 * 2**20
