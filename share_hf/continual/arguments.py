@@ -179,10 +179,10 @@ def check_parameters(args: ShareTrainingArguments, parameters: Mapping[str, Any]
         if value is not None and not (isinstance(value, tuple) and set(value) == {None}):
             raise ValueError(f"{name} is given, expected {expected}")
     optimizer, keywords = parameters.get("optimizer_cls_and_kwargs") or (None, {})
-    name = getattr(optimizer, "__name__", optimizer)
+    kind = getattr(optimizer, "__name__", optimizer)
     if bound := sorted({"params", "model", "optimizer_dict"} & keywords.keys()):
         raise ValueError(
-            f"optimizer_cls_and_kwargs has {bound} for {name}, expected none: each phase trains other parameters"
+            f"optimizer_cls_and_kwargs has {bound} for {kind}, expected none: each phase trains other parameters"
         )
     for name in ("init_learning_rate", "finetune_learning_rate"):
         if "lr" in keywords and getattr(args, name) is not None:
