@@ -14,9 +14,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 GUIDES = ROOT / "recipes" / "guides"
+README = ROOT / "README.md"
 
 EXAMPLES = ("python", "bash")
-OUTPUTS = ("text", "console", "json", "jinja", "yaml")
+OUTPUTS = ("bibtex", "text", "console", "json", "jinja", "yaml")
 
 _OPENING = re.compile(r"^(?P<indent> *)(?P<fence>`{3,}|~{3,})(?P<language>[^`\n]*)$")
 _NOT_RUN = re.compile(r"^<!-- not run: *(?P<reason>.*?) *-->$")
@@ -45,12 +46,12 @@ class Block:
 
 
 def pages() -> list[Path]:
-    """All pages, in the order of their names."""
-    return sorted(GUIDES.rglob("*.md"))
+    """The README, and all pages in the order of their names."""
+    return [README, *sorted(GUIDES.rglob("*.md"))]
 
 
 def page_id(page: Path) -> str:
-    return page.relative_to(GUIDES).as_posix()
+    return page.name if page == README else page.relative_to(GUIDES).as_posix()
 
 
 def wants_a_hub(page: Path) -> bool:
