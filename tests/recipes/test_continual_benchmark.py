@@ -292,6 +292,7 @@ def test_a_quick_grid_goes_on_where_it_was_stopped(shared_data: Path, tmp_path: 
     for result in results:
         last = list(result["matrix"][-1])
         scores = scores_of(result, result["answers"])
-        assert last == pytest.approx(list(scores.values()), abs=1e-6)
+        # In bfloat16, other batches with other padding change an answer now and then.
+        assert last == pytest.approx(list(scores.values()), abs=0.02)
     assert (tmp_path / "figures" / "certificate.png").read_bytes().startswith(b"\x89PNG")
     assert not list((tmp_path / "work").iterdir())
