@@ -172,7 +172,7 @@ def write_data(stream: str, data: Path, folder: Path, *, validation: bool = Fals
 
 def _standardized(train: list[Example], test: list[Example]) -> tuple[list[Example], list[Example]]:
     """Return the examples with values that have mean 0 and deviation 1 over the training examples."""
-    if any(isinstance(example["label"], str) for example in train):  # classes
+    if not any(isinstance(example["label"], float) for example in train):  # classes
         return train, test
     values = [float(example["label"]) for example in train]
     mean, deviation = statistics.mean(values), statistics.pstdev(values) or 1.0

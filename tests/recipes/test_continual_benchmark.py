@@ -231,6 +231,21 @@ def test_held_out_examples_are_of_the_training_data(tmp_path: Path) -> None:
     assert train + test == shuffled and len(test) == 10
 
 
+def test_values_are_standardized_by_those_of_the_training_examples(tmp_path: Path) -> None:
+    for task in STREAMS["glue"].orders[0]:
+        folder = tmp_path / "data" / "glue" / task
+        folder.mkdir(parents=True)
+        for split, values in {"train": [1.0, 3], "test": [4.0]}.items():
+            lines = [json.dumps({"sentence": "a", "label": value}) for value in values]
+            (folder / f"{split}.jsonl").write_text("\n".join(lines))
+    place = Path(write_data("glue", tmp_path / "data", tmp_path / "out")["stsb"])
+    labels = {
+        split: sorted(json.loads(line)["label"] for line in (place / f"{split}.jsonl").read_text().splitlines())
+        for split in ("train", "test")
+    }
+    assert labels == {"train": [-1.0, 1.0], "test": [2.0]}
+
+
 # ---- The report -----------------------------------------------------------------------------------------------------
 
 
