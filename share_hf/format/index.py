@@ -158,7 +158,8 @@ def read_index(folder: Path) -> TreeIndex:
     content = read_json(path)
     version = content.get("format_version")
     if not isinstance(version, int) or version < 1:
-        raise ValueError(f"{path}: format_version is {version!r}, expected {FORMAT_VERSION}")
+        hint = "" if "format_version" in content else " (a file of another program may have this name, as lorashare's)"
+        raise ValueError(f"{path}: format_version is {version!r}, expected {FORMAT_VERSION}{hint}")
     if version > NEWEST_FORMAT_VERSION:
         raise ValueError(
             f"{path}: format_version is {version}, expected at most {NEWEST_FORMAT_VERSION}: the tree was written "
