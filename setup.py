@@ -41,13 +41,13 @@ class SourceDistribution(sdist):
 install_requires = [
     "accelerate>=1.10",
     "datasets>=3.0",
-    "huggingface_hub>=1.31",
+    "huggingface_hub>=2.2",
     "jinja2>=3.1",  # the model card's template
     "numpy>=1.26",
     "peft>=0.21",
     "PyYAML>=6.0.1",
     "safetensors>=0.8",
-    "torch>=2.6",
+    "torch>=2.8",
     "tqdm>=4.66.3",
     "transformers>=5.19",
 ]
