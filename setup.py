@@ -44,7 +44,7 @@ install_requires = [
     "huggingface_hub>=2.2",
     "jinja2>=3.1",  # the model card's template
     "numpy>=1.26",
-    "peft>=0.21",
+    "peft>=0.21.2",
     "PyYAML>=6.0.1",
     "safetensors>=0.8",
     "torch>=2.8",
@@ -79,7 +79,7 @@ extras_require["tests"] = [
     "build>=1.2",  # of tests/test_packaging.py
     "hypothesis",
     "matplotlib>=3.8",
-    "pytest>=8.0",
+    "pytest>=8.2",
     "pytest-timeout",
     "pytest-xdist",
     "PyYAML",
