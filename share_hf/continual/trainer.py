@@ -355,7 +355,9 @@ class ShareTrainer(TaskTrainer):
     def _publish(self, **options: Any) -> tuple[SubspaceState, CommitInfo]:
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
-            self.init_hf_repo(token=options.get("token"), private=options.get("private"))
+            if options.get("private") is not None:  # transformers before 5.23 knows that of the arguments alone
+                self.args.hub_private_repo = options["private"]
+            self.init_hf_repo(token=options.get("token"))
         return publish(self.subspace, str(self.hub_model_id), self.args, **options)
 
     def _take_published(self, state: SubspaceState) -> None:
