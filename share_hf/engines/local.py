@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
+
+from peft import PeftModel
 
 from ..tuner.master_weights import MasterWeights
 from .engine import Engine, unprepare
@@ -15,7 +18,8 @@ class LocalEngine(Engine):
     @contextmanager
     def train_ready(self) -> Iterator[None]:
         with super().train_ready():
-            masters = MasterWeights(self.trainer.model, self.trainer.model.active_adapters)
+            model = cast(PeftModel, self.trainer.model)
+            masters = MasterWeights(model, model.active_adapters)
             try:
                 yield
             finally:
