@@ -5,30 +5,28 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from _answers import chosen, encoded
+from _answers import encoded
 from _baselines import HEAD_FILE
-from _baselines_heads import Task, kept_head, without_classifier
+from _baselines_heads import kept_head, without_classifier
 from _grid import Run
-from _share_run import stored_bytes
-from datasets import Dataset
+from _share_run import stored_bytes, task_answers
 from peft import PeftModel
-from torch import nn
-from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from share_hf import SharedSubspace
 
 
-BATCH = 128
+if TYPE_CHECKING:
+    from text_tasks import TextTask
 
 
 def merge(
     run: Run,
     base: PreTrainedModel,
-    tasks: Mapping[str, Task],
+    tasks: Mapping[str, TextTask],
     tokenizer: PreTrainedTokenizerBase,
     loras: Mapping[int, Path],
     work: Path,
@@ -57,7 +55,9 @@ def merge(
         found = {}
         for name in names:
             model.set_adapter(adapter(name))
-            found[name] = _answers(model, heads[name], of_task[name], tokenizer)
+            found[name] = task_answers(
+                lambda inputs, head=heads[name]: head(model(**inputs).logits), of_task[name], tokenizer
+            )
         return found
 
     before: dict[str, Any] = {}
@@ -86,14 +86,3 @@ def merge(
         "bytes": stored_bytes(work / "subspace"),
         "trained": 0,
     }
-
-
-@torch.no_grad()
-def _answers(model: nn.Module, head: nn.Module, task: Task, tokenizer: PreTrainedTokenizerBase) -> str | list[float]:
-    data: Dataset = task.scored.remove_columns("label")
-    collate = DataCollatorWithPadding(tokenizer)
-    logits = [
-        head(model(**collate([data[i] for i in range(start, min(start + BATCH, len(data)))])).logits)
-        for start in range(0, len(data), BATCH)
-    ]
-    return encoded(chosen(torch.cat(logits).numpy(), task.problem_type, task.num_labels))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,13 @@ from _answers import chosen, encoded
 from _grid import Run
 from _report import ROOT
 from safetensors import safe_open
-from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import (
+    AutoModelForSequenceClassification,
+    BatchEncoding,
+    DataCollatorWithPadding,
+    PreTrainedTokenizerBase,
+)
 
 from share_hf import SharedSubspace
 
@@ -92,7 +98,6 @@ def _run_recipe(
     subprocess.run(command, check=True)
 
 
-@torch.no_grad()
 def answers(
     subspace: SharedSubspace,
     base: Path,
@@ -107,24 +112,35 @@ def answers(
     model = subspace.apply(model, list(tasks)).eval()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device)
-    collate = DataCollatorWithPadding(tokenizer)
     found = {}
     for name, task in tasks.items():
         model.set_adapter(name)
-        inputs = task.scored.remove_columns("label")
-        order = np.argsort([len(ids) for ids in inputs["input_ids"]], kind="stable")  # for little padding
         with torch.autocast(device, torch.bfloat16, enabled=bf16):  # as in the evaluations of the Trainer
-            logits = [
-                model(**collate([inputs[int(i)] for i in order[start : start + BATCH]]).to(device))
-                .logits.float()
-                .cpu()
-                for start in range(0, len(order), BATCH)
-            ]
-        sorted_answers = chosen(torch.cat(logits).numpy(), task.problem_type, task.num_labels)
-        in_order = np.empty_like(sorted_answers)
-        in_order[order] = sorted_answers
-        found[name] = encoded(in_order)
+            found[name] = task_answers(lambda inputs: model(**inputs.to(device)).logits, task, tokenizer)
     return found
+
+
+@torch.no_grad()
+def task_answers(
+    logits_of: Callable[[BatchEncoding], Tensor], task: TextTask, tokenizer: PreTrainedTokenizerBase
+) -> str | list[float]:
+    """Return the answers to the test examples of a task, in the order of the examples.
+
+    Args:
+        logits_of: Function from a batch to its logits (samples, outputs).
+        task: Tokenized task.
+        tokenizer: Tokenizer of the model.
+    """
+    collate, inputs = DataCollatorWithPadding(tokenizer), task.scored.remove_columns("label")
+    order = np.argsort([len(ids) for ids in inputs["input_ids"]], kind="stable")  # for little padding
+    logits = [
+        logits_of(collate([inputs[int(i)] for i in order[start : start + BATCH]])).float().cpu()
+        for start in range(0, len(order), BATCH)
+    ]
+    sorted_answers = chosen(torch.cat(logits).numpy(), task.problem_type, task.num_labels)
+    in_order = np.empty_like(sorted_answers)
+    in_order[order] = sorted_answers
+    return encoded(in_order)
 
 
 def trained_numbers(subspace: SharedSubspace, run: Run) -> int:
