@@ -12,6 +12,7 @@ from _streams import STREAMS
 Settings = Mapping[str, Any]
 
 SEEDS = (0, 1, 2)
+MORE_SEEDS = (3, 4, 5)  # of Share and of one LoRA per task on GLUE, to narrow the interval of their difference
 
 # Settings of data and training that all methods share. The names are flags of recipes/text_stream.py.
 COMMON: dict[str, Any] = {
@@ -118,6 +119,7 @@ def planned() -> Iterator[Run]:
 def _planned() -> Iterator[Run]:
     yield from tuning()
     yield from _compared("glue", [0], SEEDS, (*EVERYWHERE, "share-random"))
+    yield from _compared("glue", [0], MORE_SEEDS, ("share", "lora"))
     yield from _compared("glue", [0], SEEDS[:1], [method for method in METHODS if method not in EVERYWHERE])
     yield from _compared("nine", [0], SEEDS[:1], METHODS)
     yield from ablations()
