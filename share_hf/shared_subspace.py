@@ -168,7 +168,7 @@ class SharedSubspace(Applying, Editing, Exporting, Routing):
         Args:
             adapters: Same as in [`~SharedSubspace.from_adapters`].
             tolerance (`float`, *optional*):
-                Relative part ``‖ΔW - ββ^T ΔW αα^T‖ / ‖ΔW‖`` of each new task that a layer's basis may leave out. The new
+                Relative part ``‖ΔW - ββ^T ΔW αα^T‖ / ‖ΔW‖`` of a new task that a layer's basis may leave out. The new
                 tasks of one call are judged together, layer by layer: where the basis leaves out no more than that of
                 any of them, all are projected, and the basis and the old tasks stay bit-identical; where one of them
                 needs a merge, all are merged. Add tasks in separate calls to have each judged alone. None merges all
