@@ -168,10 +168,11 @@ class SharedSubspace(Applying, Editing, Exporting, Routing):
         Args:
             adapters: Same as in [`~SharedSubspace.from_adapters`].
             tolerance (`float`, *optional*):
-                Relative part ``‖ΔW - ββ^T ΔW αα^T‖ / ‖ΔW‖`` of the new tasks that a layer's basis may leave out. Where
-                the basis leaves out no more than that, the new tasks are projected, and the basis and the old tasks
-                stay bit-identical; otherwise the new tasks are merged. None merges all of them. Unlike this argument,
-                the `tolerance` of [`~SharedSubspace.from_adapters`] decides ranks.
+                Relative part ``‖ΔW - ββ^T ΔW αα^T‖ / ‖ΔW‖`` of a new task that a layer's basis may leave out. The new
+                tasks of one call are judged together, layer by layer: where the basis leaves out no more than that of
+                any of them, all are projected, and the basis and the old tasks stay bit-identical; where one of them
+                needs a merge, all are merged. Add tasks in separate calls to have each judged alone. None merges all
+                of them. Unlike this argument, the `tolerance` of [`~SharedSubspace.from_adapters`] decides ranks.
             base_model (`str`, *optional*):
                 Name of the base model of both the adapters and the subspace, whatever name each of them records. It
                 is not checked.
