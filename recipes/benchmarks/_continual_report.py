@@ -194,10 +194,11 @@ def _goals(stream: str, found: Found) -> Iterator[Row]:
     for order in orders:
         of_order = [(run, result) for run, result in found if run.order in (None, order)]
         name = f"{stream}, order {order}" if len(orders) > 1 else stream
-        difference = against("lora", "share", of_order)
-        if difference is not None:
-            yield Row.at_least(f"{name}: share against lora", 100 * difference.mean, "points", -0.5)
-            yield Row.at_least(f"{name}: lower end of the interval", 100 * difference.low, "points", -1.5)
+        for upper in ("lora", "lora-slow"):
+            difference = against(upper, "share", of_order)
+            if difference is not None:
+                yield Row.at_least(f"{name}: share against {upper}", 100 * difference.mean, "points", -0.5)
+                yield Row.at_least(f"{name}: lower end of the interval", 100 * difference.low, "points", -1.5)
         forgotten = [forgetting_of(result) for run, result in of_order if run.method == "share"]
         if forgotten and None not in forgotten:
             yield Row.at_most(f"{name}: forgetting of share", 100 * statistics.mean(forgotten), "points", 0.5)

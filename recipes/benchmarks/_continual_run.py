@@ -123,7 +123,8 @@ def baseline(
     modules = run.settings["target_modules"].split(",")
     baseline_settings = BaselineSettings(args, modules, rank, head_learning_rate=of_heads, processing_class=tokenizer)
     keep_in = loras_of(run, work) if (run.stream, run.method) == ("fifty", "lora") else None
-    return measured(train(run.method, base, tasks, baseline_settings, keep_in=keep_in), tasks)
+    method = "lora" if run.method == "lora-slow" else run.method
+    return measured(train(method, base, tasks, baseline_settings, keep_in=keep_in), tasks)
 
 
 def loras_of(run: Run, work: Path) -> Path:
