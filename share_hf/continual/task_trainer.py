@@ -242,8 +242,7 @@ class TaskTrainer(GroupTrainer):
             else:
                 output = self.run_phase(args, data[tasks[0]], resumed)
         # With `auto_find_batch_size`, the batch may be smaller than the arguments ask for.
-        batch = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        self._stream.metrics.training["train_batch_size"] = batch
+        self._stream.metrics.training["train_batch_size"] = self.get_total_train_batch_size(self.args)
         if output.global_step == 0 and is_streamed(data[tasks[0]]):
             raise ValueError(used_up(title))
         return output
