@@ -166,15 +166,15 @@ def _checking_coefficients(original: Function) -> Function:
         options = {**(getattr(load_config, "download_kwargs", None) or {}), **given}
         options |= given.get("adapter_kwargs") or {}
         location = given.get("peft_model_id") or getattr(load_config, "pretrained_model_name_or_path", None)
-        if location is None or not isinstance(config or _config_at(location, options), ShareConfig):
+        if location is None:
             return original(*call.args, **call.kwargs)
 
         def load(place: str) -> Any:
-            of_adapter = with_origin(copy.copy(config) if config else _config_at(place, options), place, options)
+            of_adapter = copy.copy(config) or _config_at(place, options)
             if not isinstance(of_adapter, ShareConfig):
                 return original(*call.args, **call.kwargs)
-            stored = stored_adapter(of_adapter, basis_files(self))
-            of_adapter.origin = stored
+            with_origin(of_adapter, place, options)
+            of_adapter.origin = stored = stored_adapter(of_adapter, basis_files(self))
             call.arguments |= {
                 "peft_model_id": None,
                 "peft_config": of_adapter,
@@ -223,4 +223,8 @@ def _check_not_renamed(renamed: Collection[str], stored: Collection[str]) -> Non
 
 def _by_name(call: BoundArguments) -> dict[str, Any]:
     """Return the arguments of a call by name, among them those that the function takes as `**kwargs`."""
-    return {**call.arguments, **call.arguments.get("kwargs", {})}
+    given = dict(call.arguments)
+    for name, parameter in call.signature.parameters.items():
+        if parameter.kind == parameter.VAR_KEYWORD:
+            given |= given.pop(name, {})
+    return given

@@ -209,7 +209,7 @@ REPLACED = (
 MIXED_HEADS = Upstream(
     "peft.utils:ModulesToSaveWrapper",
     "forward",
-    ("x",),
+    (),
     without="a batch cannot mix tasks of which one has no head of its own",
     until="ModulesToSaveWrapper uses the original module for adapters without a copy of it",
 )
