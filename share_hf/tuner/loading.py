@@ -107,8 +107,8 @@ def advising(origin: AdapterOrigin, *, beside_tasks: bool = False) -> Iterator[N
         task = origin.download_options.get("revision")
         if beside_tasks and origin.subfolder is None and _tree_at(origin) is not None:
             raise ValueError(
-                f"{origin.location}: is a whole subspace, expected a task of the subspace that the model has: the root "
-                "of a subspace is a plain LoRA, its tasks are at subfolder='tasks/<task>'"
+                f"{origin.location}: is a whole subspace, expected a task of the subspace that the model has: the "
+                "root of a subspace is a plain LoRA, its tasks are at subfolder='tasks/<task>'"
             ) from error
         if task is not None and not Path(origin.location).is_dir() and _is_task_on_main(origin, task):
             raise ValueError(

@@ -300,3 +300,22 @@ OF_TRAINER = (
     _TRAINER("_save_checkpoint", ("model", "trial"), "errors in writing a checkpoint do not name it"),
     _TRAINER("_save_rng_state", ("output_dir",), "a checkpoint of several processes may be taken for whole too early"),
 )
+
+# Attributes that the libraries set on instances, so that nothing can be checked when share_hf is imported.
+_ATTRIBUTE = functools.partial(Upstream, parameters=(), until="the library declares the attribute as public")
+OF_INSTANCES = (
+    _ATTRIBUTE("transformers:Trainer", "_loss_shifts_labels", without="tasks cannot be trained together"),
+    _ATTRIBUTE(
+        "transformers:Trainer",
+        "_eval_dataloaders",
+        without="persistent workers evaluate every phase on the data of the first one",
+    ),
+    _ATTRIBUTE(
+        "accelerate:Accelerator", "_models", without="accelerate's save_state saves a model once for each phase"
+    ),
+    _ATTRIBUTE("torch.nn:Module", "_is_accelerate_prepared", without="a model is not prepared for a second phase"),
+    _ATTRIBUTE("torch.nn:Module", "_hf_hook", without="layers that accelerate offloads cannot be adapted"),
+    _ATTRIBUTE(
+        "torch:Tensor", "_is_hf_initialized", without="modules that the checkpoint of a model lacks are not found"
+    ),
+)
