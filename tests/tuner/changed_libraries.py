@@ -88,6 +88,7 @@ def warned_on_import(*modules: str) -> list[str]:
     for module in modules:
         importlib.import_module(module)
     sys.modules["share_hf"].tuner.register()
+    logging.getLogger("share_hf").removeHandler(handler)
     return warned
 
 
@@ -137,7 +138,8 @@ def where_it_is_missing(entry: Any, lora: Path) -> dict[str, Any]:
     remove(entry)
     warned = warned_on_import("share_hf")
     if entry.owner == "peft.mapping":  # without it, PEFT makes no models
-        tasks = sys.modules["share_hf"].SharedSubspace.from_adapters([lora], progress=False).tasks
+        build = sys.modules["share_hf"].SharedSubspace.from_adapters
+        tasks = build([lora], num_components=4, pseudo_rank=4, progress=False).tasks
         return {"warned": warned, "came_out": "works" if len(tasks) == 1 else tasks}
     return {"warned": warned, "came_out": train_and_load(None)}
 

@@ -246,6 +246,16 @@ def test_importing_share_hf_changes_what_the_table_lists_and_nothing_else(import
     assert changed - others == expected
 
 
+def test_the_page_for_users_names_what_is_changed() -> None:
+    page = (ROOT / "recipes" / "guides" / "reliability.md").read_text(encoding="utf-8")
+    section = page.partition("## What `share_hf` changes in other libraries")[2].partition("\n## ")[0]
+    functions = [entry for entry in upstream.REPLACED if entry.parameters]
+    names = {
+        f"{entry.label.split('.')[-2]}.{entry.name}".replace("PeftConfigMixin", "PeftConfig") for entry in functions
+    }
+    assert [name for name in sorted(names) if f"{name}`" not in section] == []
+
+
 def test_a_repeated_import_replaces_each_function_once(imported: dict[str, Any]) -> None:
     first, reloaded, anew = imported["reimported"]["depths"]
     assert first == reloaded == anew
