@@ -226,9 +226,12 @@ class LabelLikelihoodScorer:
         batch_size: Number of prompts in a batch.
 
     Attributes:
+        metrics (`tuple[str, ...]`): Names of the metrics of a task.
         chosen (`dict[str, list[int]]`): Indices of the labels that were picked when a task was last scored, by task.
         seconds (`float`): Total time spent on scoring.
     """
+
+    metrics = ("accuracy",)
 
     def __init__(
         self,

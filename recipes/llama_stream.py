@@ -46,7 +46,7 @@ from stream_results import (
     texts_of,
     write_results,
 )
-from task_data import dataset_ids, flags_with_config, load_task, parse_tasks, quantization
+from task_data import check_score_metric, dataset_ids, flags_with_config, load_task, parse_tasks, quantization
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
 
 from share_hf import ShareConfig, ShareTrainer, ShareTrainingArguments
@@ -153,6 +153,7 @@ def main() -> None:
     prompt_format = PromptFormat.of_tokenizer(
         tokenizer, script.after_text, script.max_length, chats=script.chat_template == "auto"
     )
+    check_score_metric(args.score_metric, dict.fromkeys(places, LabelLikelihoodScorer.metrics))
     own_texts = texts_of(script.own_text, script.own_texts) if script.own_text else []
     tasks, labels = {}, {}
     for name, place in places.items():

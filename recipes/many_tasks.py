@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from datasets import DatasetDict
 from likelihood import LabelLikelihoodScorer, PromptFormat, prompt_completion_task
-from task_data import flags_with_config, load_task
+from task_data import check_score_metric, flags_with_config, load_task
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, HfArgumentParser, set_seed
 
 from share_hf import ShareConfig, ShareTrainer, ShareTrainingArguments
@@ -86,6 +86,7 @@ def main() -> None:
     for name, data in texts.items():
         tasks[name], labels[name] = prompt_completion_task(name, data, tokenizer, prompt_format)
 
+    check_score_metric(args.score_metric, dict.fromkeys(tasks, LabelLikelihoodScorer.metrics))
     trainer = ShareTrainer(
         AutoModelForCausalLM.from_pretrained(ASSETS / "backbone", dtype=torch.float32),
         args,

@@ -53,6 +53,21 @@ def load_task(
     return first_examples(data, train_examples, eval_examples)
 
 
+def check_score_metric(score_metric: str | None, metrics: Mapping[str, Sequence[str]]) -> None:
+    """Refuse a score that a task will not have, before anything is trained.
+
+    Args:
+        score_metric: Value of `--score_metric`.
+        metrics: Names of the metrics of each task.
+
+    Raises:
+        ValueError: If a task does not have the metric. Names the task and its metrics.
+    """
+    for task, names in metrics.items():
+        if score_metric is not None and score_metric not in names:
+            raise ValueError(f"--score_metric is {score_metric!r}, expected one of {list(names)}, which {task!r} has")
+
+
 def load_splits(place: str) -> DatasetDict:
     """Load the splits of a data set from any place that `load_task` accepts, under their usual names.
 

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from lora_baselines import classifier_loras
 from peft import LoraConfig
-from task_data import by_task, dataset_ids, flags_with_config, parse_tasks, quantization
+from task_data import by_task, check_score_metric, dataset_ids, flags_with_config, parse_tasks, quantization
 from text_tasks import TextTask, load_text_task
 from torch import Tensor
 from transformers import (
@@ -106,6 +106,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(script.model_name_or_path)
     places = parse_tasks(script.tasks)
     tasks = load_tasks(script, places, tokenizer)
+    check_score_metric(args.score_metric, {name: task.metrics for name, task in tasks.items()})
     if args.process_index == 0:
         print(*(task.summary for task in tasks.values()), sep="\n")
     compute_dtype = torch.bfloat16 if args.bf16 else torch.float32

@@ -216,11 +216,11 @@ class GroupTrainer(PhaseTrainer):
         group = self._group
         if group is None:
             return super().create_scheduler(num_training_steps, optimizer)
-        processes, of_process = self.args.world_size, self._train_batch_size
+        step, processes = self.get_total_train_batch_size(self.args), self.args.world_size
         steps = group.sampler.steps_of_tasks(
             num_training_steps,
-            step=of_process * processes * self.args.gradient_accumulation_steps,
-            process=of_process,
+            step=step,
+            process=step // (processes * self.args.gradient_accumulation_steps),
             processes=processes,
         )
         schedules = {
@@ -228,7 +228,6 @@ class GroupTrainer(PhaseTrainer):
             for task, count in zip(group.tasks, steps.tolist(), strict=True)
         }
         self.lr_scheduler = TaskSchedules(optimizer if optimizer is not None else self.optimizer, schedules)
-        self._created_lr_scheduler = True
         return self.lr_scheduler
 
     # ---- Logs and checkpoints --------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from transformers import EvalPrediction
 from transformers.utils import logging
 
 from .arguments import ShareTrainingArguments
-from .problems import CLASSES, MULTI_LABEL, REGRESSION, Problem, ProblemType
+from .problems import CLASSES, MULTI_LABEL, REGRESSION, Problem, ProblemType, TaskDetails
 
 
 logger = logging.get_logger(__name__)
@@ -73,6 +73,35 @@ def check_functions(functions: object, tasks: Collection[str], args: ShareTraini
             raise ValueError(f"compute_metrics has {function!r} for task {task!r}, expected a function")
     if tasks and (unknown := sorted(set(functions) - set(tasks))):
         logger.warning("compute_metrics has functions for %s, which are not among tasks: %s.", unknown, list(tasks))
+
+
+def check_score_metric(
+    score_metric: str | None, task: str, details: TaskDetails, functions: object, task_scorer: object
+) -> None:
+    """Refuse a `score_metric` that an evaluation of a task will not have, before the task is trained.
+
+    What a function or a scorer of the user returns is known only after it was called.
+
+    Args:
+        score_metric: Same as in `ShareTrainingArguments`.
+        task: Name of the task.
+        details: Details of the task.
+        functions: Value of `compute_metrics`.
+        task_scorer: Same as in `ShareTrainer`.
+
+    Raises:
+        ValueError: If the metric is not among those that are known. Names these.
+    """
+    if score_metric is None or task_scorer is not None or callable(functions):
+        return
+    if isinstance(functions, Mapping) and task in functions:
+        return
+    of_kind = [] if details.problem is None else [_BY_KIND[details.problem.problem_type].__name__]
+    if score_metric not in (*of_kind, *_OF_TRAINER) and not score_metric.startswith("mem_"):
+        raise ValueError(
+            f"score_metric is {score_metric!r}, expected one of {[*of_kind, 'loss']}, which task {task!r} has, or a "
+            "function for it in compute_metrics"
+        )
 
 
 def measured_by_user(metrics: Mapping[str, float]) -> dict[str, float]:

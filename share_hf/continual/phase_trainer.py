@@ -22,12 +22,15 @@ from transformers.utils import logging
 from ..engines import check_heads, engine_for, engine_that_wrote, on_first_process
 from ..engines.local import LocalEngine
 from ..format.files import naming
+from ..tuner import upstream
 from .checkpoints import claim_phase, delete_checkpoints_before, empty_phase, newest_whole_checkpoint
 from .data import Data
 from .phases import write_final_values
 
 
 logger = logging.get_logger(__name__)
+
+upstream.check(upstream.OF_TRAINER)
 
 
 class PhaseTrainer(Trainer):

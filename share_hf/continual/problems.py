@@ -90,8 +90,8 @@ def task_details(
         )
     if labels_of_model is None:
         return TaskDetails(selection)
-    for split in (selection, splits.evaluation):
-        problem = problem_of(name, splits.train, split, labels_of_model)
+    evaluations = [splits.evaluation] if selection is splits.evaluation else [selection, splits.evaluation]
+    problem = problem_of(name, splits.train, [data for data in evaluations if data is not None], labels_of_model)
     return TaskDetails(selection, problem if label_names is None else _named(name, problem, label_names))
 
 
@@ -114,7 +114,7 @@ def check_label_names(names: Mapping[str, Sequence[str]], tasks: Collection[str]
         logger.warning("labels has names for %s, which are not among tasks: %s.", unknown, list(tasks))
 
 
-def problem_of(task: str, train: Data, evaluation: Data | None, num_labels: int) -> Problem:
+def problem_of(task: str, train: Data, evaluations: Sequence[Data], num_labels: int) -> Problem:
     """Find what a task predicts from the labels that it is trained on.
 
     Torch data is read once for its labels. Data that can only be streamed must declare them in its features.
@@ -122,17 +122,17 @@ def problem_of(task: str, train: Data, evaluation: Data | None, num_labels: int)
     Args:
         task: Name of the task.
         train: Data that the task is trained on.
-        evaluation: Data that the task is scored on, if any.
+        evaluations: Data that the task is evaluated on while it trains, and scored on, if any.
         num_labels: Number of labels of the model.
 
     Raises:
         ValueError: If the labels are unknown, are of several kinds or lengths, or need more outputs than the model
             has, or if the evaluation data has labels unlike those of the training data.
     """
-    column = _label_column(task, train, evaluation)
+    column = _label_column(task, train, evaluations)
     feature = (getattr(train, "features", None) or {}).get(column)
     labels = _labels(train, column)
-    of_evaluation = (_labels(evaluation, column) if evaluation is not None else None) or []
+    of_evaluation = [label for data in evaluations for label in _labels(data, column) or ()]
     if labels is None:
         problem = _of_feature(task, column, feature)
         _check_outputs(task, problem.num_labels, num_labels)
@@ -252,15 +252,14 @@ def _of_feature(task: str, column: str, feature: Any) -> Problem:
     )
 
 
-def _label_column(task: str, train: Data, evaluation: Data | None) -> str:
+def _label_column(task: str, train: Data, evaluations: Sequence[Data]) -> str:
     columns = _columns(task, train)
     column = next((name for name in LABEL_COLUMNS if name in columns), None)
     if column is None:
         raise ValueError(f"task {task!r} has columns {columns}, expected one of {LABEL_COLUMNS}")
-    if evaluation is not None and column not in _columns(task, evaluation):
-        raise ValueError(
-            f"task {task!r} has columns {_columns(task, evaluation)} in its evaluation data, expected {column!r}"
-        )
+    for evaluation in evaluations:
+        if column not in (columns := _columns(task, evaluation)):
+            raise ValueError(f"task {task!r} has columns {columns} in its evaluation data, expected {column!r}")
     return column
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from .checkpoints import empty_phase
 from .data import TaskSplits, is_streamed, naming_used_up_streams, used_up
 from .group_trainer import MOST_LOGGED_TASKS, GroupTrainer
 from .labels import LabelMask, LabelSmootherOfTask
-from .measures import MetricsByTask
+from .measures import MetricsByTask, check_score_metric
 from .phases import (
     PLACEHOLDER,
     RefusedTaskError,
@@ -84,7 +85,9 @@ class TaskTrainer(GroupTrainer):
         task_scorer: TaskScorer | None,
         **kwargs: Any,
     ) -> None:
-        if isinstance(functions := kwargs.get("compute_metrics"), Mapping):
+        functions = kwargs.get("compute_metrics")
+        self._check_score_metric = partial(check_score_metric, functions=functions, task_scorer=task_scorer)
+        if isinstance(functions, Mapping):
             kwargs["compute_metrics"] = MetricsByTask(functions, self._task_at_work, self._problem_of)
         super().__init__(model, args, **kwargs)
         if args.routing:
@@ -117,6 +120,8 @@ class TaskTrainer(GroupTrainer):
             The output of each phase.
         """
         started = time.monotonic()
+        for name in filter(self._is_scored, tasks):
+            self._check_score_metric(self.args.score_metric, name, self._details[name])
         self._recover()
         self._stream.begin()
         resumed_stage = self._stream.take_up({name: self.tasks[name] for name in tasks})
@@ -242,8 +247,7 @@ class TaskTrainer(GroupTrainer):
             else:
                 output = self.run_phase(args, data[tasks[0]], resumed)
         # With `auto_find_batch_size`, the batch may be smaller than the arguments ask for.
-        batch = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        self._stream.metrics.training["train_batch_size"] = batch
+        self._stream.metrics.training["train_batch_size"] = self.get_total_train_batch_size(self.args)
         if output.global_step == 0 and is_streamed(data[tasks[0]]):
             raise ValueError(used_up(title))
         return output

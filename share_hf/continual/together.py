@@ -179,12 +179,11 @@ def _check_columns(trainer: Trainer, data: Mapping[str, Data]) -> None:
     Raises:
         ValueError: If the columns differ. The message names two tasks and their columns.
     """
-    trainer._set_signature_columns_if_needed()
+    used = trainer._get_collator_with_removed_columns(lambda examples: examples[0])
     columns: dict[str, list[str]] = {}
     for task, examples in data.items():
         if isinstance(example := examples[0], Mapping):
-            removed = set(example) - set(trainer._signature_columns) if trainer.args.remove_unused_columns else set()
-            columns[task] = sorted(set(example) - removed)
+            columns[task] = sorted(used([example]))
     for task, found in columns.items():
         first, expected = next(iter(columns.items()))
         if found != expected:

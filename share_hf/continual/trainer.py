@@ -28,7 +28,7 @@ from ..tuner.renaming import named_as_in
 from ..tuner.transfer import load_tasks
 from .arguments import ShareTrainingArguments, check_parameters, training_facts
 from .data import EVALUATION_SPLITS, TRAIN_SPLIT, Data, TaskData, TaskSplits, split_data
-from .measures import check_functions
+from .measures import check_functions, check_score_metric
 from .phases import RefusedTaskError, config_for, put_back, with_adapters
 from .problems import TaskDetails, check_label_names, task_details
 from .publishing import publish
@@ -149,6 +149,8 @@ class ShareTrainer(TaskTrainer):
         if is_classifier:
             kwargs.setdefault("compute_metrics", {})
         check_functions(kwargs.get("compute_metrics"), splits, args)
+        for name in (name for name, data in splits.items() if data.evaluation is not None):
+            check_score_metric(args.score_metric, name, details[name], kwargs.get("compute_metrics"), task_scorer)
         optimizer = kwargs.get("optimizer_cls_and_kwargs")
         record = record_of(model, share_config)
         if (doubt := doubt_of_base_model(state, record)) is not None and PartialState().is_main_process:

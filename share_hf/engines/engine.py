@@ -81,7 +81,7 @@ class Engine(ABC):
 
 def unprepare(trainer: Trainer) -> None:
     """Undo the preparation of a model for a phase or an evaluation: the next would wrap it again, or not at all."""
-    trainer.accelerator._models.clear()
+    getattr(trainer.accelerator, "_models", []).clear()
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     vars(trainer.model).pop("_is_accelerate_prepared", None)
 

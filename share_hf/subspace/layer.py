@@ -213,12 +213,15 @@ class LayerSubspace:
             return LowRankUpdate(self.basis_out.to(dtype) @ out, self.basis_in.to(dtype) @ in_)
 
     def explained_variance(self) -> float:
-        """Return the mean over tasks of ``‖C_i‖² / ‖ΔW_i‖²`` with ``C_i = ε_out ε_in^T``, 1 where nothing was lost."""
+        """Return the mean over tasks of ``‖C_i‖² / ‖ΔW_i‖²`` with ``C_i = ε_out ε_in^T``, 1 where nothing was lost.
+
+        The fraction of a task is at most 1 up to rounding, which does not count.
+        """
         weights = inverse_norms(self.records.norms)
         if not weights.any():
             return 1.0
         energy = update_norms(self.coefficients_out, self.coefficients_in).square() * weights.square()
-        return float(energy.sum() / (weights > 0).sum())
+        return min(1.0, float(energy.sum() / (weights > 0).sum()))
 
     def with_task(
         self, task: str, coefficients_out: Tensor, coefficients_in: Tensor, *, dtype: CoefficientDtype = "float32"

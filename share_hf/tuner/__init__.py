@@ -4,6 +4,7 @@ from .config import ShareConfig
 from .layer import ShareLayer
 from .model import ShareModel, share_layers
 from .registration import register
+from .saving import save_bases
 
 
-__all__ = ["ShareConfig", "ShareLayer", "ShareModel", "register", "share_layers"]
+__all__ = ["ShareConfig", "ShareLayer", "ShareModel", "register", "save_bases", "share_layers"]

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+from peft import PeftConfig
 from torch import nn
 
 from ..format.module_names import without_wrappers
 from .config import ShareConfig
 from .kinds import layer_named
 from .loading import StoredAdapter
+
+
+class TaskConfigs(dict[str, PeftConfig]):
+    """The configurations of a model's adapters, by name, which takes those of tasks only.
+
+    PEFT would inject an adapter of another method around the layers of tasks.
+    """
+
+    def __setitem__(self, name: str, config: PeftConfig) -> None:
+        if not isinstance(config, ShareConfig):
+            raise ValueError(
+                f"adapter {name!r} is {getattr(config.peft_type, 'value', None)}, expected SHARE beside the tasks "
+                "that the model has: delete these first, or make the adapter a task by SharedSubspace.add_adapters; "
+                "SharedSubspace.export_lora makes a task a LoRA"
+            )
+        super().__setitem__(name, config)
 
 
 def check_modules(model: nn.Module, stored: StoredAdapter, *, from_file: bool) -> None:

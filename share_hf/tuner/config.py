@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from peft.config import PeftConfig
 
@@ -16,6 +17,8 @@ from .lora_only import without_options_of_lora
 
 
 TemporaryInit = Literal["basis", "random"]
+
+_DOWNLOAD_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "repo_type")
 
 # Phases that a configuration may have. A task of the subspace that is trained further is in `coefficients`.
 PHASES = (Phase.COEFFICIENTS, Phase.ADAPT, Phase.INIT)
@@ -51,6 +54,12 @@ class AdapterOrigin:
     location: str
     subfolder: str | None = None
     download_options: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, location: str | os.PathLike[str], options: Mapping[str, Any]) -> AdapterOrigin:
+        """Return the place from which a loader called with these keyword arguments reads an adapter."""
+        download_options = {name: options[name] for name in _DOWNLOAD_OPTIONS if options.get(name) is not None}
+        return cls(str(location), options.get("subfolder"), download_options)
 
     @property
     def folder(self) -> Path:
@@ -210,7 +219,7 @@ class ShareConfig(PeftConfig):
         metadata={"help": "What of the task is trained: 'coefficients', 'adapt' or 'init'. Set by the trainer."},
     )
 
-    origin = None
+    origin = cast("AdapterOrigin | GivenBases | None", None)
     fingerprints = None
     ranks = None
 
@@ -249,6 +258,21 @@ class ShareConfig(PeftConfig):
                 setattr(self, name, set(value))
         self.subspace_settings()
 
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
+    ) -> PeftConfig:
+        """Load a configuration that remembers its place, next to which a model finds the basis of the adapter."""
+        config = super().from_pretrained(os.fspath(pretrained_model_name_or_path), subfolder=subfolder, **kwargs)
+        return with_origin(config, pretrained_model_name_or_path, {**kwargs, "subfolder": subfolder})
+
     def subspace_settings(self, **overrides: Any) -> SubspaceSettings:
         """The part of the configuration that merges need."""
         return SubspaceSettings.from_dict({**vars(self), **overrides})
+
+
+def with_origin(config: PeftConfig, location: str | os.PathLike[str], options: Mapping[str, Any]) -> PeftConfig:
+    """Record in a configuration of SHARE where a loader called with these keyword arguments read it."""
+    if isinstance(config, ShareConfig):
+        config.origin = AdapterOrigin.of(location, options)
+    return config

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from peft.tuners.tuners_utils import _get_in_out_features
+from peft.tuners import tuners_utils
 from torch import Tensor, nn
 
 from ..state import Layout
@@ -56,7 +56,7 @@ def matrix_shape(layer: nn.Module | ExpertWeight) -> tuple[int, int]:
     """Return (n, d) of a layer's update: outputs and inputs; in a convolution, channels and what the kernel covers."""
     if isinstance(layer, ExpertWeight):
         return tuple(layer.weight.shape)
-    in_features, out_features = _get_in_out_features(layer)
+    in_features, out_features = tuners_utils._get_in_out_features(layer)
     if isinstance(layer, CONVOLUTIONS):
         in_features *= math.prod(layer.kernel_size)
     return out_features, in_features

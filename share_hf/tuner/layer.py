@@ -123,7 +123,7 @@ class ShareLayer(BaseTunerLayer):
     @property
     def tasks(self) -> list[str]:
         """Names of the tasks that adapt this layer."""
-        return self._all_available_adapter_names()
+        return sorted({*self.share_coefficients_out.keys(), *self.share_temporary_out.keys()})
 
     def has_task(self, task: str) -> bool:
         return task in self.share_coefficients_out or task in self.share_temporary_out

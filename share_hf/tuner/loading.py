@@ -13,11 +13,10 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
-from peft.config import PeftConfigMixin
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import Tensor
 
@@ -29,7 +28,7 @@ from ..format.lora import PEFT_PREFIX
 from ..format.replacing import holds, reading_whole, retrying_when_replaced
 from ..format.task_files import FINGERPRINT, METRICS_FILE, check_fingerprint, check_task_files, task_folder
 from ..format.tree import check_bases
-from .config import SHARE, AdapterOrigin, ShareConfig
+from .config import AdapterOrigin, ShareConfig
 from .ranks import ranks_of
 from .weights import check_weights
 
@@ -38,8 +37,6 @@ Loaded = TypeVar("Loaded")
 
 # Weights that were read and checked, by location and subfolder, while a loader of PEFT is at work.
 _KEPT: ContextVar[dict[tuple[str, str | None], dict[str, Tensor]] | None] = ContextVar("_KEPT", default=None)
-
-_DOWNLOAD_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "repo_type")
 
 
 @dataclass(frozen=True)
@@ -93,63 +90,54 @@ def stored_adapter(config: ShareConfig, loaded: Mapping[str, BasisFile | None]) 
     return replace(stored, fingerprints=config.fingerprints or {}, ranks=config.ranks or {})
 
 
-def remember_origins() -> None:
-    """Make all loaders of PEFT configurations, PEFT's and transformers' own, record the source of SHARE ones."""
-    original = _advising_on_revisions(PeftConfigMixin.from_pretrained.__func__)
-    PeftConfigMixin._get_peft_type = classmethod(_advising_on_revisions(PeftConfigMixin._get_peft_type.__func__))
+@contextmanager
+def advising(origin: AdapterOrigin, *, beside_tasks: bool = False) -> Iterator[None]:
+    """Make a loader of PEFT that fails within the block say where the tasks of a subspace are.
 
-    @functools.wraps(original)
-    def from_pretrained(
-        cls: type[PeftConfigMixin], pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: object
-    ) -> PeftConfigMixin:
-        config = original(cls, pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        if config.peft_type == SHARE:
-            config.origin = origin_of(pretrained_model_name_or_path, {**kwargs, "subfolder": subfolder})
-        return config
+    Args:
+        origin: Place that the loader reads.
+        beside_tasks: Whether the model has tasks, to which the root of a subspace, a plain LoRA, cannot be added.
 
-    PeftConfigMixin.from_pretrained = classmethod(from_pretrained)
-
-
-def _advising_on_revisions(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a loader that finds no adapter at a revision named like a task say where the task is."""
-
-    @functools.wraps(original)
-    def advising(cls: type, location: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return original(cls, location, *args, **kwargs)
-        except ValueError as error:
-            task = kwargs.get("revision")
-            if task is None or Path(location).is_dir() or not _is_task_on_main(str(location), task, kwargs):
-                raise
+    Raises:
+        ValueError: If the loader raises one, and the place is the root of a subspace or names a task as a revision.
+    """
+    try:
+        yield
+    except ValueError as error:
+        task = origin.download_options.get("revision")
+        if beside_tasks and origin.subfolder is None and _tree_at(origin) is not None:
             raise ValueError(
-                f"{location}: has no revision {task!r}, expected that of a branch, a tag or a commit: the task "
+                f"{origin.location}: is a whole subspace, expected a task of the subspace that the model has: the "
+                "root of a subspace is a plain LoRA, its tasks are at subfolder='tasks/<task>'"
+            ) from error
+        if task is not None and not Path(origin.location).is_dir() and _is_task_on_main(origin, task):
+            raise ValueError(
+                f"{origin.location}: has no revision {task!r}, expected that of a branch, a tag or a commit: the task "
                 f"{task!r} has no branch of its own, it is at subfolder='tasks/{task}' of main"
             ) from error
+        raise
 
-    return advising
 
-
-def _is_task_on_main(repo_id: str, task: str, options: Mapping[str, Any]) -> bool:
+def _is_task_on_main(origin: AdapterOrigin, task: str) -> bool:
     """Return whether a revision is missing and is the name of a task in the repository's newest tree."""
-    options = {name: options[name] for name in _DOWNLOAD_OPTIONS if options.get(name) is not None}
     try:
-        download(repo_id, INDEX_FILE, limit=MAX_JSON_BYTES, **options)
+        _fetch(replace(origin, subfolder=None), INDEX_FILE, MAX_JSON_BYTES)
     except RevisionNotFoundError:
-        options.pop("revision")
+        options = {name: value for name, value in origin.download_options.items() if name != "revision"}
+        tree = _tree_at(AdapterOrigin(origin.location, download_options=options))
+        return tree is not None and task in tree.tasks
     except (ValueError, OSError):
         return False
-    else:
-        return False
+    return False
+
+
+def _tree_at(origin: AdapterOrigin) -> TreeIndex | None:
+    """Return the index of a tree at the top of a folder or repository; None if there is none."""
     try:
-        return task in read_index(download(repo_id, INDEX_FILE, limit=MAX_JSON_BYTES, **options).parent).tasks
+        index = read_index(_fetch(origin, INDEX_FILE, MAX_JSON_BYTES).parent)
     except (ValueError, OSError):
-        return False
-
-
-def origin_of(location: str | os.PathLike, options: Mapping[str, Any]) -> AdapterOrigin:
-    """Return the place from which a loader called with these keyword arguments reads an adapter."""
-    download_options = {name: options[name] for name in _DOWNLOAD_OPTIONS if options.get(name) is not None}
-    return AdapterOrigin(str(location), options.get("subfolder"), download_options)
+        return None
+    return index if index.is_tree else None
 
 
 def with_fingerprints(weights: Mapping[str, Tensor], origin: AdapterOrigin) -> dict[str, Tensor]:
@@ -246,11 +234,6 @@ def load_whole(origin: AdapterOrigin, load: Callable[[str], Loaded]) -> Loaded:
             return load(str(place / location.relative_to(root)) if moved else origin.location)
 
         return retrying_when_replaced(root, INDEX_FILE, load_at)
-
-
-def in_folder_of_bases(origin: AdapterOrigin) -> bool:
-    """Return whether an adapter is in a local folder that has bases next to it."""
-    return _root_of(origin) is not None
 
 
 def _root_of(origin: AdapterOrigin) -> Path | None:

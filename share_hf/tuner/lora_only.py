@@ -1,18 +1,13 @@
-"""Features that PEFT offers only for LoRA: refused by name, with advice, before anything has changed."""
+"""Options of LoRA that SHARE lacks: refused by name, with advice."""
 
 from __future__ import annotations
 
 import functools
-import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import fields
-from types import ModuleType
 from typing import Any
 
-import peft
-from peft import LoraConfig, PeftConfig, helpers, mixed_model
-from peft.tuners.lora import eva
-from peft.utils import hotswap, loftq_utils
+from peft import LoraConfig, PeftConfig
 
 
 _WAY = "make the task a LoRA by SharedSubspace.export_lora and use it with that"
@@ -23,16 +18,6 @@ _INSTEAD = {
     "lora_dropout": "expected dropout",
     "lora_alpha": "expected none: the coefficients have the scale of an update in them",
     "use_rslora": "expected none: the coefficients have the scale of an update in them",
-}
-
-# Functions that take a model or a configuration, and the modules that hold their names.
-_FUNCTIONS: Mapping[str, tuple[ModuleType, ...]] = {
-    "rescale_adapter_scale": (helpers,),
-    "hotswap_adapter": (hotswap,),
-    "hotswap_adapter_from_state_dict": (hotswap,),
-    "prepare_model_for_compiled_hotswap": (hotswap,),
-    "initialize_lora_eva_weights": (eva, peft),
-    "replace_lora_weights_loftq": (loftq_utils, peft.utils, peft),
 }
 
 
@@ -61,37 +46,3 @@ def check_options(config_class: type[PeftConfig], options: Iterable[str]) -> Non
             f"{config_class.__name__} got an unexpected keyword argument {name!r}, an option of LoRA: "
             f"{_INSTEAD.get(name, _WAY)}"
         )
-
-
-def refuse(name: str) -> None:
-    """Refuse the feature of this name.
-
-    Raises:
-        ValueError: Always, with advice on how to get the feature.
-    """
-    raise ValueError(f"{name} is LoRA's alone, expected no adapter of SHARE: {_WAY}")
-
-
-def advise_on_functions_of_lora(config_class: type[PeftConfig]) -> None:
-    """Make PEFT's functions for LoRA, and its mixed models, refuse models with adapters of this class."""
-    for name, modules in _FUNCTIONS.items():
-        function = _for_others(getattr(modules[0], name), name, config_class)
-        for module in modules:
-            setattr(module, name, function)
-    mixed_model._check_config_compatible = _for_others(
-        mixed_model._check_config_compatible, "PeftMixedModel", config_class
-    )
-
-
-def _for_others(original: Any, name: str, config_class: type[PeftConfig]) -> Any:
-    first = next(iter(inspect.signature(original).parameters))
-
-    @functools.wraps(original)
-    def function(*args: Any, **kwargs: Any) -> Any:
-        subject = args[0] if args else kwargs.get(first)
-        configs = getattr(subject, "peft_config", None) or {"": subject}
-        if any(isinstance(config, config_class) for config in configs.values()):
-            refuse(name)
-        return original(*args, **kwargs)
-
-    return function

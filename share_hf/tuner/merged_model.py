@@ -98,11 +98,7 @@ def merge_tasks_into(model: PreTrainedModel, state: SubspaceState, weights: Mapp
     with TemporaryDirectory(prefix="share_hf-") as folder:
         for name, content in lora_files(adapter).items():
             Path(folder, name).write_bytes(content)
-        merged = PeftModel.from_pretrained(model, folder).merge_and_unload(safe_merge=True)
-    if hasattr(merged, "peft_config"):  # otherwise transformers would save an adapter
-        del merged.peft_config
-        merged._hf_peft_config_loaded = False
-    return merged
+        return PeftModel.from_pretrained(model, folder).merge_and_unload(safe_merge=True)
 
 
 def save_tokenizer_of(base: str | os.PathLike[str], folder: Path, *, token: str | bool | None = None) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.utils.other import ModulesToSaveWrapper
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..format.module_names import without_wrappers
 from .rows import BASE, Rows
+from .upstream import MIXED_HEADS
 
 
 class MixedHead(ModulesToSaveWrapper):
@@ -54,6 +55,8 @@ def head_wrappers(model: nn.Module) -> dict[str, ModulesToSaveWrapper]:
 
 def mix_heads(model: nn.Module, rows: Rows) -> None:
     """Make PEFT's wrappers of heads in a model support mixed batches."""
+    if not MIXED_HEADS.fits():
+        return
     for module in model.modules():
         if type(module) is ModulesToSaveWrapper:
             module.__class__ = MixedHead

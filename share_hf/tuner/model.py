@@ -7,21 +7,21 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from peft import LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from ..format.basis_file import BasisFile, StoredBasis
+from ..format.basis_file import BasisFile
+from ..format.coefficients import with_unpacked
 from ..format.module_names import without_wrappers
 from ..format.patterns import without_slow_patterns
 from ..format.saved_modules import saved_module_of
 from ..format.task_files import FINGERPRINT
 from ..state.layout import Layout, named
 from ..subspace import smaller_layers
-from .checks import check_has_basis, check_modules, check_same_dimensions
+from .checks import TaskConfigs, check_has_basis, check_modules, check_same_dimensions
 from .combining import combined_coefficients, combined_config
 from .config import AdapterOrigin, ShareConfig
 from .convolution import Convolution
@@ -130,6 +130,8 @@ class ShareModel(RoutingModel, MergingTuner):
             raise
         else:
             self._share_layers = None
+            if not isinstance(self.peft_config, TaskConfigs):
+                self.peft_config = TaskConfigs(self.peft_config)
             mix_heads(model, self.rows)
             self._tell_smaller_layers(model, self.peft_config[adapter_name], layers_before)
         finally:
@@ -322,11 +324,22 @@ class ShareModel(RoutingModel, MergingTuner):
                     selected.setdefault(f"{name}.{FINGERPRINT}.{adapter_name}", fingerprint)
         return selected
 
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Give PEFT numbers for coefficients that a file has in 4 bits."""
+        plain = with_unpacked(f"adapter {adapter_name!r}", state_dict)
+        return super()._remap_adapter_state_dict_for_load(
+            model=model, config=config, adapter_name=adapter_name, state_dict=plain
+        )
+
     def take_basis(self, adapter_name: str, origin: AdapterOrigin) -> None:
         """Replace the model's bases by those of an adapter that is about to be loaded in place of an existing one.
 
         Raises:
-            ValueError: If the bases differ from the model's and other adapters need these, or the sizes differ.
+            ValueError: If the adapter there is not one of SHARE, the bases differ from the model's and other adapters
+                need these, or the sizes differ.
         """
         config = PeftConfig.from_pretrained(origin.location, subfolder=origin.subfolder, **origin.download_options)
         if not isinstance(config, ShareConfig):
@@ -426,17 +439,3 @@ def basis_files(model: nn.Module) -> dict[str, BasisFile | None]:
 def layouts_of(model: nn.Module) -> dict[str, Layout]:
     """Return how the matrix of an update lies in the weight, by layer, for all layers that are not dense."""
     return {name: layer.layout for name, layer in share_layers(model).items() if layer.layout is not None}
-
-
-def stored_bases(model: nn.Module) -> dict[str, StoredBasis]:
-    """Return the bases of a model's layers as `subspace.safetensors` holds them; a model does not know the spectra."""
-    return {
-        name: StoredBasis(
-            beta=layer.share_basis_out,
-            alpha=layer.share_basis_in,
-            spectrum_out=torch.zeros(layer.share_basis_out.shape[1]),
-            spectrum_in=torch.zeros(layer.share_basis_in.shape[1]),
-            explained_variance=0.0,
-        )
-        for name, layer in share_layers(model).items()
-    }

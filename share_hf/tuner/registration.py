@@ -1,218 +1,180 @@
-"""Registration with PEFT: of the tuner called SHARE, and of the basis that is saved with a model."""
+"""Registration with PEFT: of the tuner called SHARE, and of the basis that is saved with a model.
+
+`register` replaces or extends functions of PEFT and transformers. The table in `upstream` says why each one is needed.
+"""
 
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from inspect import BoundArguments
 from pathlib import Path
 from typing import Any
 
-import peft
-from huggingface_hub import constants, hf_hub_download
-from peft import PeftConfig, PeftModel, peft_model
-from peft import utils as peft_utils
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, hotswap, infer_device, save_and_load
-from torch import nn
+from peft import PeftConfig, PeftModel
+from peft.utils import infer_device
 from transformers import PreTrainedModel
 
 from ..format.coefficients import with_unpacked
-from .config import SHARE, ShareConfig
+from . import upstream
+from .config import SHARE, AdapterOrigin, ShareConfig, with_origin
 from .loading import (
+    advising,
     are_kept,
     fingerprints_of,
-    in_folder_of_bases,
     kept_weights,
     load_whole,
-    origin_of,
-    remember_origins,
     stored_adapter,
-    with_fingerprints,
 )
-from .lora_only import advise_on_functions_of_lora, refuse
-from .model import ShareModel, basis_files, layouts_of, stored_bases
+from .model import ShareModel, basis_files
 from .ranks import ranks_of
-from .saving import check_no_remote_tree, check_no_tree, check_same_bases, write_bases
+from .saving import adapters_of, check_no_remote_tree, check_no_tree, check_same_bases, save_bases, stored_bases
+from .upstream import Function
 
 
 def register() -> None:
-    """Register SHARE with PEFT. Registering it twice changes nothing."""
-    if SHARE in PEFT_TYPE_TO_TUNER_MAPPING:
-        return
-    PEFT_TYPE_TO_CONFIG_MAPPING[SHARE] = ShareConfig
-    PEFT_TYPE_TO_TUNER_MAPPING[SHARE] = ShareModel
-    PEFT_TYPE_TO_PREFIX_MAPPING[SHARE] = ShareModel.prefix
-    remember_origins()
-    _save_basis_with(PeftModel)
-    _save_basis_with(PreTrainedModel)
-    _keep_trees_on_the_hub(PeftModel)
-    _keep_trees_on_the_hub(PreTrainedModel)
-    _advise_on_plain_adapters()
-    _advise_on_other_methods()
-    advise_on_functions_of_lora(ShareConfig)
-    _load_bases_with_given_configs()
-    _load_bases_with_adapters_that_are_there()
-    _check_coefficients_of_transformers()
-    _prepare_weights()
+    """Register SHARE with PEFT. Registering it again changes nothing, and after a reload it takes the new code."""
+    upstream.CONFIG_CLASSES.enter(SHARE, ShareConfig)
+    upstream.TUNER_CLASSES.enter(SHARE, ShareModel)
+    upstream.PREFIXES.enter(SHARE, ShareModel.prefix)
+    upstream.LOADED_CONFIGS.replace(_remembering_origins)
+    upstream.SAVED_PEFT_MODELS.replace(_saving_bases)
+    upstream.SAVED_MODELS.replace(_saving_bases)
+    upstream.PUSHED_PEFT_MODELS.replace(_keeping_trees_on_the_hub)
+    upstream.PUSHED_MODELS.replace(_keeping_trees_on_the_hub)
+    upstream.LOADED_PEFT_MODELS.replace(_loading_bases_with_given_configs)
+    upstream.LOADED_ADAPTERS.replace(_loading_bases_with_adapters_that_are_there)
+    upstream.LOADED_NATIVE_ADAPTERS.replace(_checking_coefficients)
+    upstream.READ_WEIGHTS.replace(_taking_checked_weights)
+    upstream.check(upstream.OF_TUNER)
 
 
-def _save_basis_with(model_class: type[PeftModel] | type[PreTrainedModel]) -> None:
-    """Make `save_pretrained` write the basis once, at the top of the folder, whatever adapters it saves there.
+def _remembering_origins(original: Function) -> Function:
+    """Make `PeftConfig.from_pretrained` record the place of configurations of SHARE."""
+
+    def from_pretrained(
+        cls: type[PeftConfig],
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        subfolder: str | None = None,
+        **kwargs: Any,
+    ) -> PeftConfig:
+        options = {**kwargs, "subfolder": subfolder}
+        with advising(AdapterOrigin.of(pretrained_model_name_or_path, options)):
+            config = original(cls, pretrained_model_name_or_path, **options)
+        return with_origin(config, pretrained_model_name_or_path, options)
+
+    return from_pretrained
+
+
+def _saving_bases(original: Function) -> Function:
+    """Make `save_pretrained` write the bases once, at the top of the folder, whatever adapters it saves there.
 
     It never writes into the tree of a subspace.
     """
-    original = model_class.save_pretrained
 
-    @functools.wraps(original)
-    def save_pretrained(
-        self: PeftModel | PreTrainedModel, save_directory: str | os.PathLike, *args: Any, **kwargs: Any
-    ) -> Any:
-        call = inspect.signature(original).bind(self, save_directory, *args, **kwargs)
-        # Adapters may sit in a part of the model, such as the language model of a multimodal one.
-        configs = (module.peft_config for module in self.modules() if getattr(module, "peft_config", None))
-        folder, adapters = Path(save_directory), next(configs, {})
-        bases = stored_bases(self)
+    def save_pretrained(self: PeftModel | PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        given = _by_name(inspect.signature(original).bind(self, *args, **kwargs))
+        folder, adapters, bases = Path(given["save_directory"]), adapters_of(self), stored_bases(self)
         if adapters:
             check_no_tree(folder)
-            if kwargs.get("push_to_hub"):
-                check_no_remote_tree(kwargs.get("repo_id") or folder.name, kwargs.get("revision"), kwargs.get("token"))
-        if bases and call.arguments.get("path_initial_model_for_weight_conversion") is not None:
-            refuse("path_initial_model_for_weight_conversion")
+            if given.get("push_to_hub"):
+                check_no_remote_tree(given.get("repo_id") or folder.name, given.get("revision"), given.get("token"))
+        if bases and given.get("path_initial_model_for_weight_conversion") is not None:
+            raise ValueError(
+                "path_initial_model_for_weight_conversion is LoRA's alone, expected none for tasks: make a task a "
+                "LoRA by SharedSubspace.export_lora"
+            )
         if bases:
-            check_same_bases(folder, bases, call.arguments.get("selected_adapters") or adapters)
-        result = original(self, save_directory, *args, **kwargs)
-        if bases and adapters and call.arguments.get("is_main_process", True):
-            write_bases(folder, bases, layouts_of(self), next(iter(adapters.values())))
+            check_same_bases(folder, bases, given.get("selected_adapters") or adapters)
+        result = original(self, *args, **kwargs)
+        if bases and adapters and given.get("is_main_process", True):
+            save_bases(self, folder)
         return result
 
-    model_class.save_pretrained = save_pretrained
+    return save_pretrained
 
 
-def _keep_trees_on_the_hub(model_class: type[PeftModel] | type[PreTrainedModel]) -> None:
+def _keeping_trees_on_the_hub(original: Function) -> Function:
     """Keep `push_to_hub` of a model with adapters from overwriting a subspace."""
-    original = model_class.push_to_hub
 
-    @functools.wraps(original)
-    def push_to_hub(self: PeftModel | PreTrainedModel, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+    def push_to_hub(self: PeftModel | PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         if getattr(self, "peft_config", None):
-            check_no_remote_tree(repo_id, kwargs.get("revision"), kwargs.get("token"))
-        return original(self, repo_id, *args, **kwargs)
+            given = _by_name(inspect.signature(original).bind(self, *args, **kwargs))
+            check_no_remote_tree(given["repo_id"], given.get("revision"), given.get("token"))
+        return original(self, *args, **kwargs)
 
-    model_class.push_to_hub = push_to_hub
-
-
-def _advise_on_plain_adapters() -> None:
-    """Make a model with tasks say how to load a task when it is given a LoRA, such as the root of a subspace."""
-    original = PeftModel.add_adapter
-
-    @functools.wraps(original)
-    def add_adapter(self: PeftModel, adapter_name: str, peft_config: PeftConfig, *args: Any, **kwargs: Any) -> None:
-        if isinstance(self.base_model, ShareModel) and peft_config.peft_type != SHARE:
-            raise ValueError(
-                f"adapter {adapter_name!r} is {peft_config.peft_type}, expected a task of the subspace that the model "
-                "has: the root of a subspace is a plain LoRA, its tasks are at subfolder='tasks/<task>'; other "
-                "adapters become tasks by SharedSubspace.add_adapters"
-            )
-        original(self, adapter_name, peft_config, *args, **kwargs)
-
-    PeftModel.add_adapter = add_adapter
+    return push_to_hub
 
 
-def _advise_on_other_methods() -> None:
-    """Make transformers' `add_adapter` and `load_adapter` say that other methods cannot be used beside tasks."""
-    original = peft.inject_adapter_in_model
-
-    @functools.wraps(original)
-    def inject_adapter_in_model(
-        peft_config: PeftConfig, model: nn.Module, adapter_name: str = "default", *args: Any, **kwargs: Any
-    ) -> nn.Module:
-        others = getattr(model, "peft_config", {}).values()
-        if not isinstance(peft_config, ShareConfig) and any(isinstance(other, ShareConfig) for other in others):
-            raise ValueError(
-                f"adapter {adapter_name!r} is {peft_config.peft_type.value}, expected SHARE beside the tasks that the "
-                "model has: delete these first, or make the adapter a task by SharedSubspace.add_adapters; "
-                "SharedSubspace.export_lora makes a task a LoRA"
-            )
-        return original(peft_config, model, adapter_name, *args, **kwargs)
-
-    for module in (peft, peft.mapping):
-        module.inject_adapter_in_model = inject_adapter_in_model
-
-
-def _load_bases_with_given_configs() -> None:
+def _loading_bases_with_given_configs(original: Function) -> Function:
     """Make `PeftModel.from_pretrained(config=…)` read the basis from where it reads the coefficients."""
-    original = PeftModel.from_pretrained.__func__
 
-    @functools.wraps(original)
-    def from_pretrained(
-        cls: type[PeftModel], model: nn.Module, model_id: str | os.PathLike, *args: Any, **kwargs: Any
-    ) -> PeftModel:
-        call = inspect.signature(original).bind(cls, model, model_id, *args, **kwargs)
+    def from_pretrained(cls: type[PeftModel], *args: Any, **kwargs: Any) -> PeftModel:
+        call = inspect.signature(original).bind(cls, *args, **kwargs)
         options, config = call.arguments.get("kwargs", {}), call.arguments.get("config")
+        origin = AdapterOrigin.of(call.arguments["model_id"], options)
 
         def load(location: str) -> PeftModel:
             call.arguments["model_id"] = location
             if isinstance(config, ShareConfig):
-                call.arguments["config"] = copy.copy(config)
-                call.arguments["config"].origin = origin_of(location, options)
+                call.arguments["config"] = with_origin(copy.copy(config), location, options)
             return original(*call.args, **call.kwargs)
 
-        return load_whole(origin_of(model_id, options), load)
+        with advising(origin):
+            return load_whole(origin, load)
 
-    PeftModel.from_pretrained = classmethod(from_pretrained)
+    return from_pretrained
 
 
-def _load_bases_with_adapters_that_are_there() -> None:
+def _loading_bases_with_adapters_that_are_there(original: Function) -> Function:
     """Make `PeftModel.load_adapter` read the basis too where it only reads weights: under an existing name."""
-    original = PeftModel.load_adapter
 
-    @functools.wraps(original)
-    def load_adapter(
-        self: PeftModel, model_id: str | os.PathLike, adapter_name: str, *args: Any, **kwargs: Any
-    ) -> Any:
+    def load_adapter(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+        call = inspect.signature(original).bind(self, *args, **kwargs)
+        options, adapter_name = call.arguments.get("kwargs", {}), call.arguments["adapter_name"]
+        origin = AdapterOrigin.of(call.arguments["model_id"], options)
+
         def load(location: str) -> Any:
-            origin = origin_of(location, kwargs)
+            call.arguments["model_id"] = location
+            here = AdapterOrigin.of(location, options)
             # A model that was just made for the adapter already has its basis.
-            if isinstance(self.peft_config.get(adapter_name), ShareConfig) and not are_kept(origin):
-                self.base_model.take_basis(adapter_name, origin)
-            return original(self, location, adapter_name, *args, **kwargs)
+            if isinstance(self.peft_config.get(adapter_name), ShareConfig) and not are_kept(here):
+                self.base_model.take_basis(adapter_name, here)
+            return original(*call.args, **call.kwargs)
 
-        return load_whole(origin_of(model_id, kwargs), load)
+        with advising(origin, beside_tasks=isinstance(self.base_model, ShareModel)):
+            return load_whole(origin, load)
 
-    PeftModel.load_adapter = load_adapter
+    return load_adapter
 
 
-def _check_coefficients_of_transformers() -> None:
+def _checking_coefficients(original: Function) -> Function:
     """Make transformers' `load_adapter` compare coefficients with the bases and load exactly what was checked."""
-    original = PreTrainedModel.load_adapter
 
-    @functools.wraps(original)
     def load_adapter(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         call = inspect.signature(original).bind(self, *args, **kwargs)
-        weights, location = call.arguments.get("adapter_state_dict"), call.arguments.get("peft_model_id")
-        config = call.arguments.get("peft_config")
-        if weights is not None and isinstance(config, ShareConfig):
-            config = call.arguments["peft_config"] = copy.copy(config)
-            config.fingerprints, config.ranks = fingerprints_of(weights), ranks_of(weights)
-        if weights is not None or location is None:
+        given = _by_name(call)
+        weights, config = given.get("adapter_state_dict"), given.get("peft_config")
+        if weights is not None:
+            if isinstance(config, ShareConfig):
+                config = call.arguments["peft_config"] = copy.copy(config)
+                config.fingerprints, config.ranks = fingerprints_of(weights), ranks_of(weights)
             return original(*call.args, **call.kwargs)
-        options = {**call.arguments.get("kwargs", {}), **(call.arguments.get("adapter_kwargs") or {})}
-        origin = origin_of(location, options)
-        if not isinstance(config, ShareConfig) and not in_folder_of_bases(origin):
+        load_config = given.get("load_config")
+        options = {**(getattr(load_config, "download_kwargs", None) or {}), **given}
+        options |= given.get("adapter_kwargs") or {}
+        location = given.get("peft_model_id") or getattr(load_config, "pretrained_model_name_or_path", None)
+        if location is None:
             return original(*call.args, **call.kwargs)
 
         def load(place: str) -> Any:
-            here = origin_of(place, options)
-            of_adapter = config or PeftConfig.from_pretrained(place, subfolder=here.subfolder)
+            of_adapter = copy.copy(config) or _config_at(place, options)
             if not isinstance(of_adapter, ShareConfig):
                 return original(*call.args, **call.kwargs)
-            of_adapter = copy.copy(of_adapter)
-            of_adapter.origin = here
-            stored = stored_adapter(of_adapter, basis_files(self))
-            of_adapter.origin = stored
+            with_origin(of_adapter, place, options)
+            of_adapter.origin = stored = stored_adapter(of_adapter, basis_files(self))
             call.arguments |= {
                 "peft_model_id": None,
                 "peft_config": of_adapter,
@@ -220,40 +182,34 @@ def _check_coefficients_of_transformers() -> None:
             }
             return original(*call.args, **call.kwargs)
 
-        return load_whole(origin, load)
+        return load_whole(AdapterOrigin.of(location, options), load)
 
-    PreTrainedModel.load_adapter = load_adapter
+    return load_adapter
 
 
-def _prepare_weights() -> None:
-    """Make PEFT find weights in a subfolder of a cached repository, and add fingerprints that old files lack.
+def _config_at(location: str | os.PathLike[str], options: Mapping[str, Any]) -> PeftConfig | None:
+    """Return the configuration of an adapter; None if there is none, of which the loader itself will tell."""
+    origin = AdapterOrigin.of(location, options)
+    try:
+        return PeftConfig.from_pretrained(origin.location, subfolder=origin.subfolder, **origin.download_options)
+    except (ValueError, OSError, KeyError, TypeError):
+        return None
 
-    Offline, PEFT looks for the subfolder inside the subfolder itself.
-    """
-    original = save_and_load.load_peft_weights
 
-    @functools.wraps(original)
-    def load_peft_weights(model_id: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        origin = origin_of(model_id, kwargs)
-        if (kept := kept_weights(origin)) is not None:
-            if kwargs.get("key_mapping"):
-                _check_not_renamed(with_unpacked(model_id, original(model_id, *args, **kwargs)), kept)
-            device = args[0] if args else kwargs.get("device")
-            return {name: weight.to(device or infer_device()) for name, weight in kept.items()}
-        subfolder = kwargs.get("subfolder")
-        if subfolder is not None and constants.HF_HUB_OFFLINE and not Path(model_id).is_dir():
-            names = ("revision", "cache_dir", "repo_type")
-            options = {name: kwargs.pop(name) for name in names if kwargs.get(name) is not None}
-            kwargs.pop("subfolder")
-            weights = hf_hub_download(model_id, f"{subfolder}/{SAFETENSORS_WEIGHTS_NAME}", **options)
-            model_id = str(Path(weights).parent)
-        weights = with_unpacked(model_id, original(model_id, *args, **kwargs))
-        if kwargs.get("key_mapping") and any(".share_" in name for name in weights):
-            _check_not_renamed(weights, original(model_id, *args, **{**kwargs, "key_mapping": None}))
-        return with_fingerprints(weights, origin)
+def _taking_checked_weights(original: Function) -> Function:
+    """Make PEFT load the weights that were read and checked with the basis, rather than read them once more."""
 
-    for module in (save_and_load, peft_model, hotswap, peft_utils, peft):
-        module.load_peft_weights = load_peft_weights
+    def load_peft_weights(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        given = _by_name(inspect.signature(original).bind(*args, **kwargs))
+        kept = kept_weights(AdapterOrigin.of(given["model_id"], given))
+        if kept is None:
+            return original(*args, **kwargs)
+        if given.get("key_mapping"):
+            _check_not_renamed(with_unpacked(given["model_id"], original(*args, **kwargs)), kept)
+        device = given.get("device") or infer_device()
+        return {name: weight.to(device) for name, weight in kept.items()}
+
+    return load_peft_weights
 
 
 def _check_not_renamed(renamed: Collection[str], stored: Collection[str]) -> None:
@@ -263,3 +219,12 @@ def _check_not_renamed(renamed: Collection[str], stored: Collection[str]) -> Non
             f"key_mapping renames {odd[0]!r}, expected a mapping that leaves the weights of a task as they are: the "
             "modules of its basis would have other names"
         )
+
+
+def _by_name(call: BoundArguments) -> dict[str, Any]:
+    """Return the arguments of a call by name, among them those that the function takes as `**kwargs`."""
+    given = dict(call.arguments)
+    for name, parameter in call.signature.parameters.items():
+        if parameter.kind == parameter.VAR_KEYWORD:
+            given |= given.pop(name, {})
+    return given

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import cast
 
+import torch
 from huggingface_hub import get_full_repo_name
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -12,7 +14,9 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     LocalTokenNotFoundError,
 )
+from peft import PeftConfig
 from peft.utils import CONFIG_NAME
+from torch import nn
 
 from ..format.basis_file import SUBSPACE_FILE, StoredBasis, basis_tensors, fingerprint_of_all, read_bases
 from ..format.download import download
@@ -21,8 +25,8 @@ from ..format.index import INDEX_FILE, ModuleEntry, TreeIndex, index_bytes, read
 from ..format.names import listing
 from ..format.replacing import standing_at
 from ..format.task_files import TASKS_FOLDER
-from ..state import Layout
 from .config import SHARE, ShareConfig
+from .model import layouts_of, share_layers
 
 
 def check_no_tree(folder: Path) -> None:
@@ -83,11 +87,17 @@ def check_same_bases(folder: Path, bases: Mapping[str, StoredBasis], saved: Coll
         )
 
 
-def write_bases(
-    folder: Path, bases: Mapping[str, StoredBasis], layouts: Mapping[str, Layout], config: ShareConfig
-) -> None:
-    """Write the bases of a model and the index with their checksums."""
-    writer = FolderWriter(folder)
+def save_bases(model: nn.Module, folder: Path) -> None:
+    """Write the bases of a model's tasks to the folder that its adapters are saved in.
+
+    `save_pretrained` of PEFT's and transformers' models does so.
+
+    Args:
+        model: Model with tasks.
+        folder: Folder that `save_pretrained` was called with.
+    """
+    config = cast(ShareConfig, next(iter(adapters_of(model).values())))
+    writer, bases, layouts = FolderWriter(folder), stored_bases(model), layouts_of(model)
     writer.put(SUBSPACE_FILE, tensor_bytes(basis_tensors(bases)))
     index = TreeIndex(
         kind="checkpoint",
@@ -101,6 +111,26 @@ def write_bases(
         fingerprint=fingerprint_of_all(bases),
     )
     writer.put(INDEX_FILE, index_bytes(index))
+
+
+def stored_bases(model: nn.Module) -> dict[str, StoredBasis]:
+    """Return the bases of a model's layers as `subspace.safetensors` holds them; a model does not know the spectra."""
+    return {
+        name: StoredBasis(
+            beta=layer.share_basis_out,
+            alpha=layer.share_basis_in,
+            spectrum_out=torch.zeros(layer.share_basis_out.shape[1]),
+            spectrum_in=torch.zeros(layer.share_basis_in.shape[1]),
+            explained_variance=0.0,
+        )
+        for name, layer in share_layers(model).items()
+    }
+
+
+def adapters_of(model: nn.Module) -> Mapping[str, PeftConfig]:
+    """Return the configurations of the adapters of a model, or of a part of it, such as its language model."""
+    configs = (getattr(module, "peft_config", None) for module in model.modules())
+    return next(filter(None, configs), {})
 
 
 def _is_tree(folder: Path) -> bool:

@@ -18,8 +18,9 @@ from torch import Tensor
 from transformers import EvalPrediction, PreTrainedModel
 
 from share_hf import ShareConfig, SharedSubspace, ShareTrainer
+from share_hf.continual.data import split_data
 from share_hf.continual.measures import accuracy, f1, pearson
-from share_hf.continual.problems import CLASSES, MULTI_LABEL, REGRESSION, loss_of
+from share_hf.continual.problems import CLASSES, MULTI_LABEL, REGRESSION, loss_of, task_details
 from share_hf.state import without_scores
 from share_hf.tuner.head import rule_out_labels
 
@@ -126,6 +127,49 @@ def test_a_renamed_task_keeps_its_metric_and_a_removed_one_leaves_none(learned: 
     left = without_scores(subspace.state.metrics, ["topics", "similarity"])
     assert left["score"] == "accuracy"
     assert "score_names" not in left
+
+
+def test_a_score_that_a_kind_of_task_lacks_is_refused_before_anything_is_trained(
+    tiny_model: Callable[[str], PreTrainedModel], tmp_path: Path
+) -> None:
+    model, known = tiny_model("bert"), {"shapes": classification_task(1, 3)}
+    lacks = r"score_metric is 'accuracy', expected one of \['pearson', 'loss'\], which task 'likeness' has"
+    with pytest.raises(ValueError, match=lacks):
+        classifier_trainer(model, tmp_path / "all", mixed_tasks(), score_metric="accuracy")
+    assert not hasattr(model, "peft_config")
+    trainer = classifier_trainer(model, tmp_path / "later", known, score_metric="accuracy")
+    with pytest.raises(ValueError, match=lacks):
+        trainer.learn_task("likeness", *regression_task(2).values())
+    assert trainer.trained_steps == 0
+    classifier_trainer(
+        tiny_model("bert"),
+        tmp_path / "measured",
+        mixed_tasks(),
+        trainer={"compute_metrics": dict.fromkeys(("likeness", "topics"), lambda prediction: {"accuracy": 1.0})},
+        score_metric="accuracy",
+    )
+
+
+def test_torch_data_is_read_once_for_its_labels() -> None:
+    class Counted(torch.utils.data.Dataset):
+        def __init__(self, rows: Dataset) -> None:
+            self.rows, self.reads = rows, [0] * len(rows)
+
+        def __len__(self) -> int:
+            return len(self.rows)
+
+        def __getitem__(self, i: int) -> dict[str, Any]:
+            self.reads[i] += 1
+            return self.rows[i]
+
+    rows = classification_task(1, 3)
+    data = {"train": Counted(rows["train"]), "validation": Counted(rows["test"]), "test": Counted(rows["test"])}
+    splits = split_data("task", data, max_steps=-1)
+    details = task_details("task", data, splits, 3, selects=True)
+    assert details.selection is data["validation"] and splits.evaluation is data["test"]
+    assert details.problem.num_labels == 3
+    # The first example also tells the columns.
+    assert all(set(split.reads[1:]) == {1} for split in data.values())
 
 
 @pytest.mark.parametrize("of_model", [None, "regression", "multi_label_classification"])

@@ -176,8 +176,11 @@ def test_a_scorer_of_ones_own_replaces_the_evaluation(make_trainer: MakeTrainer)
 
 
 def test_an_unknown_score_metric_names_the_ones_there_are(make_trainer: MakeTrainer) -> None:
-    with pytest.raises(ValueError, match=r"score_metric is 'f1', expected one of \[.*'accuracy'"):
-        make_trainer(score_metric="f1").train()
+    with pytest.raises(ValueError, match=r"score_metric is 'f1', expected one of \['accuracy', 'loss'\]"):
+        make_trainer(score_metric="f1")
+    scored = make_trainer(score_metric="f1", task_scorer=lambda model, task, data: {"exact": 1.0})
+    with pytest.raises(ValueError, match=r"score_metric is 'f1', expected one of \['exact'\]"):
+        scored.train()
 
 
 def test_a_stream_starts_from_given_adapters(

@@ -45,3 +45,6 @@ def test_what_is_pushed_is_loaded_and_extended_by_others(
     assert "rte" in SharedSubspace.from_pretrained(REPO, revision="rte").state.tasks
     model = PeftModel.from_pretrained(tiny_model("llama"), REPO, subfolder="tasks/rte").eval()
     assert torch.equal(logits(model), logits(found.apply(tiny_model("llama"), ["rte"])))
+    native = tiny_model("llama")
+    native.load_adapter(REPO, "rte", adapter_kwargs={"subfolder": "tasks/rte"})
+    assert torch.equal(logits(native.eval()), logits(model))

@@ -110,6 +110,12 @@ def test_text_stream_learns_tasks_with_different_numbers_of_labels(tmp_path: Pat
         assert subspace.state.tasks["short"].labels == ("bad", "good")
 
 
+def test_a_score_that_likelihoods_do_not_give_is_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
+    for recipe in ("llama_stream.py", "many_tasks.py"):
+        said = refusal(recipe, "--score_metric", "f1", cwd=tmp_path)
+        assert re.search(r"--score_metric is 'f1', expected one of \['accuracy'\], which '\w+' has", said), said
+
+
 def test_many_tasks_learns_all_clients_in_one_run(tmp_path: Path) -> None:
     small = ("--clients", "6", "--notes", "48", "--test_notes", "6", "--basis_examples", "32")
     output = launch("many_tasks.py", *small, "--num_train_epochs", "1", cwd=tmp_path)

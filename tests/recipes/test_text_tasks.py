@@ -329,6 +329,12 @@ def test_a_flag_for_a_task_that_is_not_there_names_those_that_are(flag: str, tmp
     assert f"{flag} has 'givr', expected one of --tasks, ['giver']: 'giver'?" in said
 
 
+def test_a_score_that_a_task_lacks_is_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
+    tasks = ("--tasks", f"giver={TASKS / 'giver'}", "--model_name_or_path", str(RECIPES / "assets" / "backbone"))
+    said = refusal("text_stream.py", *tasks, "--score_metric", "pearson", cwd=tmp_path)
+    assert "--score_metric is 'pearson', expected one of ['accuracy'], which 'giver' has" in said
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["share", "coefficients", "per_task_lora", "sequential_lora"])
 def test_text_stream_learns_tasks_of_all_kinds(tmp_path: Path, encoder: str, write: Any, method: str) -> None:  # noqa: F811

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -166,6 +166,13 @@ def test_explained_variance_is_the_mean_over_tasks_of_what_their_updates_kept() 
 
     assert 0.3 < layer.explained_variance() < 0.99
     assert layer.explained_variance() == pytest.approx(float(sum(kept) / len(kept)), rel=1e-12)
+
+
+def test_rounding_makes_no_task_explain_more_than_itself(layer: LayerSubspace) -> None:
+    kept = layer.with_task("fourth", normal(4, 2), normal(4, 2)).select([3])
+    rounded = replace(kept, records=replace(kept.records, norms=kept.records.norms * (1 - 1e-6)))
+
+    assert rounded.explained_variance() == 1.0
 
 
 def test_tasks_without_weight_do_not_count_in_the_explained_variance(layer: LayerSubspace) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import peft.functional
 import pytest
 import torch
 from peft import (
@@ -73,7 +74,7 @@ OPTIONS: dict[str, str] = {
     "velora_config": LORA,
 }
 
-ALONE = rf"LoRA's alone, expected no adapter of SHARE: {LORA}"
+NOT_MIXED = "`peft_type` 'SHARE' is not compatible with the `PeftMixedModel`"
 
 
 def _scaled(model: PeftModel, folder: Path) -> None:
@@ -91,32 +92,33 @@ def _with(**values: Any) -> ShareConfig:
 
 # By name: a call with a model that has the task "one" and the folder that it is saved in, and what is said.
 CALLS: dict[str, tuple[Callable[[PeftModel, Path], Any], str]] = {
-    "rescale_adapter_scale": (_scaled, f"rescale_adapter_scale is {ALONE}"),
+    "rescale_adapter_scale": (_scaled, "scaling is only supported for models with `LoraLayer`s"),
     "hotswap_adapter": (
         lambda model, folder: hotswap_adapter(model, str(folder / "one"), "one"),
-        f"hotswap_adapter is {ALONE}",
+        "Hotswapping only supports LORA but SHARE was passed",
     ),
     "prepare_model_for_compiled_hotswap": (
         lambda model, folder: prepare_model_for_compiled_hotswap(model, target_rank=8),
-        f"prepare_model_for_compiled_hotswap is {ALONE}",
+        "No adapter layers found on the model",
     ),
     "initialize_lora_eva_weights": (
-        lambda model, folder: peft.initialize_lora_eva_weights(model),
-        f"initialize_lora_eva_weights is {ALONE}",
+        lambda model, folder: peft.initialize_lora_eva_weights(model, adapter_name="one"),
+        "'ShareConfig' object has no attribute 'init_lora_weights'",
     ),
     "replace_lora_weights_loftq": (
         lambda model, folder: peft.replace_lora_weights_loftq(model),
-        f"replace_lora_weights_loftq is {ALONE}",
+        "does not appear to be a transformers model or is a local model",
     ),
     "save_pretrained(path_initial_model_for_weight_conversion=)": (
         lambda model, folder: model.save_pretrained(
             folder / "new", path_initial_model_for_weight_conversion=str(folder / "initial")
         ),
-        f"path_initial_model_for_weight_conversion is {ALONE}",
+        "path_initial_model_for_weight_conversion is LoRA's alone, expected none for tasks: "
+        r"make a task a LoRA by SharedSubspace\.export_lora",
     ),
     "get_peft_model(mixed=True)": (
         lambda model, folder: get_peft_model(_native(copy.deepcopy(model)), _with(), mixed=True),
-        f"PeftMixedModel is {ALONE}",
+        NOT_MIXED,
     ),
     "PeftMixedModel.from_pretrained": (
         lambda model, folder: PeftMixedModel.from_pretrained(_native(copy.deepcopy(model)), folder / "one"),
@@ -128,7 +130,7 @@ CALLS: dict[str, tuple[Callable[[PeftModel, Path], Any], str]] = {
     ),
     "add_adapter of a LoRA": (
         lambda model, folder: model.add_adapter("two", LoraConfig(target_modules=["q_proj"])),
-        r"other adapters become tasks by SharedSubspace\.add_adapters",
+        "Cannot combine adapters with different peft types",
     ),
     "add_weighted_adapter(combination_type='ties')": (
         lambda model, folder: model.add_weighted_adapter(["one"], [1.0], "two", combination_type="ties"),
@@ -197,11 +199,31 @@ def test_what_is_loras_alone_is_refused_before_the_model_is_changed(
     inputs = ARCHITECTURES["llama"].inputs()
     expected = output(model, inputs)
     function, message = CALLS[call]
-    with pytest.raises((ValueError, TypeError), match=message):
+    with pytest.raises((ValueError, TypeError, AttributeError), match=message):
         function(model, tmp_path)
     assert snapshot(model) == before
     assert sorted(tmp_path.rglob("*")) == files
     assert torch.equal(output(model.eval(), inputs), expected)
+
+
+@pytest.mark.parametrize("way", ["add_adapter", "load_adapter", "inject_adapter_in_model"])
+def test_another_method_beside_tasks_is_refused(way: str, base: Callable[[], PreTrainedModel], tmp_path: Path) -> None:
+    config = LoraConfig(target_modules=["q_proj"])
+    get_peft_model(base(), config).save_pretrained(tmp_path)
+    model = base()
+    model.add_adapter(_with(target_modules=["q_proj"]), "one")
+    before = snapshot(model)
+    add: dict[str, Callable[[], Any]] = {
+        "add_adapter": lambda: model.add_adapter(config, "two"),
+        "load_adapter": lambda: model.load_adapter(str(tmp_path), "two"),
+        "inject_adapter_in_model": lambda: peft.functional.inject_adapter_in_model(config, model, "two"),
+    }
+    with pytest.raises(ValueError, match="adapter 'two' is LORA, expected SHARE beside the tasks that the model has"):
+        add[way]()
+    assert snapshot(model) == before
+    copied = copy.deepcopy(model)
+    copied.add_adapter(_with(target_modules=["q_proj"]), "three")
+    assert list(copied.peft_config) == ["one", "three"]
 
 
 def test_hotswapping_by_transformers_is_refused(
