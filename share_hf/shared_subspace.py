@@ -269,7 +269,7 @@ class SharedSubspace(Applying, Editing, Exporting, Routing):
         place = Path(folder)
         with holding(place):
             if holds(place, CONFIG_NAME) and not holds(place, INDEX_FILE):
-                raise ValueError(f"{folder}: holds an adapter that is no shared subspace, expected another folder")
+                raise ValueError(f"{folder}: holds an adapter that is not a shared subspace, expected another folder")
             state = with_saved(self.state, place, self._seen.get(place.resolve()))
             template = None if card_template is None else Path(card_template)
             known = read_originals(place)

@@ -281,7 +281,7 @@ class ShareTrainer(TaskTrainer):
             self._merge_report = None
             if self._stream.is_done(name):
                 self._stream.awaited.discard(name)
-                logger.info("%s: the stream has learned task %r already.", self._stream.folder, name)
+                logger.info("%s: the stream has already learned task %r.", self._stream.folder, name)
             else:
                 self._learn_or_withdraw(name)
         return self._merge_report
@@ -369,7 +369,7 @@ class ShareTrainer(TaskTrainer):
         try:
             state, _ = self._publish(upcoming_tasks=upcoming_tasks)
         except Exception as error:  # the stream goes on despite any trouble of the network or the repository
-            logger.warning("The subspace was not pushed (%s); the push after the next task catches up.", error)
+            logger.warning("The subspace was not pushed (%s); the push after the next task includes it.", error)
         else:
             self._take_published(state)
 

@@ -48,7 +48,7 @@ class Editing(HeldSubspace):
         self._check_known(name)
         check_task_name(new_name, [task for task in self.tasks if task != name])
         if new_name == name:
-            raise ValueError(f"task {name!r} has this name already, expected another one")
+            raise ValueError(f"task {name!r} already has this name, expected another one")
         self._held = renamed_task(self.state, name, new_name)
         self._originals = {new_name if task == name else task: of for task, of in self._originals.items()}
 
@@ -137,7 +137,8 @@ class Editing(HeldSubspace):
         folders = {task: of for task, of in self._originals.items() if task in state.tasks}
         if not {*given, *on_hub, *folders}:
             raise ValueError(
-                f"no original of any task is known, expected the adapters of some to be named: {listing(state.tasks)}"
+                "no original adapter is known, expected the adapter of at least one of the tasks "
+                f"{listing(state.tasks)}"
             )
         known = {task: original for task, original in folders.items() if task not in given}
         components = {task: original.component for task, original in known.items()} | dict.fromkeys(given, component)

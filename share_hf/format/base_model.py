@@ -57,7 +57,7 @@ def check_base_name(name: object) -> None:
         ValueError: If it is neither None nor text with a name in it. The message shows what was found.
     """
     if name is not None and (not isinstance(name, str) or base_name(name) is None):
-        raise ValueError(f"base_model is {name!r}, expected an id on the hub or a folder")
+        raise ValueError(f"base_model is {name!r}, expected a Hub id or a folder")
 
 
 def common_base(names: Mapping[str, str | None], base: str | None = None) -> str | None:
@@ -88,8 +88,8 @@ def common_base(names: Mapping[str, str | None], base: str | None = None) -> str
 def of_another_base(adapter: str, found: str | None, base: str) -> ValueError:
     """Return the error for an adapter whose base model's name stands for another model than the expected one."""
     return ValueError(
-        f"adapter {adapter!r} belongs to base model {found!r}, expected {base!r}; if both are one model, name it with "
-        "base_model= (share-hf: --base-model)"
+        f"adapter {adapter!r} belongs to base model {found!r}, expected {base!r}; if both are the same model, name it "
+        "with base_model= (share-hf: --base-model)"
     )
 
 
@@ -111,8 +111,8 @@ def named_alike(
         return ours, theirs
     if base_model is None and not is_same_model(*names):
         raise ValueError(
-            f"the other subspace belongs to base model {names[1]!r}, expected {names[0]!r}; if both are one model, "
-            "name it with base_model= (share-hf: --base-model)"
+            f"the other subspace belongs to base model {names[1]!r}, expected {names[0]!r}; if both are the same "
+            "model, name it with base_model= (share-hf: --base-model)"
         )
     name = base_name(base_model) or published_name(names[1]) or names[0]
     return replace(ours, base_model_name_or_path=name), replace(theirs, base_model_name_or_path=name)

@@ -53,12 +53,12 @@ class Reading:
 
     def lines(self) -> list[str]:
         """Return what a person should know: which adapters were left out and why, and what is unusual in others."""
-        lines = [f"{text!r} is called {name}" for name, text in _some(self.mended.items())]
+        lines = [f"{text!r} is named {name}" for name, text in _some(self.mended.items())]
         lines += _more(len(self.mended))
         for names in self.duplicates:
             lines.append(f"{', '.join(_some(names))} are the same adapter" + "".join(_more(len(names), ", ")))
         lines += [
-            f"{name} is the same adapter as {other}, which is there already"
+            f"{name} is the same adapter as {other}, which is already in the subspace"
             for name, other in _some(self.known.items())
         ]
         lines += _more(len(self.known))
@@ -221,7 +221,7 @@ def _cannot_be_used(names: Sequence[str], broken: Mapping[str, Exception], count
 
 def _told(error: Exception) -> str:
     if isinstance(error, RepositoryNotFoundError):
-        return "no such folder, and no repository that could be read, a private one needs a token"
+        return "no such folder, and no repository that could be read; a private one needs a token"
     return str(error).partition("\n")[0]
 
 

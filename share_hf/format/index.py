@@ -250,7 +250,7 @@ def _module(name: str, entry: Mapping[str, Any]) -> ModuleEntry:
 
 def _lineage(entries: Any) -> tuple[Mapping[str, Any], ...]:
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise ValueError("lineage is no list of steps")
+        raise ValueError("lineage is not a list of steps")
     for entry in entries:
         merged = entry.get("merged", [])
         names = [entry["id"], entry.get("learned", ""), entry.get("removed", "")]
@@ -263,7 +263,7 @@ def _lineage(entries: Any) -> tuple[Mapping[str, Any], ...]:
             raise ValueError(f"lineage has a step {entry!r}, expected refit to be names, and originals by task")
         if not all(map(_is_original, originals.values())):
             raise ValueError(
-                f"lineage has a step {entry!r}, expected originals to have a place on the hub, a commit and a sha256"
+                f"lineage has a step {entry!r}, expected originals to have a place on the Hub, a commit and a sha256"
             )
         names += refit
         origins = entry.get("origins", {})

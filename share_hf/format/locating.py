@@ -109,7 +109,7 @@ def find_adapter(location: str | Path, *, revision: str | None = None, **downloa
     if reference is None:
         raise ValueError(f"{location}: no such folder or file")
     if revision is not None and reference.revision is not None:
-        raise ValueError(f"{location}: revision is {revision!r} too, expected one of the two")
+        raise ValueError(f"{location}: revision= is {revision!r} too, expected only one of the two")
     options = {"revision": reference.revision or revision, **download_options}
     try:
         return _on_hub(location, reference, options)
@@ -200,5 +200,5 @@ def _is_out_of_reach(error: EntryNotFoundError) -> bool:
 
 def _nothing_there(location: str, name: str, error: EntryNotFoundError | None) -> Exception:
     if isinstance(error, LocalEntryNotFoundError):
-        return LocalEntryNotFoundError(f"{location}: no such folder, and no repository in the cache or reach")
+        return LocalEntryNotFoundError(f"{location}: no such folder, and no repository in the cache or within reach")
     return ValueError(f"{location}: no {name} in this repository, expected a PEFT adapter")

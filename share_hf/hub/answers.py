@@ -52,11 +52,11 @@ def answer_to(request: Callable[[], Answer]) -> Answer:
             seconds = _seconds_to_wait(refusal.response.headers, attempt)
             if seconds > _LONGEST_WAIT:
                 raise
-            logger.warning("The hub limits the rate of requests, the next one is sent in %.0f s.", seconds)
+            logger.warning("The Hub limits the rate of requests; the next one is sent in %.0f s.", seconds)
             time.sleep(seconds)
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
             raise HubAnswerError(
-                f"the hub's answer cannot be understood ({type(error).__name__}: {error}), expected JSON: a proxy or "
+                f"the Hub's answer cannot be understood ({type(error).__name__}: {error}), expected JSON: a proxy or "
                 "the sign-in page of a network may have answered in its place"
             ) from error
     raise AssertionError("unreachable")

@@ -220,7 +220,7 @@ class BranchWriter:
         except HfHubHTTPError as error:
             if error.response.status_code not in _OVERTAKEN:
                 raise
-            logger.info("A later push to %s writes the branches that are missing.", self.repository.repo_id)
+            logger.info("A later push to %s will write the missing branches.", self.repository.repo_id)
             return
         self.repository.delete_branch(workshop)
 

@@ -155,7 +155,7 @@ class RemoteTree:
                 answer_to(partial(snapshot_download, self.repo_id, allow_patterns=missing, **self._of_commit))
         except LocalEntryNotFoundError as error:
             raise LocalEntryNotFoundError(
-                f"{self.repo_id}: {missing[0]} is not in the cache, and the hub is offline or cannot be reached"
+                f"{self.repo_id}: {missing[0]} is not in the cache, and the Hub is offline or cannot be reached"
             ) from error
 
     @property

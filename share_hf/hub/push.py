@@ -104,7 +104,7 @@ def push_state(
     check_choice(options.branches, state.tasks)
     if options.base_model is not None:
         if published_name(options.base_model) is None:
-            raise ValueError(f"base_model is {options.base_model!r}, expected an id on the hub")
+            raise ValueError(f"base_model is {options.base_model!r}, expected a Hub id")
         state = replace(state, base_model_name_or_path=options.base_model)
     ours, state = state, _published(state)
     repository = HubRepository.existing(repo_id, token=token) if options.create_pr else None
@@ -125,12 +125,14 @@ def push_state(
             if error.response.status_code != HTTPStatus.PRECONDITION_FAILED:
                 raise
         if attempt + 1 < options.max_attempts:
-            logger.warning("Somebody else pushed to %s meanwhile, merging and pushing again.", repository.repo_id)
+            logger.warning(
+                "Somebody else pushed to %s in the meantime; merging and pushing again.", repository.repo_id
+            )
             longest = min(_LONGEST_WAIT, _SECONDS_BETWEEN_ATTEMPTS * 2 ** min(attempt, 10))
             time.sleep(longest * random.uniform(0.1, 1.0))
     raise PushConflictError(
-        f"{repository.repo_id}: others pushed during each of {options.max_attempts} attempts, expected a quieter "
-        "moment; the subspace is as before, here and there: push it again"
+        f"{repository.repo_id}: others pushed during each of {options.max_attempts} attempts; the subspace is "
+        "unchanged, here and on the Hub: push it again later"
     )
 
 
@@ -141,7 +143,7 @@ def _published(state: SubspaceState) -> SubspaceState:
     if base is None or published is not None:
         return replace(state, base_model_name_or_path=published)
     logger.warning(
-        "The base model %r is a place on this machine and is not published: load the model by its id on the hub, or "
+        "The base model %r is a path on this machine, and its name is not published: load the model by its Hub id, or "
         "name it with base_model= of from_adapters or add_adapters.",
         base,
     )
@@ -154,7 +156,7 @@ def _check_upcoming(
     """Refuse a pushed task with the name of one still to be learned here, which would then count as learned."""
     if taken := [task for task in upcoming_tasks if task in tip.tasks and task not in state.tasks]:
         raise ValueError(
-            f"{repository.repo_id}: has {taken} already, which somebody else pushed and which are still to be learned "
+            f"{repository.repo_id}: already has {taken}, which somebody else pushed and which are still to be learned "
             "here: give them other names here, remove those there (remove_task, and push), or push to another "
             "repository"
         )
@@ -237,16 +239,16 @@ def _check_refs(repository: HubRepository, state: SubspaceState, tip: Tip, refs:
     for task in state.tasks:
         if task in refs.tags:
             raise ValueError(
-                f"{repository.repo_id}: has a tag {task!r}, expected none of a task's name: delete it, or rename the "
-                "task"
+                f"{repository.repo_id}: has a tag {task!r}, expected no tag with the name of a task: delete it, or "
+                "rename the task"
             )
         if task in refs.branches and task not in tip.tasks:
             # It may have been written before the task was removed, or in a push that was interrupted.
             index = repository.index_at(refs.branches[task])
             if index is None or task not in index.tasks:
                 raise ValueError(
-                    f"{repository.repo_id}: has a branch {task!r} that is no tree of such a task, expected none: "
-                    "delete it, or rename the task"
+                    f"{repository.repo_id}: has a branch {task!r} that does not hold such a task, expected no other "
+                    "branch of this name: delete it, or rename the task"
                 )
 
 

@@ -15,7 +15,7 @@ from peft.tuners.lora import eva
 from peft.utils import hotswap, loftq_utils
 
 
-_WAY = "make the task a LoRA by SharedSubspace.export_lora and use it with that"
+_WAY = "export the task as a LoRA with SharedSubspace.export_lora and use the option with that"
 
 # Options of LoRA that have another name here, or are not needed.
 _INSTEAD = {
@@ -69,7 +69,7 @@ def refuse(name: str) -> None:
     Raises:
         ValueError: Always, with advice on how to get the feature.
     """
-    raise ValueError(f"{name} is LoRA's alone, expected no adapter of SHARE: {_WAY}")
+    raise ValueError(f"{name} works with LoRA only, expected no SHARE adapter: {_WAY}")
 
 
 def advise_on_functions_of_lora(config_class: type[PeftConfig]) -> None:

@@ -114,7 +114,7 @@ def _advise_on_plain_adapters() -> None:
             raise ValueError(
                 f"adapter {adapter_name!r} is {peft_config.peft_type}, expected a task of the subspace that the model "
                 "has: the root of a subspace is a plain LoRA, its tasks are at subfolder='tasks/<task>'; other "
-                "adapters become tasks by SharedSubspace.add_adapters"
+                "adapters become tasks with SharedSubspace.add_adapters"
             )
         original(self, adapter_name, peft_config, *args, **kwargs)
 
@@ -133,7 +133,7 @@ def _advise_on_other_methods() -> None:
         if not isinstance(peft_config, ShareConfig) and any(isinstance(other, ShareConfig) for other in others):
             raise ValueError(
                 f"adapter {adapter_name!r} is {peft_config.peft_type.value}, expected SHARE beside the tasks that the "
-                "model has: delete these first, or make the adapter a task by SharedSubspace.add_adapters; "
+                "model has: delete these first, or make the adapter a task with SharedSubspace.add_adapters; "
                 "SharedSubspace.export_lora makes a task a LoRA"
             )
         return original(peft_config, model, adapter_name, *args, **kwargs)

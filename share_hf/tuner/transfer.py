@@ -190,8 +190,8 @@ def _check_head_of_task(
     for name, tensor in of_model.items():
         if tensor.is_meta:
             raise ValueError(
-                f"{name!r} is offloaded, and task {task!r} has its own, expected it on a device: give it one "
-                "in device_map"
+                f"{name!r} is offloaded, and task {task!r} has its own, expected it on a device: assign one in "
+                "device_map"
             )
 
 
