@@ -1,4 +1,4 @@
-"""Image tasks from folders, from data sets on the hub, and from the digits that ship with scikit-learn."""
+"""Image tasks from folders, from data sets on the Hub, and from the digits that ship with scikit-learn."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ class ScriptArguments:
     """What to learn, and on what."""
 
     model_name_or_path: str = field(
-        default=str(ASSETS / "backbone"), metadata={"help": "Folder or hub id of a causal LM."}
+        default=str(ASSETS / "backbone"), metadata={"help": "Folder or Hub id of a causal LM."}
     )
     tasks: list[str] = field(
         default_factory=list,

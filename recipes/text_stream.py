@@ -49,7 +49,7 @@ from share_hf.continual.problems import CLASSES, loss_of
 class ScriptArguments:
     """What to learn, and on what."""
 
-    model_name_or_path: str = field(metadata={"help": "Folder or hub id of an encoder."})
+    model_name_or_path: str = field(metadata={"help": "Folder or Hub id of an encoder."})
     tasks: list[str] = field(metadata={"help": "name=place for each task: a file, a folder, or a datasets id."})
     text_columns: list[str] = field(
         default_factory=list, metadata={"help": "Columns of texts, first,second for pairs: of all tasks, or name=…"}

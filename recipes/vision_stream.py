@@ -43,7 +43,7 @@ from share_hf.tuner.head import parts_to_keep
 class ScriptArguments:
     """What to learn, and on what."""
 
-    model_name_or_path: str = field(metadata={"help": "Folder or hub id of a model for images."})
+    model_name_or_path: str = field(metadata={"help": "Folder or Hub id of a model for images."})
     tasks: list[str] = field(
         default_factory=TASKS.copy,
         metadata={"help": "name=place for each task: a folder, a datasets id, or digits:…; tasks of digits if none."},

@@ -199,7 +199,7 @@ def arguments_of_phase(args: ShareTrainingArguments, phase: Phase, folder: Path)
     """Return the arguments of one phase, with its learning rate, its epochs and a folder of its own."""
     own = copy.copy(args)
     own.output_dir = str(folder)
-    own.push_to_hub = False  # the subspace goes to the hub, not the checkpoints of a phase
+    own.push_to_hub = False  # the subspace goes to the Hub, not the checkpoints of a phase
     if phase == Phase.INIT:
         own.learning_rate = _first_given(args.init_learning_rate, args.learning_rate)
         own.num_train_epochs = _first_given(args.init_num_train_epochs, args.num_train_epochs)

@@ -338,7 +338,7 @@ class ShareTrainer(TaskTrainer):
         Args:
             commit_message (`str`, *optional*): Message of the commit. The default names the new tasks.
             blocking (`bool`, *optional*, defaults to `True`): Must be `True`, as a push may change the subspace.
-            token (`str`, *optional*): User access token of the hub. None means `hub_token`.
+            token (`str`, *optional*): User access token of the Hub. None means `hub_token`.
             revision (`str`, *optional*): Must be None or `"main"`, as branches are tasks.
             private (`bool`, *optional*): Whether to make a new repository private. None means `hub_private_repo`.
             **kwargs: Same as in [`SharedSubspace.push_to_hub`].

@@ -71,7 +71,7 @@ class Editing(HeldSubspace):
 
         Args:
             name (`str`): Task of the subspace.
-            adapter (`str`): Folder or hub id of a plain LoRA.
+            adapter (`str`): Folder or Hub id of a plain LoRA.
             tolerance:
                 Same as in [`~SharedSubspace.add_adapters`], as are `base_model`, `component`, `token` and `progress`.
 
@@ -110,16 +110,16 @@ class Editing(HeldSubspace):
         Rebuild the bases from the original adapters of the tasks, which merges have truncated since.
 
         A refit undoes the truncation that has accumulated over many merges, and removes the directions of removed
-        tasks from the bases. The lineage records adapters on the hub, which must not have changed since; the file
+        tasks from the bases. The lineage records adapters on the Hub, which must not have changed since; the file
         beside the tree, or `originals`, names folders. A task without an original, such as one that was trained here,
         enters as it is stored.
 
         Args:
             originals (`Mapping[str, str]`, *optional*):
-                Folder or hub id of the adapter of each task whose original is not known or has moved.
+                Folder or Hub id of the adapter of each task whose original is not known or has moved.
             component (`str`, *optional*):
                 Component of a pipeline to read from files in `originals` that hold LoRAs of several components.
-            token (`str` or `bool`, *optional*): User access token of the hub.
+            token (`str` or `bool`, *optional*): User access token of the Hub.
             progress (`bool`, *optional*, defaults to `True`): Whether to show progress bars.
 
         Returns:

@@ -119,7 +119,7 @@ class Exporting(HeldSubspace):
 
         Args:
             tasks (`str` or `Mapping[str, float]`): Name of a task, or weight of each task.
-            base_model (`str`): Folder or hub id of the base model.
+            base_model (`str`): Folder or Hub id of the base model.
             folder (`str`): Folder to write to, which must be empty or not exist.
             token (`str` or `bool`, *optional*): User access token for a private base model.
 

@@ -1,4 +1,4 @@
-"""Names of base models: one model has an id on the hub, a folder in the cache and copies on disk."""
+"""Names of base models: one model has an id on the Hub, a folder in the cache and copies on disk."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _IN_BITS = {"quantization_config"}
 
 
 def base_name(name: str | None) -> str | None:
-    """Return a base model's name as it is written everywhere: the hub id instead of its cache folder or address."""
+    """Return a base model's name as it is written everywhere: the Hub id instead of its cache folder or address."""
     stripped = (name or "").strip().rstrip("/\\") or (name or "").strip()
     if match := _CACHED.fullmatch(stripped):
         return match[1].replace("--", "/")
@@ -43,7 +43,7 @@ def base_name(name: str | None) -> str | None:
 
 
 def published_name(name: str | None) -> str | None:
-    """Return the name if it is one on the hub, else None, to keep paths of the writer's machine private."""
+    """Return the name if it is one on the Hub, else None, to keep paths of the writer's machine private."""
     name = base_name(name)
     if name is None or not HUB_ID.fullmatch(name) or name.startswith(".") or os.path.exists(name):
         return None
@@ -68,7 +68,7 @@ def common_base(names: Mapping[str, str | None], base: str | None = None) -> str
         base: Base model that the adapters must have. None means that of the first adapter that names one.
 
     Returns:
-        The name of the base model, on the hub where there is one; None if no name is known.
+        The name of the base model, on the Hub where there is one; None if no name is known.
 
     Raises:
         ValueError: If an adapter has another base model. The message names the adapter.

@@ -39,7 +39,7 @@ def changed_embeddings(
 
     Args:
         embeddings: Tensors by module of the base model and by name.
-        base_model: Folder or hub id of the base model. Nothing is downloaded: without its files, all are kept.
+        base_model: Folder or Hub id of the base model. Nothing is downloaded: without its files, all are kept.
     """
     changed = {}
     for module, tensors in embeddings.items():

@@ -152,13 +152,13 @@ def read_lora(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
 ) -> LoraAdapter:
-    """Read a LoRA: the folder of a PEFT adapter, a weights file, or either of these on the hub.
+    """Read a LoRA: the folder of a PEFT adapter, a weights file, or either of these on the Hub.
 
     Args:
         location: Folder, file, or `org/repo@revision:subfolder`, where the subfolder may also be a file.
         component: Model of a pipeline to read, such as `unet`, if a file has LoRAs of several.
         revision: Revision of a repository, if the location names none.
-        token: Token for the hub.
+        token: Token for the Hub.
         cache_dir: Folder in which to keep downloads.
 
     Raises:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from torch import nn
 
 
-# Valid ids of repositories on the hub, with or without an organization.
+# Valid ids of repositories on the Hub, with or without an organization.
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 _LONGEST = 64

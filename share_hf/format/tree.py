@@ -1,4 +1,4 @@
-"""The tree of a shared subspace, on disk and on the hub.
+"""The tree of a shared subspace, on disk and on the Hub.
 
 README.md                                the model card
 share_config.json                        index, settings, checksums

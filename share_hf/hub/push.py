@@ -1,4 +1,4 @@
-"""Push a subspace to a hub repository: one commit per push, a branch per task, a tag per step.
+"""Push a subspace to a Hub repository: one commit per push, a branch per task, a tag per step.
 
 `main` holds the newest subspace. Branch `<task>` is a whole tree whose root adapter is that task's, so
 `revision="<task>"` gives it to every loader. The branch is written when the task is new, and again when the task
@@ -51,7 +51,7 @@ class PushOptions:
     Args:
         commit_message: Message of the commit on `main`. None means a message about the new tasks.
         commit_description: Description of that commit.
-        private: Whether a newly created repository is private. None means the hub's default.
+        private: Whether a newly created repository is private. None means the Hub's default.
         create_pr: Whether to open a pull request instead of changing `main`. Branches and tags wait for a push after
             its merge.
         default_task: Task at the root of `main`. None keeps the one that is there, at first the newest.
@@ -93,8 +93,8 @@ def push_state(
     Raises:
         ValueError: If the repository holds a subspace with which this one cannot be merged, or a name is taken there.
         PushConflictError: If others keep pushing. The push may be tried again later.
-        HubAnswerError: If something other than the hub answers.
-        HfHubHTTPError: If the hub refuses a request.
+        HubAnswerError: If something other than the Hub answers.
+        HfHubHTTPError: If the Hub refuses a request.
     """
     options = options or PushOptions()
     if not state.tasks:
@@ -219,7 +219,7 @@ def _paths(folder: Path) -> set[str]:
 
 
 def _unchanged(index: TreeIndex, tip: Tip) -> set[str]:
-    """Return files that the hub has already. The checksums in both indices tell, so nothing is sent to find out."""
+    """Return files that the Hub has already. The checksums in both indices tell, so nothing is sent to find out."""
     there = tip.tree.sha256 if tip.tree is not None else {}
     same = {name for name, checksum in index.sha256.items() if there.get(name) == checksum}
     # The metrics of a task hold the checksums of its other files.
@@ -229,7 +229,7 @@ def _unchanged(index: TreeIndex, tip: Tip) -> set[str]:
 
 
 def _gone(index: TreeIndex, folder: Path, tip: Tip) -> list[str]:
-    """Return the files of the tree on the hub that the new tree does not have."""
+    """Return the files of the tree on the Hub that the new tree does not have."""
     stays = _paths(folder) | index.sha256.keys()
     return [path for path in tip.blobs if path not in stays and path.split("/")[0] in TREE_ENTRIES]
 

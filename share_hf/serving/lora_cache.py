@@ -273,7 +273,7 @@ def _read(tree: RemoteTree | Path, index: TreeIndex, task: str) -> tuple[TreeInd
     adapter = lora_of(state, task)
     for module in adapter.updates:
         if (layout := adapter.layouts.get(module)) is not None and layout.kind == "convolution":
-            raise ValueError(f"task {task!r} adapts {module!r}, a {layout}, which no LoRA server loads")
+            raise ValueError(f"task {task!r} adapts {module!r} of kind {layout}, which no LoRA server loads")
     return index, adapter
 
 

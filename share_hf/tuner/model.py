@@ -287,8 +287,8 @@ class ShareModel(RoutingModel, MergingTuner):
             layout = self._stored.modules[module_name].layout
             if isinstance(config.origin, AdapterOrigin) and layout != layout_of(base_layer):
                 raise ValueError(
-                    f"the stored basis of {module_name!r} is for a {named(layout)}, the model's is a "
-                    f"{named(layout_of(base_layer))}"
+                    f"the stored basis of {module_name!r} is for a layer of kind {named(layout)}, the model's is of "
+                    f"kind {named(layout_of(base_layer))}"
                 )
             return stored.beta, stored.alpha
         return (
