@@ -148,7 +148,7 @@ class ShareConfig(PeftConfig):
         ValueError: If a value is out of range, or two values contradict each other.
     """
 
-    num_components: int = field(default=32, metadata={"help": "Cap on the directions of a layer's basis (k)."})
+    num_components: int = field(default=32, metadata={"help": "Cap on the number of directions per layer (k)."})
     pseudo_rank: int = field(default=8, metadata={"help": "Rank of a task's update in each layer (p)."})
     num_temporary: int | None = field(
         default=None,
