@@ -207,7 +207,7 @@ class TestInit:
     def test_refuses_a_size_that_is_none(self, share: Callable[..., Output]) -> None:
         code, _, err = share("init", "sub", "mrpc", "--target-bytes", "much")
         assert code == 2
-        assert "'much' is no size, expected such as 1500000 or 1.5MB" in err
+        assert "'much' is not a size, expected a number of bytes such as 1500000, or a size such as 1.5MB" in err
 
     def test_refuses_a_folder_that_is_a_subspace(
         self, share: Callable[..., Output], here: Path, adapters: dict[str, str]
@@ -215,7 +215,7 @@ class TestInit:
         before = files_of(here)
         code, out, err = share("init", "sub", adapters["rte"], *SMALL)
         assert (code, out) == (1, "")
-        assert err == "error: sub is a shared subspace already, add to it with `share-hf add`\n"
+        assert err == "error: sub is already a shared subspace, add to it with `share-hf add`\n"
         assert files_of(here) == before
 
     def test_refuses_a_folder_that_is_an_adapter(self, share: Callable[..., Output], adapters: dict[str, str]) -> None:
@@ -346,7 +346,7 @@ class TestAudit:
         code, out, err = share("audit", adapters["mrpc"], f"second={adapters['sst2']}", "--num-components", "4")
         assert (code, err) == (0, "")
         assert "layers.*.self_attn.q_proj" in out
-        assert "By the random A they started from: mrpc; second" in out
+        assert "Tasks by the random A they started from: mrpc; second" in out
         facts = share_json("audit", adapters["mrpc"], f"second={adapters['sst2']}", "--num-components", "4")
         assert len(facts["rows"]) == 4
         assert facts["groups"] == [["mrpc"], ["second"]]
@@ -647,7 +647,7 @@ class TestFailures:
         before = files_of(here)
         monkeypatch.setattr(SharedSubspace, "add_adapters", interrupted)
         code, out, err = share("add", "sub", adapters["rte"])
-        assert (code, out, err) == (130, "", "error: interrupted, run the command again\n")
+        assert (code, out, err) == (130, "", "error: interrupted; run the command again\n")
         assert files_of(here) == before
 
     def test_an_error_of_ours_has_its_type(

@@ -123,7 +123,7 @@ def test_an_adapter_that_is_there_already_is_shown(
     assert share("init", "sub", "loras/a", "loras/b", *SMALL)[0] == 0
     code, out, err = share("add", "sub", "again=loras/b", "loras/c")
     assert (code, err) == (0, "")
-    assert out.startswith("again is the same adapter as b, which is there already\n\nsub: added again, c")
+    assert out.startswith("again is the same adapter as b, which is already in the subspace\n\nsub: added again, c")
     assert share_json("replace", "sub", "c=loras/a")["known"] == {"c": "a"}
 
 
@@ -297,7 +297,7 @@ def test_a_full_disk_leaves_the_old_tree_or_none(disk: Disk, share: Callable[...
         code, out, err = share(*argv, *adapters[1:])
         assert (code, out) == (1, "")
         assert str(disk.folder) in err
-        assert "make room there, and run the command again" in err
+        assert "free some space there and run the command again" in err
         assert files_of(tree) == before
         assert not other.exists()
     disk.make_space()

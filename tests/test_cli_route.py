@@ -98,4 +98,4 @@ def test_a_tree_without_routes_and_a_base_model_that_is_not_there_are_named(
     code, _, err = share("route", str(tree), "--base-model", base, "--text", "a")
     assert (code, "the subspace has no routes" in err) == (1, True), err
     code, _, err = share("route", routed, "--base-model", "nowhere/at-all", "--text", "a")
-    assert (code, "nowhere/at-all: no model and tokenizer that could be read" in err) == (1, True), err
+    assert (code, "nowhere/at-all: no model and tokenizer that can be read" in err) == (1, True), err

@@ -83,7 +83,10 @@ def test_a_build_of_changed_adapters_or_settings_begins_anew(share: Callable[...
             scale(places[1], 5, 2.0)
         code, _, err = share("init", "sub", *given, *settings)
         assert code == 0
-        assert err == "sub: begins anew, as the adapters or the settings are not those of the run that was stopped\n"
+        assert (
+            err
+            == "sub: starting over, because the adapters or the settings differ from those of the interrupted run\n"
+        )
         assert files_of(Path("sub")) == whole(["init", "other", *given, *settings])
         assert not Path(UNFINISHED).exists()
         for name in ("sub", "other"):

@@ -57,7 +57,7 @@ def test_each_bad_adapter_has_its_line(share: Share, folders: dict[str, Path]) -
     [
         (["init", "new", "--from-file", "nowhere.txt"], "error: nowhere.txt: No such file or directory"),
         (["init", "new", "--from-file", "loras"], "error: loras: Is a directory"),
-        (["init", "new", "loras/*.safetensors"], "error: loras/*.safetensors: nothing of such a name is there"),
+        (["init", "new", "loras/*.safetensors"], "error: loras/*.safetensors: no such folder or file"),
         (["init", "new", "x="], "error: adapter 'x' has no place, expected name=place or a place"),
         (["info", "loras/a"], "expected the folder of a shared subspace; loras/a holds an adapter"),
         (["add", "loras", "loras/a"], "expected the folder of a shared subspace; loras holds no subspace"),
@@ -83,8 +83,8 @@ def test_a_mistake_is_named(argv: list[str], message: str, share: Share, made: s
     [
         (["audit", "sub", "--num-components", "8"], "--num-components is for LoRAs"),
         (["audit", "sub", "--skip-bad"], "--skip-bad is for LoRAs"),
-        (["audit", "a", "b", "--target-error", "3"], "'3' is no relative error"),
-        (["audit", "a", "b", "--target-error", "much"], "'much' is no relative error"),
+        (["audit", "a", "b", "--target-error", "3"], "'3' is not a relative error"),
+        (["audit", "a", "b", "--target-error", "much"], "'much' is not a relative error"),
         (["export", "sub", "a", "out", "--component", "unet"], "--component is for --style diffusers"),
     ],
 )
@@ -99,8 +99,8 @@ def test_options_that_would_be_ignored_are_refused(argv: list[str], message: str
     [
         ("nowhere/x.png", "no such folder, expected a file to write"),
         ("loras.png", "a folder, expected a file to write"),
-        ("x.xyz", "expected a figure's ending, one of"),
-        ("x", "expected a figure's ending, one of"),
+        ("x.xyz", "expected a file name that ends in one of"),
+        ("x", "expected a file name that ends in one of"),
     ],
 )
 def test_a_place_for_no_figure_is_refused_before_the_audit(
@@ -155,7 +155,7 @@ def test_an_audit_of_many_lists_a_few(share: Share, folders: dict[str, Path]) ->
     places = [f"t{i}={folders['abcd'[i % 4]]}" for i in range(50)]
     code, out, _ = share("audit", *places, "--num-components", "4")
     assert code == 0
-    line = next(line for line in out.splitlines() if line.startswith("By the random A"))
+    line = next(line for line in out.splitlines() if line.startswith("Tasks by the random A"))
     assert " more" in line
     assert len(line) < 500
 

@@ -53,7 +53,7 @@ logger = logging.get_logger(__name__)
 _CLASSES = {None: Linear, "convolution": Convolution, "embedding": Embedding}
 
 _OTHER_BASIS = (
-    "the stored basis of {!r} is not the one that the model has, expected tasks of one subspace; merge the two "
+    "the stored basis of {!r} is not the one the model has, expected tasks of one subspace; merge the two "
     "subspaces, or export the task as a LoRA and add it"
 )
 

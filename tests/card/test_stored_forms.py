@@ -25,7 +25,7 @@ def test_a_card_names_the_type_of_the_coefficients(
     dtype: str, told: str, loras: dict[str, Path], tmp_path: Path
 ) -> None:
     card = card_of(loras, tmp_path / "tree", coefficient_dtype=dtype)
-    assert f"\n{DTYPE} {told}; the drift above counts what that rounds. With [share_hf]" in card
+    assert f"\n{DTYPE} {told}; the drift above includes this rounding. Made with [share_hf]" in card
     assert RANKS not in card
 
 
@@ -36,7 +36,10 @@ def test_a_card_tells_the_tolerance_and_the_mean_of_the_ranks(loras: dict[str, P
         tensor.shape[1] for path in files for name, tensor in load_file(path).items() if "coefficients_in" in name
     ]
     assert 1 <= mean(ranks) < 4
-    assert f"\n{RANKS} that keeps its relative error under 0.6, {mean(ranks):.2g} on average. With [share_hf]" in card
+    assert (
+        f"\n{RANKS} that keeps its relative error under 0.6; the average rank is {mean(ranks):.2g}. Made with "
+        "[share_hf]" in card
+    )
     assert DTYPE not in card
 
 

@@ -119,7 +119,7 @@ def test_a_callback_learns_one_task_only(
     tiny_model: Callable[[str], PreTrainedModel], config: ShareConfig, train: Callable[..., Trainer]
 ) -> None:
     trainer = train(get_peft_model(tiny_model("llama"), config), ShareCallback("one"), 1)
-    with pytest.raises(RuntimeError, match="task 'one' is merged already"):
+    with pytest.raises(RuntimeError, match="task 'one' is already merged"):
         trainer.train()
 
 

@@ -120,7 +120,7 @@ def test_another_task_takes_the_place_of_one_that_was_not_merged(
     again.train(resume_from_checkpoint=True)
     warnings_of()
     again.learn_task("sizes", TASKS["sizes"]["train"], TASKS["sizes"]["test"])
-    assert any("while it learned task 'shapes'; 'sizes' takes its place" in line for line in warnings_of())
+    assert any("while it learned task 'shapes'; 'sizes' replaces that task" in line for line in warnings_of())
     assert again.metrics["tasks"] == ["colors", "sizes"]
     assert len(again.metrics["matrix"]) == 2
 
@@ -257,7 +257,7 @@ def test_arguments_that_have_changed_are_told_and_hold_for_the_whole_phase(
     again.train(resume_from_checkpoint=True)
     (line,) = warnings_of()
     assert text in line
-    assert "the phase of task 'shapes' that was interrupted begins anew" in line
+    assert "the interrupted phase of task 'shapes' starts over" in line
     assert begun[0] == 0
     assert again.subspace.tasks == tuple(FIRST_TWO)
 

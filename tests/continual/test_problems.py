@@ -237,7 +237,9 @@ def test_names_of_labels_of_no_task_are_told(
 ) -> None:
     make(mixed_tasks(), trainer={"labels": {"topic": ("a", "b")}})
     assert "labels has names for ['topic'], which are not among tasks" in caplog.text
-    with pytest.raises(ValueError, match=r"labels has names for \['topic'\], expected none: the model is not one for"):
+    with pytest.raises(
+        ValueError, match=r"labels has names for \['topic'\], expected none: the model is not a classifier"
+    ):
         ShareTrainer(tiny_model("llama"), arguments(tmp_path / "out"), labels={"topic": ("a", "b")})
 
 

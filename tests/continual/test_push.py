@@ -153,7 +153,7 @@ def test_a_task_of_somebody_else_under_the_name_of_one_to_come_is_not_taken_for_
     with pytest.raises(ValueError, match="task 'shapes' was learned by both sides"):
         trainer.train()
     assert (
-        f"{REPO}: has ['shapes'] already, which somebody else pushed and which are still to be learned" in caplog.text
+        f"{REPO}: already has ['shapes'], which somebody else pushed and which are still to be learned" in caplog.text
     )
     assert trainer.metrics["tasks"] == ["colors", "shapes"] and len(trainer.metrics["matrix"]) == 2
     assert hub.api.repo_info(REPO).sha == theirs

@@ -19,7 +19,7 @@ from .kill_server import CLOCKS, Ask, end_of, kill_server, whole_stream
 
 
 MOMENTS = 6
-LINE = "the stream was interrupted; train(resume_from_checkpoint=True) goes on with it."
+LINE = "the stream was interrupted; train(resume_from_checkpoint=True) continues it."
 
 
 @pytest.fixture(scope="module")

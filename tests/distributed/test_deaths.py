@@ -140,7 +140,7 @@ def test_what_the_first_process_cannot_save_is_told_by_every_process(ask: Ask, t
     failed = ask(tmp_path)
     assert failed["codes"] == [1, 1]
     assert failed["output"].count("ValueError: " + str(tmp_path / "subspace") + " is a file, expected a folder") == 2
-    assert "ended in the middle" not in failed["output"]
+    assert "ended during the run" not in failed["output"]
 
 
 def test_a_checkpoint_with_a_torn_file_of_any_rank_is_not_continued_from(
@@ -167,7 +167,7 @@ def test_a_stream_is_resumed_by_other_processes_than_began_it(
     assert resumed["codes"] == [0] * others, resumed["output"][-4000:]
     written = f"/0002-shapes-adapt/checkpoint-2: written with {'DeepSpeed' if first == 'zero2' else 'PyTorch'}"
     assert resumed["output"].count(written) == 1
-    assert ("the phase begins anew" in resumed["output"]) == (first == "zero2")
+    assert ("the phase starts over" in resumed["output"]) == (first == "zero2")
     assert resumed["lengths"][0]["steps"] == (12 if first == "zero2" else 10)
     ask(tmp_path / "whole", processes=1, dropout=0.0)
     found, expected = (SharedSubspace.from_pretrained(tmp_path / name / "subspace") for name in ("killed", "whole"))

@@ -221,7 +221,7 @@ def test_adapters_that_only_a_merge_refuses_are_left_out_too(
     assert list(skipped) == list(refused_by_merges)
     assert skipped["infinite"].startswith(f"'{MODULE}': task 'infinite': out_factor has NaN or infinite entries")
     assert f"'{MODULE}': task 'loud': its update has norm" in skipped["loud"]
-    assert "one layer as two classes or versions of transformers call it" in skipped["other"]
+    assert "the same layer in two classes or versions of transformers" in skipped["other"]
     assert told[0] == "3 adapters were left out:"
 
 
@@ -302,7 +302,7 @@ def test_a_task_that_is_there_already_is_told_whatever_a_merge_cut_of_it(
     subspace.add_adapters({"new": write_adapter(tmp_path / "new", 9), "again": again}, progress=False)
     assert subspace.tasks == (*adapters, "new", "again")
     assert subspace.reading.known == {"again": "b"}
-    assert told == ["again is the same adapter as b, which is there already"]
+    assert told == ["again is the same adapter as b, which is already in the subspace"]
     subspace.add_adapters([write_adapter(tmp_path / "other", 10)], progress=False)
     assert subspace.reading.known == {}
 
@@ -399,7 +399,7 @@ def test_names_of_which_nothing_can_stay_and_names_that_are_given_are_not_mended
     tmp_path: Path, build: Callable[..., SharedSubspace]
 ) -> None:
     folder = write_adapter(tmp_path / "日本", 0)
-    with pytest.raises(ValueError, match="no task can be called '日本', expected another name for it"):
+    with pytest.raises(ValueError, match="no task can be called '日本', expected another name"):
         build([folder])
     with pytest.raises(ValueError, match=r"task name 'a\.b' is not usable"):
         build({"a.b": folder})

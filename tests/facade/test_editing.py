@@ -113,7 +113,7 @@ class TestRenaming:
             ("mrpc", "SST2", "but for case"),
             ("mrpc", "main", "reserved"),
             ("mrpc", "a.b", "not usable"),
-            ("mrpc", "mrpc", "has this name already"),
+            ("mrpc", "mrpc", "already has this name"),
         ],
     )
     def test_what_is_no_new_name_is_refused(self, subspace: SharedSubspace, old: str, new: str, told: str) -> None:

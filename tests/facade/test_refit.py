@@ -95,7 +95,7 @@ class TestRefit:
     ) -> None:
         merged.save_pretrained(tmp_path / "tree")
         assert not originals_file(tmp_path / "tree").exists()
-        with pytest.raises(ValueError, match="no original of any task is known"):
+        with pytest.raises(ValueError, match="no original adapter is known"):
             SharedSubspace.from_pretrained(tmp_path / "tree").refit(**QUIET)
         merged.rename_task("t0", "first")
         merged.remove_task("t4")
@@ -164,7 +164,7 @@ class TestUndo:
             found = SharedSubspace.undo(tree)
             assert files_of(tree) == {**expected, "mine.txt": b"mine"}
             assert_same_state(found.state, SharedSubspace.from_pretrained(tree).state)
-        with pytest.raises(ValueError, match="no predecessor of it is kept"):
+        with pytest.raises(ValueError, match="no earlier version of it is kept"):
             SharedSubspace.undo(tree)
 
     def test_no_more_are_kept_than_asked_for_and_none_unasked(self, merged: SharedSubspace, tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_the_commands(adapters: dict[str, Path], tmp_path: Path, capsys: pytest.
     )
     share("add", tree, str(adapters["t2"]))
     assert share("undo", tree)["undone"]["merged"] == ["lora2"]
-    assert share("undo", tree)["error"].endswith("before the step that is to be taken back")
+    assert share("undo", tree)["error"].endswith("before the step to undo")
     share("add", tree, str(adapters["t2"]))
     share("remove", tree, "lora0")
     assert share("refit", tree)["from_originals"] == 2

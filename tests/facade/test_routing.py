@@ -127,8 +127,8 @@ def test_two_writers_of_a_repository_teach_each_other_their_routes(
     [
         ("mrcp", [], {}, "no task 'mrcp' in the subspace.*did you mean 'mrpc'"),
         ("mrpc", [], {}, "task 'mrpc': 0 inputs to learn a route from, expected at least 3"),
-        ("mrpc", [{"text": 1}], {"tokenizer": True}, r"columns of text \[\], expected one, or two that are a pair"),
-        ("mrpc", [{"a": "x", "b": "y", "c": "z"}], {"tokenizer": True}, r"columns of text \['a', 'b', 'c'\]"),
+        ("mrpc", [{"text": 1}], {"tokenizer": True}, r"text columns \[\], expected one, or two that form a pair"),
+        ("mrpc", [{"a": "x", "b": "y", "c": "z"}], {"tokenizer": True}, r"text columns \['a', 'b', 'c'\]"),
         ("mrpc", [{"input_ids": torch.ones(3, 4).long()}], {"layers": [-1]}, r"layers is \[-1\], expected numbers"),
         ("mrpc", [{"input_ids": torch.ones(3, 4).long()}], {"layers": [7]}, "expected those of 7 layers"),
     ],
@@ -156,7 +156,7 @@ def test_routes_of_other_layers_are_refused(subspace: SharedSubspace, tiny_model
         yield {"input_ids": torch.randint(3, 64, (8, 5))}
 
     subspace.learn_route("mrpc", base, batches(), layers=[2])
-    with pytest.raises(ValueError, match=r"layers is \[1\], expected \[2\] as the routes that there are"):
+    with pytest.raises(ValueError, match=r"layers is \[1\], expected \[2\] as in the existing routes"):
         subspace.learn_route("sst2", base, batches(), layers=[1])
     subspace.learn_route("sst2", base, batches())
     assert subspace.state.router.layers == (2,)

@@ -151,7 +151,7 @@ def test_what_is_not_certain_is_named_by_the_user(
 
 @pytest.mark.parametrize("name", ["", "  ", 5])
 def test_a_base_model_of_no_name_is_refused(name: object, loras: dict[str, Path]) -> None:
-    with pytest.raises(ValueError, match=r"base_model is .*, expected an id on the hub or a folder"):
+    with pytest.raises(ValueError, match=r"base_model is .*, expected a Hub id or a folder"):
         SharedSubspace.from_adapters(loras, base_model=name, progress=False)
 
 

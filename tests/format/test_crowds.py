@@ -120,7 +120,7 @@ def test_a_second_save_that_cannot_be_merged_is_refused(tree: Path, loras: dict[
     second.add_adapters({"new": loras["mrpc"]}, progress=False)
     first.save_pretrained(tree)
     before, state = files_of(tree), second.state
-    with pytest.raises(ValueError, match=f"{tree}: somebody else saved there since.*'new'.*another folder"):
+    with pytest.raises(ValueError, match=f"{tree}: somebody else has saved there since.*'new'.*another folder"):
         second.save_pretrained(tree)
     assert files_of(tree) == before
     assert second.state is state

@@ -205,7 +205,7 @@ def test_what_a_repository_does_not_have_is_named(hub: Hub, save_lora: SaveLora)
     }.items():
         with pytest.raises(ValueError, match=message):
             read_lora(place)
-    with pytest.raises(ValueError, match="org/loras@v1: revision is 'v2' too, expected one of the two"):
+    with pytest.raises(ValueError, match="org/loras@v1: revision= is 'v2' too, expected only one of the two"):
         read_lora(f"{repo}@v1", revision="v2")
     with (
         hub.offline(),

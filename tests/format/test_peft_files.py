@@ -160,7 +160,7 @@ LORA_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     [
         (f"_orig_mod.{LORA_A}", "is a second tensor called 'model.layers.0.self_attn.q_proj.lora_A.weight'"),
         (LORA_A.replace("weight", "default.weight"), "is a second tensor called"),
-        ("base_model.model.lm_head.original_module.weight", "'lm_head.weight' is there as the base model has it only"),
+        ("base_model.model.lm_head.original_module.weight", "'lm_head.weight' is there only as the base model has it"),
     ],
 )
 def test_tensors_of_one_name_and_heads_never_trained_are_refused(more: str, message: str, save_lora: SaveLora) -> None:

@@ -200,9 +200,9 @@ class _Print:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"weight": _Print()}, "not a file of tensors that torch saved"),
-        ({"weight": [torch.ones(2)]}, "holds a dict, expected tensors by name and nothing else"),
-        (torch.ones(2), "holds a Tensor, expected tensors by name"),
+        ({"weight": _Print()}, "not a file of tensors saved by torch"),
+        ({"weight": [torch.ones(2)]}, "holds a dict, expected only tensors by name"),
+        (torch.ones(2), "holds a Tensor, expected only tensors by name"),
         ({LORA_A: torch.tensor([[float("nan")]])}, "has NaN or infinite entries"),
         ({}, "no lora_A and lora_B in it, expected a LoRA"),
     ],
@@ -244,10 +244,10 @@ def test_a_head_that_no_layer_can_have_is_refused(
     ("field", "value", "message"),
     [
         ("alpha_pattern", ["q_proj"], "alpha_pattern is .*, expected an object"),
-        ("alpha_pattern", {"(": 3}, r"alpha_pattern is '\(', which is no regular expression"),
+        ("alpha_pattern", {"(": 3}, r"alpha_pattern is '\(', which is not a regular expression"),
         ("base_model_name_or_path", 5, "base_model_name_or_path is 5, expected text or null"),
-        ("target_modules", [1], r"target_modules is \[1\], which no PEFT configuration has there"),
-        ("task_type", "CHESS", "task_type is 'CHESS', which no PEFT configuration has there"),
+        ("target_modules", [1], r"target_modules is \[1\], which is not valid there in a PEFT configuration"),
+        ("task_type", "CHESS", "task_type is 'CHESS', which is not valid there in a PEFT configuration"),
     ],
 )
 def test_a_field_that_no_configuration_has_is_refused(
@@ -304,7 +304,7 @@ def test_no_adapters_and_one_bare_folder_are_refused(loras: dict[str, Path]) -> 
     for nothing in ([], {}, ()):
         with pytest.raises(ValueError, match="no adapters given, expected at least one"):
             SharedSubspace.from_adapters(nothing)
-    with pytest.raises(ValueError, match="expected a list of folders or hub ids, or a dict by task name"):
+    with pytest.raises(ValueError, match="expected a list of folders or Hub ids, or a dict by task name"):
         SharedSubspace.from_adapters(str(loras["mrpc"]))
 
 

@@ -270,7 +270,7 @@ def test_a_tree_is_loaded_from_the_current_folder_but_not_saved_over_it(
         monkeypatch.chdir(place)
         for folder in (tree, os.path.relpath(tree)):
             assert_same_state(SharedSubspace.from_pretrained(folder).state, subspace.state)
-            with pytest.raises(ValueError, match="is or holds the current folder"):
+            with pytest.raises(ValueError, match="is or contains the current folder"):
                 subspace.save_pretrained(folder)
     assert files_of(tree) == before
 

@@ -159,12 +159,12 @@ def test_a_task_without_a_branch_is_found_on_main(hub: Hub, subspace: SharedSubs
 def test_the_card_tells_of_revisions_that_there_are(hub: Hub, subspace: SharedSubspace) -> None:
     subspace.push_to_hub(REPO, branches="none")
     card = hub.repository(REPO).branches["main"].files["README.md"].content.decode()
-    peft, _, share = card.partition("One task from its coefficients")
+    peft, _, share = card.partition("To load one task from its coefficients")
     assert "revision=" not in peft and 'revision="mrpc"' in share
     subspace.push_to_hub(REPO, branches=["sst2"])
     card = hub.repository(REPO).branches["main"].files["README.md"].content.decode()
-    assert 'revision="sst2"' in card.partition("One task from its coefficients")[0]
-    assert "at the revision of a task that has a branch, it is that task's" in card
+    assert 'revision="sst2"' in card.partition("To load one task from its coefficients")[0]
+    assert "at the revision of a task that has a branch, it is the LoRA of that task" in card
 
 
 def test_peft_is_told_where_a_task_without_a_branch_is(

@@ -199,7 +199,7 @@ def test_a_repository_of_something_else_is_left_alone(
 ) -> None:
     hub.api.create_repo(REPO)
     hub.repository(REPO).write({**files_of(loras["rte"]), "README.md": b"A LoRA."})
-    refuses(hub, subspace, "holds an adapter that is no shared subspace, expected another repository")
+    refuses(hub, subspace, "holds an adapter that is not a shared subspace, expected another repository")
 
 
 @pytest.mark.parametrize("kind", ["branch", "tag"])
@@ -245,7 +245,7 @@ def test_a_place_on_the_writers_machine_is_not_published(
 ) -> None:
     ours = SharedSubspace(replace(subspace.state, base_model_name_or_path=base))
     first = ours.push_to_hub(REPO)
-    assert f"The base model '{base}' is a place on this machine and is not published" in caplog.text
+    assert f"The base model '{base}' is a path on this machine, and its name is not published" in caplog.text
     assert ours.base_model_name_or_path == base
     for revision in ("main", "mrpc", "sst2"):
         files = hub.repository(REPO).commit_at(revision).files

@@ -334,6 +334,8 @@ def test_nothing_is_written_over_the_folder_of_something_else(
     published.export_lora("mrpc", tmp_path / "lora")
     with pytest.raises(ValueError, match="tree: holds a subspace or a model's checkpoint, expected another folder"):
         published.export_lora("mrpc", tmp_path / "tree")
-    with pytest.raises(ValueError, match="lora: holds an adapter that is no shared subspace, expected another folder"):
+    with pytest.raises(
+        ValueError, match="lora: holds an adapter that is not a shared subspace, expected another folder"
+    ):
         published.save_pretrained(tmp_path / "lora")
     assert SharedSubspace.from_pretrained(tmp_path / "tree").tasks == published.tasks

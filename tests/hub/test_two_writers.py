@@ -255,5 +255,5 @@ def test_who_knows_that_two_names_are_one_model_says_so(
     published = SharedSubspace.from_pretrained(REPO)
     assert published.base_model_name_or_path == other.base_model_name_or_path == "org/renamed"
     assert set(published.tasks) == {"mrpc", "sst2", "rte", "cola"}
-    with pytest.raises(ValueError, match=r"base_model is './tiny', expected an id on the hub"):
+    with pytest.raises(ValueError, match=r"base_model is './tiny', expected a Hub id"):
         other.push_to_hub(REPO, base_model="./tiny")

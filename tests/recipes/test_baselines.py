@@ -525,9 +525,9 @@ def test_what_cannot_be_compared_is_refused_by_name(
     bert = pristine_models["bert"]
     with pytest.raises(ValueError, match="method is 'replay-9', expected one of lora, sequential, replay-2"):
         baselines.train("replay-9", bert, TASKS, settings)
-    with pytest.raises(ValueError, match="tasks has no task"):
+    with pytest.raises(ValueError, match="tasks is empty"):
         baselines.train("lora", bert, {}, settings)
-    with pytest.raises(ValueError, match="task 'odd' is of the kind 'ranking', expected one of"):
+    with pytest.raises(ValueError, match="task 'odd' has problem type 'ranking', expected one of"):
         baselines.train("lora", bert, {"odd": ToyTask(1, 0, "ranking")}, settings)
     with pytest.raises(ValueError, match="BertModel has no dense classifier, expected one as classifier or score"):
         baselines.train("lora", bert.bert, TASKS, settings)

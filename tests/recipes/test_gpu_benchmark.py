@@ -253,7 +253,7 @@ gpu.run_parts(parts, Path({str(out)!r}), seconds=120, device="cpu")
     assert rows["test_small.py::test_fails"]["ok"] is False
     for name in ("test_small.py::test_hangs", "test_small.py::test_comes_last", "merge.py"):
         assert rows[name]["ok"] is None
-        assert rows[name]["reason"] == "not run: the run was broken off before"
+        assert rows[name]["reason"] == "not run: the run was interrupted before"
 
 
 def broken_off(path: Path, test: str) -> bool:

@@ -63,7 +63,7 @@ def test_a_template_that_begins_an_answer_otherwise_is_an_error(
     likelihood: ModuleType, chatty: PreTrainedTokenizerBase
 ) -> None:
     chatty.chat_template = CHAT_TEMPLATE.replace("'<s>assistant\n' if", "'<s>assistant says\n' if")
-    with pytest.raises(ValueError, match="chat template begins an answer otherwise"):
+    with pytest.raises(ValueError, match="chat template starts an answer differently"):
         likelihood.PromptFormat.of_tokenizer(chatty, None, 256).label_ids(chatty, "two")
 
 

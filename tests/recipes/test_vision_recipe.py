@@ -91,7 +91,7 @@ def test_tasks_of_digits_differ_in_labels_and_in_look(digits: ModuleType) -> Non
 
 @pytest.mark.parametrize("place", ["digits:odd", "digits:", "digits:prime,even-odd", "digits:ten,rotated,rotated"])
 def test_tasks_of_digits_that_are_none_are_refused_with_those_there_are(place: str, digits: ModuleType) -> None:
-    with pytest.raises(ValueError, match=rf"'{place}' is no task of digits, expected one of \['ten', 'even-odd'"):
+    with pytest.raises(ValueError, match=rf"'{place}' is not a digits task, expected one of \['ten', 'even-odd'"):
         digits.digits_of(place)
 
 
@@ -121,7 +121,9 @@ def test_columns_are_found_by_their_names_or_kinds(
     assert data["train"].features["label"].names == ["cat", "dog"]
     chosen = image_tasks.load_images("org/animals", label_column="place")
     assert chosen["train"].features["label"].names == ["here"]
-    with pytest.raises(ValueError, match=r"org/animals: the column of the images is 'picture', expected one of \['im"):
+    with pytest.raises(
+        ValueError, match=r"org/animals: the column with the images is 'picture', expected one of \['im"
+    ):
         image_tasks.load_images("org/animals", image_column="picture")
 
 
@@ -130,7 +132,7 @@ def test_columns_and_labels_that_are_not_there_are_refused(
 ) -> None:
     kinds = ["cat", "dog"] * 5
     saved(tmp_path, monkeypatch, image_tasks, train={"img": "images", "kind": kinds})
-    with pytest.raises(ValueError, match=r"the column of the labels is none of its own.*\['img', 'kind'\]: give --la"):
+    with pytest.raises(ValueError, match=r"the column with the labels is not found.*\['img', 'kind'\]: give --la"):
         image_tasks.load_images("org/animals")
     both = {"train": {"image": "images", "label": kinds}, "test": {"image": "images", "label": ["cow"] * 10}}
     saved(tmp_path, monkeypatch, image_tasks, **both)
@@ -202,7 +204,7 @@ def test_vision_stream_learns_on_a_quantized_model(vit: Path, shades: Path) -> N
 
 def test_a_task_that_is_none_says_what_was_expected(vit: Path, tmp_path: Path) -> None:
     said = refusal("vision_stream.py", "--model_name_or_path", str(vit), "--tasks", "a=digits:odd", cwd=tmp_path)
-    assert "'digits:odd' is no task of digits, expected one of" in said
+    assert "'digits:odd' is not a digits task, expected one of" in said
 
 
 @pytest.mark.slow

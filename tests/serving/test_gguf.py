@@ -333,12 +333,12 @@ class TestWhatIsRefused:
         subspace = _adapted(
             tmp_path / "base", tmp_path, ("mrpc",), target_modules=["q_proj"], target_parameters=parameters
         )
-        with pytest.raises(ValueError, match=r"'model.layers.0.mlp.experts.\w+.0' is no dense layer \(expert\)"):
+        with pytest.raises(ValueError, match=r"'model.layers.0.mlp.experts.\w+.0' is not a dense layer \(expert\)"):
             export_gguf(subspace, "mrpc", tmp_path / "mrpc.gguf")
 
     def test_a_convolution(self, subspace: SharedSubspace, llama: Path, tmp_path: Path) -> None:
         layouts = dict.fromkeys(subspace.state.layers, Layout("convolution", (2,)))
-        with pytest.raises(ValueError, match=r"'model.layers.0.self_attn.q_proj' is no dense layer \(convolution"):
+        with pytest.raises(ValueError, match=r"'model.layers.0.self_attn.q_proj' is not a dense layer \(convolution"):
             export_gguf(
                 SharedSubspace(replace(subspace.state, layouts=layouts)),
                 "mrpc",
@@ -367,7 +367,7 @@ class TestWhatIsRefused:
 
 def test_a_file_that_is_there_stays(gguf: ModuleType, adapted: SharedSubspace, llama: Path, tmp_path: Path) -> None:
     (tmp_path / "mrpc.gguf").write_text("precious")
-    with pytest.raises(ValueError, match=r"mrpc.gguf: is there already, expected the name of a new file"):
+    with pytest.raises(ValueError, match=r"mrpc.gguf: already exists, expected the name of a new file"):
         export_gguf(adapted, "mrpc", tmp_path / "mrpc.gguf", base_model=llama)
     assert (tmp_path / "mrpc.gguf").read_text() == "precious"
 
@@ -411,7 +411,7 @@ class TestTheCommand:
         assert [_File(gguf, file).fields["general.name"] for file in files] == ["mrpc", "sst2", "1 mrpc + 1 sst2"]
         assert sorted(file.name for file in (tmp_path / "all").iterdir()) == ["mrpc.gguf", "sst2.gguf"]
         assert main(["export", sub, "--all", str(tmp_path / "all"), "--gguf", *base]) == 1
-        assert "mrpc.gguf: is there already" in capsys.readouterr().err
+        assert "mrpc.gguf: already exists" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
         "argv",

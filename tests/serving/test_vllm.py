@@ -122,7 +122,7 @@ class TestAFolder:
             tmp_path / "loud"
         )
         assert serve(tmp_path / "loud", **{DTYPE_VARIABLE: "float16"})("loud") is None
-        assert "has factors with entries that are too large for float16" in caplog.text
+        assert "has factors with entries too large for float16" in caplog.text
         with pytest.raises(ValueError, match=r"dtype is 'int8', expected one of \['float32', 'bfloat16', 'float16'\]"):
             serve(tmp_path / "loud", **{DTYPE_VARIABLE: "int8"})
 
@@ -183,7 +183,10 @@ class TestAFolder:
         layouts = dict.fromkeys(subspace.state.layers, Layout("convolution", (2,)))
         SharedSubspace(replace(subspace.state, layouts=layouts)).save_pretrained(tmp_path / "convolutions")
         assert serve(tmp_path / "convolutions")("mrpc") is None
-        assert "'model.layers.0.self_attn.q_proj', a convolution with kernel (2,), which no server" in caplog.text
+        assert (
+            "'model.layers.0.self_attn.q_proj' of kind convolution with kernel (2,), which no LoRA server"
+            in caplog.text
+        )
 
 
 class TestTheBaseModel:
@@ -477,7 +480,7 @@ class TestTheEntryPoint:
         serve(tree)
         assert not caplog.text
         serve(tree, **{ALLOWED: "0"})
-        assert f"vLLM asks for tasks only where {ALLOWED}=1" in caplog.text
+        assert f"vLLM asks for tasks only if {ALLOWED}=1" in caplog.text
 
     def test_has_a_cache_of_its_own_by_default(
         self, tree: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

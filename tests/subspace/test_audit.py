@@ -466,7 +466,8 @@ def report_of(
         (
             (),
             ("a", "b"),
-            "It is not known from which random A the tasks started; a shared one alone makes input directions alike.",
+            "It is not known from which random A the tasks started; sharing one is enough to make input directions "
+            "alike.",
         ),
         (
             (tuple("abcdefghijk"), ("z",)),
@@ -536,7 +537,7 @@ def test_the_first_sentence_says_which_tasks_share_an_initialization(
 )
 def test_the_second_sentence_puts_the_explained_variance_beside_chance(report: AuditReport, expected: str) -> None:
     _, sentence = report.sentences()
-    assert sentence == f"The basis of 32 directions a layer {expected}"
+    assert sentence == f"The basis of 32 directions per layer {expected}"
     assert sentence.isascii()
 
 

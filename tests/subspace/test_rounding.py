@@ -84,7 +84,7 @@ def test_a_4_bit_block_is_no_worse_than_with_the_scale_of_its_largest_number(row
 
 
 def test_numbers_that_are_not_of_4_bits_are_not_packed() -> None:
-    with pytest.raises(ValueError, match="coefficients are not numbers of 4 bits, expected those of a merge"):
+    with pytest.raises(ValueError, match="coefficients are not 4-bit numbers, expected those that a merge rounded"):
         packed(torch.tensor([[1.0, 0.37]]))
 
 

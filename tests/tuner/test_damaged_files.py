@@ -104,7 +104,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], list[str]]] = {
         without_checksum(put(f"{Q_PROJ}.beta", torch.neg)),
         [f"{Q_PROJ}.share_fingerprint' is", "the coefficients do not belong to the basis"],
     ),
-    "no-module": (without_checksum(edited(drop_module)), [f"{Q_PROJ}.share_coefficients_in' is of no module"]),
+    "no-module": (without_checksum(edited(drop_module)), [f"{Q_PROJ}.share_coefficients_in' belongs to none of the"]),
 }
 
 

@@ -387,13 +387,13 @@ def test_adapters_of_two_kernels_are_refused(subspace: SharedSubspace, tmp_path:
     folder, held = lora_of(Reader(kernel=(2, 3)), tmp_path / "turned", 1), subspace.state
     with pytest.raises(
         ValueError,
-        match=r"'image' is a convolution with kernel \(2, 3\) for task 'turned', expected a convolution with "
+        match=r"'image' is of kind convolution with kernel \(2, 3\) for task 'turned', expected convolution with "
         r"kernel \(3, 2\) as for the others",
     ):
         subspace.add_adapters([folder], progress=False)
     assert subspace.state is held
     other = SharedSubspace.from_adapters([folder], progress=False)
-    with pytest.raises(ValueError, match=r"the other subspace has 'image' as a convolution with kernel \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"the other subspace has 'image' of kind convolution with kernel \(2, 3\)"):
         reconcile(subspace.state, other.state)
 
 

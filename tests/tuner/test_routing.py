@@ -191,7 +191,7 @@ def test_bad_requests_are_told_apart(tiny_model: TinyModel) -> None:
             model.route(ids, false_rejects=rate)
     with pytest.raises(ValueError, match=r"inputs has \['labels'\] of shape None, expected a batch of one of"):
         model.route({"labels": ids})
-    with pytest.raises(ValueError, match="adapter_names='auto' routes in inference only"):
+    with pytest.raises(ValueError, match="adapter_names='auto' routes only during inference"):
         model.train()(input_ids=ids, adapter_names="auto")
 
 

@@ -38,7 +38,7 @@ from .architectures import ARCHITECTURES
 from .models import adapted, output
 
 
-LORA = r"make the task a LoRA by SharedSubspace\.export_lora"
+LORA = r"export the task as a LoRA with SharedSubspace\.export_lora"
 NONE = "expected none: the coefficients have the scale of an update in them"
 
 # By option of LoRA, what ShareConfig says to it; all options that it lacks.
@@ -73,7 +73,7 @@ OPTIONS: dict[str, str] = {
     "velora_config": LORA,
 }
 
-ALONE = rf"LoRA's alone, expected no adapter of SHARE: {LORA}"
+ALONE = rf"with LoRA only, expected no SHARE adapter: {LORA}"
 
 
 def _scaled(model: PeftModel, folder: Path) -> None:
@@ -124,19 +124,19 @@ CALLS: dict[str, tuple[Callable[[PeftModel, Path], Any], str]] = {
     ),
     "a PeftModel of a PeftModel": (
         lambda model, folder: get_peft_model(model, _with(), "two"),
-        "model is a PeftModelForCausalLM, expected the base model: add a task to it by add_adapter",
+        "model is a PeftModelForCausalLM, expected the base model: add a task to it with add_adapter",
     ),
     "add_adapter of a LoRA": (
         lambda model, folder: model.add_adapter("two", LoraConfig(target_modules=["q_proj"])),
-        r"other adapters become tasks by SharedSubspace\.add_adapters",
+        r"other adapters become tasks with SharedSubspace\.add_adapters",
     ),
     "add_weighted_adapter(combination_type='ties')": (
         lambda model, folder: model.add_weighted_adapter(["one"], [1.0], "two", combination_type="ties"),
-        "export the tasks as LoRAs by SharedSubspace.export_lora",
+        "export the tasks as LoRAs with SharedSubspace.export_lora",
     ),
     "a norm as target": (
         lambda model, folder: model.add_adapter("two", _with(target_modules=["model.norm"])),
-        r"'model\.norm' is a LlamaRMSNorm, .*others are trained whole by modules_to_save",
+        r"'model\.norm' is a LlamaRMSNorm, .*train others whole with modules_to_save",
     ),
     "trainable_token_indices that are set afterwards": (
         lambda model, folder: model.add_adapter("two", _set(_with(), trainable_token_indices=[1, 2])),
@@ -218,7 +218,7 @@ def test_hotswapping_by_transformers_is_refused(
 
 @pytest.mark.parametrize("layer", [nn.ConvTranspose2d(3, 4, 2), nn.EmbeddingBag(4, 4), nn.Bilinear(3, 3, 3)])
 def test_a_layer_of_another_kind_is_refused(layer: nn.Module) -> None:
-    with pytest.raises(TypeError, match=f"'0' is a {type(layer).__name__}, .*trained whole by modules_to_save"):
+    with pytest.raises(TypeError, match=f"'0' is a {type(layer).__name__}, .*train others whole with modules_to_save"):
         get_peft_model(nn.Sequential(layer), _with(target_modules=["0"]))
 
 
