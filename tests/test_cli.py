@@ -273,7 +273,7 @@ class TestAdd:
         self, share: Callable[..., Output], here: Path, adapters: dict[str, str]
     ) -> None:
         before = files_of(here)
-        for adapter, problem in ((adapters["mrpc"], "exists already"), ("missing/folder/third", "no such folder")):
+        for adapter, problem in ((adapters["mrpc"], "already exists"), ("missing/folder/third", "no such folder")):
             code, out, err = share("add", "sub", adapters["rte"], adapter)
             assert (code, out) == (1, "")
             assert problem in err
@@ -438,7 +438,7 @@ class TestUpgrade:
         old = Path(shutil.copytree(VERSION_1, tmp_path / "old"))
         before = SharedSubspace.from_pretrained(old).state
         code, out, err = share("upgrade", str(old))
-        assert (code, out, err) == (0, f"{old}: from format version 1 to 2\n", "")
+        assert (code, out, err) == (0, f"{old}: upgraded from format version 1 to 2\n", "")
         assert json.loads((old / "share_config.json").read_text())["format_version"] == 2
         assert_same_state(SharedSubspace.from_pretrained(old).state, before)
         written = files_of(old)

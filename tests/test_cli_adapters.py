@@ -62,8 +62,8 @@ def test_an_audit_takes_a_list(share_json: Callable[..., Any], listed: Path) -> 
     ("content", "message"),
     [
         (b"loras/a\nloras/a.b\nloras/a b\n", "loras/a.b and loras/a b are both called 'a-b'"),
-        (b"# nothing\n\n", "list.txt: lists no adapters, expected one a line"),
-        (b"\xff\xfe\x00", "list.txt: expected a list of adapters, one a line, as text"),
+        (b"# nothing\n\n", "list.txt: lists no adapters, expected one per line"),
+        (b"\xff\xfe\x00", "list.txt: expected a list of adapters, one per line, as text"),
         (b"x=loras/a\nx=loras/b\n", "loras/a and loras/b are both called 'x'"),
         (b"loras/a\nloras/nowhere/at-all\n", "loras/nowhere/at-all: no such folder or file"),
         (b"\xe6\x97\xa5\n", "no task can be called"),

@@ -68,7 +68,7 @@ def test_a_stopped_command_goes_on_at_the_module_that_it_reached(
         assert (files_of(Path("sub")) if Path("sub").exists() else {}) == before
         assert len([*Path(UNFINISHED).glob("*.safetensors")]) == STOPPED_AT
         code, out, err = share(*argv)
-        assert (code, err) == (0, f"sub: goes on, {STOPPED_AT} of {MODULES} modules are finished\n")
+        assert (code, err) == (0, f"sub: continuing, {STOPPED_AT} of {MODULES} modules are finished\n")
         assert out.startswith("sub: ")
         assert files_of(Path("sub")) == expected
         assert not Path(UNFINISHED).exists()

@@ -97,8 +97,8 @@ def test_options_that_would_be_ignored_are_refused(argv: list[str], message: str
 @pytest.mark.parametrize(
     ("figure", "message"),
     [
-        ("nowhere/x.png", "no such folder, expected a file to write"),
-        ("loras.png", "a folder, expected a file to write"),
+        ("nowhere/x.png", "no such folder, expected the name of a file to write"),
+        ("loras.png", "is a folder, expected the name of a file to write"),
         ("x.xyz", "expected a file name that ends in one of"),
         ("x", "expected a file name that ends in one of"),
     ],
@@ -173,11 +173,11 @@ def test_an_audit_of_some_adapters_takes_a_sample_of_modules_and_says_so(share: 
 
 def test_an_undone_step_is_told_in_words(share: Share, made: str) -> None:
     assert share("rename", "sub", "b", "second")[0] == 0
-    assert share("undo", "sub")[1] == "sub: took back the renaming of b to second; 2 tasks now\n"
+    assert share("undo", "sub")[1] == "sub: undid the renaming of b to second; it now has 2 tasks\n"
     assert share("remove", "sub", "b", "b")[1] == "sub: removed b; 1 task is left\n"
-    assert share("undo", "sub")[1] == "sub: took back the removal of b; 2 tasks now\n"
+    assert share("undo", "sub")[1] == "sub: undid the removal of b; it now has 2 tasks\n"
     assert share("add", "sub", "loras/c", "loras/d")[0] == 0
-    assert share("undo", "sub")[1] == "sub: took back the merge of c, d; 2 tasks now\n"
+    assert share("undo", "sub")[1] == "sub: undid the merge of c, d; it now has 2 tasks\n"
 
 
 def test_a_subspace_without_tasks_exports_nothing(share: Share, made: str) -> None:

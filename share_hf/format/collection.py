@@ -53,7 +53,7 @@ class Reading:
 
     def lines(self) -> list[str]:
         """Return what a person should know: which adapters were left out and why, and what is unusual in others."""
-        lines = [f"{text!r} is named {name}" for name, text in _some(self.mended.items())]
+        lines = [f"{text!r} is called {name}" for name, text in _some(self.mended.items())]
         lines += _more(len(self.mended))
         for names in self.duplicates:
             lines.append(f"{', '.join(_some(names))} are the same adapter" + "".join(_more(len(names), ", ")))

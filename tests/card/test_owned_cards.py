@@ -60,7 +60,7 @@ def test_the_text_behind_a_link_is_not_copied_into_a_card(
     (tmp_path / "notes").write_text("Not for others.")
     (tree / "README.md").unlink()
     (tree / "README.md").symlink_to(tmp_path / "notes")
-    with pytest.raises(ValueError, match=r"README\.md: a link to .*notes, expected a file"):
+    with pytest.raises(ValueError, match=r"README\.md: is a link to .*notes, expected a file"):
         subspace.save_pretrained(tree)
     assert (tmp_path / "notes").read_text() == "Not for others."
 

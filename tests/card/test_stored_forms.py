@@ -47,5 +47,5 @@ def test_both_are_told_and_neither_where_neither_is_used(loras: dict[str, Path],
     both = card_of(loras, tmp_path / "both", tolerance=0.6, coefficient_dtype="4bit")
     assert both.index(RANKS) < both.index(DTYPE)
     usual = card_of(loras, tmp_path / "usual")
-    assert "tasks of rank p = 4, basis `joint`. With [share_hf]" in usual
+    assert "tasks of rank p = 4, basis `joint`. Made with [share_hf]" in usual
     assert DTYPE not in usual and RANKS not in usual

@@ -225,7 +225,7 @@ def test_a_task_that_the_model_has_is_refused_and_stays(
     model = fresh(tiny_model("llama"))
     trainer_of(model, ShareCallback("ones")).train()
     expected = logits(model, language_task(0)["train"])
-    with pytest.raises(ValueError, match="task 'ones' exists already"):
+    with pytest.raises(ValueError, match="task 'ones' already exists"):
         trainer_of(model, ShareCallback("ones"))
     assert list(model.peft_config) == ["ones"]
     assert torch.equal(logits(model, language_task(0)["train"]), expected)

@@ -115,6 +115,6 @@ def test_a_killed_build_goes_on_where_it_was(built: Any, tmp_path: Path) -> None
 
     result = run(command, cwd=folder)
     assert result.returncode == 0, result.stdout[-4000:]
-    assert f"{tree}: goes on, {kept} of {MODULES} modules are finished" in result.stdout
+    assert f"{tree}: continuing, {kept} of {MODULES} modules are finished" in result.stdout
     assert without_figures_of(files_of(tree)) == without_figures_of(after_init)
     assert not unfinished.exists()

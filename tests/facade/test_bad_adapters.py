@@ -391,7 +391,7 @@ def test_names_that_collide_when_they_are_mended_are_told(
     with pytest.raises(ValueError, match=f"two adapters are called 'a-b', .*: {places[0]} and {places[1]}"):
         build(places)
     upper = write_adapter(tmp_path / "A-B", 3)
-    with pytest.raises(ValueError, match="'A-B' equals 'a-b' but for case"):
+    with pytest.raises(ValueError, match="'A-B' differs from 'a-b' only in case"):
         build([places[0], upper])
 
 

@@ -109,8 +109,8 @@ class TestRenaming:
         ("old", "new", "told"),
         [
             ("mprc", "new", "no task 'mprc'"),
-            ("mrpc", "sst2", "exists already"),
-            ("mrpc", "SST2", "but for case"),
+            ("mrpc", "sst2", "already exists"),
+            ("mrpc", "SST2", "only in case"),
             ("mrpc", "main", "reserved"),
             ("mrpc", "a.b", "not usable"),
             ("mrpc", "mrpc", "already has this name"),

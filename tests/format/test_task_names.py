@@ -56,7 +56,9 @@ def test_any_other_name_is_taken(name: str) -> None:
     check_task_name(name, taken=["other"])
 
 
-@pytest.mark.parametrize(("name", "message"), [("mrpc", "exists already"), ("MRPC", "equals 'mrpc' but for case")])
+@pytest.mark.parametrize(
+    ("name", "message"), [("mrpc", "already exists"), ("MRPC", "differs from 'mrpc' only in case")]
+)
 def test_a_name_is_taken_once_in_any_case(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_task_name(name, taken=["sst2", "mrpc"])
@@ -80,7 +82,7 @@ def test_a_name_is_refused_before_its_adapter_is_looked_for(subspace: SharedSubs
 def test_a_callback_refuses_a_name_when_it_is_made(subspace: SharedSubspace) -> None:
     with pytest.raises(ValueError, match="is reserved"):
         ShareCallback("main")
-    with pytest.raises(ValueError, match="'mrpc' exists already"):
+    with pytest.raises(ValueError, match="'mrpc' already exists"):
         ShareCallback("mrpc", subspace)
 
 

@@ -193,8 +193,8 @@ def test_what_is_good_is_loaded(victim: Victim, tree: Path, saved: tuple[Subspac
         ("main", "is reserved"),
         ("step-0001-x", "is reserved"),
         ("keys", "is an attribute of"),
-        ("MRPC", "equals 'mrpc' but for case"),
-        ("mrpc", "exists already"),
+        ("MRPC", "differs from 'mrpc' only in case"),
+        ("mrpc", "already exists"),
     ],
 )
 def test_names_of_tasks_are_checked_before_they_become_paths(

@@ -210,9 +210,9 @@ def test_a_benchmark_that_does_not_end_keeps_what_it_has_measured(
     )
     assert gpu.run_parts([part], tmp_path / "out.json", seconds=6, device="cpu") == 0  # no test has failed
     rows = rows_in(tmp_path / "out.json")
-    assert list(rows) == ["slow.py: first", "slow.py: what follows"]
+    assert list(rows) == ["slow.py: first", "slow.py: the rest"]
     assert (rows["slow.py: first"]["value"], rows["slow.py: first"]["ok"]) == (3, False)
-    assert expected.items() <= rows["slow.py: what follows"].items()
+    assert expected.items() <= rows["slow.py: the rest"].items()
 
 
 @pytest.mark.parametrize(

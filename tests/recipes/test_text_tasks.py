@@ -117,7 +117,7 @@ def test_labels_and_texts_that_are_missing_are_told(load: Any, write: Any) -> No
     with pytest.raises(ValueError, match="has 1 of 3 examples in train without 'label'"):
         load("task", empty)
     no_text = write("three", train=[*rows("a", "b"), {"text": None, "label": "a"}], test=rows("a"))
-    with pytest.raises(ValueError, match="has 1 of 3 examples in train whose 'text' is no text"):
+    with pytest.raises(ValueError, match="has 1 of 3 examples in train whose 'text' is not text"):
         load("task", no_text)
 
 

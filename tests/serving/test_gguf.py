@@ -406,7 +406,7 @@ class TestTheCommand:
         assert main(["export", sub, "mrpc", str(tmp_path / "one.gguf"), "--gguf", *base]) == 0
         assert main(["export", sub, "--all", str(tmp_path / "all"), "--gguf", *base, "--dtype", "float16"]) == 0
         assert main(["export", sub, "--weights", "mrpc=1,sst2=1", str(tmp_path / "sum.gguf"), "--gguf", *base]) == 0
-        assert "its rank costs" in capsys.readouterr().out
+        assert "limiting its rank costs" in capsys.readouterr().out
         files = [tmp_path / "one.gguf", tmp_path / "all" / "sst2.gguf", tmp_path / "sum.gguf"]
         assert [_File(gguf, file).fields["general.name"] for file in files] == ["mrpc", "sst2", "1 mrpc + 1 sst2"]
         assert sorted(file.name for file in (tmp_path / "all").iterdir()) == ["mrpc.gguf", "sst2.gguf"]

@@ -52,7 +52,7 @@ TWO_LAYERS = [
 
 @pytest.mark.parametrize(("first", "second"), [*ONE_LAYER, *(pair[::-1] for pair in ONE_LAYER)])
 def test_one_layer_under_two_names_is_refused_at_once_and_later(first: str, second: str, empty: SubspaceState) -> None:
-    message = "task '.' adapts .*, the same layer in two classes or versions of transformers"
+    message = "task '.' adapts .*, which are the same layer in two classes or versions of transformers"
     with pytest.raises(ValueError, match=message):
         merged(empty, a=layers(first), b=layers(second))
     state = merged(empty, a=layers(first))

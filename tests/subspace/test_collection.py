@@ -233,7 +233,7 @@ class TestSampling:
         assert report.badly_served == ("task150",)
         assert len(report.errors) == SAMPLE_FROM
         text = " ".join(survey_sentences(report))
-        assert f"are of a sample: {report.curve_tasks} of {SAMPLE_FROM} adapters in 2 of 5 modules" in text
+        assert f"are from a sample: {report.curve_tasks} of {SAMPLE_FROM} adapters in 2 of 5 modules" in text
         assert not survey_updates(dict(list(adapters.items())[:-1]), 4).sampled
 
     def test_of_fewer_adapters_all_are_taken_in_some_modules_of_each_kind(
