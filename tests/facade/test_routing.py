@@ -129,7 +129,7 @@ def test_two_writers_of_a_repository_teach_each_other_their_routes(
         ("mrpc", [], {}, "task 'mrpc': 0 inputs to learn a route from, expected at least 3"),
         ("mrpc", [{"text": 1}], {"tokenizer": True}, r"text columns \[\], expected one, or two that form a pair"),
         ("mrpc", [{"a": "x", "b": "y", "c": "z"}], {"tokenizer": True}, r"text columns \['a', 'b', 'c'\]"),
-        ("mrpc", [{"input_ids": torch.ones(3, 4).long()}], {"layers": [-1]}, r"layers is \[-1\], expected numbers"),
+        ("mrpc", [{"input_ids": torch.ones(3, 4).long()}], {"layers": [-1]}, r"layers is \[-1\], expected indices"),
         ("mrpc", [{"input_ids": torch.ones(3, 4).long()}], {"layers": [7]}, "expected those of 7 layers"),
     ],
 )

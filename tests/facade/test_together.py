@@ -254,7 +254,7 @@ def test_an_adapter_of_another_kind_of_layer_is_named_with_all_broken_ones_or_le
     turned = lora_of(Reader(KERNEL[::-1]), tmp_path / "turned", 1)
     (broken := tmp_path / "broken").mkdir()
     places = {"turned": turned, "broken": broken}
-    told = r"(?s)2 of 4 adapters .*turned: 'image' is a convolution with kernel \(2, 3\) .*broken: .*no adapter_config"
+    told = r"(?s)2 of 4 .*turned: 'image' is of kind convolution with kernel \(2, 3\) .*broken: .*no adapter_config"
     with pytest.raises(ValueError, match=told):
         SharedSubspace.from_adapters({"first": folders["first"], **places, "third": folders["third"]}, **QUIET)
     made = SharedSubspace.from_adapters({"first": folders["first"], **places}, skip_bad=True, **QUIET)

@@ -307,7 +307,7 @@ def test_what_is_wrong_with_another_component_is_no_matter(tmp_path: Path) -> No
     tensors["lora_te_unknown.lora_down.weight"] = torch.ones(2, 2)
     path = write(tmp_path / "style.safetensors", tensors)
     assert_updates(path, factors_of(UNET), component="unet")
-    with pytest.raises(ValueError, match="'unknown' of text_encoder cannot be told from"):
+    with pytest.raises(ValueError, match="'unknown' of text_encoder is ambiguous"):
         read_lora(path, component="text_encoder")
 
 
@@ -381,7 +381,10 @@ _FLAT = f"lora_unet_{BLOCK.replace('.', '_')}_attn1_to_q"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({f"{_FLAT}.hada_w1_a": torch.ones(2)}, "hada_w1_a', which is of LoHa, expected the factors of a plain LoRA"),
+        (
+            {f"{_FLAT}.hada_w1_a": torch.ones(2)},
+            "hada_w1_a', which is of LoHa, expected only the factors of a plain",
+        ),
         ({f"{_FLAT}.lokr_w1": torch.ones(2)}, "which is of LoKr"),
         ({f"{_FLAT}.dora_scale": torch.ones(2)}, "which is of DoRA"),
         ({f"{_FLAT}.lora_mid.weight": torch.ones(2)}, "which is of a Tucker decomposition"),
@@ -389,7 +392,7 @@ _FLAT = f"lora_unet_{BLOCK.replace('.', '_')}_attn1_to_q"
         ({"bundle_emb.word.string_to_param.*": torch.ones(2)}, "which is of a textual inversion"),
         ({"unet.x.lora_B.bias": torch.ones(2)}, "which is of a trained bias"),
         ({"something": torch.ones(2)}, "'something', which is unexpected"),
-        ({"lora_unet_what_is_this.lora_down.weight": torch.ones(2, 2)}, "'what_is_this' of unet cannot be told from"),
+        ({"lora_unet_what_is_this.lora_down.weight": torch.ones(2, 2)}, "'what_is_this' of unet is ambiguous"),
         ({"diffusion_model.x.lora_A.weight": torch.ones(2, 2)}, "as the model's authors name it, .*save_lora_weights"),
         ({f"unet.{BLOCK}.attn1.to_q.lora_A.weight": torch.ones(2, 2)}, "is a second tensor for"),
         ({f"{_FLAT}.lora_A.weight": torch.ones(2, 2)}, "is a second tensor for"),
@@ -491,7 +494,7 @@ def test_any_tensors_are_a_lora_or_refused_by_name(
 def test_scales_that_are_said_twice_are_refused(tmp_path: Path) -> None:
     tensors = in_style_of_kohya(factors_of(UNET), "unet.") | {f"{_FLAT}.alpha": torch.tensor(1.0)}
     path = write(tmp_path / "style.safetensors", tensors, {"unet.lora_alpha": 4})
-    with pytest.raises(ValueError, match="has alphas and lora_adapter_metadata, expected one of the two"):
+    with pytest.raises(ValueError, match="has alphas and lora_adapter_metadata, expected only one of the two"):
         read_lora(path)
 
 

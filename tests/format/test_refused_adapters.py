@@ -187,7 +187,7 @@ def test_a_folder_that_is_not_there_is_refused(location: str | Path, subspace: S
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
 def test_a_trained_bias_is_refused(bias: str, refused: Callable[..., None], save_classifier: SaveLora) -> None:
-    refused(save_classifier("biased", 2, bias=bias), f"as bias is '{bias}', expected 'none': a trained bias")
+    refused(save_classifier("biased", 2, bias=bias), f"since bias is '{bias}', expected 'none': a trained bias")
 
 
 class _Print:
