@@ -54,7 +54,7 @@ Output = tuple[int, str, str]
 
 @pytest.fixture(autouse=True)
 def as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What a command sets for its process is taken back, and figures, which take most of the time, are not drawn."""
+    """Undo what a command sets for its process, and draw no figures, which take most of the time."""
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub", "bitsandbytes")]
     levels, bars = [logger.level for logger in loggers], not are_progress_bars_disabled()
@@ -88,7 +88,7 @@ def here(adapters: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture
 def share(capsys: pytest.CaptureFixture[str]) -> Callable[..., Output]:
-    """Runs a command: exit code, stdout and stderr."""
+    """Run a command, and return its exit code, stdout and stderr."""
 
     def run(*argv: str) -> Output:
         capsys.readouterr()
@@ -103,7 +103,7 @@ def share(capsys: pytest.CaptureFixture[str]) -> Callable[..., Output]:
 
 @pytest.fixture
 def share_json(share: Callable[..., Output]) -> Callable[..., Any]:
-    """Runs a command that succeeds with `--json`: what is on stdout, when nothing is on stderr."""
+    """Run a command with `--json`, which must succeed, and return stdout. Nothing may be on stderr."""
 
     def run(*argv: str) -> Any:
         code, out, err = share(*argv, "--json")
@@ -114,7 +114,7 @@ def share_json(share: Callable[..., Output]) -> Callable[..., Any]:
 
 
 def column(text: str, title: str) -> list[str]:
-    """The cells under a title of the table in a text."""
+    """Return the cells under a heading of the table in a text."""
     lines = [re.split(r" {2,}", line) for line in text.splitlines()]
     start = next(i for i, cells in enumerate(lines) if title in cells)
     end = lines.index([""], start) if [""] in lines[start:] else len(lines)
@@ -681,7 +681,7 @@ def test_bytes_are_shown_to_three_digits(count: float, text: str) -> None:
 
 
 class TestInstalled:
-    """The program that pip put beside this Python."""
+    """The program that pip installed for this Python."""
 
     PROGRAM = Path(sys.executable).with_name("share-hf")
 

@@ -1,5 +1,5 @@
 # ruff: noqa: F401, F811 -- fixtures of other modules
-"""The adapters that a command is given: lists, components, broken ones, and what interrupts it."""
+"""The adapters that a command is given: lists, components, broken ones, and interruptions."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
 
 @pytest.fixture
 def listed(folders: dict[str, Path]) -> Path:
-    """A list with all that a list can have."""
+    """A list with everything that a list can contain."""
     text = "# The first ones.\n\nloras/a\n  second=loras/b  \n\t\nloras/c # the best\n# loras/d\n"
     Path("list.txt").write_text(text)
     return Path("list.txt")
@@ -201,7 +201,7 @@ def test_a_component_of_a_pipeline_is_named(
 
 
 def run_until(calls: float, argv: list[str]) -> tuple[int, int]:
-    """Run a command that Ctrl-C interrupts at this call of a function: exit code, and how many calls there were."""
+    """Run a command that Ctrl-C interrupts at this call of a function; return its exit code and number of calls."""
     made = 0
 
     def count(frame: FrameType, event: str, _: object) -> None:
@@ -241,7 +241,7 @@ def test_an_interruption_leaves_the_old_tree_or_a_whole_new_one(
             code, _ = run_until(total * (i + 0.5) / 8, command)
             interrupted += code == 130
             unchanged = files_of(Path("old")) == before and not Path("new").exists()
-            # The last calls are those that say what was done.
+            # The last calls are those that print what was done.
             assert unchanged or len(SharedSubspace.from_pretrained(argv[1]).tasks) >= len(adapters)
         assert interrupted >= 6
 

@@ -1,5 +1,5 @@
 # ruff: noqa: F401, F811 -- fixtures of other modules
-"""Builds that are stopped in the midst, and the same command again."""
+"""Builds that are interrupted, and the same command again."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def stopped(argv: list[str], at: int = STOPPED_AT) -> None:
 
 
 def whole(argv: list[str]) -> dict[str, bytes]:
-    """What a command makes of a folder that nothing stopped: its files."""
+    """Return the files of a command that nothing interrupted."""
     assert main(argv) == 0
     return files_of(Path(argv[1]))
 

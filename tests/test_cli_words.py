@@ -1,5 +1,5 @@
 # ruff: noqa: F401, F811 -- fixtures of other modules
-"""What a person reads of a command: help, faults named one by one, nothing told twice, and what a mistake was."""
+"""What a person reads from a command: help, one line per fault, nothing twice, and what a mistake was."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_a_place_for_no_figure_is_refused_before_the_audit(
     figure: str, message: str, share: Share, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = Path.cwd()
-    monkeypatch.undo()  # so that there is matplotlib
+    monkeypatch.undo()  # so that matplotlib seems to be installed
     monkeypatch.chdir(here)
     Path("loras.png").mkdir()
     code, out, err = share("audit", "nowhere/a", "nowhere/b", "--figure", figure)  # the audit would fail on these

@@ -1,4 +1,4 @@
-"""Figures and the card at any number of tasks."""
+"""The figures and the card work with any number of tasks."""
 
 from __future__ import annotations
 

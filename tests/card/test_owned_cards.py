@@ -1,4 +1,4 @@
-"""Cards that their owners wrote on, or that are no cards: nothing of the owner's is lost, nothing else is copied."""
+"""Cards that owners have edited, and files that are not cards: the owner's text stays, and nothing else is copied."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_card_on_the_hub_that_cannot_be_read_stops_no_reader(
     head = subspace.push_to_hub(REPO).oid
     repository = hub.repository(REPO)
     commit = repository.branches["main"]
-    blob = type(commit.files["README.md"])(content)  # as git, which checks no metadata, would have pushed it
+    blob = type(commit.files["README.md"])(content)  # as git would have pushed it, which does not check metadata
     repository.branches["main"] = repository._keep(
         replace(commit, files={**commit.files, "README.md": blob}, parent=commit)
     )

@@ -1,4 +1,4 @@
-"""What a card says of how coefficients are stored: a line where it is not as usual, and nothing where it is."""
+"""What a card says about how coefficients are stored: one line if it is unusual, and nothing otherwise."""
 
 from __future__ import annotations
 

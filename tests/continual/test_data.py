@@ -1,4 +1,4 @@
-"""Data that a Trainer takes: streamed or not, of datasets or torch, in splits of any name."""
+"""Data that a Trainer accepts: streamed or not, from datasets or torch, in splits with any name."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Make = Callable[..., ShareTrainer]
 
 
 class Rows(torch.utils.data.Dataset):
-    """Rows by number, and nothing else known of them."""
+    """Rows by number, about which nothing else is known."""
 
     def __init__(self, rows: Dataset) -> None:
         self.rows = rows
@@ -42,7 +42,7 @@ class Rows(torch.utils.data.Dataset):
 
 
 class Stream(torch.utils.data.IterableDataset):
-    """One row after the other, from the beginning each time."""
+    """A stream of rows that starts from the beginning each time."""
 
     def __init__(self, rows: Dataset) -> None:
         self.rows = rows

@@ -1,4 +1,4 @@
-"""Tasks whose weights or scores are not finite: refused by name, and everything is as before."""
+"""Tasks whose weights or scores are not finite are refused by name, and everything stays as it was."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .conftest import Make
 
 
 def diverging(phase: str, value: float, part: str, times: int = 1) -> At:
-    """At the end of a phase, gives `value` to the weights that it trained whose name has `part` in it."""
+    """Set the trained weights whose name contains `part` to `value` at the end of a phase."""
     left = [times]
 
     def spoil(args: TrainingArguments, state: Any, model: Any, **kwargs: Any) -> None:
@@ -46,7 +46,7 @@ def diverging(phase: str, value: float, part: str, times: int = 1) -> At:
 
 
 def of_model(trainer: ShareTrainer, task: str) -> dict[str, Tensor]:
-    """A task's updates (n, d) by module, as the model has them."""
+    """Return the updates (n, d) of a task by module, as the model has them."""
     return {module: update.dense() for module, update in updates_of(trainer.model, task).items()}
 
 

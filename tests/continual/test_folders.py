@@ -1,4 +1,4 @@
-"""The folder of a stream: what is its own, and what is never touched."""
+"""The folder of a stream: which files belong to it, and which it never touches."""
 
 from __future__ import annotations
 
@@ -113,4 +113,4 @@ def test_a_stream_of_an_earlier_version_that_left_no_marks_is_continued(start: S
     resumed.add_callback(At("on_step_end", lambda args, state, **kwargs: steps.append(state.global_step)))
     resumed.train(resume_from_checkpoint=True)
     assert_same_tasks(resumed.subspace, whole.subspace)
-    assert steps[0] == 2  # the checkpoint of the first step was taken up
+    assert steps[0] == 2  # it resumed from the checkpoint of the first step

@@ -1,4 +1,4 @@
-"""What may be different when a stream goes on, and what is said of it before anything is trained."""
+"""What may change when a stream is continued, and which warnings are given before anything is trained."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FIRST_TWO = {name: TASKS[name] for name in ("colors", "shapes")}
 
 @pytest.fixture
 def warnings_of(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
-    """What was warned of since the last time."""
+    """Warnings since the last call."""
     caplog.set_level(logging.WARNING)
 
     def said() -> list[str]:
@@ -385,7 +385,7 @@ def test_a_stream_that_begins_anew_keeps_what_an_earlier_one_learned(
     assert str(kept / "subspace") in line
     assert_same_tasks(SharedSubspace.from_pretrained(kept / "subspace"), learned)
     assert SharedSubspace.from_pretrained(tmp_path / "stream" / "subspace").tasks == ("sizes",)
-    # The kept one goes on, and the one that was there in between is kept in turn.
+    # The stream that was kept continues, and the one that was there in between is kept instead.
     third = start(tasks=TASKS)
     third.train(resume_from_checkpoint=str(kept))
     assert third.subspace.tasks == tuple(TASKS)

@@ -1,4 +1,4 @@
-"""A subspace whose modules transformers has renamed since is continued under the names of the model."""
+"""A subspace whose modules transformers has renamed since is continued under the model's names."""
 
 from __future__ import annotations
 

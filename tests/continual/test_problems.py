@@ -1,4 +1,4 @@
-"""Classes, values and several labels beside each other in one stream: heads, losses, metrics, and what is kept."""
+"""Classes, values and several labels side by side in one stream: heads, losses, metrics, and what is kept."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _tokens(first: Tensor, seed: int) -> list[list[int]]:
 
 
 def regression_task(seed: int, rows: int = 32) -> DatasetDict:
-    """The first token tells the value, between 0 and 5."""
+    """A task in which the first token determines the value, between 0 and 5."""
     splits = {}
     for i, split in enumerate(("train", "test")):
         value = torch.arange(rows) % 4
@@ -49,7 +49,7 @@ def regression_task(seed: int, rows: int = 32) -> DatasetDict:
 
 
 def multi_label_task(seed: int, rows: int = 32) -> DatasetDict:
-    """The first token tells which of two labels a text has."""
+    """A task in which the first token determines which of two labels a text has."""
     splits = {}
     for i, split in enumerate(("train", "test")):
         which = torch.arange(rows) % 4
@@ -103,7 +103,7 @@ def test_a_value_is_predicted_in_its_own_units(
     with torch.no_grad():
         outputs = model(input_ids=data["input_ids"][:]).logits
     assert F.mse_loss(outputs[:, 0], data["labels"][:]) < 0.5
-    assert (outputs[:, 1:] < -1000).all()  # what the task does not have is never predicted
+    assert (outputs[:, 1:] < -1000).all()  # the task never predicts a label that it does not have
 
 
 def test_kind_names_and_metrics_are_kept_with_the_tasks(learned: tuple[ShareTrainer, Path]) -> None:
@@ -177,7 +177,7 @@ def test_metrics_by_kind_are_those_of_their_formulas() -> None:
 
 
 def squared_error(prediction: EvalPrediction) -> dict[str, float]:
-    assert prediction.predictions.shape[1] == 1  # a value alone, without what is masked
+    assert prediction.predictions.shape[1] == 1  # a single value, without what is masked
     errors = (prediction.predictions[:, 0] - prediction.label_ids) ** 2
     return {"negative_error": float(-errors.mean()), "exact": float((errors < 1e-3).mean())}
 

@@ -62,7 +62,7 @@ def test_a_stream_goes_on_with_its_routes(
 
 
 class CountedStream(IterableDataset):
-    """Examples one after the other, whose number is known."""
+    """A stream of examples whose number is known."""
 
     def __init__(self, rows: list[dict[str, Any]]) -> None:
         self.rows = rows

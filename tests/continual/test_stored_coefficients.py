@@ -1,4 +1,4 @@
-"""Streams whose subspace stores coefficients in few bits, or of a rank of their own."""
+"""Streams whose subspace stores coefficients in few bits, or with individual ranks."""
 
 from __future__ import annotations
 

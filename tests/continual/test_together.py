@@ -38,7 +38,7 @@ from .cases import (
 from .conftest import assert_same_to_the_bit
 
 
-# Tasks, their numbers of labels and of rows: the first one makes the basis.
+# Tasks with their numbers of labels and rows. The first one makes the basis.
 TASKS = {"first": (3, 32), "colors": (2, 20), "shapes": (3, 41), "sizes": (2, 8), "last": (3, 16)}
 TOGETHER = ["colors", "shapes", "sizes"]
 
@@ -112,7 +112,7 @@ def test_a_group_is_set_up_in_one_pass_as_its_tasks_are_one_by_one(
 
     one_by_one = begun(*([task] for task in TOGETHER))
     assert len(passes) == len(TOGETHER)
-    at_once = begun(TOGETHER)  # in place of those that are there
+    at_once = begun(TOGETHER)  # in place of the existing ones
     assert len(passes) == len(TOGETHER) + 1
     assert_same_to_the_bit(at_once, one_by_one)
     assert len(at_once) == len(TOGETHER) * (2 * len(state.layers) + 2)
@@ -236,7 +236,7 @@ def test_a_group_that_was_killed_after_its_training_is_finished(
         def save_position(done: int, trained: int, tasks: Any = (), stage: str = "learn", **kwargs: Any) -> None:
             if (
                 len(tasks) > 1 and stage == "evaluate"
-            ):  # the subspace has the tasks, that they are learned was not saved
+            ):  # the subspace has the tasks, but the position that says so was not saved
                 raise Interruption
             save(done, trained, tasks, stage, **kwargs)
 

@@ -1,4 +1,4 @@
-"""The mathematics of a merge on the device, against float64 on the CPU."""
+"""The mathematics of a merge on the device, compared with float64 on the CPU."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def updates_of_a_stream() -> list[dict[str, LowRankUpdate]]:
 
 
 def merged(settings: SubspaceSettings, device: torch.device, dtype: torch.dtype) -> tuple[LayerSubspace, list[float]]:
-    """What a stream leaves in a layer stored in `dtype`, and the drift of every task in every merge."""
+    """Merge a stream into a layer stored in `dtype`, and return it with the drift of every task in every merge."""
     layer = LayerSubspace.empty(*SHAPE, settings.pseudo_rank, dtype=dtype, device=device)
     drift: list[float] = []
     for updates in updates_of_a_stream():

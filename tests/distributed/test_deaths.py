@@ -1,4 +1,4 @@
-"""Ranks that die at any moment take the run down, are named, and the stream resumes."""
+"""Ranks that die at any moment end the run, are named, and the stream resumes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ pytestmark = [
 SCRIPT = Path(__file__).with_name("killed.py")
 MOMENTS = {"ddp": 20, "zero2": 4, "zero3": 2, "fsdp": 2}
 
-# Moments by stage. Of 18 steps, 4 are of the first phase, 2 finetune it, and so on; each task has a merge.
+# Moments by stage. Of 18 steps, 4 are in the first phase, 2 finetune it, and so on; each task has a merge.
 STAGES = {
     "init": ("steps", 3),
     "finetune": ("steps", 5),
@@ -199,7 +199,7 @@ def started_by(name: str) -> list[str]:
 
 
 def left_of(folder: Path) -> list[psutil.Process]:
-    """Processes whose command names a folder."""
+    """Return the processes whose command names a folder."""
     processes = psutil.process_iter(["cmdline"])
     return [process for process in processes if str(folder) in " ".join(process.info["cmdline"] or ())]
 
@@ -222,7 +222,7 @@ def test_a_launcher_ends_when_a_rank_is_killed_and_the_rank_is_named(
     options = {"folder": str(tmp_path / "out"), "clock": clock, "moment": moment, "rank": rank, **options_of(engine)}
     done = run([*started_by(program), str(SCRIPT), json.dumps(options)], timeout=90)
     assert done.returncode != 0
-    # torchrun stops the other rank as soon as it sees one end, and tells which did; deepspeed gives it a second.
+    # torchrun stops the other rank as soon as one ends, and names the one that did; deepspeed waits a second.
     named = "Root Cause.*rank +: {} " if engine == "ddp" else r"RuntimeError: rank {} \(process"
     assert re.search(named.format(rank), done.stdout, re.DOTALL), done.stdout[-6000:]
     assert f"rank {1 - rank} (process" not in done.stdout, done.stdout[-6000:]

@@ -1,4 +1,4 @@
-"""Many adapters of which some are broken, the same, badly named or changing: told by name, and nothing half done."""
+"""Many adapters, some broken, identical, badly named or changing: each is reported by name, and no work is lost."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def build() -> Callable[..., SharedSubspace]:
 
 @pytest.fixture
 def told() -> Iterator[list[str]]:
-    """What the library warns of."""
+    """Warnings of the library."""
     lines: list[str] = []
     with calling_at_warnings(lines.append):
         yield lines
@@ -83,7 +83,7 @@ def calling_at_warnings(call: Callable[[str], object]) -> Iterator[None]:
 
 @pytest.fixture
 def thousand(tmp_path: Path) -> dict[str, Path]:
-    """A thousand adapters of which three are broken."""
+    """A thousand adapters, three of which are broken."""
     adapters = {f"task{i}": write_adapter(tmp_path / str(i), i) for i in range(1000)}
     truncate(adapters["task17"])
     (adapters["task400"] / CONFIG).write_text("{")
@@ -193,7 +193,7 @@ def under_another_name(tensors: dict[str, torch.Tensor]) -> None:
 
 @pytest.fixture
 def refused_by_merges(tmp_path: Path) -> dict[str, Path]:
-    """Adapters that are read without an error, and merged with none."""
+    """Adapters that are read without an error, but cannot be merged with any other."""
     adapters = {name: write_adapter(tmp_path / name, 10 + i) for i, name in enumerate(("infinite", "loud", "other"))}
     edit_json(adapters["infinite"] / CONFIG, overflowing)
     edit_tensors(adapters["infinite"] / WEIGHTS, lambda tensors: tensors[max(tensors)].mul_(1000))
@@ -280,7 +280,7 @@ def test_classifiers_with_other_heads_are_not_the_same(
 
 
 def refactored(tensors: dict[str, torch.Tensor]) -> None:
-    """The same update from other factors, to float32's rounding."""
+    """The same update from other factors, up to float32's rounding."""
     mixing = torch.tensor([[2.0, 0.3], [-0.7, 1.1]])
     for name in [name for name in tensors if "lora_A" in name]:
         other = name.replace("lora_A", "lora_B")
@@ -423,7 +423,7 @@ def test_an_adapter_that_is_written_to_while_it_is_read_is_refused_by_name(
     subspace = build({"first": write_adapter(tmp_path / "first", 0)})
     adapters = {name: write_adapter(tmp_path / name, 1) for name in ("new", "same")}
     before = subspace.state
-    # The warning about the two that are the same comes when all have been read, and before the work.
+    # The warning about the two identical ones comes when all have been read, before any merge.
     with (
         calling_at_warnings(lambda _: rewrite_in_place(adapters["same"], keep=keep)),
         pytest.raises(ValueError, match=f"{adapters['same'] / WEIGHTS}: changed while it was read.*try again"),

@@ -36,7 +36,7 @@ RANK_4 = dict(num_components=16, pseudo_rank=4, progress=False)
 
 @pytest.fixture
 def three(loras: dict[str, Path]) -> SharedSubspace:
-    """All three LoRAs without any loss: three of rank 4 have room in 16 directions."""
+    """All three LoRAs without any loss: three of rank 4 fit into 16 directions."""
     return SharedSubspace.from_adapters(loras, **RANK_4)
 
 

@@ -1,4 +1,4 @@
-"""Subspaces from plain LoRA adapters that PEFT wrote: made, extended, reported on, and cut down."""
+"""Subspaces from plain LoRA adapters that PEFT wrote: made, extended, reported on, and truncated."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ VARIANTS: dict[str, dict[str, object]] = {
 
 @pytest.fixture
 def variants(save_lora: SaveLora) -> dict[str, Path]:
-    """LoRAs of every kind that can be mixed in one subspace."""
+    """LoRAs of every kind that one subspace can mix."""
     return {name: save_lora(name, seed=i, **config) for i, (name, config) in enumerate(VARIANTS.items())}
 
 

@@ -1,4 +1,4 @@
-"""Steps that are taken back, and bases that are built anew from the adapters that tasks came from."""
+"""Steps that are undone, and bases that are rebuilt from the adapters that tasks came from."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def merged(adapters: dict[str, Path]) -> SharedSubspace:
 
 
 def error(subspace: SharedSubspace, adapters: dict[str, Path]) -> float:
-    """Mean relative error of all tasks and layers against the adapters."""
+    """Return the mean relative error of all tasks and layers against the adapters."""
     exact = SharedSubspace.from_adapters(
         {task: adapters[task] for task in subspace.tasks}, num_components=24, pseudo_rank=4, **QUIET
     )
@@ -73,7 +73,7 @@ class TestRefit:
         assert error(merged, adapters) > 0.1
         merged.refit(**QUIET)
         assert merged.tasks == ("t0", "t5")
-        assert error(merged, adapters) < 1e-6  # two of rank 4 have room in 8 directions
+        assert error(merged, adapters) < 1e-6  # two of rank 4 fit into 8 directions
         assert merged.state.lineage[-1]["refit"] == ["t0", "t5"]
 
     def test_a_task_without_an_original_goes_in_as_it_is_stored(
@@ -177,7 +177,7 @@ class TestUndo:
         for task in ("t4", "t3", "t2"):
             merged.remove_task(task)
             merged.save_pretrained(tree)
-        merged.save_pretrained(tree)  # no step
+        merged.save_pretrained(tree)  # not a step
         assert len([path for path in history_of(tree).iterdir() if path.is_dir()]) == 2
         assert SharedSubspace.undo(tree).tasks == ("t0", "t1", "t2")
         assert SharedSubspace.undo(tree).tasks == ("t0", "t1", "t2", "t3")

@@ -1,4 +1,4 @@
-"""`learn_route` and `route` of a subspace: from texts or batches, carried by saving, applying and the hub."""
+"""`learn_route` and `route` of a subspace: from texts or batches, preserved by saving, applying and the Hub."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TinyModel = Callable[[str], PreTrainedModel]
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
-    """A word is a token; pairs are joined by one that no text has."""
+    """A tokenizer in which a word is a token. Pairs are joined by a token that no text has."""
     words = ["<pad>", "<unk>", "</s>", "<sep>", *" ".join(WORDS.values()).split()]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -38,7 +38,7 @@ Edit = Callable[[dict[str, Any]], Any]
 
 @pytest.fixture
 def refused(tree: Path) -> Callable[[str], None]:
-    """Asserts that the tree is not loaded, with a message, and is left as it is."""
+    """Assert that the tree is refused with a message, and stays unchanged."""
 
     def check(message: str) -> None:
         files = files_of(tree)

@@ -1,4 +1,4 @@
-"""Where adapters are: folders, files, and places on the hub with a revision and a subfolder."""
+"""Where adapters are: folders, files, and places on the Hub with a revision and a subfolder."""
 
 from __future__ import annotations
 
@@ -230,7 +230,7 @@ def test_places_of_the_hub_that_cannot_be_read_are_left_out(hub: Hub, save_lora:
     assert subspace.reading.skipped.keys() == missing.keys()
 
 
-@pytest.mark.slow  # the client asks again for a while
+@pytest.mark.slow  # the client retries for a while
 def test_a_hub_that_is_out_of_reach_leaves_no_adapter_out(
     hub: Hub, save_lora: SaveLora, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,4 @@
-"""The class of a base model that an adapter names: one of transformers, whoever wrote it."""
+"""The class of a base model that an adapter names: a class of transformers, whoever wrote the adapter."""
 
 from __future__ import annotations
 

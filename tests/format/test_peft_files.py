@@ -1,4 +1,4 @@
-"""Files of plain LoRAs as PEFT has written them since 0.3, and as those who build on it do."""
+"""Files of plain LoRAs as PEFT has written them since 0.3, and as libraries that build on PEFT write them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.tree_fixtures import SaveLora
 from tests.trees import assert_close, edit_json, edit_tensors, logits, lora_config
 
 
-# All that PEFT 0.3 wrote into `adapter_config.json`.
+# Everything that PEFT 0.3 wrote to `adapter_config.json`.
 FIELDS_OF_0_3 = (
     "base_model_name_or_path",
     "bias",

@@ -1,4 +1,4 @@
-"""LoRAs of diffusion pipelines, in the styles of their trainers: the same updates, whatever they are called."""
+"""LoRAs of diffusion pipelines in the styles of their trainers: the same updates, whatever their names."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
 FLUX = "transformer_blocks.0.attn"
 CLIP = "text_model.encoder.layers.0"
 
-# By module, outputs and inputs.
+# By module: outputs and inputs.
 UNET = {f"{BLOCK}.attn1.to_q": (32, 24), f"{BLOCK}.attn2.to_out.0": (24, 32), f"{BLOCK}.ff.net.0.proj": (64, 24)}
 TEXT = {f"{CLIP}.self_attn.q_proj": (16, 16), f"{CLIP}.self_attn.out_proj": (16, 16), f"{CLIP}.mlp.fc1": (48, 16)}
 
@@ -36,7 +36,7 @@ Factors = dict[str, tuple[Tensor, Tensor]]
 
 
 def factors_of(shapes: Mapping[str, tuple[int, int]], seed: int = 0, rank: int = RANK) -> Factors:
-    """A (r, d) and B (n, r) by module."""
+    """Return A (r, d) and B (n, r) by module."""
     generator = torch.Generator().manual_seed(seed)
     return {
         module: (torch.randn(rank, d, generator=generator), torch.randn(n, rank, generator=generator))
@@ -103,7 +103,7 @@ def dense(update: LowRankUpdate) -> Tensor:
 
 
 def assert_updates(path: Path, factors: Factors, scales: Mapping[str, float] | float = 1.0, **options: Any) -> None:
-    """A file reads as the products of these factors and scales, computed in float64."""
+    """Assert that a file is read as the products of these factors and scales, computed in float64."""
     lora = read_lora(path, **options)
     assert lora.updates.keys() == factors.keys()
     for module, (a, b) in factors.items():

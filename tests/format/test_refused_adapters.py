@@ -1,4 +1,4 @@
-"""Adapters that are no plain LoRA of the subspace's model are refused with what was found, and change nothing."""
+"""Adapters that are not plain LoRAs of the subspace's model are refused with what was found, and change nothing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LORA_B = LORA_A.replace("lora_A", "lora_B")
 
 @pytest.fixture
 def refused(subspace: SharedSubspace) -> Callable[..., None]:
-    """Asserts that an adapter is refused with a message, by a subspace there is and by one to be made."""
+    """Assert that an adapter is refused with a message, by an existing subspace and by a new one."""
 
     def check(folder: Path, message: str, name: str = "new") -> None:
         before = subspace.state
@@ -191,7 +191,7 @@ def test_a_trained_bias_is_refused(bias: str, refused: Callable[..., None], save
 
 
 class _Print:
-    """Runs something when it is unpickled."""
+    """An object that runs something when it is unpickled."""
 
     def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
         return print, ("unpickled",)

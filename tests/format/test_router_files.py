@@ -1,4 +1,4 @@
-"""Routes on disk: they come back to the bit, cost a tree without them nothing, and damaged ones are refused."""
+"""Routes on disk come back bit by bit, cost nothing in a tree without them, and are refused if they are damaged."""
 
 from __future__ import annotations
 

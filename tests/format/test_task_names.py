@@ -1,4 +1,4 @@
-"""Names of tasks: what is refused, and that nothing has happened when it is."""
+"""Names of tasks: which are refused, and that nothing has changed then."""
 
 from __future__ import annotations
 

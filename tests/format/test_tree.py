@@ -1,4 +1,4 @@
-"""The tree on disk: what is in it, and that everything comes back from it to the bit."""
+"""The tree on disk: what is in it, and that everything comes back from it bit by bit."""
 
 from __future__ import annotations
 
@@ -335,7 +335,7 @@ def test_the_card_tells_how_many_labels_the_head_has(save_classifier: SaveLora, 
     adapters = [save_classifier("five", 5), save_classifier("two", 2)]
     SharedSubspace.from_adapters(adapters, pseudo_rank=4, progress=False).save_pretrained(tmp_path / "tree")
     text = (tmp_path / "tree" / "README.md").read_text()
-    # The root is the LoRA of the task "two"; a model for all tasks needs the labels of the largest.
+    # The root is the LoRA of the task "two"; a model for all tasks needs the labels of the largest one.
     assert 'AutoPeftModelForSequenceClassification.from_pretrained("org/share-subspace", num_labels=2)' in text
     assert f'AutoModelForSequenceClassification.from_pretrained("{BASE_NAME}", num_labels=5)' in text
 

@@ -1,4 +1,4 @@
-"""Places of adapters that are whole subspaces, or tasks of one: never one task in the place of all, unnoticed."""
+"""Places of adapters that are whole subspaces, or tasks of one: one task never silently stands for all of them."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def test_what_was_pushed_is_what_is_saved(hub: Hub, subspace: SharedSubspace, tm
     saved = files_of(tmp_path / "tree")
     assert pushed.keys() - {".gitattributes"} == saved.keys()
     different = {name for name in saved if pushed[name] != saved[name]}
-    assert different == {"share_config.json"}  # which knows of the branches
+    assert different == {"share_config.json"}  # which lists the branches
 
 
 def test_the_branch_of_a_task_has_it_at_its_root(hub: Hub, subspace: SharedSubspace, tmp_path: Path) -> None:
@@ -277,7 +277,7 @@ def test_a_subspace_without_tasks_is_not_pushed(hub: Hub, subspace: SharedSubspa
 
 
 def refuses(hub: Hub, subspace: SharedSubspace, message: str) -> None:
-    """A push raises, and neither the repository nor the subspace has changed."""
+    """Assert that a push raises, and that neither the repository nor the subspace has changed."""
     repository, before = hub.repository(REPO), subspace.state
     refs = dict(repository.branches), dict(repository.tags)
     with pytest.raises(ValueError, match=message):
@@ -330,7 +330,7 @@ def test_a_template_of_ones_own_writes_the_card(hub: Hub, subspace: SharedSubspa
 def test_another_machine_that_rounds_otherwise_pushes_nothing_where_nothing_changed(
     hub: Hub, subspace: SharedSubspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whether something changed is decided by bases and coefficients, not by the product that the root adapter is."""
+    """Bases and coefficients decide whether something changed, not the root adapter, which is their product."""
     subspace.push_to_hub(REPO)
     before = {branch: hub.repository(REPO).commit_at(branch).oid for branch in ("main", *subspace.tasks)}
     exact = LayerSubspace.update_of

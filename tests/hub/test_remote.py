@@ -27,14 +27,14 @@ BASE = "org/tiny-base"
 
 @pytest.fixture
 def base(tiny_model: Callable[[str], PreTrainedModel], tmp_path: Path) -> Path:
-    """The base model in a folder, as its users have it."""
+    """The base model in a folder, as users have it."""
     tiny_model("llama").save_pretrained(tmp_path / "base")
     return tmp_path / "base"
 
 
 @pytest.fixture
 def published(hub: Hub, base: Path, tmp_path: Path) -> SharedSubspace:
-    """A subspace of three tasks in a repository, and its base model in another; the user has downloaded none of it."""
+    """A subspace of three tasks in a repository, and its base model in another. The user has downloaded neither."""
     hub.api.create_repo(BASE)
     hub.api.upload_folder(repo_id=BASE, folder_path=base)
     model = AutoModelForCausalLM.from_pretrained(base)
@@ -57,7 +57,7 @@ def expected_logits(subspace: SharedSubspace, base: Path, task: str) -> Tensor:
 
 
 def downloaded(hub: Hub) -> set[str]:
-    """Files of which content was downloaded."""
+    """Return the files whose content was downloaded."""
     files = hub.repository(REPO).commit_at("main").files
     return {path for path in files if hub.server.downloaded(REPO, path)}
 

@@ -1,4 +1,4 @@
-"""The benchmark of collections as a person runs it, small; its times are read by people, not asserted here."""
+"""The benchmark of collections as a person runs it, at a small size. Its times are not asserted here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The run of everything on one CUDA card, as far as a machine without one goes."""
+"""The run of everything on one CUDA card, as far as it goes on a machine without one."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 @pytest.fixture
 def tests(tmp_path: Path) -> Callable[[str], Path]:
-    """A file of small tests, one of which does as asked."""
+    """A file of small tests, one of which behaves as requested."""
 
     def write(hangs: str) -> Path:
         file = tmp_path / "test_small.py"
@@ -261,7 +261,7 @@ def broken_off(path: Path, test: str) -> bool:
 
 
 def gpu_sh(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The script with no GPU in sight."""
+    """The script, with no GPU in sight."""
     script = ["bash", str(FOLDER / "gpu.sh"), *arguments]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment}
     return subprocess.run(script, cwd=cwd, env=environment, capture_output=True, text=True, timeout=280)
@@ -270,7 +270,7 @@ def gpu_sh(*arguments: str, cwd: Path, **environment: str) -> subprocess.Complet
 @pytest.mark.slow
 @pytest.mark.benchmark
 def test_without_a_card_every_row_says_so(tmp_path: Path) -> None:
-    """With the Python of an environment, as the one on PATH lacks what is needed."""
+    """It uses the Python of an environment, because the one on PATH lacks what is needed."""
     tools = tmp_path / "tools"
     tools.mkdir()
     for name in ("bash", "dirname", "env"):

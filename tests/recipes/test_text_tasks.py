@@ -1,4 +1,4 @@
-"""Data as people have it, made into tasks: columns, kinds of labels, splits, metrics, and what is said of a doubt."""
+"""Data as people have it, made into tasks: columns, kinds of labels, splits, metrics, and messages if in doubt."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def load(recipe: Any, tokenizer: PreTrainedTokenizerBase) -> Callable[..., Any]:
 
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[..., Path]:
-    """A folder of jsonl splits; rows are dicts."""
+    """Write a folder of jsonl splits; rows are dicts."""
 
     def folder(name: str = "data", **splits: list[dict[str, Any]]) -> Path:
         place = tmp_path / name
@@ -175,7 +175,7 @@ def test_names_of_classes_in_the_features_are_honoured(
     task = load("task", "org/data")
     assert task.labels == tuple(names)
     assert task.data["validation"].features["label"].names == names
-    assert set(task.data) == {"train", "validation"}  # the test split has no labels, as those of GLUE on the hub
+    assert set(task.data) == {"train", "validation"}  # the test split has no labels, like those of GLUE on the Hub
     assert task.scored is task.data["validation"]
 
     features = Features({"text": Value("string"), "label": Sequence(ClassLabel(names=names))})

@@ -1,5 +1,4 @@
-"""The recipe for images as a person runs it: digits, folders of images, and what is said where data is not as it was
-expected."""
+"""The recipe for images as a person runs it: digits, folders of images, and messages about unexpected data."""
 
 from __future__ import annotations
 
@@ -41,7 +40,7 @@ def image_tasks(digits: ModuleType) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a tiny ViT with random weights, a head of four labels and a processor of images."""
+    """The folder of a tiny ViT with random weights, a head with four labels and a processor of images."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("vit")
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -53,7 +52,7 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def shades(tmp_path: Path) -> Path:
-    """A folder with a folder of images for each of three labels; they have other sizes, and some no colours."""
+    """A folder with a folder of images for each of three labels. Their sizes differ, and some have no colours."""
     random = np.random.default_rng(0)
     for number, name in enumerate(("bright", "dark", "grey")):
         (tmp_path / "shades" / name).mkdir(parents=True)
@@ -96,7 +95,7 @@ def test_tasks_of_digits_that_are_none_are_refused_with_those_there_are(place: s
 
 
 def saved(folder: Path, monkeypatch: pytest.MonkeyPatch, image_tasks: ModuleType, **splits: dict[str, Any]) -> None:
-    """Have `load_dataset` find these columns of ten images each, as if they were on the hub."""
+    """Let `load_dataset` find these columns with ten images each, as if they were on the Hub."""
     image = Images.fromarray(np.zeros((4, 4), dtype=np.uint8))
     data = {
         split: Dataset.from_dict(

@@ -92,13 +92,13 @@ class _File:
             self.factors.setdefault(weight, {})[side] = torch.from_numpy(np.array(tensor.data)).double()
 
     def update(self, weight: str) -> Tensor:
-        """What llama.cpp adds to a weight (n, d): `alpha` over the rank, which it reads off B, is the scale."""
+        """Return what llama.cpp adds to a weight (n, d): the scale is `alpha` over the rank, which it takes from B."""
         a, b = self.factors[weight]["lora_a"], self.factors[weight]["lora_b"]
         return self.fields["adapter.lora.alpha"] / b.shape[1] * b @ a
 
 
 def _in_neighbours(rows: Tensor, heads: int) -> Tensor:
-    """Rows of a head in the order of a rotary embedding of neighbours: row 2i is row i, row 2i + 1 is row i + half."""
+    """Reorder the rows of a head for a rotary embedding of neighbours: row 2i is row i, row 2i + 1 is row i + half."""
     size = len(rows) // heads
     order = [
         head * size + i + half * (size // 2) for head in range(heads) for i in range(size // 2) for half in (0, 1)
@@ -122,7 +122,7 @@ class TestTheFile:
             "general.file_type": 0,
         }
         assert expected.items() <= file.fields.items()
-        assert str(tmp_path) not in str(file.fields)  # no place of the writer's machine
+        assert str(tmp_path) not in str(file.fields)  # no path of the writer's machine
         assert file.factors.keys() == {f"blk.{i}.{name}.weight" for i in (0, 1) for name in NAMES.values()}
         assert all(set(factors) == {"lora_a", "lora_b"} for factors in file.factors.values())
         assert file.dtypes == {"float32"}
@@ -196,7 +196,7 @@ class TestTheFile:
         updates = subspace.state.updates_of("mrpc")
         head = updates["lm_head"]
         assert_close(file.update("output.weight"), (head.out_factor @ head.in_factor.T).double())
-        # The vector that is added to that of token 7: a row of A, times B.
+        # The vector that is added to the embedding of token 7: a row of A, times B.
         a, b = (file.factors["token_embd.weight"][side] for side in ("lora_a", "lora_b"))
         embedding = updates["model.embed_tokens"]
         expected = (embedding.out_factor @ embedding.in_factor.T)[:, 7]
@@ -206,7 +206,7 @@ class TestTheFile:
 
 class TestRows:
     def test_queries_and_keys_meet_as_in_transformers(self) -> None:
-        """Attention scores are the same: transformers turns i with i + half, llama.cpp neighbours, of its own rows."""
+        """Attention scores are the same: transformers rotates i with i + half, and llama.cpp rotates neighbours."""
         heads, size, hidden, places = 2, 8, 16, 5
         generator = torch.Generator().manual_seed(0)
         q, k = (torch.randn(heads * size, hidden, generator=generator, dtype=torch.float64) for _ in range(2))

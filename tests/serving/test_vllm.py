@@ -58,7 +58,7 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 @pytest.fixture
 def serve(plugin: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
-    """Starts a server of a subspace: what answers names."""
+    """Start a server of a subspace, and return a function that answers names."""
 
     def serve(subspace: Path | str, base_model: str = BASE_NAME, **environment: str) -> Callable[[str], Any]:
         for name, value in {
@@ -92,7 +92,7 @@ class TestAFolder:
             assert_close(plain_logits(tiny_model("llama"), Path(answer.lora_path)), expected)
             config = json.loads((Path(answer.lora_path) / "adapter_config.json").read_text())
             assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 4, 4)
-            assert (config["rank_pattern"], config["modules_to_save"]) == ({}, None)  # all that vLLM takes
+            assert (config["rank_pattern"], config["modules_to_save"]) == ({}, None)  # all that vLLM accepts
 
     def test_a_task_that_was_asked_for_before_is_not_written_again(
         self, serve: Callable[..., Any], tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -216,7 +216,7 @@ def test_heads_are_left_out_with_a_warning(
     SharedSubspace.from_adapters(adapters, num_components=8, pseudo_rank=4, progress=False).save_pretrained(
         tmp_path / "tree"
     )
-    for _ in range(2):  # also where the LoRA is there already
+    for _ in range(2):  # even if the LoRA is there already
         caplog.clear()
         answer = serve(tmp_path / "tree")("cb")
         assert "weights of its own for ['classifier.bias', 'classifier.weight'], which are left out" in caplog.text
@@ -259,7 +259,7 @@ class TestSeveralWorkers:
 
 
 class TestABoundedCache:
-    """One with room for two LoRAs, of a subspace that changes."""
+    """A cache with room for two LoRAs, of a subspace that changes."""
 
     @pytest.fixture
     def ask(self, tree: Path, tmp_path: Path) -> Callable[[str], Path]:
@@ -267,7 +267,7 @@ class TestABoundedCache:
 
     @pytest.fixture
     def change(self, tree: Path, loras: dict[str, Path]) -> Callable[[], None]:
-        """Merges a task in, so that all others have new places."""
+        """Merge a task, so that all others have new places."""
 
         def change() -> None:
             subspace = SharedSubspace.from_pretrained(tree)
@@ -288,7 +288,7 @@ class TestABoundedCache:
         assert there(tmp_path / "cache") == {first.name, third.name}
         for place in (first, third):
             used_before(place, 3600)
-        os.utime(first / "adapter_model.safetensors")  # as a server that reads it again
+        os.utime(first / "adapter_model.safetensors")  # like a server that reads it again
         fourth = ask("sst2")
         assert there(tmp_path / "cache") == {first.name, fourth.name}
         assert set(os.listdir(tmp_path / "cache")) == {first.name, fourth.name}  # nor any lock
@@ -374,7 +374,7 @@ class TestABoundedCache:
 
 
 def use(tree: Path, cache: Path, first: int, *, rounds: int, pause: float) -> None:
-    """Ask for three tasks in turn, with room for one, and find a whole LoRA wherever one is said to be."""
+    """Ask for three tasks in turn, with room for one, and find a whole LoRA wherever one is announced."""
     loras = LoraCache(str(tree), cache, most=1)
     for number in range(first, first + rounds):
         place = loras.folder_of(("mrpc", "sst2", "rte2")[number // 4 % 3], BASE_NAME)
@@ -384,7 +384,7 @@ def use(tree: Path, cache: Path, first: int, *, rounds: int, pause: float) -> No
 
 
 def used_before(place: Path, seconds: float) -> None:
-    """Make a LoRA one that was last used so long ago."""
+    """Make it look as if a LoRA was last used this long ago."""
     for file in place.iterdir():
         os.utime(file, (time.time() - seconds,) * 2)
 
@@ -540,7 +540,7 @@ class TestTheRealOne:
         loaded = {}
 
         async def add_lora(request: Any) -> None:
-            """As a worker of vLLM does before it moves the weights to a GPU."""
+            """Add a LoRA as a worker of vLLM does before it moves the weights to a GPU."""
             helper = PEFTHelper.from_local_dir(request.lora_path, 64)
             helper.validate_legal(LoRAConfig(max_lora_rank=8))
             loaded[request.lora_name] = LoRAModel.from_local_checkpoint(
@@ -569,6 +569,6 @@ class TestTheRealOne:
                 assert_close(found.scaling * found.lora_b @ found.lora_a, update.out_factor @ update.in_factor.T)
         assert asyncio.run(server.resolve_lora("cola")).error.code == 404
         config.model = "org/other"
-        assert asyncio.run(server.resolve_lora("mrpc")).lora_name == "mrpc"  # is there already
+        assert asyncio.run(server.resolve_lora("mrpc")).lora_name == "mrpc"  # is already there
         del server.lora_requests["mrpc"]
         assert asyncio.run(server.resolve_lora("mrpc")).error.code == 404

@@ -1,4 +1,4 @@
-"""Adapters that adapt the same layers under two names are refused; those of two parts of one model are not."""
+"""Adapters that adapt the same layers under two names are refused; adapters of two parts of one model are not."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.trees import BERT_LORA, lora_config, named, save_adapter
 
 
 def merged(state: SubspaceState, **tasks: Mapping[str, tuple[int, int]]) -> SubspaceState:
-    """A state with tasks that have random updates, of these shapes by module."""
+    """Return a state with tasks that have random updates, with these shapes by module."""
     updates = {
         task: {name: LowRankUpdate(torch.randn(n, 2), torch.randn(d, 2)) for name, (n, d) in modules.items()}
         for task, modules in tasks.items()

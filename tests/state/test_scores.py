@@ -1,4 +1,4 @@
-"""The definitions of GEM, against numbers worked out by hand."""
+"""The definitions of GEM, compared with numbers worked out by hand."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def test_rows_are_added_for_one_task_or_several() -> None:
     stream.add_row([0.5], 1)
     assert stream.row_sizes == []
     stream.add_tasks(["b", "c"])
-    stream.add_tasks(["b", "c", "d"])  # begun anew with one more
+    stream.add_tasks(["b", "c", "d"])  # started again with one more
     stream.add_tasks(["b", "c", "d"])
     assert (stream.tasks, stream.matrix, len(stream.baseline)) == (list("abcd"), [[0.5, None, None, None]], 4)
     stream.add_row([0.5, 0.6, 0.7, 0.8], 3)

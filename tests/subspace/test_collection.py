@@ -1,4 +1,4 @@
-"""The survey of a collection: against dense references, and against what is known to be in it."""
+"""The survey of a collection, compared with dense references, and with what is known to be in it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def collection(
     rank: int = 3,
     own: float = 0.05,
 ) -> Adapters:
-    """Adapters whose updates share so many directions, but for a small part of each."""
+    """Return adapters whose updates share a number of directions, except for a small part of each."""
     generator = torch.Generator().manual_seed(tasks + rank)
 
     def side(length: int, common: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ def collection(
 
 
 def alone(seed: int, like: dict[str, LowRankUpdate]) -> dict[str, LowRankUpdate]:
-    """An adapter that shares nothing with another of the same shapes."""
+    """Return an adapter that shares nothing with another adapter of the same shapes."""
     generator = torch.Generator().manual_seed(seed)
     return {
         module: LowRankUpdate(*(torch.randn(side, 3, generator=generator) for side in update.shape))
@@ -63,7 +63,7 @@ def alone(seed: int, like: dict[str, LowRankUpdate]) -> dict[str, LowRankUpdate]
 
 
 def rows_of(updates: list[LowRankUpdate]) -> tuple[Tensor, Tensor]:
-    """Factors of updates of norm 1 that share it evenly, (tasks, r, n) and (tasks, r, d)."""
+    """Return factors of updates with norm 1 that share it evenly, (tasks, r, n) and (tasks, r, d)."""
     out, in_ = [], []
     for update in updates:
         left, values, right = torch.linalg.svd(

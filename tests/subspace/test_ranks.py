@@ -1,4 +1,4 @@
-"""`tolerance`: the smallest rank of each task in each layer, against dense updates and their full decompositions."""
+"""`tolerance`: the smallest rank of each task in each layer, compared with full decompositions of dense updates."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ KINDS = ("random", "related", "zero", "zero columns", "combination")
 
 
 def smallest_rank(layer: LayerSubspace, update: LowRankUpdate, p: int, tolerance: float) -> tuple[int, list[float]]:
-    """The fewest singular values of an update inside a basis that keep its error, up to p; and the error by rank."""
+    """Return how few singular values of an update inside a basis keep its error, up to p, and the error by rank."""
     dense = dense_learned(update)
     out, in_ = (torch.linalg.qr(basis.double()).Q for basis in (layer.basis_out, layer.basis_in))
     left, values, right_t = torch.linalg.svd(out.T @ dense @ in_)

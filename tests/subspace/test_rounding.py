@@ -1,4 +1,4 @@
-"""Coefficients in bfloat16 and 4 bit: what they round to, how they are packed, and what merges certify of them."""
+"""Coefficients in bfloat16 and 4 bits: what they round to, how they are packed, and what merges certify about them."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_4_bit_block_is_no_worse_than_with_the_scale_of_its_largest_number(row
         block = rows[:, start : start + BLOCK]
         step = block.abs().amax(1, keepdim=True) / 15
         naive = (step.unsqueeze(-1) * levels - block.unsqueeze(-1)).abs().amin(-1).square().sum()
-        # The scale itself has 8 bits, which moves each number that it is a part of.
+        # The scale itself has 8 bits, which moves every number that it scales.
         assert found[:, start : start + BLOCK].sum().sqrt() <= naive.sqrt() + 0.004 * block.norm()
 
 

@@ -1,4 +1,4 @@
-"""Several tasks on one model: adding, choosing, switching off and deleting them; names and targets."""
+"""Several tasks on one model: adding, choosing, disabling and deleting them; names and targets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""torch.compile, with the whole graph where there is one."""
+"""torch.compile, with the whole graph if there is one."""
 
 from __future__ import annotations
 

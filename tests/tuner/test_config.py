@@ -1,4 +1,4 @@
-"""ShareConfig: defaults, what it refuses, and the way to disk and back."""
+"""ShareConfig: defaults, what it refuses, and saving and loading."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders that are not what they should be: refused by name, with the model left as it was."""
+"""Folders that are not what they should be are refused by name, and the model is left unchanged."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def drop_module(tensors: dict[str, Tensor]) -> None:
         del tensors[name]
 
 
-# What is damaged, and what the error says. All but the last three are seen in the file alone.
+# What is damaged, and what the error says. All but the last three can be seen in the file alone.
 DAMAGES: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "missing": (Path.unlink, [f"no {SUBSPACE} in this folder, its parent or its grandparent"]),
     "empty": (lambda file: file.write_bytes(b""), [SUBSPACE, "not a readable safetensors file"]),

@@ -1,4 +1,4 @@
-"""Experts that a model keeps in one parameter: LoRAs of them come in, are applied, trained, and go out again."""
+"""Experts that a model keeps in one parameter: LoRAs of them can be read, applied, trained, and exported again."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def base(pristine: MixtralForCausalLM) -> Callable[[], MixtralForCausalLM]:
 
 
 class Bank(nn.Module):
-    """Experts whose parameter is (experts, d, n), of which the input chooses one."""
+    """Experts whose parameter is (experts, d, n), one of which the input chooses."""
 
     is_transposed = True
 

@@ -36,7 +36,7 @@ OTHER_BASIS = "share_fingerprint.*the coefficients belong to another basis"
 
 @pytest.fixture
 def source(tiny_model: Base) -> PeftModel:
-    """A model of two tasks in bases that no fresh model has."""
+    """A model of two tasks in bases that no new model has."""
     torch.manual_seed(0)
     return with_random_bases(with_tasks(tiny_model("llama"), LLAMA, "one", "two"))
 
@@ -52,7 +52,7 @@ def parameters_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def assert_refused(model: nn.Module, load: Callable[[], object], message: str = OTHER_BASIS) -> None:
-    """Whatever is refused leaves the model as it was."""
+    """Assert that a refusal leaves the model unchanged."""
     before, structure = parameters_of(model), snapshot(model)
     with pytest.raises(ValueError, match=message):
         load()

@@ -1,4 +1,4 @@
-"""What PEFT's users do with any adapter, and its options: honoured as for LoRA, or refused by name."""
+"""What PEFT's users do with any adapter, and its options: supported as for LoRA, or refused by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layers with fewer outputs or inputs than k or p: gates, routers, heads of one output."""
+"""Layers with fewer outputs or inputs than k or p: gates, routers, heads with one output."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TARGETS = ["q_proj", "k_proj", "score"]
 
 @pytest.fixture
 def base() -> LlamaForSequenceClassification:
-    """`q_proj` is 32 x 32, `k_proj` 8 x 32 and `score` 1 x 32."""
+    """A model whose `q_proj` is 32 x 32, `k_proj` 8 x 32 and `score` 1 x 32."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64,
@@ -49,7 +49,7 @@ def base() -> LlamaForSequenceClassification:
 
 @pytest.fixture
 def warnings_of_share(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """What the library logs, each line once in each test."""
+    """What the library logs, with each line once per test."""
     type(hf_logging.get_logger()).warning_once.cache_clear()
     hf_logging.enable_propagation()
     with caplog.at_level(logging.WARNING, logger="share_hf"):

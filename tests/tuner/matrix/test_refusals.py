@@ -1,9 +1,9 @@
-"""What PEFT has for LoRA and SHARE refuses, and options that it honours or not.
+"""What PEFT supports for LoRA and SHARE refuses, and options that SHARE supports or refuses.
 
 | call | what it says |
 |---|---|
-| see `OPTIONS` | an option of `LoraConfig` that `ShareConfig` lacks: the way to it |
-| see `CALLS` | a function or argument for LoRA, or a layer of a kind or place that takes no update: the way to it |
+| see `OPTIONS` | an option of `LoraConfig` that `ShareConfig` lacks: what to do instead |
+| see `CALLS` | a function or argument for LoRA, or a layer that cannot take an update: what to do instead |
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from .models import adapted, output
 LORA = r"export the task as a LoRA with SharedSubspace\.export_lora"
 NONE = "expected none: the coefficients have the scale of an update in them"
 
-# By option of LoRA, what ShareConfig says to it; all options that it lacks.
+# By option of LoRA, what ShareConfig says about it: all options that it lacks.
 OPTIONS: dict[str, str] = {
     "r": "expected pseudo_rank, the rank of a task's update, and num_components",
     "lora_dropout": "expected dropout",
@@ -89,7 +89,7 @@ def _with(**values: Any) -> ShareConfig:
     return ShareConfig(num_components=8, pseudo_rank=4, **values)
 
 
-# By name: a call with a model that has the task "one" and the folder that it is saved in, and what is said.
+# By name: a call with a model that has the task "one" and the folder in which it is saved, and the message.
 CALLS: dict[str, tuple[Callable[[PeftModel, Path], Any], str]] = {
     "rescale_adapter_scale": (_scaled, f"rescale_adapter_scale is {ALONE}"),
     "hotswap_adapter": (
@@ -223,7 +223,7 @@ def test_a_layer_of_another_kind_is_refused(layer: nn.Module) -> None:
 
 
 class TestIgnoreMismatchedSizes:
-    """PEFT would leave out what does not fit; a task without its head or its coefficients is none."""
+    """PEFT would leave out what does not fit, but a task without its head or its coefficients is not a task."""
 
     @pytest.fixture
     def folder(self, tmp_path: Path) -> Path:
