@@ -466,7 +466,7 @@ class TestUpgrade:
         assert share_json("upgrade", REPO) == {"from": 1, "to": 2, "upgraded": ["mrpc"]}
         assert share_json("upgrade", REPO)["upgraded"] == []
 
-    def test_names_a_folder_that_is_no_subspace(self, share: Callable[..., Output], here: Path) -> None:
+    def test_names_a_folder_that_is_not_a_subspace(self, share: Callable[..., Output], here: Path) -> None:
         assert "no such folder" in share("upgrade", "./nothing")[2]
         (here / "empty").mkdir()
         assert "share_config.json: no such file" in share("upgrade", "empty")[2]

@@ -70,7 +70,7 @@ def test_a_tab_is_between_the_texts_of_a_pair(share: Share, routed: str, base: s
     assert json.loads(out)["routes"][0]["text"] == texts_of("mrpc", 2)
 
 
-def test_a_text_of_none_of_the_tasks_is_told(share: Share, routed: str, base: str) -> None:
+def test_a_text_of_none_of_the_tasks_is_reported(share: Share, routed: str, base: str) -> None:
     code, out, err = share(
         "route", routed, "--base-model", base, "--text", "<pad> </s> <sep>", "--false-rejects", "0.2"
     )

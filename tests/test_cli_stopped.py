@@ -53,7 +53,7 @@ def whole(argv: list[str]) -> dict[str, bytes]:
     return files_of(Path(argv[1]))
 
 
-def test_a_stopped_command_goes_on_at_the_module_that_it_reached(
+def test_a_stopped_command_continues_at_the_module_that_it_reached(
     share: Callable[..., Output], places: list[str]
 ) -> None:
     # Commands, and the same ones in a folder beside it.
@@ -74,7 +74,7 @@ def test_a_stopped_command_goes_on_at_the_module_that_it_reached(
         assert not Path(UNFINISHED).exists()
 
 
-def test_a_build_of_changed_adapters_or_settings_begins_anew(share: Callable[..., Output], places: list[str]) -> None:
+def test_a_build_of_changed_adapters_or_settings_starts_over(share: Callable[..., Output], places: list[str]) -> None:
     argv = ["init", "sub", *places, *SMALL]
     others = ([*places], SMALL), (places, [*SMALL, "--tolerance", "0.5"]), (places[:-1], SMALL), (places[::-1], SMALL)
     for number, (given, settings) in enumerate(others):

@@ -139,7 +139,7 @@ def test_what_a_command_prints_is_not_warned_of_too(
     assert any("are the same adapter" in record.message for record in caplog.records)
 
 
-def test_the_ending_of_a_file_is_no_part_of_a_name_that_had_to_be_mended(
+def test_the_ending_of_a_file_is_not_part_of_a_name_that_had_to_be_mended(
     share: Share, folders: dict[str, Path]
 ) -> None:
     for name in ("water", "v1.0"):
@@ -171,7 +171,7 @@ def test_an_audit_of_some_adapters_takes_a_sample_of_modules_and_says_so(share: 
     assert any("all 16 adapters in 12 of 20 modules" in sentence for sentence in facts["collection"]["sentences"])
 
 
-def test_an_undone_step_is_told_in_words(share: Share, made: str) -> None:
+def test_an_undone_step_is_described_in_words(share: Share, made: str) -> None:
     assert share("rename", "sub", "b", "second")[0] == 0
     assert share("undo", "sub")[1] == "sub: undid the renaming of b to second; it now has 2 tasks\n"
     assert share("remove", "sub", "b", "b")[1] == "sub: removed b; 1 task is left\n"

@@ -25,7 +25,7 @@ UNREADABLE = {
 
 
 @pytest.mark.parametrize(("content", "message"), UNREADABLE.values(), ids=UNREADABLE)
-def test_a_card_that_cannot_be_read_is_told_and_left_as_it_is(
+def test_a_card_that_cannot_be_read_is_reported_and_left_as_it_is(
     content: bytes, message: str, subspace: SharedSubspace, tree: Path
 ) -> None:
     (tree / "README.md").write_bytes(content)

@@ -29,7 +29,7 @@ def test_a_card_names_the_type_of_the_coefficients(
     assert RANKS not in card
 
 
-def test_a_card_tells_the_tolerance_and_the_mean_of_the_ranks(loras: dict[str, Path], tmp_path: Path) -> None:
+def test_a_card_states_the_tolerance_and_the_mean_of_the_ranks(loras: dict[str, Path], tmp_path: Path) -> None:
     card = card_of(loras, tmp_path / "tree", tolerance=0.6)
     files = (tmp_path / "tree" / "tasks").glob("*/adapter_model.safetensors")
     ranks = [
@@ -43,7 +43,7 @@ def test_a_card_tells_the_tolerance_and_the_mean_of_the_ranks(loras: dict[str, P
     assert DTYPE not in card
 
 
-def test_both_are_told_and_neither_where_neither_is_used(loras: dict[str, Path], tmp_path: Path) -> None:
+def test_both_are_stated_and_neither_where_neither_is_used(loras: dict[str, Path], tmp_path: Path) -> None:
     both = card_of(loras, tmp_path / "both", tolerance=0.6, coefficient_dtype="4bit")
     assert both.index(RANKS) < both.index(DTYPE)
     usual = card_of(loras, tmp_path / "usual")

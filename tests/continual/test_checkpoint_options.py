@@ -83,7 +83,7 @@ def test_without_checkpoints_a_phase_is_begun_again(start: Start, phases: Path) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [3, 4, 6])
-def test_checkpoints_of_epochs_are_taken_up(step: int, start: Start, phases: Path) -> None:  # noqa: F811
+def test_checkpoints_of_epochs_are_used(step: int, start: Start, phases: Path) -> None:  # noqa: F811
     changes = dict(save_strategy="epoch", num_train_epochs=2)
     whole = start("whole", **changes)
     whole.train()

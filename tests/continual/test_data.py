@@ -101,7 +101,7 @@ def test_streamed_data_is_learned_in_its_order_and_scored(stream: Callable[[Data
     assert found.metrics["matrix"] == expected.metrics["matrix"]
 
 
-def test_a_streamed_classification_tells_its_labels_by_its_features(classifier: Make) -> None:
+def test_a_streamed_classification_has_its_labels_in_its_features(classifier: Make) -> None:
     data = classification_task(0, 2, names=("red", "green"))
     streams = {split: of_split.to_iterable_dataset() for split, of_split in data.items()}
     trainer = classifier({"colors": streams})
@@ -176,7 +176,7 @@ def test_a_task_is_learned_from_a_stream_by_itself(language: Make) -> None:
     assert set(trainer.evaluate_tasks()) == {"a"}
 
 
-def test_a_first_task_that_was_broken_off_can_be_trained_again(language: Make) -> None:
+def test_a_first_task_that_was_interrupted_can_be_trained_again(language: Make) -> None:
     trainer = language({"a": OneShot(LANGUAGE["train"].select([]))})
     with pytest.raises(ValueError, match="task 'a' has a stream that is used up"):
         trainer.train()

@@ -97,7 +97,7 @@ def test_a_first_task_that_is_not_finite_makes_way_for_another(make: Make) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", ["shapes-adapt", "shapes-finetune"])
-def test_a_stream_goes_on_from_before_the_phase_that_diverged(phase: str, make: Make) -> None:
+def test_a_stream_continues_from_before_the_phase_that_diverged(phase: str, make: Make) -> None:
     tasks = classification_tasks("colors", "shapes", "sizes")
     options = {"save_strategy": "steps", "save_steps": 1, **PHASES[f"two-{phase.rpartition('-')[2]}"]}
     expected = make(tasks, "expected", **options)

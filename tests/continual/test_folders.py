@@ -74,7 +74,7 @@ def test_what_others_put_beside_the_checkpoints_stays(start: Start, tmp_path: Pa
     assert [path.read_text() for path in kept] == ["mine"] * 3
 
 
-def test_checkpoints_that_no_stream_wrote_are_neither_removed_nor_taken_up(start: Start, tmp_path: Path) -> None:
+def test_checkpoints_that_no_stream_wrote_are_neither_removed_nor_used(start: Start, tmp_path: Path) -> None:
     foreign = tmp_path / "out" / "phases" / "0001-colors-init" / "checkpoint-1" / "optimizer.pt"
     foreign.parent.mkdir(parents=True)
     foreign.write_text("mine")

@@ -163,7 +163,7 @@ def test_an_export_that_finds_no_room_leaves_the_one_before_it(whole: ShareTrain
         ("save_position", 4),
     ],
 )
-def test_a_stream_whose_disk_is_full_goes_on_to_the_bit_when_there_is_room(
+def test_a_stream_whose_disk_is_full_continues_to_the_bit_when_there_is_room(
     method: str,
     call: int,
     make_trainer: MakeTrainer,

@@ -185,7 +185,7 @@ def test_the_callback_keeps_the_head(vit: Any, tmp_path: Path) -> None:
     assert callback.subspace.state.tasks["shades"].head.keys() == {"classifier.weight", "classifier.bias"}
 
 
-def test_labels_that_the_model_has_not_are_refused(body: Path, tmp_path: Path) -> None:
+def test_labels_that_the_model_does_not_have_are_refused(body: Path, tmp_path: Path) -> None:
     model = ViTForImageClassification.from_pretrained(body, num_labels=2)
     with pytest.raises(ValueError, match="task 'sides' has label 2, expected integers under num_labels = 2"):
         ShareTrainer(model, arguments(tmp_path / "out"), ShareConfig(target_modules=TARGETS), on_the_fly("sides"))

@@ -195,9 +195,7 @@ def test_all_phases_are_logged_as_one_curve_in_one_place(start: Start, tmp_path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", ["colors-init", "shapes-adapt"])
-def test_nothing_of_an_earlier_run_in_the_same_folder_is_taken_up(
-    phase: str, start: Start, whole: ShareTrainer
-) -> None:
+def test_nothing_of_an_earlier_run_in_the_same_folder_is_used(phase: str, start: Start, whole: ShareTrainer) -> None:
     start(learning_rate=1e-1, seed=1).train()
     trainer = start()
     trainer.add_callback(stop_at(phase, 2))
@@ -376,7 +374,7 @@ def test_a_damaged_stream_state_is_refused(content: str, message: str, start: St
         start().train(resume_from_checkpoint=True)
 
 
-def test_a_damaged_subspace_is_refused_and_not_begun_anew(start: Start, interrupted: Path) -> None:
+def test_a_damaged_subspace_is_refused_and_not_started_over(start: Start, interrupted: Path) -> None:
     path = interrupted / "subspace" / "subspace.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[:-1])
@@ -393,7 +391,7 @@ def test_a_subspace_without_what_the_stream_has_learned_is_refused(start: Start,
     assert trainer.subspace.tasks == ()
 
 
-def test_a_stream_that_began_from_a_subspace_goes_on_from_it(
+def test_a_stream_that_began_from_a_subspace_continues_from_it(
     start: Start, whole: ShareTrainer, tiny_model: Callable[[str], PreTrainedModel]
 ) -> None:
     given = SharedSubspace(whole.subspace.state)

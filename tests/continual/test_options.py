@@ -107,7 +107,7 @@ PARAMETERS_SHOWN_BY = {
     "data_collator": "continual/test_options.py::test_a_batch_that_does_not_fit_makes_all_phases_take_smaller_ones",
     "eval_dataset": "continual/test_options.py::test_eval_dataset_is_evaluated_in_every_phase",
     "processing_class": "continual/test_options.py::test_a_tokenizer_is_saved_with_checkpoints",
-    "compute_loss_func": "continual/test_options.py::test_a_loss_of_ones_own_is_trained",
+    "compute_loss_func": "continual/test_options.py::test_a_custom_loss_is_trained",
     "compute_metrics": "continual/test_options.py::test_predictions_come_as_the_options_have_them",
     "callbacks": "continual/test_checkpoint_options.py::test_the_best_checkpoint_is_chosen_by_the_own_task",
     "optimizer_cls_and_kwargs": "continual/test_options.py::test_each_phase_makes_an_optimizer_of_the_class",
@@ -455,7 +455,7 @@ def test_what_a_phase_hooks_into_modules_comes_off_with_it(make: Make) -> None:
     assert len(embeddings._forward_hooks) == before[embeddings]
 
 
-def test_a_loss_of_ones_own_is_trained(make: Make) -> None:
+def test_a_custom_loss_is_trained(make: Make) -> None:
     labels_seen: list[torch.Tensor] = []
 
     def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:

@@ -217,12 +217,12 @@ def test_numbers_of_any_type_are_stored_and_truth_values_are_not(count: Any, mak
     assert list(scores) == ["accuracy", "count"] and scores["count"] == 3
 
 
-def test_what_is_no_function_of_a_task_is_refused(make: Make) -> None:
+def test_what_is_not_a_function_of_a_task_is_refused(make: Make) -> None:
     with pytest.raises(ValueError, match="compute_metrics has 'f1' for task 'shapes', expected a function"):
         make(mixed_tasks(), trainer={"compute_metrics": {"shapes": "f1"}})
 
 
-def test_a_function_for_a_task_that_is_not_there_is_told(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_function_for_a_task_that_is_not_there_is_reported(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     make(mixed_tasks(), trainer={"compute_metrics": {"shape": accuracy}})
     assert "compute_metrics has functions for ['shape'], which are not among tasks" in caplog.text
 
@@ -232,7 +232,7 @@ def test_names_that_are_not_as_many_as_the_labels_are_refused(make: Make) -> Non
         make(mixed_tasks(), trainer={"labels": {"topics": ("a",)}})
 
 
-def test_names_of_labels_of_no_task_are_told(
+def test_names_of_labels_of_no_task_are_reported(
     make: Make, caplog: pytest.LogCaptureFixture, tiny_model: Callable[[str], PreTrainedModel], tmp_path: Path
 ) -> None:
     make(mixed_tasks(), trainer={"labels": {"topic": ("a", "b")}})
@@ -262,7 +262,7 @@ def test_tasks_without_classes_are_not_learned_together(
 
 
 @pytest.mark.parametrize("kind", ["value", "flags"])
-def test_streamed_data_tells_its_kind_by_its_features(kind: str, make: Make) -> None:
+def test_streamed_data_has_its_kind_in_its_features(kind: str, make: Make) -> None:
     data = {"value": regression_task, "flags": multi_label_task}[kind](2)
     labels = Value("float32") if kind == "value" else Sequence(Value("float32"), length=2)
     features = Features({"input_ids": Sequence(Value("int64")), "labels": labels})

@@ -144,7 +144,7 @@ def test_resuming_where_nothing_was_begun_starts_the_stream(make_trainer: MakeTr
     assert trainer.subspace.tasks == ("a", "b", "c")
 
 
-def test_a_stream_of_other_tasks_is_not_taken_up(make_trainer: MakeTrainer, classification_tasks: Any) -> None:
+def test_a_stream_of_other_tasks_is_not_resumed(make_trainer: MakeTrainer, classification_tasks: Any) -> None:
     interrupt(make_trainer(callbacks=[StopAt(12)], **ARGUMENTS).train)
     others = {"x": classification_tasks["a"], "y": classification_tasks["b"]}
     with pytest.raises(ValueError, match=r"the stream was at task 'b', number 2, but tasks is \['x', 'y'\]"):

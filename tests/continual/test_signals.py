@@ -38,7 +38,7 @@ def whole(run: Ask, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str,
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="runs streams in forked processes")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 @pytest.mark.parametrize("attempt", range(MOMENTS))
-def test_a_stream_that_is_ended_at_a_random_moment_says_so_and_goes_on(
+def test_a_stream_that_is_ended_at_a_random_moment_says_so_and_can_continue(
     attempt: int,
     number: signal.Signals,
     run: Ask,

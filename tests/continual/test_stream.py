@@ -333,7 +333,7 @@ def test_the_saved_subspace_is_the_trainers(finished: Finished) -> None:
     assert f"| `sounds` | adapt | {saved.metrics['matrix'][3][3]:.3f} |" in card
 
 
-def test_the_lineage_tells_merges_and_finetuning(finished: Finished) -> None:
+def test_the_lineage_records_merges_and_finetuning(finished: Finished) -> None:
     steps = [(next(iter(set(step) & {"merged", "learned"})), step) for step in finished.trainer.subspace.state.lineage]
     assert [(kind, step[kind]) for kind, step in steps] == [
         (kind, task) for name in TASKS for kind, task in (("merged", [name]), ("learned", name))

@@ -174,7 +174,7 @@ def test_losses_are_logged_by_task(tiny_model: Model, tmp_path: Path) -> None:
         assert loss == pytest.approx(logs["loss"], abs=2e-4)
 
 
-def test_a_group_that_was_killed_goes_on_where_it_was(tiny_model: Model, tmp_path: Path) -> None:
+def test_a_group_that_was_killed_continues_where_it_was(tiny_model: Model, tmp_path: Path) -> None:
     options = {"save_strategy": "steps", "save_steps": 4, "warmup_steps": 0.3, "lr_scheduler_type": "cosine"}
     whole = make(tiny_model, tmp_path / "whole", **options)
     whole.train()
@@ -197,7 +197,7 @@ def test_a_group_that_was_killed_goes_on_where_it_was(tiny_model: Model, tmp_pat
     assert resumed.metrics["matrix"] == whole.metrics["matrix"]
 
 
-def test_a_trainer_whose_group_was_broken_off_begins_it_anew(tiny_model: Model, tmp_path: Path) -> None:
+def test_a_trainer_whose_group_was_interrupted_starts_it_over(tiny_model: Model, tmp_path: Path) -> None:
     whole = make(tiny_model, tmp_path / "whole")
     whole.train()
     broken = []

@@ -161,7 +161,7 @@ def test_all_seen_tasks_can_be_evaluated_and_the_active_adapter_stays(make_train
     assert trainer.metrics["matrix"][-1][:2] == [None, None]
 
 
-def test_a_scorer_of_ones_own_replaces_the_evaluation(make_trainer: MakeTrainer) -> None:
+def test_a_custom_scorer_replaces_the_evaluation(make_trainer: MakeTrainer) -> None:
     calls = []
 
     def scorer(model: Any, task: str, data: Dataset) -> dict[str, float]:

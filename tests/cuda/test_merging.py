@@ -70,7 +70,7 @@ def test_a_refused_drift_is_refused_on_the_device(device: torch.device) -> None:
         merged(settings, device, torch.float32)
 
 
-def test_a_layer_moved_to_the_device_goes_on_as_one_that_stayed(device: torch.device) -> None:
+def test_a_layer_moved_to_the_device_continues_like_one_that_stayed(device: torch.device) -> None:
     settings = SETTINGS["joint"]
     layer, _ = merged(settings, torch.device("cpu"), torch.float32)
     update = random_update(torch.Generator().manual_seed(1), SHAPE, 4)

@@ -89,7 +89,7 @@ def test_two_processes_make_the_tree_of_one_and_fail_together(built: Any, tmp_pa
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-def test_a_killed_build_goes_on_where_it_was(built: Any, tmp_path: Path) -> None:
+def test_a_killed_build_continues_where_it_was(built: Any, tmp_path: Path) -> None:
     folder, names, after_init, _ = built
     tree = tmp_path / "two"
     command = [*launcher("ddp"), "-m", "share_hf.cli", "init", str(tree), *names[:-1], *SMALL]

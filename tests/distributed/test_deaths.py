@@ -107,7 +107,7 @@ def test_a_stream_that_is_killed_at_a_random_moment_ends_as_one_that_is_not(
 
 
 @pytest.mark.parametrize("engine", ["zero2", "zero3", "fsdp"])
-def test_a_phase_that_was_killed_goes_on_from_its_checkpoint(
+def test_a_phase_that_was_killed_continues_from_its_checkpoint(
     engine: str, ask: Ask, whole: Callable[[str], End], tmp_path: Path
 ) -> None:
     ask(tmp_path, *STAGES["adapt"], alone=False, **options_of(engine))
@@ -135,7 +135,7 @@ def test_an_error_of_one_rank_ends_all_and_is_shown(ask: Ask, tmp_path: Path) ->
     assert "rank 0 (process" not in failed["output"]
 
 
-def test_what_the_first_process_cannot_save_is_told_by_every_process(ask: Ask, tmp_path: Path) -> None:
+def test_what_the_first_process_cannot_save_is_reported_by_every_process(ask: Ask, tmp_path: Path) -> None:
     (tmp_path / "subspace").write_text("in the way")
     failed = ask(tmp_path)
     assert failed["codes"] == [1, 1]

@@ -154,7 +154,7 @@ def test_the_best_checkpoint_of_evaluations_while_a_phase_trains_is_what_is_merg
 
 
 @pytest.mark.parametrize(("engine", "broken_off"), [("ddp", True), ("zero2", True), ("zero3", False), ("fsdp", True)])
-def test_a_task_is_learned_by_itself_after_a_save_and_after_a_try_that_was_broken_off(
+def test_a_task_is_learned_by_itself_after_a_save_and_after_an_interrupted_try(
     engine: str, broken_off: bool, launch: Launch
 ) -> None:
     assert_close(launch(engine, broken_off=broken_off, tasks=2), launch("one", tasks=2), 1e-4)

@@ -104,7 +104,7 @@ def test_all_of_a_thousand_that_are_broken_are_named_at_once(
     assert f"{thousand['task999']}: no such folder or file" in lines[2]
 
 
-def test_those_that_are_broken_are_left_out_and_told(
+def test_those_that_are_broken_are_left_out_and_reported(
     tmp_path: Path, build: Callable[..., SharedSubspace], told: list[str]
 ) -> None:
     adapters = {name: write_adapter(tmp_path / name, seed) for seed, name in enumerate("abcdef")}
@@ -243,7 +243,7 @@ def test_adding_leaves_them_out_and_changes_nothing_where_all_are_refused(
 # ---- The same -------------------------------------------------------------------------------------------------------
 
 
-def test_adapters_that_are_the_same_are_told_and_kept(
+def test_adapters_that_are_the_same_are_reported_and_kept(
     tmp_path: Path, build: Callable[..., SharedSubspace], told: list[str]
 ) -> None:
     adapters = {name: write_adapter(tmp_path / name, seed) for seed, name in enumerate("ab")}
@@ -290,7 +290,7 @@ def refactored(tensors: dict[str, torch.Tensor]) -> None:
 
 @pytest.mark.parametrize("num_components", [4, 12])
 @pytest.mark.parametrize("dtype", ["float32", "4bit"])
-def test_a_task_that_is_there_already_is_told_whatever_a_merge_cut_of_it(
+def test_a_task_that_is_there_already_is_reported_whatever_a_merge_cut_of_it(
     dtype: str, num_components: int, tmp_path: Path, told: list[str]
 ) -> None:
     adapters = {name: write_adapter(tmp_path / name, seed) for seed, name in enumerate("abcde")}
@@ -317,7 +317,7 @@ def test_a_task_that_is_there_already_is_told_whatever_a_merge_cut_of_it(
     ],
     ids=["negated", "scaled", "permuted"],
 )
-def test_adapters_that_are_alike_are_not_told_to_be_the_same(
+def test_similar_adapters_are_not_reported_as_the_same(
     change: Callable[[dict[str, torch.Tensor]], object], num_components: int, tmp_path: Path, told: list[str]
 ) -> None:
     adapters = {name: write_adapter(tmp_path / name, seed) for seed, name in enumerate("abcde")}
@@ -375,7 +375,7 @@ def test_the_one_of_many_tasks_that_is_the_same_is_found_after_a_removal_and_a_r
         ("a" * 40, f"task-{'a' * 40}"),
     ],
 )
-def test_names_of_folders_are_mended_and_told(
+def test_names_of_folders_are_mended_and_reported(
     folder: str, name: str, tmp_path: Path, build: Callable[..., SharedSubspace], told: list[str]
 ) -> None:
     subspace = build([write_adapter(tmp_path / folder, 0)])
@@ -384,7 +384,7 @@ def test_names_of_folders_are_mended_and_told(
     assert told == [f"{folder!r} is called {name}"]
 
 
-def test_names_that_collide_when_they_are_mended_are_told(
+def test_names_that_collide_when_they_are_mended_are_reported(
     tmp_path: Path, build: Callable[..., SharedSubspace]
 ) -> None:
     places = [write_adapter(tmp_path / folder, seed) for seed, folder in enumerate(("a.b", "a b"))]

@@ -56,7 +56,7 @@ class TestAdding:
         assert report.changed_layers == len(report.layers)
 
     @pytest.mark.parametrize("tolerance", [-0.1, 1.0, float("nan"), True, "0.1"])
-    def test_what_is_no_tolerance_is_refused(self, subspace: SharedSubspace, tolerance: object) -> None:
+    def test_what_is_not_a_tolerance_is_refused(self, subspace: SharedSubspace, tolerance: object) -> None:
         before = subspace.state
         with pytest.raises(ValueError, match="tolerance is"):
             subspace.add_adapters({"rte": "no-such-folder"}, tolerance=tolerance, **QUIET)
@@ -116,7 +116,7 @@ class TestRenaming:
             ("mrpc", "mrpc", "already has this name"),
         ],
     )
-    def test_what_is_no_new_name_is_refused(self, subspace: SharedSubspace, old: str, new: str, told: str) -> None:
+    def test_what_is_not_a_new_name_is_refused(self, subspace: SharedSubspace, old: str, new: str, told: str) -> None:
         before = subspace.state
         with pytest.raises(ValueError, match=told):
             subspace.rename_task(old, new)

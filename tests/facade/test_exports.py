@@ -86,7 +86,7 @@ class TestSums:
         for module, update in found.items():
             assert_close(update, sum(weight * parts[task][module] for task, weight in weights.items()))
 
-    def test_a_rank_is_paid_for_in_an_error_that_is_told(
+    def test_a_rank_is_paid_for_in_an_error_that_is_reported(
         self, three: SharedSubspace, tiny_model: Callable[[str], PreTrainedModel], tmp_path: Path
     ) -> None:
         error = three.export_combined({"mrpc": 1, "sst2": 1}, tmp_path / "p")

@@ -148,7 +148,7 @@ def test_an_adapter_that_the_basis_explains_leaves_the_basis_as_it_is(
         assert_close(layer.update_of("again").dense(), layer.update_of("mrpc").dense() * 3 / 8)
 
 
-def test_adapters_given_at_once_or_one_by_one_are_told_in_the_lineage(
+def test_adapters_given_at_once_or_one_by_one_are_recorded_in_the_lineage(
     loras: dict[str, Path], subspace: SharedSubspace
 ) -> None:
     at_once = SharedSubspace.from_adapters(loras, pseudo_rank=4, progress=False)

@@ -185,7 +185,7 @@ class TestUndo:
         assert not history_of(tree).exists()
 
     @pytest.mark.parametrize("history", [-1, 1.5, True])
-    def test_what_is_no_number_of_steps_is_refused(
+    def test_what_is_not_a_number_of_steps_is_refused(
         self, merged: SharedSubspace, tmp_path: Path, history: object
     ) -> None:
         with pytest.raises(ValueError, match="history is"):

@@ -158,7 +158,7 @@ def test_a_save_after_a_task_was_added_inside_the_basis_writes_what_is_new(
 
 
 @pytest.mark.parametrize("kind", ["link", "other content of its size", "folder"])
-def test_what_is_no_file_of_the_same_content_is_not_linked(kind: str, tmp_path: Path) -> None:
+def test_what_is_not_a_file_of_the_same_content_is_not_linked(kind: str, tmp_path: Path) -> None:
     folder, scratch = tmp_path / "folder", tmp_path / "scratch"
     folder.mkdir()
     if kind == "link":

@@ -84,7 +84,7 @@ def test_a_flipped_bit_anywhere_is_noticed(name: str, tree: Path, refused: Calla
 
 @pytest.mark.parametrize("name", [name for name in LOADED_FILES if name.endswith(".json")])
 @pytest.mark.parametrize("content", ["", "nonsense", "[]", "null", "3", "[" * 100_000], ids=lambda text: text[:4])
-def test_a_file_that_is_no_json_object_is_refused(
+def test_a_file_that_is_not_a_json_object_is_refused(
     name: str, content: str, tree: Path, refused: Callable[[str], None]
 ) -> None:
     (tree / name).write_text(content)

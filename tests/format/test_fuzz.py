@@ -850,7 +850,7 @@ def test_what_was_not_signed_loads_to_what_was_saved_or_is_refused(cases: int, s
 
 
 @numbers_of_cases(120, 3000)
-def test_what_was_signed_anew_is_a_subspace_or_is_refused(cases: int, sandbox: Sandbox) -> None:
+def test_what_was_signed_again_is_a_subspace_or_is_refused(cases: int, sandbox: Sandbox) -> None:
     run(check_what_was_signed, sandbox, cases)
 
 

@@ -101,7 +101,7 @@ def test_files_in_one_folder_have_configurations_of_their_own(save_lora: SaveLor
         assert_same(read_lora(tmp_path / f"{name}.safetensors"), read_lora(folder))
 
 
-def test_a_description_beside_a_file_is_no_configuration(tmp_path: Path) -> None:
+def test_a_description_beside_a_file_is_not_a_configuration(tmp_path: Path) -> None:
     path = write(tmp_path / "style.safetensors", in_style_of_kohya(factors_of(UNET), "unet."))
     for text in ('{"description": "a style"}', "no JSON", "[]"):
         path.with_suffix(".json").write_text(text)
@@ -127,7 +127,7 @@ def test_a_folder_with_several_files_needs_the_name_of_one(tmp_path: Path) -> No
         read_lora(tmp_path)
 
 
-def test_a_folder_of_adapters_is_told_from_an_adapter(save_lora: SaveLora) -> None:
+def test_a_folder_of_adapters_is_distinguished_from_an_adapter(save_lora: SaveLora) -> None:
     folder = save_lora("mrpc").parent
     save_lora("sst2")
     with pytest.raises(ValueError, match=r"adapters: no adapter_config.json in it.*instead: mrpc, sst2"):

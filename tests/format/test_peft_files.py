@@ -177,7 +177,7 @@ def test_a_state_dict_of_two_adapters_is_refused(save_lora: SaveLora) -> None:
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
-def test_a_bias_to_train_is_no_matter_where_the_model_has_none(
+def test_a_bias_to_train_does_not_matter_if_the_model_has_none(
     bias: str, save_lora: SaveLora, copy_of: Callable[[Path], Path]
 ) -> None:
     folder = save_lora("plain")
@@ -213,6 +213,6 @@ def test_single_experts_of_transformers_4_are_refused_when_they_come(library: st
         read_lora(folder)
 
 
-def test_single_experts_of_ones_own_model_are_layers_like_others(save_lora: SaveLora) -> None:
+def test_single_experts_of_a_custom_model_are_layers_like_others(save_lora: SaveLora) -> None:
     folder = _with_experts(save_lora("moe"), "transformers_modules.org.moe")
     assert "model.layers.0.mlp.experts.0.gate_proj" in read_lora(folder).updates

@@ -302,7 +302,7 @@ def test_a_file_of_several_components_needs_the_name_of_one(of_two: Path) -> Non
     assert_updates(of_two, factors_of(TEXT), component="text_encoder")
 
 
-def test_what_is_wrong_with_another_component_is_no_matter(tmp_path: Path) -> None:
+def test_what_is_wrong_with_another_component_does_not_matter(tmp_path: Path) -> None:
     tensors = in_style_of_kohya(factors_of(UNET), "unet.")
     tensors["lora_te_unknown.lora_down.weight"] = torch.ones(2, 2)
     path = write(tmp_path / "style.safetensors", tensors)
@@ -414,7 +414,7 @@ _FLAT = f"lora_unet_{BLOCK.replace('.', '_')}_attn1_to_q"
         ),
     ],
 )
-def test_what_is_no_plain_lora_of_a_known_model_is_refused_by_name(
+def test_what_is_not_a_plain_lora_of_a_known_model_is_refused_by_name(
     change: dict[str, Tensor], message: str, tmp_path: Path
 ) -> None:
     tensors = in_style_of_kohya(factors_of(UNET), "unet.") | change
@@ -491,7 +491,7 @@ def test_any_tensors_are_a_lora_or_refused_by_name(
         assert update.in_factor.shape[0] == d
 
 
-def test_scales_that_are_said_twice_are_refused(tmp_path: Path) -> None:
+def test_scales_that_are_given_twice_are_refused(tmp_path: Path) -> None:
     tensors = in_style_of_kohya(factors_of(UNET), "unet.") | {f"{_FLAT}.alpha": torch.tensor(1.0)}
     path = write(tmp_path / "style.safetensors", tensors, {"unet.lora_alpha": 4})
     with pytest.raises(ValueError, match="has alphas and lora_adapter_metadata, expected only one of the two"):

@@ -101,7 +101,7 @@ def test_a_configuration_that_says_so_is_refused_too(
 
 
 @pytest.mark.parametrize("value", [None, "8", [8], "NaN"])
-def test_a_scale_that_is_no_number_is_refused(
+def test_a_scale_that_is_not_a_number_is_refused(
     value: object, refused: Callable[..., None], save_lora: SaveLora
 ) -> None:
     folder = save_lora("special")
@@ -144,7 +144,7 @@ def _with(entry: float) -> Callable[[Tensor], Tensor]:
     ],
     ids=["no-A", "no-B", "empty", "extra", "ranks-differ", "no-matrix", "nan", "inf", "rank-0"],
 )
-def test_weights_that_are_no_lora_are_refused(
+def test_weights_that_are_not_a_lora_are_refused(
     change: Callable[[dict[str, Tensor]], Any], message: str, refused: Callable[..., None], save_lora: SaveLora
 ) -> None:
     folder = save_lora("damaged")
@@ -169,7 +169,7 @@ def test_a_folder_without_an_adapter_is_refused(
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '"text"', "\x00", "[" * 100_000])
-def test_a_configuration_that_is_no_json_object_is_refused(
+def test_a_configuration_that_is_not_a_json_object_is_refused(
     content: str, refused: Callable[..., None], save_lora: SaveLora
 ) -> None:
     folder = save_lora("damaged")

@@ -28,7 +28,7 @@ def test_a_name_that_some_part_of_the_stack_could_not_carry_is_refused(name: str
 
 
 @pytest.mark.parametrize("name", [None, 3, b"bytes", ("mrpc",)])
-def test_a_name_that_is_no_string_is_refused(name: object) -> None:
+def test_a_name_that_is_not_a_string_is_refused(name: object) -> None:
     with pytest.raises(ValueError, match="not usable, expected 1 to 64 letters"):
         check_task_name(name)  # type: ignore[arg-type]
 

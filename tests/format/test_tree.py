@@ -59,7 +59,7 @@ def test_a_tree_has_the_documented_files_and_no_others(
         assert path.read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_index_tells_what_the_tree_holds(tree: Path) -> None:
+def test_the_index_says_what_the_tree_holds(tree: Path) -> None:
     index = json.loads((tree / "share_config.json").read_text())
     assert index.pop("digest") and index.pop("sha256") and index.pop("lineage") and index.pop("fingerprint")
     assert index == {
@@ -331,7 +331,7 @@ def test_the_card_names_no_folder_of_the_machine(
     assert ModelCard.load(tmp_path / "tree" / "README.md").data.base_model is None
 
 
-def test_the_card_tells_how_many_labels_the_head_has(save_classifier: SaveLora, tmp_path: Path) -> None:
+def test_the_card_says_how_many_labels_the_head_has(save_classifier: SaveLora, tmp_path: Path) -> None:
     adapters = [save_classifier("five", 5), save_classifier("two", 2)]
     SharedSubspace.from_adapters(adapters, pseudo_rank=4, progress=False).save_pretrained(tmp_path / "tree")
     text = (tmp_path / "tree" / "README.md").read_text()

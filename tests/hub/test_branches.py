@@ -157,7 +157,7 @@ def test_a_task_without_a_branch_is_found_on_main(hub: Hub, subspace: SharedSubs
     assert_same_state(SharedSubspace.from_pretrained(REPO).state, subspace.state)
 
 
-def test_the_card_tells_of_revisions_that_there_are(hub: Hub, subspace: SharedSubspace) -> None:
+def test_the_card_names_revisions_that_exist(hub: Hub, subspace: SharedSubspace) -> None:
     subspace.push_to_hub(REPO, branches="none")
     card = hub.repository(REPO).branches["main"].files["README.md"].content.decode()
     peft, _, share = card.partition("To load one task from its coefficients")

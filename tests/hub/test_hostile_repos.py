@@ -551,7 +551,7 @@ def test_a_task_that_is_listed_but_absent_is_refused(
 
 
 @every_loader
-def test_another_task_that_is_absent_is_told_of_when_it_is_needed(loader: Loader, victim: Victim, tree: Path) -> None:
+def test_another_task_that_is_absent_is_reported_when_it_is_needed(loader: Loader, victim: Victim, tree: Path) -> None:
     edit_index(tree, lambda index: index["tasks"].append("rte"))
     victim.finds(tree)
     if loader == "subspace":

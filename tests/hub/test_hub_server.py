@@ -302,7 +302,7 @@ def test_a_snapshot_has_all_files_and_serves_offline(repo: Hub) -> None:
     assert repo.server.requests == []
 
 
-def test_a_dropped_download_goes_on_where_it_broke_off(repo: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dropped_download_continues_where_it_broke_off(repo: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 50_000)  # the client loses a chunk that is not complete
     weights = bytes(range(256)) * 1000
     push({WEIGHTS: weights})
@@ -431,7 +431,7 @@ def test_listings_have_folders_pages_and_last_commits(repo: Hub) -> None:
 # Model cards
 
 
-def test_a_card_is_checked_and_told_of(repo: Hub) -> None:
+def test_a_card_is_checked_and_reported(repo: Hub) -> None:
     card = ModelCard(CARD)
     card.validate()
     card.push_to_hub(REPO)

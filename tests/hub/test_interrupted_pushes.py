@@ -159,7 +159,7 @@ def test_what_was_done_since_a_push_whose_answer_was_lost_is_pushed_too(
         assert_whole(hub, set(ours.tasks))
 
 
-def test_a_task_that_others_learned_anew_is_not_removed_by_who_removed_the_old_one(
+def test_a_task_that_others_learned_again_is_not_removed_by_whoever_removed_the_old_one(
     hub: Hub, subspace: SharedSubspace, save_lora: Callable[..., Path]
 ) -> None:
     subspace.push_to_hub(REPO)
@@ -172,7 +172,7 @@ def test_a_task_that_others_learned_anew_is_not_removed_by_who_removed_the_old_o
     assert distance(SharedSubspace.from_pretrained(REPO), theirs, "mrpc") < 1e-5
 
 
-def test_a_web_page_in_place_of_an_answer_is_told(hub: Hub, subspace: SharedSubspace) -> None:
+def test_a_web_page_in_place_of_an_answer_is_reported(hub: Hub, subspace: SharedSubspace) -> None:
     hub.server.faults.add(lambda request: True, WebPage(), times=99)
     with pytest.raises(HubAnswerError, match=r"answer cannot be understood .*proxy or the sign-in page"):
         subspace.push_to_hub(REPO)

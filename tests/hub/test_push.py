@@ -102,7 +102,7 @@ def test_the_tag_of_a_step_stays_where_it_is(hub: Hub, subspace: SharedSubspace,
     assert_same_state(SharedSubspace.from_pretrained(REPO, revision="step-0002-sst2").state, before)
 
 
-def test_a_removed_task_is_gone_from_main_and_may_be_learned_anew(
+def test_a_removed_task_is_gone_from_main_and_may_be_learned_again(
     hub: Hub, subspace: SharedSubspace, loras: dict[str, Path]
 ) -> None:
     subspace.push_to_hub(REPO)
@@ -314,7 +314,7 @@ def test_a_card_that_was_there_before_the_subspace_is_kept(hub: Hub, subspace: S
     assert card.data.library_name == "peft"
 
 
-def test_a_template_of_ones_own_writes_the_card(hub: Hub, subspace: SharedSubspace, tmp_path: Path) -> None:
+def test_a_custom_template_writes_the_card(hub: Hub, subspace: SharedSubspace, tmp_path: Path) -> None:
     template = tmp_path / "card.md.jinja"
     template.write_text("---\n{{ card_data }}\n---\n{% for task in tasks %}* {{ task.name }}\n{% endfor %}")
     subspace.push_to_hub(REPO, card_template=template)

@@ -98,7 +98,7 @@ def test_a_task_is_loaded_with_the_basis_and_without_the_other_tasks(
     assert subspace.tasks == ("mrpc", "sst2", "rte", "again")
 
 
-def test_a_task_that_was_not_downloaded_is_told_of_offline(hub: Hub, published: SharedSubspace, base: Path) -> None:
+def test_a_task_that_was_not_downloaded_is_reported_offline(hub: Hub, published: SharedSubspace, base: Path) -> None:
     SharedSubspace.from_pretrained(REPO, revision="rte")
     with hub.offline():
         subspace = SharedSubspace.from_pretrained(REPO, revision="rte")
@@ -109,7 +109,7 @@ def test_a_task_that_was_not_downloaded_is_told_of_offline(hub: Hub, published: 
             subspace.apply(AutoModelForCausalLM.from_pretrained(base), ["cola"])
 
 
-def test_an_unknown_revision_is_told_with_what_there_is(hub: Hub, published: SharedSubspace) -> None:
+def test_an_unknown_revision_is_reported_with_what_there_is(hub: Hub, published: SharedSubspace) -> None:
     for revision, near in (("mrcp", "'mrpc'"), ("step-0003-ret", "'step-0003-rte'"), ("MRPC", "'mrpc'")):
         with pytest.raises(ValueError) as caught:
             SharedSubspace.from_pretrained(REPO, revision=revision)
@@ -119,7 +119,7 @@ def test_an_unknown_revision_is_told_with_what_there_is(hub: Hub, published: Sha
         SharedSubspace.from_pretrained(REPO, revision="zzz")
 
 
-def test_an_unknown_revision_is_told_offline_with_what_the_cache_has(hub: Hub, published: SharedSubspace) -> None:
+def test_an_unknown_revision_is_reported_offline_with_what_the_cache_has(hub: Hub, published: SharedSubspace) -> None:
     SharedSubspace.from_pretrained(REPO)
     SharedSubspace.from_pretrained(REPO, revision="mrpc")
     with hub.offline(), pytest.raises(ValueError) as caught:
@@ -128,13 +128,13 @@ def test_an_unknown_revision_is_told_offline_with_what_the_cache_has(hub: Hub, p
     assert "It has the tasks ['mrpc', 'sst2', 'rte']" in str(caught.value)
 
 
-def test_a_repository_without_a_subspace_is_told(hub: Hub) -> None:
+def test_a_repository_without_a_subspace_is_reported(hub: Hub) -> None:
     hub.api.create_repo(REPO)
     with pytest.raises(ValueError, match=f"{REPO}: no share_config.json at revision 'main', expected a shared subs"):
         SharedSubspace.from_pretrained(REPO)
 
 
-def test_a_download_that_breaks_off_is_taken_up_again(hub: Hub, published: SharedSubspace) -> None:
+def test_a_download_that_breaks_off_is_resumed(hub: Hub, published: SharedSubspace) -> None:
     hub.server.faults.add(is_download_of("subspace.safetensors"), DropDownload(5000), times=2)
     assert_same_state(SharedSubspace.from_pretrained(REPO).state, published.state)
 

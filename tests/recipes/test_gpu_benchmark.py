@@ -223,7 +223,7 @@ def test_a_benchmark_that_does_not_end_keeps_what_it_has_measured(
         pytest.param(signal.SIGINT, marks=pytest.mark.slow),
     ],
 )
-def test_a_run_that_is_broken_off_keeps_what_it_has(
+def test_a_run_that_is_interrupted_keeps_what_it_has(
     number: signal.Signals, tests: Callable[[str], Path], tmp_path: Path
 ) -> None:
     out, file = tmp_path / "out.json", tests("time.sleep(60)")
@@ -297,7 +297,7 @@ def test_a_rehearsal_runs_the_tests_on_the_cpu(tmp_path: Path) -> None:
     assert all(row["ok"] for row in rows.values()), rows
 
 
-def test_a_python_without_pytorch_is_told(tmp_path: Path) -> None:
+def test_a_python_without_pytorch_is_reported(tmp_path: Path) -> None:
     done = gpu_sh(cwd=tmp_path, PYTHON="/bin/false")
     assert done.returncode == 1
     assert "none of these has PyTorch: /bin/false" in done.stderr

@@ -384,7 +384,7 @@ def test_a_crash_leaves_no_half_of_a_file(
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_without_gguf_it_is_told_how_to_get_it(
+def test_without_gguf_the_error_says_how_to_get_it(
     subspace: SharedSubspace, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)

@@ -137,7 +137,7 @@ class TestAFolder:
         ["cola", "mprc", "", ".", "..", "mrpc/", "../tree/tasks/mrpc", "mrpc/../../x", "/etc", "mrpc\n", "mrpc@",
          "mrpc@../x", "mrpc@a/b", "mrpc@a..b", "x" * 10_000, "mrpc\x00"],
     )  # fmt: skip
-    def test_what_is_no_task_is_left_to_others(
+    def test_what_is_not_a_task_is_left_to_others(
         self, name: str, serve: Callable[..., Any], tree: Path, tmp_path: Path
     ) -> None:
         before = files_of(tmp_path)
@@ -168,7 +168,7 @@ class TestAFolder:
         assert serve(tree)("mrpc@step-0001-mrpc") is None
         assert "is a local folder, which has no revisions" in caplog.text
 
-    def test_a_damaged_file_is_told(
+    def test_a_damaged_file_is_reported(
         self, serve: Callable[..., Any], tree: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         path = tree / "tasks" / "mrpc" / "adapter_model.safetensors"
@@ -318,7 +318,7 @@ class TestABoundedCache:
         ask("mrpc")
         assert os.listdir(first) == ["notes.txt"] and os.listdir(other) == ["data.txt"]
 
-    def test_writes_anew_what_is_half_removed(self, ask: Callable[[str], Path]) -> None:
+    def test_rewrites_what_is_half_removed(self, ask: Callable[[str], Path]) -> None:
         whole = files_of(place := ask("mrpc"))
         (place / "share_hf.json").unlink()
         (place / "adapter_config.json").unlink()
@@ -422,7 +422,7 @@ class TestARepository:
         with hub.offline():
             assert ask("sst2") == answers["sst2"]
 
-    def test_tells_what_it_does_not_have(
+    def test_says_what_it_does_not_have(
         self,
         hub: Hub,
         serve: Callable[..., Any],

@@ -68,7 +68,7 @@ def test_what_one_side_has_taken_into_its_sum_counts_once(subspace: SharedSubspa
         assert len(joined.parts) == MOST_PARTS
 
 
-def test_what_can_no_longer_be_told_apart_is_left_out_and_said(
+def test_what_can_no_longer_be_told_apart_is_left_out_and_logged(
     subspace: SharedSubspace, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)

@@ -139,7 +139,7 @@ class TestLikeness:
         assert report.duplicates == (("task2", "copy"),)
         assert report.near_duplicates == ()
 
-    def test_another_scale_or_sign_is_no_duplicate(self) -> None:
+    def test_another_scale_or_sign_is_not_a_duplicate(self) -> None:
         adapters = collection(3)
         for name, factor in (("double", 2.0), ("negative", -1.0)):
             adapters[name] = {

@@ -184,7 +184,7 @@ def test_features_that_do_not_vary_can_be_compared_all_the_same() -> None:
 
 @given(seed=st.integers(0, 10**6), lengths=st.lists(st.integers(1, 6), min_size=1, max_size=4), left=st.booleans())
 @settings(max_examples=30, deadline=None)
-def test_pooling_takes_the_mean_of_what_is_no_padding(seed: int, lengths: list[int], left: bool) -> None:
+def test_pooling_takes_the_mean_of_what_is_not_padding(seed: int, lengths: list[int], left: bool) -> None:
     generator = torch.Generator().manual_seed(seed)
     states = [torch.randn(len(lengths), 6, 4, generator=generator) for _ in range(2)]
     mask = torch.tensor([[0] * (6 - n) + [1] * n if left else [1] * n + [0] * (6 - n) for n in lengths])

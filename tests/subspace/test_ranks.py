@@ -119,7 +119,7 @@ def test_no_tolerance_keeps_every_column_and_a_tolerance_of_zero_every_number() 
 
 
 @pytest.mark.parametrize("value", [1.0, -0.1, float("nan"), True, "0.1"])
-def test_a_tolerance_that_is_no_error_is_refused(value: object) -> None:
+def test_a_tolerance_that_is_not_an_error_is_refused(value: object) -> None:
     with pytest.raises(ValueError, match=f"tolerance is {value!r}, expected None or a number of at least 0"):
         SubspaceSettings(tolerance=value)
 

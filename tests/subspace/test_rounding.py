@@ -107,7 +107,7 @@ def test_numbers_that_are_not_of_4_bits_are_not_packed() -> None:
         (torch.full((2, 3), 0x88, dtype=torch.uint8), torch.zeros(1, 1).bfloat16(), r"expected \(2, 1\) for k = 6"),
     ],
 )
-def test_what_is_no_codes_and_scales_is_refused(codes: Tensor, scales: Tensor, message: str) -> None:
+def test_what_is_not_codes_and_scales_is_refused(codes: Tensor, scales: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         unpacked(codes, scales)
 

@@ -188,7 +188,7 @@ def test_a_subspace_of_a_model_of_another_size_is_refused(
     assert not share_layers(base)
 
 
-def test_a_basis_smaller_than_the_cap_is_no_damage(
+def test_a_basis_smaller_than_the_cap_is_not_damage(
     tiny_model: Callable[[str], PreTrainedModel], tmp_path: Path
 ) -> None:
     model = with_tasks(tiny_model("llama"), LLAMA, "one")

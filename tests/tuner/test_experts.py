@@ -501,7 +501,7 @@ def test_half_a_lora_is_refused_by_name(change: Any, found: str, folders: dict[s
         ({"rank_pattern": {"down_proj": 0}}, "r of 'model.layers.0.mlp.experts.down_proj' is 0, expected a positive"),
     ],
 )
-def test_a_configuration_that_does_not_tell_is_refused(
+def test_a_configuration_that_does_not_say_is_refused(
     values: dict[str, Any], found: str, folders: dict[str, Path]
 ) -> None:
     edit_json(folders["first"] / "adapter_config.json", lambda config: config.update(values))

@@ -169,7 +169,7 @@ class TestTransformers:
         assert not result.unexpected_keys and not result.missing_keys
         assert torch.equal(logits(model.eval(), LLAMA.batch()), logits(source, LLAMA.batch()))
 
-    def test_reads_the_basis_beside_the_weights_for_a_configuration_of_ones_own(
+    def test_reads_the_basis_beside_the_weights_for_a_custom_configuration(
         self, source: PeftModel, tiny_model: Base, folder: Path
     ) -> None:
         model = tiny_model("llama")
@@ -178,7 +178,7 @@ class TestTransformers:
 
 
 class TestFolders:
-    def test_bring_their_basis_for_a_configuration_of_ones_own(
+    def test_bring_their_basis_for_a_custom_configuration(
         self, source: PeftModel, tiny_model: Base, folder: Path
     ) -> None:
         config = LLAMA.config()
@@ -258,7 +258,7 @@ class TestFolders:
 
 
 @pytest.mark.parametrize("phase", ["adapt", "init"])
-def test_what_is_no_coefficients_in_the_basis_needs_no_fingerprint(phase: str, tiny_model: Base) -> None:
+def test_what_is_not_coefficients_in_the_basis_needs_no_fingerprint(phase: str, tiny_model: Base) -> None:
     source = with_random_bases(with_tasks(tiny_model("llama"), LLAMA, "one", phase=phase))
     weights = get_peft_model_state_dict(source, adapter_name="one")
     assert not [name for name in weights if "fingerprint" in name]

@@ -276,7 +276,7 @@ def test_what_is_kept_is_dropped_when_it_would_be_wrong(
     assert_close(found, expected_logits(model, base))
 
 
-def test_another_input_type_is_folded_anew(model: PeftModel) -> None:
+def test_another_input_type_is_folded_again(model: PeftModel) -> None:
     layer = an_adapted_layer(model)
     layer.base_layer = layer.base_layer.to(torch.bfloat16)
     x = torch.randn(3, 64)

@@ -200,7 +200,7 @@ def test_the_basis_is_stored_once_and_a_further_task_costs_its_coefficients(
     assert {name: layer.share_basis_out.data_ptr() for name, layer in layers.items()} == bases
 
 
-def test_the_basis_is_no_part_of_the_state_dict(tiny_model: Callable[[str], PreTrainedModel]) -> None:
+def test_the_basis_is_not_part_of_the_state_dict(tiny_model: Callable[[str], PreTrainedModel]) -> None:
     model = with_tasks(tiny_model("llama"), LLAMA, "one", "two")
     assert not [name for name in model.state_dict() if "basis" in name]
     assert [name for name, _ in model.named_buffers() if "share_basis_out" in name]

@@ -96,7 +96,7 @@ def test_loading_options_do_what_they_do_for_lora(
         assert all(gradient.abs().max() > 0 for gradient in gradients(model, LLAMA.batch()).values())
 
 
-def test_training_goes_on_where_it_was_saved(tiny_model: Callable[[str], PreTrainedModel], tmp_path: Path) -> None:
+def test_training_continues_where_it_was_saved(tiny_model: Callable[[str], PreTrainedModel], tmp_path: Path) -> None:
     model = with_random_bases(with_tasks(tiny_model("llama"), LLAMA, "default"))
     model.save_pretrained(tmp_path)
     expected = learn(model, LLAMA.batch(), steps=3)

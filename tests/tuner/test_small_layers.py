@@ -99,7 +99,7 @@ def test_small_layers_are_trained_in_every_phase(phase: Phase, base: LlamaForSeq
         assert any(parameter.grad is not None and parameter.grad.any() for parameter in trained), name
 
 
-def test_one_line_tells_which_fresh_layers_are_smaller(
+def test_one_line_says_which_new_layers_are_smaller(
     base: LlamaForSequenceClassification, warnings_of_share: pytest.LogCaptureFixture
 ) -> None:
     model = get_peft_model(base, ShareConfig(num_components=16, pseudo_rank=4, target_modules=TARGETS))
@@ -110,7 +110,7 @@ def test_one_line_tells_which_fresh_layers_are_smaller(
     assert "'score' (1, 32)" in record.getMessage()
 
 
-def test_one_line_tells_which_layers_of_adapters_are_smaller_and_none_when_they_are_loaded(
+def test_one_line_says_which_layers_of_adapters_are_smaller_and_none_when_they_are_loaded(
     base: LlamaForSequenceClassification, warnings_of_share: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     subspace = SharedSubspace.from_adapters({"a": lora(base, tmp_path / "a", 0)}, progress=False)
