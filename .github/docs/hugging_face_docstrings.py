@@ -64,7 +64,7 @@ def as_google(text: str) -> str:
 
 
 def with_links(text: str) -> str:
-    """Return a text in which links of the form ``[`~module.Name`]`` lead to the reference, or to the pages of other libraries."""
+    """Return a text in which links such as ``[`~module.Name`]`` lead to the reference, or to other libraries."""
     return _LINK.sub(lambda match: _link(match[2], is_short=bool(match[1])), text)
 
 
