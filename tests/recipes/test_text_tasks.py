@@ -156,7 +156,7 @@ def test_a_kind_that_is_asked_for_comes_before_what_is_found(load: Any, write: A
     assert load("task", halves, problem_type=REGRESSION).problem_type == REGRESSION
     with pytest.raises(ValueError, match=r"has 'regresion' for task 'task', expected one of \['regression'"):
         load("task", halves, problem_type="regresion")
-    with pytest.raises(ValueError, match="has label 'high' in train, expected a number, as of a regression"):
+    with pytest.raises(ValueError, match="has label 'high' in train, expected a number for a regression"):
         load("task", write("words", train=rows("high", "low"), test=rows("low")), problem_type=REGRESSION)
 
 
