@@ -236,7 +236,7 @@ gpu.run_parts(parts, Path({str(out)!r}), seconds=120, device="cpu")
     process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(FOLDER)})
     children: list[psutil.Process] = []
     try:
-        wait_for(lambda: out.is_file() and "test_passes" in out.read_text() and not interrupted(out, "test_is_skipped"))
+        wait_for(lambda: out.is_file() and "test_passes" in out.read_text() and not cut_off(out, "test_is_skipped"))
         children = psutil.Process(process.pid).children(recursive=True)
         assert children
         process.send_signal(number)
@@ -256,7 +256,7 @@ gpu.run_parts(parts, Path({str(out)!r}), seconds=120, device="cpu")
         assert rows[name]["reason"] == "not run: the run was interrupted before"
 
 
-def interrupted(path: Path, test: str) -> bool:
+def cut_off(path: Path, test: str) -> bool:
     return "was interrupted" in next(row for name, row in rows_in(path).items() if test in name)["reason"]
 
 
