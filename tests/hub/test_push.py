@@ -211,7 +211,7 @@ def test_a_name_that_means_something_else_in_the_repository_is_refused(
         hub.api.create_branch(REPO, branch="sst2")
     else:
         hub.api.create_tag(REPO, tag="sst2")
-    refuses(hub, subspace, f"has a {kind} 'sst2'.*, expected none.*: delete it, or rename the task")
+    refuses(hub, subspace, f"has a {kind} 'sst2'.*, expected no .*: delete it, or rename the task")
 
 
 @pytest.mark.parametrize(
