@@ -15,7 +15,7 @@ from peft.tuners.lora import eva
 from peft.utils import hotswap, loftq_utils
 
 
-_WAY = "export the task as a LoRA with SharedSubspace.export_lora and use the option with that"
+_WAY = "export the task as a LoRA with SharedSubspace.export_lora and use it with that LoRA"
 
 # Options of LoRA that have another name here, or are not needed.
 _INSTEAD = {

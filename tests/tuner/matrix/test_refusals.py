@@ -91,32 +91,32 @@ def _with(**values: Any) -> ShareConfig:
 
 # By name: a call with a model that has the task "one" and the folder in which it is saved, and the message.
 CALLS: dict[str, tuple[Callable[[PeftModel, Path], Any], str]] = {
-    "rescale_adapter_scale": (_scaled, f"rescale_adapter_scale is {ALONE}"),
+    "rescale_adapter_scale": (_scaled, f"rescale_adapter_scale works {ALONE}"),
     "hotswap_adapter": (
         lambda model, folder: hotswap_adapter(model, str(folder / "one"), "one"),
-        f"hotswap_adapter is {ALONE}",
+        f"hotswap_adapter works {ALONE}",
     ),
     "prepare_model_for_compiled_hotswap": (
         lambda model, folder: prepare_model_for_compiled_hotswap(model, target_rank=8),
-        f"prepare_model_for_compiled_hotswap is {ALONE}",
+        f"prepare_model_for_compiled_hotswap works {ALONE}",
     ),
     "initialize_lora_eva_weights": (
         lambda model, folder: peft.initialize_lora_eva_weights(model),
-        f"initialize_lora_eva_weights is {ALONE}",
+        f"initialize_lora_eva_weights works {ALONE}",
     ),
     "replace_lora_weights_loftq": (
         lambda model, folder: peft.replace_lora_weights_loftq(model),
-        f"replace_lora_weights_loftq is {ALONE}",
+        f"replace_lora_weights_loftq works {ALONE}",
     ),
     "save_pretrained(path_initial_model_for_weight_conversion=)": (
         lambda model, folder: model.save_pretrained(
             folder / "new", path_initial_model_for_weight_conversion=str(folder / "initial")
         ),
-        f"path_initial_model_for_weight_conversion is {ALONE}",
+        f"path_initial_model_for_weight_conversion works {ALONE}",
     ),
     "get_peft_model(mixed=True)": (
         lambda model, folder: get_peft_model(_native(copy.deepcopy(model)), _with(), mixed=True),
-        f"PeftMixedModel is {ALONE}",
+        f"PeftMixedModel works {ALONE}",
     ),
     "PeftMixedModel.from_pretrained": (
         lambda model, folder: PeftMixedModel.from_pretrained(_native(copy.deepcopy(model)), folder / "one"),
