@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 def read_version() -> str:
-    """The version in share_hf/version.py, read as text: importing the package would need its dependencies."""
+    """Return the version in share_hf/version.py, read as text: importing the package would need its dependencies."""
     path = ROOT / "share_hf" / "version.py"
     found = re.search(r'^__version__ = "([^"]+)"$', path.read_text(encoding="utf-8"), re.MULTILINE)
     if found is None:

@@ -1,10 +1,10 @@
-"""Whether benchmarks still reach their goals, from what they wrote with `--json`.
+"""Check whether benchmarks still reach their goals, from what they wrote with `--json`.
 
     python recipes/benchmarks/size.py --quick --json size.json
     python .github/check_benchmarks.py size.json
 
-Each goal is printed with its number. Goals of bytes, errors and counts must be met. A goal that rests on a clock may
-be missed by the factor SLACK, since other programs use a shared machine too; what exceeds that is a regression. Rows
+Each goal is printed with its number. Goals of bytes, errors and counts must be met. A goal that depends on a clock may
+be missed by the factor SLACK, since other programs use a shared machine too; more than that is a regression. Rows
 that were not run are printed and do not count. Exit codes: 0; 1 for a regression, or if no goal was measured at all.
 """
 
@@ -27,7 +27,7 @@ EXACT = re.compile(
 
 
 def is_regression(row: Mapping[str, Any]) -> bool:
-    """Whether a row with a goal misses it, by more than the clock explains."""
+    """Return whether a row with a goal misses it by more than the clock explains."""
     if row["ok"] is not False:
         return False
     bound = re.fullmatch(r"([<>]=) (\S+)", row["goal"])

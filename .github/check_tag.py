@@ -1,8 +1,8 @@
-"""Whether a release may be built: its tag is the version of the package, and the changelog tells of that version.
+"""Check whether a release may be built: its tag is the version of the package, and the changelog has that version.
 
     python .github/check_tag.py v0.1.0
 
-Exit codes: 0 if so; 1 if not, with one line that says why. Needs the standard library alone.
+Exit codes: 0 if it may; 1 if not, with one line that says why. Needs only the standard library.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def fault_of(tag: str, root: Path = ROOT) -> str | None:
-    """What is wrong with a tag, or None."""
+    """Return what is wrong with a tag, or None."""
     source = (root / "share_hf" / "version.py").read_text(encoding="utf-8")
     found = re.search(r'^__version__ = "([^"]+)"$', source, re.MULTILINE)
     if found is None:

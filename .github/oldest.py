@@ -1,4 +1,4 @@
-"""Print the lower bounds of what share_hf needs as constraints for pip, one `name==version` a line.
+"""Print the lower bounds of what share_hf needs as constraints for pip, one `name==version` per line.
 
     pip install --no-deps -e .
     python .github/oldest.py > oldest.txt
@@ -14,7 +14,7 @@ from importlib import metadata
 
 
 def oldest(requirements: list[str]) -> list[str]:
-    """Each requirement without an extra, at its lower bound."""
+    """Return each requirement without an extra, at its lower bound."""
     found = []
     for requirement in requirements:
         if "extra ==" in requirement:

@@ -62,7 +62,7 @@ def digits_of(place: str) -> DatasetDict:
     named = place.removeprefix(PREFIX).split(",")
     labels, looks = ([name for name in named if name in known] for known in (LABELS, LOOKS))
     if len(labels) > 1 or len(looks) > 1 or len(labels) + len(looks) != len(named):
-        raise ValueError(f"{place!r} is no task of digits, expected one of {[*LABELS]}, one of {[*LOOKS]}, or both")
+        raise ValueError(f"{place!r} is not a digits task, expected one of {[*LABELS]}, one of {[*LOOKS]}, or both")
     label, look = next(iter(labels), "ten"), next(iter(looks), "upright")
     return DatasetDict({split: digits(split, label, look) for split in ("train", "test")})
 

@@ -1,4 +1,4 @@
-"""Image tasks from folders, from data sets on the hub, and from the digits that ship with scikit-learn."""
+"""Image tasks from folders, from data sets on the Hub, and from the digits that ship with scikit-learn."""
 
 from __future__ import annotations
 
@@ -72,9 +72,10 @@ def _column(place: str, name: str, given: str | None, features: Features, kind: 
     if given is None and len(of_kind) == 1:
         given = of_kind[0]
     if given not in features:
-        found = "none of its own" if given is None else repr(given)
+        found = "not found" if given is None else repr(given)
         raise ValueError(
-            f"{place}: the column of the {name}s is {found}, expected one of {sorted(features)}: give --{name}_column"
+            f"{place}: the column with the {name}s is {found}, expected one of {sorted(features)}: give "
+            f"--{name}_column"
         )
     return given
 

@@ -94,8 +94,8 @@ class PromptFormat:
         answers = [self._rendered(tokenizer, "a", answer) for answer in (label, "a", "b")]
         if any(answer[: len(prompt)] != prompt for answer in answers):
             raise ValueError(
-                "the chat template begins an answer otherwise than it ends a prompt (add_generation_prompt=True), "
-                "expected the same; --chat_template never goes without it"
+                "the chat template starts an answer differently from the way it ends a prompt "
+                "(add_generation_prompt=True), expected the same; pass --chat_template never to do without it"
             )
         end = len(_common_start(answers[1][::-1], answers[2][::-1]))
         return answers[0][len(prompt) : len(answers[0]) - end]

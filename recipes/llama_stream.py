@@ -60,81 +60,81 @@ class ScriptArguments:
     """What to learn, and on what."""
 
     model_name_or_path: str = field(
-        default=str(ASSETS / "backbone"), metadata={"help": "Folder or hub id of a causal LM."}
+        default=str(ASSETS / "backbone"), metadata={"help": "Folder or Hub id of a causal LM."}
     )
     tasks: list[str] = field(
         default_factory=list,
         metadata={"help": "name=place for each task: a jsonl or csv file, a folder, or a datasets id."},
     )
-    train_examples: int | None = field(default=None, metadata={"help": "Use only the first examples of each task."})
-    eval_examples: int | None = field(default=None, metadata={"help": "Score only the first examples of each task."})
+    train_examples: int | None = field(default=None, metadata={"help": "Training examples per task, from the first."})
+    eval_examples: int | None = field(default=None, metadata={"help": "Test examples per task, from the first."})
     held_out: int = field(
-        default=0, metadata={"help": "Score on this many training examples, the last ones, instead of on test data."}
+        default=0, metadata={"help": "Number of training examples, from the last, to score on instead of test data."}
     )
     text_columns: list[str] = field(
         default_factory=lambda: ["text"],
-        metadata={"help": "Columns to join into the text, one on each line; a task uses those that it has."},
+        metadata={"help": "Columns to join into the text, one per line; a task uses those that it has."},
     )
     chat_template: Literal["auto", "never"] = field(
-        default="auto",
-        metadata={"help": "Whether prompts have the form of the tokenizer's chat template, if it has one."},
+        default="auto", metadata={"help": "Whether prompts follow the tokenizer's chat template, if it has one."}
     )
     after_text: str | None = field(
         default=None,
-        metadata={"help": "What follows a text; {labels} in it names the labels. 'Answer:' if it is no chat."},
+        metadata={"help": "Suffix of each text; {labels} stands for the labels. 'Answer:' without a chat template."},
     )
-    max_length: int = field(default=256, metadata={"help": "Tokens of a prompt at most."})
+    max_length: int = field(default=256, metadata={"help": "Largest number of tokens of a prompt."})
     target_modules: str = field(default="all-linear", metadata={"help": "Modules to adapt, comma-separated."})
-    num_components: int = field(default=32, metadata={"help": "Cap on the directions of a layer's basis (k)."})
+    num_components: int = field(default=32, metadata={"help": "Cap on the number of directions per layer (k)."})
     pseudo_rank: int = field(default=8, metadata={"help": "Rank of a task (p)."})
-    lora_rank: int | None = field(default=None, metadata={"help": "Rank of the baselines' LoRAs; p if not given."})
-    num_temporary: int | None = field(default=None, metadata={"help": "Temporary factors (φ); k // 4 if not given."})
+    lora_rank: int | None = field(default=None, metadata={"help": "Rank of the baselines' LoRAs; p by default."})
+    num_temporary: int | None = field(default=None, metadata={"help": "Temporary factors (φ); k // 4 by default."})
     temporary_init: Literal["basis", "random"] = field(
-        default="basis", metadata={"help": "What temporary factors begin as: basis vectors, or a fresh LoRA."}
+        default="basis", metadata={"help": "How temporary factors start: as basis vectors, or like a new LoRA."}
     )
-    init_std: float = field(default=0.05, metadata={"help": "Spread of a new task's coefficients (σ)."})
-    drift_tolerance: float | None = field(default=None, metadata={"help": "Largest drift merges may add up to."})
+    init_std: float = field(default=0.05, metadata={"help": "Standard deviation of a new task's coefficients (σ)."})
+    drift_tolerance: float | None = field(default=None, metadata={"help": "Largest drift that merges may add up to."})
     attn_implementation: str | None = field(
         default=None,
-        metadata={"help": "How attention is computed, such as eager or sdpa; the model's own if not given."},
+        metadata={"help": "Implementation of attention, such as eager or sdpa; the model's own by default."},
     )
     load_in_4bit: bool = field(default=False, metadata={"help": "Quantize the model to NF4 with bitsandbytes."})
     results_json: Path | None = field(
-        default=None, metadata={"help": "File for what was measured, each example's answer included."}
+        default=None, metadata={"help": "File to write the measurements to, including the answer to each example."}
     )
     own_text: Path | None = field(
         default=None,
-        metadata={"help": "jsonl, csv or text file of no task, whose loss is measured with each adapter."},
+        metadata={"help": "jsonl, csv or text file of no task, on which each adapter's loss is measured."},
     )
-    own_texts: int = field(default=100, metadata={"help": "Texts of that file at most."})
+    own_texts: int = field(default=100, metadata={"help": "Largest number of texts to read from that file."})
 
 
 @dataclass
 class StreamArguments(ShareTrainingArguments):
     """Arguments of ShareTrainer, with the defaults of this recipe."""
 
-    output_dir: str | None = field(default="llama-stream", metadata={"help": "Where to leave the subspace."})
+    output_dir: str | None = field(default="llama-stream", metadata={"help": "Folder to write the subspace to."})
     method: Literal["share", "coefficients", "per_task_lora", "sequential_lora"] = field(
         default="share", metadata={"help": "How to learn a task; the last two are baselines."}
     )
     learning_rate: float = field(default=5e-3, metadata={"help": "Learning rate of the adapt phase."})
     init_learning_rate: float | None = field(default=4e-3, metadata={"help": "Learning rate of LoRA factors."})
     coefficients_learning_rate: float | None = field(
-        default=None, metadata={"help": "With --method coefficients, instead of learning_rate."}
+        default=None, metadata={"help": "Learning rate with --method coefficients; learning_rate by default."}
     )
     lora_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the baselines; init_learning_rate if not given."}
+        default=None, metadata={"help": "Learning rate of the baselines; init_learning_rate by default."}
     )
-    num_train_epochs: float = field(default=5.0, metadata={"help": "Epochs of each task."})
-    per_device_train_batch_size: int = field(default=16, metadata={"help": "Examples a step and device."})
-    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Examples to score at once."})
-    warmup_steps: float = field(default=0.1, metadata={"help": "Steps of warm-up; under 1, a share of all."})
+    num_train_epochs: float = field(default=5.0, metadata={"help": "Number of epochs per task."})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Number of examples per step and device."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Number of examples to score at once."})
+    warmup_steps: float = field(default=0.1, metadata={"help": "Number of warm-up steps; below 1, a fraction."})
     evaluate_before: bool = field(default=True, metadata={"help": "Score each task also before it is learned."})
     train_sampling_strategy: str = field(
-        default="group_by_length", metadata={"help": "How examples are batched; those of like length by default."}
+        default="group_by_length",
+        metadata={"help": "How examples are batched; by default, with others of similar length."},
     )
     save_strategy: str = field(default="no", metadata={"help": "When a phase writes checkpoints to resume from."})
-    report_to: str = field(default="none", metadata={"help": "Where to log: tensorboard, wandb, trackio …"})
+    report_to: str = field(default="none", metadata={"help": "Where to log, such as tensorboard, wandb or trackio."})
     dataloader_pin_memory: bool = field(default=torch.cuda.is_available(), metadata={"help": "Pin host memory."})
 
 
@@ -241,10 +241,11 @@ def check_results(script: ScriptArguments, args: StreamArguments) -> None:
     """Reject settings that could not write their results, before hours of training."""
     if script.own_text is not None and script.results_json is None:
         raise ValueError(
-            f"--own_text is {script.own_text} and --results_json is not given, expected both: it is kept there"
+            f"--own_text is {script.own_text} and --results_json is not given, expected both: the losses are kept "
+            "there"
         )
     if script.results_json is not None and args.world_size > 1:
-        raise ValueError(f"--results_json is given in {args.world_size} processes, expected one")
+        raise ValueError(f"--results_json is given in {args.world_size} processes, expected one process")
 
 
 def own_learning_rate(args: StreamArguments) -> float:

@@ -43,11 +43,11 @@ class ScriptArguments:
     """What to learn, and on what."""
 
     clients: int = field(default=20, metadata={"help": "Number of tasks that are learned together."})
-    notes: int = field(default=240, metadata={"help": "Notes that each client brings to learn from."})
-    test_notes: int = field(default=60, metadata={"help": "Notes that each client is scored on."})
+    notes: int = field(default=240, metadata={"help": "Number of notes that each client brings to learn from."})
+    test_notes: int = field(default=60, metadata={"help": "Number of notes that each client is scored on."})
     basis_examples: int = field(default=480, metadata={"help": "Examples of each task that makes the basis."})
     one_by_one: bool = field(default=False, metadata={"help": "Learn the clients one after the other."})
-    num_components: int = field(default=32, metadata={"help": "Cap on the directions of a layer's basis (k)."})
+    num_components: int = field(default=32, metadata={"help": "Cap on the number of directions per layer (k)."})
     pseudo_rank: int = field(default=8, metadata={"help": "Rank of a task (p)."})
 
 
@@ -55,19 +55,19 @@ class ScriptArguments:
 class StreamArguments(ShareTrainingArguments):
     """Arguments of ShareTrainer, with the defaults of this recipe."""
 
-    output_dir: str | None = field(default="many-tasks", metadata={"help": "Where to leave the subspace."})
-    method: str = field(default="coefficients", metadata={"help": "How tasks are learned; as it is."})
-    num_init_tasks: int = field(default=len(BASIS_TASKS), metadata={"help": "Tasks that make the basis; as it is."})
+    output_dir: str | None = field(default="many-tasks", metadata={"help": "Folder to write the subspace to."})
+    method: str = field(default="coefficients", metadata={"help": "How tasks are learned; leave as is."})
+    num_init_tasks: int = field(default=len(BASIS_TASKS), metadata={"help": "Tasks that make the basis; leave as is."})
     learning_rate: float = field(default=2e-2, metadata={"help": "Learning rate of coefficients."})
     init_learning_rate: float | None = field(default=4e-3, metadata={"help": "Learning rate of LoRA factors."})
-    num_train_epochs: float = field(default=5.0, metadata={"help": "Epochs of each task."})
-    per_device_train_batch_size: int = field(default=64, metadata={"help": "Examples a step, of several clients."})
-    samples_per_task: int = field(default=8, metadata={"help": "Examples of a client in a step that has any."})
-    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Examples to score at once."})
-    warmup_steps: float = field(default=0.1, metadata={"help": "Steps of warm-up; under 1, a share of all."})
-    evaluate_seen_tasks: bool = field(default=False, metadata={"help": "Score all tasks after each."})
+    num_train_epochs: float = field(default=5.0, metadata={"help": "Number of epochs per task."})
+    per_device_train_batch_size: int = field(default=64, metadata={"help": "Examples per step, from several clients."})
+    samples_per_task: int = field(default=8, metadata={"help": "Number of examples of each client in a step."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Number of examples to score at once."})
+    warmup_steps: float = field(default=0.1, metadata={"help": "Number of warm-up steps; below 1, a fraction."})
+    evaluate_seen_tasks: bool = field(default=False, metadata={"help": "Score all tasks again after each task."})
     save_strategy: str = field(default="no", metadata={"help": "When a phase writes checkpoints to resume from."})
-    report_to: str = field(default="none", metadata={"help": "Where to log: tensorboard, wandb, trackio …"})
+    report_to: str = field(default="none", metadata={"help": "Where to log, such as tensorboard, wandb or trackio."})
     dataloader_pin_memory: bool = field(default=torch.cuda.is_available(), metadata={"help": "Pin host memory."})
 
 
@@ -106,7 +106,7 @@ def main() -> None:
         mean = sum(scores[name].learned for name in clients) / len(clients)
         way = "one by one" if script.one_by_one else "together"
         print(f"{len(clients)} clients, learned {way}: accuracy {mean:.3f}, chance {1 / len(COLOURS):.3f}")
-        print(f"{output.global_step} steps, {time.monotonic() - started:.0f} s with their evaluation")
+        print(f"{output.global_step} steps, {time.monotonic() - started:.0f} s, including evaluation")
         print(f"Subspace of {len(trainer.subspace.tasks)} tasks in {args.output_dir}/subspace")
     trainer.accelerator.end_training()
 

@@ -1,12 +1,12 @@
-# Sourced by recipes/quickstart.sh and tests/run.sh, not run by itself.
+# This file is sourced by recipes/quickstart.sh and tests/run.sh; it is not run by itself.
 #
 #     setup_env EXTRAS [PACKAGE…]
 #
-# puts share_hf with EXTRAS (comma-separated, see setup.py) into a virtual environment, then each PACKAGE without its
-# dependencies, and makes that environment's python the one on PATH. What is already there and up to date stays as it
-# is, so that only the first call takes time.
+# installs share_hf with EXTRAS (comma-separated, see setup.py) in a virtual environment, then each PACKAGE without its
+# dependencies, and puts the python of that environment first on PATH. What is already up to date is left alone, so only
+# the first call takes time.
 #
-#     PYTHON          the interpreter to build the environment from; default: the first suitable one found
+#     PYTHON          the interpreter for the environment; default: the first suitable one that is found
 #     SHARE_HF_VENV   the environment's folder; default: .venv in the repository
 
 set -euo pipefail
@@ -26,7 +26,7 @@ can_make_environments() {
 }
 
 find_python() {
-    # python3 comes first: it is what the user has chosen as the default.
+    # python3 comes first, because it is the default that the user has chosen.
     local candidates=(python3 python3.13 python3.12 python3.11 python3.10 python) candidate without_venv=""
     if [ -n "${PYTHON:-}" ]; then
         candidates=("$PYTHON")
@@ -40,7 +40,7 @@ find_python() {
         without_venv="${without_venv:-$candidate}"
     done
     if [ -n "$without_venv" ]; then
-        say "error: $without_venv cannot make virtual environments: its venv or ensurepip module is missing."
+        say "error: $without_venv cannot create virtual environments: its venv or ensurepip module is missing."
         say "Install it (Debian and Ubuntu: apt install python3-venv), or set PYTHON to another interpreter."
     elif [ -n "${PYTHON:-}" ]; then
         say "error: PYTHON=$PYTHON is not a Python of version 3.10 or newer."
@@ -50,12 +50,12 @@ find_python() {
     return 1
 }
 
-# Errors only: pip's warnings, about its configuration or its cache, are nothing that this script could act on.
+# Shows errors only: this script cannot act on pip's warnings about its configuration or its cache.
 quiet_pip() {
     python -m pip --quiet --quiet --disable-pip-version-check "$@"
 }
 
-# What an installation depends on: any change of it makes every stamp stale.
+# Prints what an installation depends on. Any change makes every stamp stale.
 fingerprint() {
     printf '%s %s ' "$root" "$(python -V)"
     cat "$root/setup.py" "$root/.github/constraints.txt" "$root/recipes/setup_env.sh" | cksum
@@ -67,18 +67,18 @@ setup_env() {
     local venv="${SHARE_HF_VENV:-$root/.venv}"
     local constraints="$root/.github/constraints.txt"
 
-    # pip is the last thing that venv installs: without it, a first run was interrupted, and venv completes its work.
+    # venv installs pip last. If pip is missing, the first run was interrupted, and venv completes its work.
     if [ ! -x "$venv/bin/python" ] || [ ! -x "$venv/bin/pip" ]; then
         local python
         python="$(find_python)"
-        say "Making a virtual environment in $venv with $("$python" -V)"
+        say "Creating a virtual environment in $venv with $("$python" -V)"
         "$python" -m venv "$venv"
     fi
     VIRTUAL_ENV="$(cd "$venv" && pwd)"
     export VIRTUAL_ENV PATH="$VIRTUAL_ENV/bin:$PATH"
     unset PYTHONHOME
 
-    # One stamp for each extra and package, so that scripts with different needs share the environment.
+    # Each extra and package has a stamp of its own, so that scripts with different needs can share the environment.
     local stamps="$VIRTUAL_ENV/.share_hf" current part
     local parts=() stale=()
     IFS=, read -r -a parts <<<"$extras"
@@ -89,7 +89,7 @@ setup_env() {
     done
     [ "${#stale[@]}" -gt 0 ] || return 0
 
-    say "Installing into $VIRTUAL_ENV: torch (large; this can take minutes)"
+    say "Installing into $VIRTUAL_ENV: torch (large; this can take some minutes)"
     quiet_pip install -c "$constraints" torch
     say "Installing into $VIRTUAL_ENV: share_hf[$extras]"
     quiet_pip install -c "$constraints" -e "${root}[$extras]"

@@ -65,37 +65,37 @@ class ScriptArguments:
     """What to learn, and on what."""
 
     model_name_or_path: str = field(
-        default=str(ASSETS / "backbone"), metadata={"help": "Folder or hub id of a causal LM."}
+        default=str(ASSETS / "backbone"), metadata={"help": "Folder or Hub id of a causal LM."}
     )
     tasks: list[str] = field(
         default_factory=list,
         metadata={"help": "name=place for each task: a jsonl or csv file, a folder, or a datasets id."},
     )
-    train_examples: int | None = field(default=None, metadata={"help": "Use only the first examples of each task."})
+    train_examples: int | None = field(default=None, metadata={"help": "Training examples per task, from the first."})
     load_in_4bit: bool = field(default=False, metadata={"help": "Quantize the model to NF4 with bitsandbytes."})
     target_modules: str = field(default="all-linear", metadata={"help": "Modules to adapt, comma-separated."})
-    num_components: int = field(default=32, metadata={"help": "Cap on the directions of a layer's basis (k)."})
+    num_components: int = field(default=32, metadata={"help": "Cap on the number of directions per layer (k)."})
     pseudo_rank: int = field(default=8, metadata={"help": "Rank of a task (p)."})
-    init_std: float = field(default=0.05, metadata={"help": "Spread of a new task's coefficients (σ)."})
-    drift_tolerance: float | None = field(default=None, metadata={"help": "Largest drift merges may add up to."})
+    init_std: float = field(default=0.05, metadata={"help": "Standard deviation of a new task's coefficients (σ)."})
+    drift_tolerance: float | None = field(default=None, metadata={"help": "Largest drift that merges may add up to."})
 
 
 @dataclass
 class StreamConfig(SFTConfig):
     """Arguments of SFTTrainer, with the defaults of this recipe."""
 
-    output_dir: str | None = field(default="sft-stream", metadata={"help": "Where to leave the subspace."})
+    output_dir: str | None = field(default="sft-stream", metadata={"help": "Folder to write the subspace to."})
     learning_rate: float = field(default=5e-3, metadata={"help": "Learning rate of AdamW."})
-    num_train_epochs: float = field(default=3.0, metadata={"help": "Epochs of each task."})
-    per_device_train_batch_size: int = field(default=16, metadata={"help": "Examples a step and device."})
-    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Prompts to answer at once."})
-    warmup_steps: float = field(default=0.1, metadata={"help": "Steps of warm-up; under 1, a share of all."})
+    num_train_epochs: float = field(default=3.0, metadata={"help": "Number of epochs per task."})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Number of examples per step and device."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Number of prompts to answer at once."})
+    warmup_steps: float = field(default=0.1, metadata={"help": "Number of warm-up steps; below 1, a fraction."})
     bf16: bool | None = field(default=BFLOAT16, metadata={"help": "Whether to compute in bfloat16."})
     gradient_checkpointing: bool = field(
         default=torch.cuda.is_available(), metadata={"help": "Save memory by computing activations twice."}
     )
     save_strategy: str = field(default="no", metadata={"help": "When a task writes checkpoints."})
-    report_to: str = field(default="none", metadata={"help": "Where to log: tensorboard, wandb, trackio …"})
+    report_to: str = field(default="none", metadata={"help": "Where to log, such as tensorboard, wandb or trackio."})
     dataloader_pin_memory: bool = field(default=torch.cuda.is_available(), metadata={"help": "Pin host memory."})
 
 

@@ -61,7 +61,7 @@ def texts_of(place: Path, most: int) -> list[str]:
         raise ValueError(f"{place}: columns {rows.column_names}, expected 'text' among them")
     texts = [text for text in rows.select(range(min(most, len(rows))))["text"] if text.strip()]
     if not texts:
-        raise ValueError(f"{place}: no text in its first {most} rows, expected some")
+        raise ValueError(f"{place}: no text in its first {most} rows, expected at least one")
     return texts
 
 

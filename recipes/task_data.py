@@ -96,7 +96,7 @@ def with_usual_names(place: str, data: DatasetDict) -> DatasetDict:
 
 
 def without_unlabelled(name: str, data: DatasetDict, column: str) -> DatasetDict:
-    """Drop test and validation splits without labels: on the hub, test splits often have no labels, or only -1."""
+    """Drop test and validation splits without labels: on the Hub, test splits often have no labels, or only -1."""
     kept = DatasetDict(data)
     for split in ("validation", "test"):
         if split in data and (
@@ -188,7 +188,7 @@ def by_task(flag: str, arguments: Sequence[str], tasks: Collection[str]) -> dict
 
 
 def dataset_ids(places: Mapping[str, str]) -> dict[str, str]:
-    """Return the places that are data sets on the hub, by task, without their configurations."""
+    """Return the places that are data sets on the Hub, by task, without their configurations."""
     return {name: place.split(":")[0] for name, place in places.items() if not Path(place).exists()}
 
 

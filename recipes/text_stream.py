@@ -49,32 +49,32 @@ from share_hf.continual.problems import CLASSES, loss_of
 class ScriptArguments:
     """What to learn, and on what."""
 
-    model_name_or_path: str = field(metadata={"help": "Folder or hub id of an encoder."})
+    model_name_or_path: str = field(metadata={"help": "Folder or Hub id of an encoder."})
     tasks: list[str] = field(metadata={"help": "name=place for each task: a file, a folder, or a datasets id."})
     text_columns: list[str] = field(
-        default_factory=list, metadata={"help": "Columns of texts, first,second for pairs: of all tasks, or name=…"}
+        default_factory=list, metadata={"help": "Columns of texts, first,second for pairs: for all tasks, or name=…"}
     )
     problem_types: list[str] = field(
-        default_factory=list, metadata={"help": "name=regression, say, for a task whose labels do not tell."}
+        default_factory=list, metadata={"help": "name=regression, for example, if a task's labels are ambiguous."}
     )
     metrics: list[str] = field(
         default_factory=list, metadata={"help": "name=metric or name=first,second; the first is the task's score."}
     )
-    train_examples: int | None = field(default=None, metadata={"help": "Use only the first examples of each task."})
-    max_length: int = field(default=64, metadata={"help": "Tokens of a text, or of a pair, at most."})
+    train_examples: int | None = field(default=None, metadata={"help": "Training examples per task, from the first."})
+    max_length: int = field(default=64, metadata={"help": "Largest number of tokens of a text, or of a pair."})
     target_modules: str = field(default="query,value,intermediate.dense", metadata={"help": "Modules to adapt."})
-    num_components: int = field(default=32, metadata={"help": "Cap on the directions of a layer's basis (k)."})
+    num_components: int = field(default=32, metadata={"help": "Cap on the number of directions per layer (k)."})
     pseudo_rank: int = field(default=8, metadata={"help": "Rank of a task (p), and of the baselines' LoRAs."})
-    num_temporary: int | None = field(default=None, metadata={"help": "Temporary factors (φ); k // 4 if not given."})
+    num_temporary: int | None = field(default=None, metadata={"help": "Temporary factors (φ); k // 4 by default."})
     temporary_init: Literal["basis", "random"] = field(
-        default="basis", metadata={"help": "What temporary factors begin as: basis vectors, or a fresh LoRA."}
+        default="basis", metadata={"help": "How temporary factors start: as basis vectors, or like a new LoRA."}
     )
     basis: Literal["joint", "factor"] = field(default="joint", metadata={"help": "How merges choose the basis."})
     center: bool = field(
-        default=False, metadata={"help": "Center the factors in merges, as the paper does ('factor')."}
+        default=False, metadata={"help": "Center the factors in merges, as the paper does (only with 'factor')."}
     )
-    init_std: float = field(default=0.05, metadata={"help": "Spread of a new task's coefficients (σ)."})
-    drift_tolerance: float | None = field(default=None, metadata={"help": "Largest drift merges may add up to."})
+    init_std: float = field(default=0.05, metadata={"help": "Standard deviation of a new task's coefficients (σ)."})
+    drift_tolerance: float | None = field(default=None, metadata={"help": "Largest drift that merges may add up to."})
     load_in_4bit: bool = field(default=False, metadata={"help": "Quantize the model to NF4 with bitsandbytes."})
 
 
@@ -82,19 +82,21 @@ class ScriptArguments:
 class StreamArguments(ShareTrainingArguments):
     """Arguments of ShareTrainer, with the defaults of this recipe."""
 
-    output_dir: str | None = field(default="text-stream", metadata={"help": "Where to leave the subspace."})
+    output_dir: str | None = field(default="text-stream", metadata={"help": "Folder to write the subspace to."})
     method: Literal["share", "coefficients", "per_task_lora", "sequential_lora"] = field(
         default="share", metadata={"help": "How to learn a task; the last two are baselines."}
     )
     learning_rate: float = field(default=5e-3, metadata={"help": "Learning rate of the adapt phase."})
     init_learning_rate: float | None = field(default=4e-3, metadata={"help": "Learning rate of LoRA factors."})
-    num_train_epochs: float = field(default=3.0, metadata={"help": "Epochs of each task."})
-    per_device_train_batch_size: int = field(default=16, metadata={"help": "Examples a step and device."})
-    per_device_eval_batch_size: int = field(default=128, metadata={"help": "Examples to score at once."})
-    warmup_steps: float = field(default=0.1, metadata={"help": "Steps of warm-up; under 1, a share of all."})
-    train_sampling_strategy: str = field(default="group_by_length", metadata={"help": "Batch texts of like length."})
+    num_train_epochs: float = field(default=3.0, metadata={"help": "Number of epochs per task."})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Number of examples per step and device."})
+    per_device_eval_batch_size: int = field(default=128, metadata={"help": "Number of examples to score at once."})
+    warmup_steps: float = field(default=0.1, metadata={"help": "Number of warm-up steps; below 1, a fraction."})
+    train_sampling_strategy: str = field(
+        default="group_by_length", metadata={"help": "Batch texts of similar length."}
+    )
     save_strategy: str = field(default="no", metadata={"help": "When a phase writes checkpoints to resume from."})
-    report_to: str = field(default="none", metadata={"help": "Where to log: tensorboard, wandb, trackio …"})
+    report_to: str = field(default="none", metadata={"help": "Where to log, such as tensorboard, wandb or trackio."})
     dataloader_pin_memory: bool = field(default=torch.cuda.is_available(), metadata={"help": "Pin host memory."})
 
 
@@ -160,7 +162,7 @@ def load_tasks(
     """Load the tasks, each with the columns, the problem type and the metrics that the flags set for it."""
     of_all = [columns for columns in script.text_columns if "=" not in columns]
     if len(of_all) > 1:
-        raise ValueError(f"--text_columns has {of_all}, expected one of them for all tasks, or name=first,second")
+        raise ValueError(f"--text_columns has {of_all}, expected one entry for all tasks, or name=first,second")
     columns = dict.fromkeys(places, of_all[0].split(",")) if of_all else {}
     columns |= by_task("--text_columns", [each for each in script.text_columns if "=" in each], places)
     kinds = by_task("--problem_types", script.problem_types, places)

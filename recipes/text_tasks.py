@@ -30,7 +30,7 @@ try:
     from sklearn import metrics as sk
 except ImportError as error:
     raise ImportError(
-        f"{error}: tasks of text are scored by scikit-learn and scipy, pip install 'share-hf[metrics]' or scikit-learn"
+        f"{error}: text tasks are scored with scikit-learn and scipy, pip install 'share-hf[metrics]' or scikit-learn"
     ) from error
 
 logger = logging.get_logger(__name__)
@@ -222,7 +222,7 @@ def _check_text_columns(task: str, splits: DatasetDict, columns: Sequence[str]) 
             empty = sum(not isinstance(text, str) for text in data[column])
             if empty:
                 raise ValueError(
-                    f"task {task!r} has {empty} of {len(data)} examples in {split} whose {column!r} is no text, "
+                    f"task {task!r} has {empty} of {len(data)} examples in {split} whose {column!r} is not text, "
                     f"expected text: its type is {data.features[column]}"
                 )
 
@@ -253,8 +253,8 @@ def _found_labels(
     inner = getattr(feature, "feature", None)
     if isinstance(labels[0], list) != (asked_for == MULTI_LABEL) and asked_for is not None:
         raise ValueError(
-            f"task {task!r} has label {labels[0]!r}, expected {'a list' if asked_for == MULTI_LABEL else 'one'}, as "
-            f"--problem_types says {asked_for}"
+            f"task {task!r} has label {labels[0]!r}, expected {'a list' if asked_for == MULTI_LABEL else 'one'}, "
+            f"because --problem_types says {asked_for}"
         )
     if isinstance(labels[0], list):
         if isinstance(inner, ClassLabel):
@@ -353,7 +353,7 @@ class _LabelEncoder:
         except (TypeError, ValueError):
             value = math.nan
         if not math.isfinite(value):
-            raise self._refused(label, split, "a number, as of a regression")
+            raise self._refused(label, split, "a number for a regression")
         return value
 
     def _named(self, label: Any) -> str:
@@ -440,7 +440,7 @@ def _checked_metrics(task: str, metrics: Sequence[str], kind: ProblemType, label
         if metric == "f1" and kind == CLASSES and len(labels) != 2:
             raise ValueError(
                 f"--metrics has 'f1' for task {task!r}, which has {len(labels)} classes, expected 'f1_macro' or "
-                "'f1_weighted': f1 is that of one class of two"
+                "'f1_weighted': f1 is for one class of two"
             )
     return tuple(dict.fromkeys(metrics))
 

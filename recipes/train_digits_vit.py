@@ -34,9 +34,9 @@ except ImportError:  # earlier versions of transformers
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("folder", help="Where to leave the model.")
-    parser.add_argument("--epochs", type=float, default=25.0, help="Epochs of the training.")
-    parser.add_argument("--seed", type=int, default=0, help="Seed of weights and batches.")
+    parser.add_argument("folder", help="Folder to write the model to.")
+    parser.add_argument("--epochs", type=float, default=25.0, help="Number of training epochs.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the weights and batches.")
     parsed = parser.parse_args()
     set_seed(parsed.seed)
     torch.set_num_threads(1)  # a second thread costs more than it gains for such a small model

@@ -43,26 +43,26 @@ from share_hf.tuner.head import parts_to_keep
 class ScriptArguments:
     """What to learn, and on what."""
 
-    model_name_or_path: str = field(metadata={"help": "Folder or hub id of a model for images."})
+    model_name_or_path: str = field(metadata={"help": "Folder or Hub id of a model for images."})
     tasks: list[str] = field(
         default_factory=TASKS.copy,
-        metadata={"help": "name=place for each task: a folder, a datasets id, or digits:…; tasks of digits if none."},
+        metadata={"help": "name=place for each task: a folder, a datasets id, or digits:…; digits tasks by default."},
     )
-    image_column: str | None = field(default=None, metadata={"help": "Column of images; found if not given."})
-    label_column: str | None = field(default=None, metadata={"help": "Column of labels; found if not given."})
-    train_examples: int | None = field(default=None, metadata={"help": "Use only so many examples of each task."})
+    image_column: str | None = field(default=None, metadata={"help": "Column of images; detected by default."})
+    label_column: str | None = field(default=None, metadata={"help": "Column of labels; detected by default."})
+    train_examples: int | None = field(default=None, metadata={"help": "Training examples per task, from the first."})
     target_modules: str = field(
         default="q_proj,v_proj,fc1,query,value,intermediate.dense",
-        metadata={"help": "Modules to adapt, those of them that there are."},
+        metadata={"help": "Modules to adapt; those that the model does not have are ignored."},
     )
-    num_components: int = field(default=32, metadata={"help": "Cap on the directions of a layer's basis (k)."})
+    num_components: int = field(default=32, metadata={"help": "Cap on the number of directions per layer (k)."})
     pseudo_rank: int = field(default=8, metadata={"help": "Rank of a task (p), and of the baselines' LoRAs."})
-    num_temporary: int | None = field(default=None, metadata={"help": "Temporary factors (φ); k // 4 if not given."})
+    num_temporary: int | None = field(default=None, metadata={"help": "Temporary factors (φ); k // 4 by default."})
     temporary_init: Literal["basis", "random"] = field(
-        default="basis", metadata={"help": "What temporary factors begin as: basis vectors, or a fresh LoRA."}
+        default="basis", metadata={"help": "How temporary factors start: as basis vectors, or like a new LoRA."}
     )
-    init_std: float = field(default=0.05, metadata={"help": "Spread of a new task's coefficients (σ)."})
-    drift_tolerance: float | None = field(default=None, metadata={"help": "Largest drift merges may add up to."})
+    init_std: float = field(default=0.05, metadata={"help": "Standard deviation of a new task's coefficients (σ)."})
+    drift_tolerance: float | None = field(default=None, metadata={"help": "Largest drift that merges may add up to."})
     load_in_4bit: bool = field(default=False, metadata={"help": "Quantize the model to NF4 with bitsandbytes."})
 
 
@@ -70,19 +70,21 @@ class ScriptArguments:
 class StreamArguments(ShareTrainingArguments):
     """Arguments of ShareTrainer, with the defaults of this recipe."""
 
-    output_dir: str | None = field(default="vision-stream", metadata={"help": "Where to leave the subspace."})
+    output_dir: str | None = field(default="vision-stream", metadata={"help": "Folder to write the subspace to."})
     method: Literal["share", "coefficients", "per_task_lora", "sequential_lora"] = field(
         default="share", metadata={"help": "How to learn a task; the last two are baselines."}
     )
     learning_rate: float = field(default=2e-2, metadata={"help": "Learning rate of the adapt phase."})
     init_learning_rate: float | None = field(default=1e-2, metadata={"help": "Learning rate of LoRA factors."})
-    num_train_epochs: float = field(default=8.0, metadata={"help": "Epochs of each task."})
-    per_device_train_batch_size: int = field(default=32, metadata={"help": "Examples a step and device."})
-    per_device_eval_batch_size: int = field(default=128, metadata={"help": "Examples to score at once."})
-    warmup_steps: float = field(default=0.1, metadata={"help": "Steps of warm-up; under 1, a share of all."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Off: images are read as they are needed."})
+    num_train_epochs: float = field(default=8.0, metadata={"help": "Number of epochs per task."})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Number of examples per step and device."})
+    per_device_eval_batch_size: int = field(default=128, metadata={"help": "Number of examples to score at once."})
+    warmup_steps: float = field(default=0.1, metadata={"help": "Number of warm-up steps; below 1, a fraction."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Off, because images are read when they are needed."}
+    )
     save_strategy: str = field(default="no", metadata={"help": "When a phase writes checkpoints to resume from."})
-    report_to: str = field(default="none", metadata={"help": "Where to log: tensorboard, wandb, trackio …"})
+    report_to: str = field(default="none", metadata={"help": "Where to log, such as tensorboard, wandb or trackio."})
     dataloader_pin_memory: bool = field(default=torch.cuda.is_available(), metadata={"help": "Pin host memory."})
 
 

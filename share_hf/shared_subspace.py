@@ -81,7 +81,7 @@ class SharedSubspace(Applying, Editing, Exporting, Routing):
 
         Args:
             adapters (`Mapping[str, str]` or `Sequence[str]`):
-                Plain LoRAs of any rank and scale, given as folders, weight files or hub ids, which may include a
+                Plain LoRAs of any rank and scale, given as folders, weight files or Hub ids, which may include a
                 revision and a subfolder (`org/repo@revision:subfolder`). A mapping is keyed by task name. In a list,
                 the last part of each entry becomes its task's name, repaired where it is not a valid task name.
             num_components (`int` or `"auto"`, *optional*, defaults to `32`):
@@ -115,7 +115,7 @@ class SharedSubspace(Applying, Editing, Exporting, Routing):
             skip_bad (`bool`, *optional*, defaults to `False`):
                 Whether to leave out adapters that cannot be used and adapters whose own values make a merge refuse
                 them. [`~SharedSubspace.reading`] lists them with the reasons.
-            token (`str` or `bool`, *optional*): User access token of the hub.
+            token (`str` or `bool`, *optional*): User access token of the Hub.
             progress (`bool`, *optional*, defaults to `True`): Whether to show progress bars.
 
         Raises:
@@ -178,7 +178,7 @@ class SharedSubspace(Applying, Editing, Exporting, Routing):
                 is not checked.
             component (`str`, *optional*): Same as in [`~SharedSubspace.from_adapters`].
             skip_bad (`bool`, *optional*, defaults to `False`): Same as in [`~SharedSubspace.from_adapters`].
-            token (`str` or `bool`, *optional*): User access token of the hub.
+            token (`str` or `bool`, *optional*): User access token of the Hub.
             progress (`bool`, *optional*, defaults to `True`): Whether to show progress bars.
 
         Returns:
@@ -247,7 +247,7 @@ class SharedSubspace(Applying, Editing, Exporting, Routing):
         keep_originals: bool = False,
     ) -> None:
         """
-        Write the subspace as a tree that loads from disk and from the hub. A crash leaves the old tree or the new one.
+        Write the subspace as a tree that loads from disk and from the Hub. A crash leaves the old tree or the new one.
 
         If somebody else has saved to the folder since this subspace was loaded from it or saved to it, the tasks of
         both are merged, in memory and in the folder, as in [`~SharedSubspace.push_to_hub`]. An unrelated subspace in
@@ -270,7 +270,7 @@ class SharedSubspace(Applying, Editing, Exporting, Routing):
         place = Path(folder)
         with holding(place):
             if holds(place, CONFIG_NAME) and not holds(place, INDEX_FILE):
-                raise ValueError(f"{folder}: holds an adapter that is no shared subspace, expected another folder")
+                raise ValueError(f"{folder}: holds an adapter that is not a shared subspace, expected another folder")
             state = with_saved(self.state, place, self._seen.get(place.resolve()))
             template = None if card_template is None else Path(card_template)
             known = read_originals(place)
@@ -312,14 +312,14 @@ class SharedSubspace(Applying, Editing, Exporting, Routing):
             commit_message (`str`, *optional*): Message of the commit on `main`. The default names the new tasks.
             commit_description (`str`, *optional*): Description of the commit on `main`.
             private (`bool`, *optional*): Whether to make a newly created repository private.
-            token (`str` or `bool`, *optional*): User access token of the hub.
+            token (`str` or `bool`, *optional*): User access token of the Hub.
             create_pr (`bool`, *optional*, defaults to `False`):
                 Whether to open a pull request instead. The next push after it is merged writes branches and tags.
             default_task (`str`, *optional*):
                 Task whose LoRA is at the root of `main`. None means the newest task, unless an earlier push chose one.
             branches (`Literal["all", "new", "none"]` or `Collection[str]`, *optional*):
                 Tasks that get a branch: all, those that the repository does not have yet, none, or the named ones.
-                None means all tasks if there are at most 100, and none otherwise. Each branch is a commit, and the hub
+                None means all tasks if there are at most 100, and none otherwise. Each branch is a commit, and the Hub
                 accepts some hundred commits an hour. An existing branch is kept up to date in any case. A task without
                 a branch is found on `main`: by `SharedSubspace.from_pretrained(revision=task)`, and by PEFT at
                 `subfolder="tasks/<task>"`.
@@ -342,7 +342,7 @@ class SharedSubspace(Applying, Editing, Exporting, Routing):
             ValueError: If the repository holds something that this subspace cannot be merged with. Nothing has
                 changed then.
             PushConflictError: If all attempts were used up. Nothing has changed then.
-            HubAnswerError: If something other than the hub answers. As after any other network problem, the next push
+            HubAnswerError: If something other than the Hub answers. As after any other network problem, the next push
                 completes this one.
         """
         options = PushOptions(
@@ -380,7 +380,7 @@ class SharedSubspace(Applying, Editing, Exporting, Routing):
         are first needed.
 
         Args:
-            folder_or_repo (`str`): Folder, or id of a hub repository.
+            folder_or_repo (`str`): Folder, or id of a Hub repository.
             revision (`str`, *optional*):
                 Name of a task, a step (`step-0007-mrpc`), or any other branch, tag or commit. A task without a branch
                 of its own is read from `main`.

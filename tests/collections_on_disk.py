@@ -1,4 +1,4 @@
-"""Small plain LoRAs of several modules, as people's collections are."""
+"""Small plain LoRAs with several modules, like those in people's collections."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RANK = 4
 
 
 def write_collection(folder: Path, count: int, modules: int, features: int = 24) -> list[str]:
-    """Write adapters with one update in each of so many modules: their folders."""
+    """Write adapters with one update in each of several modules, and return their folders."""
     generator = torch.Generator().manual_seed(0)
     config = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": ["q_proj"]}
     config["base_model_name_or_path"] = "org/base"
@@ -38,7 +38,7 @@ def module_name(layer: int) -> str:
 
 
 def scale(place: str, layer: int, factor: float) -> None:
-    """Write an adapter anew, with larger factors in one module."""
+    """Rewrite an adapter with larger factors in one module."""
     path = Path(place) / WEIGHTS
     tensors = load_file(path)
     for name in tensors:

@@ -1,11 +1,11 @@
-"""Fixtures for all rooms: tiny real models, and a folder of further real data where there is one."""
+"""Fixtures for all tests: tiny real models, and a folder with more real data if there is one."""
 
 from __future__ import annotations
 
 import os
 
 
-# Read when the libraries are imported.
+# The libraries read these variables when they are imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -45,15 +45,15 @@ VOCABULARY = 64
 HIDDEN = 64
 LAYERS = 2
 
-# Said by bitsandbytes in every process where the package `kernels` is missing.
+# bitsandbytes says this in every process if the package `kernels` is missing.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
-# The models are so small that a second thread costs more than it brings, by far so when cores are shared.
+# The models are so small that a second thread costs more than it gains, especially when processes share the cores.
 torch.set_num_threads(1)
 
 
 def _tiny_llama() -> LlamaForCausalLM:
-    """Grouped-query attention: `q_proj` is 64 x 64, `v_proj` 32 x 64."""
+    """Tiny Llama with grouped-query attention: `q_proj` is 64 x 64, and `v_proj` 32 x 64."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=HIDDEN,
@@ -87,7 +87,7 @@ def _tiny_bert() -> BertForSequenceClassification:
 
 
 def _tiny_gpt2() -> GPT2LMHeadModel:
-    """`Conv1D` layers, whose weight is (in, out)."""
+    """Tiny GPT-2 with `Conv1D` layers, whose weight is (in, out)."""
     config = GPT2Config(
         vocab_size=VOCABULARY,
         n_embd=HIDDEN,
@@ -132,7 +132,7 @@ _BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {
 
 @pytest.fixture(scope="session")
 def pristine_models() -> dict[str, PreTrainedModel]:
-    """Two-layer models with random weights by name: llama, bert, gpt2, t5. Not to be changed; copy one instead."""
+    """Two-layer models with random weights by name: llama, bert, gpt2, t5. Do not change them; copy one instead."""
     models = {}
     for name, build in _BUILDERS.items():
         torch.manual_seed(0)
@@ -142,7 +142,7 @@ def pristine_models() -> dict[str, PreTrainedModel]:
 
 @pytest.fixture
 def tiny_model(pristine_models: dict[str, PreTrainedModel]) -> Callable[[str], PreTrainedModel]:
-    """A copy of a tiny model of one's own, in eval mode; all copies of a name have the same weights."""
+    """Make a separate copy of a tiny model in eval mode. All copies of the same name have the same weights."""
     return lambda name: copy.deepcopy(pristine_models[name])
 
 
@@ -150,7 +150,7 @@ def tiny_model(pristine_models: dict[str, PreTrainedModel]) -> Callable[[str], P
 def tiny_model_folder(
     pristine_models: dict[str, PreTrainedModel], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Path]:
-    """The folder that a tiny model is saved in, as `from_pretrained` takes it."""
+    """The folder in which a tiny model is saved, for `from_pretrained`."""
     folders: dict[str, Path] = {}
 
     def folder_of(name: str) -> Path:
@@ -164,7 +164,7 @@ def tiny_model_folder(
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of further real data and adapters: SHARE_HF_TEST_DATA, or `shared` beside the repository."""
+    """The folder with more real data and adapters: SHARE_HF_TEST_DATA, or `shared` beside the repository."""
     default = Path(__file__).resolve().parents[2] / "shared"
     folder = Path(os.environ.get("SHARE_HF_TEST_DATA") or default)
     if not (folder / "data" / "cl_bench").is_dir():

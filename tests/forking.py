@@ -21,12 +21,12 @@ ROOT = Path(__file__).parents[1]
 
 @contextmanager
 def forking_server(module: str, log: Path, **environment: str) -> Iterator[subprocess.Popen[str]]:
-    """Run `serve()` of a module of the tests, a line in and a line out, until the block ends.
+    """Run `serve()` of a module of the tests, which answers each line with a line, until the block ends.
 
     Args:
-        module: Its name.
-        log: Where to write what it and its forks print.
-        environment: What to change in the environment of now.
+        module: Name of the module.
+        log: File for what it and its forks print.
+        environment: Changes to the current environment.
     """
     with log.open("wb") as errors:
         process = subprocess.Popen(
@@ -53,12 +53,12 @@ def forking_server(module: str, log: Path, **environment: str) -> Iterator[subpr
 
 @contextmanager
 def answering_server(module: str, log: Path, **environment: str) -> Iterator[Callable[..., dict[str, Any]]]:
-    """Ask a module's `serve()`, which calls `answer_requests`, for what its answers are, and for what was printed.
+    """Make a function that sends a request to a module's `serve()` and returns the answers, and what was printed.
 
     Args:
-        module: Its name.
-        log: As for `forking_server`.
-        environment: As for `forking_server`.
+        module: Name of the module.
+        log: Same as in `forking_server`.
+        environment: Same as in `forking_server`.
     """
     with forking_server(module, log, **environment) as server:
 
@@ -80,10 +80,10 @@ def answering_server(module: str, log: Path, **environment: str) -> Iterator[Cal
 
 
 def answer_requests(answer: Callable[..., dict[str, Any]]) -> None:
-    """Answer each request, a line of JSON, with another; what is printed meanwhile goes to the log.
+    """Answer each request, a line of JSON, with another line. What is printed meanwhile goes to the log.
 
     Args:
-        answer: Takes a request and tells, beside the rest, which `modules` its forks have imported.
+        answer: Function from a request to an answer, which includes the `modules` that its forks have imported.
     """
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
@@ -95,7 +95,7 @@ def answer_requests(answer: Callable[..., dict[str, Any]]) -> None:
 
 
 def import_for_forks(modules: Iterable[str]) -> None:
-    """Import what forks have imported, so that the next ones need not."""
+    """Import what forks have imported, so that the next ones need not do so."""
     for module in modules:
         with suppress(Exception):
             importlib.import_module(module)
@@ -109,7 +109,7 @@ def free_port() -> int:
 
 
 def be_rank(index: int, processes: int, port: int) -> None:
-    """Have the environment that a launcher gives to one of its processes."""
+    """Set the environment that a launcher gives to one of its processes."""
     facts = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
     facts |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in facts.items()})

@@ -20,5 +20,5 @@ def tiny_llava() -> LlavaForConditionalGeneration:
 
 
 def as_before_4_52(key: str) -> str:
-    """The name that transformers had before 4.52 for a module of the language model."""
+    """Return the name that transformers had before 4.52 for a module of the language model."""
     return key.replace("model.language_model.layers", "language_model.model.layers")

@@ -1,4 +1,4 @@
-"""Routes for tests that need no model: learned from made features."""
+"""Routes for tests that need no model, learned from made-up features."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def features(seed: int, count: int = 40) -> Tensor:
 
 
 def routed(state: SubspaceState, task: str, seed: int, *, probe: Tensor = PROBE) -> SubspaceState:
-    """The state with a route of a task."""
+    """Return the state with a route for a task."""
     sums = FeatureSums()
     sums.add(features(seed))
     return with_route(state, task, *sums.learned(), layers=LAYERS, probe=probe)
@@ -36,7 +36,7 @@ def scatter_of(state: SubspaceState) -> Tensor:
 
 
 def assert_same_routes(found: SubspaceState, expected: SubspaceState) -> None:
-    """Equal to the bit."""
+    """Assert that routes are equal bit by bit."""
     assert found.router.layers == expected.router.layers
     assert torch.equal(found.router.probe, expected.router.probe)
     assert torch.equal(scatter_of(found), scatter_of(expected))

@@ -54,7 +54,7 @@ Output = tuple[int, str, str]
 
 @pytest.fixture(autouse=True)
 def as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What a command sets for its process is taken back, and figures, which take most of the time, are not drawn."""
+    """Undo what a command sets for its process, and draw no figures, which take most of the time."""
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub", "bitsandbytes")]
     levels, bars = [logger.level for logger in loggers], not are_progress_bars_disabled()
@@ -88,7 +88,7 @@ def here(adapters: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture
 def share(capsys: pytest.CaptureFixture[str]) -> Callable[..., Output]:
-    """Runs a command: exit code, stdout and stderr."""
+    """Run a command, and return its exit code, stdout and stderr."""
 
     def run(*argv: str) -> Output:
         capsys.readouterr()
@@ -103,7 +103,7 @@ def share(capsys: pytest.CaptureFixture[str]) -> Callable[..., Output]:
 
 @pytest.fixture
 def share_json(share: Callable[..., Output]) -> Callable[..., Any]:
-    """Runs a command that succeeds with `--json`: what is on stdout, when nothing is on stderr."""
+    """Run a command with `--json`, which must succeed, and return stdout. Nothing may be on stderr."""
 
     def run(*argv: str) -> Any:
         code, out, err = share(*argv, "--json")
@@ -114,7 +114,7 @@ def share_json(share: Callable[..., Output]) -> Callable[..., Any]:
 
 
 def column(text: str, title: str) -> list[str]:
-    """The cells under a title of the table in a text."""
+    """Return the cells under a heading of the table in a text."""
     lines = [re.split(r" {2,}", line) for line in text.splitlines()]
     start = next(i for i, cells in enumerate(lines) if title in cells)
     end = lines.index([""], start) if [""] in lines[start:] else len(lines)
@@ -207,7 +207,7 @@ class TestInit:
     def test_refuses_a_size_that_is_none(self, share: Callable[..., Output]) -> None:
         code, _, err = share("init", "sub", "mrpc", "--target-bytes", "much")
         assert code == 2
-        assert "'much' is no size, expected such as 1500000 or 1.5MB" in err
+        assert "'much' is not a size, expected a number of bytes such as 1500000, or a size such as 1.5MB" in err
 
     def test_refuses_a_folder_that_is_a_subspace(
         self, share: Callable[..., Output], here: Path, adapters: dict[str, str]
@@ -215,7 +215,7 @@ class TestInit:
         before = files_of(here)
         code, out, err = share("init", "sub", adapters["rte"], *SMALL)
         assert (code, out) == (1, "")
-        assert err == "error: sub is a shared subspace already, add to it with `share-hf add`\n"
+        assert err == "error: sub is already a shared subspace, add to it with `share-hf add`\n"
         assert files_of(here) == before
 
     def test_refuses_a_folder_that_is_an_adapter(self, share: Callable[..., Output], adapters: dict[str, str]) -> None:
@@ -273,7 +273,7 @@ class TestAdd:
         self, share: Callable[..., Output], here: Path, adapters: dict[str, str]
     ) -> None:
         before = files_of(here)
-        for adapter, problem in ((adapters["mrpc"], "exists already"), ("missing/folder/third", "no such folder")):
+        for adapter, problem in ((adapters["mrpc"], "already exists"), ("missing/folder/third", "no such folder")):
             code, out, err = share("add", "sub", adapters["rte"], adapter)
             assert (code, out) == (1, "")
             assert problem in err
@@ -346,7 +346,7 @@ class TestAudit:
         code, out, err = share("audit", adapters["mrpc"], f"second={adapters['sst2']}", "--num-components", "4")
         assert (code, err) == (0, "")
         assert "layers.*.self_attn.q_proj" in out
-        assert "By the random A they started from: mrpc; second" in out
+        assert "Tasks by the random A they started from: mrpc; second" in out
         facts = share_json("audit", adapters["mrpc"], f"second={adapters['sst2']}", "--num-components", "4")
         assert len(facts["rows"]) == 4
         assert facts["groups"] == [["mrpc"], ["second"]]
@@ -438,7 +438,7 @@ class TestUpgrade:
         old = Path(shutil.copytree(VERSION_1, tmp_path / "old"))
         before = SharedSubspace.from_pretrained(old).state
         code, out, err = share("upgrade", str(old))
-        assert (code, out, err) == (0, f"{old}: from format version 1 to 2\n", "")
+        assert (code, out, err) == (0, f"{old}: upgraded from format version 1 to 2\n", "")
         assert json.loads((old / "share_config.json").read_text())["format_version"] == 2
         assert_same_state(SharedSubspace.from_pretrained(old).state, before)
         written = files_of(old)
@@ -466,7 +466,7 @@ class TestUpgrade:
         assert share_json("upgrade", REPO) == {"from": 1, "to": 2, "upgraded": ["mrpc"]}
         assert share_json("upgrade", REPO)["upgraded"] == []
 
-    def test_names_a_folder_that_is_no_subspace(self, share: Callable[..., Output], here: Path) -> None:
+    def test_names_a_folder_that_is_not_a_subspace(self, share: Callable[..., Output], here: Path) -> None:
         assert "no such folder" in share("upgrade", "./nothing")[2]
         (here / "empty").mkdir()
         assert "share_config.json: no such file" in share("upgrade", "empty")[2]
@@ -647,7 +647,7 @@ class TestFailures:
         before = files_of(here)
         monkeypatch.setattr(SharedSubspace, "add_adapters", interrupted)
         code, out, err = share("add", "sub", adapters["rte"])
-        assert (code, out, err) == (130, "", "error: interrupted, run the command again\n")
+        assert (code, out, err) == (130, "", "error: interrupted; run the command again\n")
         assert files_of(here) == before
 
     def test_an_error_of_ours_has_its_type(
@@ -681,7 +681,7 @@ def test_bytes_are_shown_to_three_digits(count: float, text: str) -> None:
 
 
 class TestInstalled:
-    """The program that pip put beside this Python."""
+    """The program that pip installed for this Python."""
 
     PROGRAM = Path(sys.executable).with_name("share-hf")
 

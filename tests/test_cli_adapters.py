@@ -1,5 +1,5 @@
 # ruff: noqa: F401, F811 -- fixtures of other modules
-"""The adapters that a command is given: lists, components, broken ones, and what interrupts it."""
+"""The adapters that a command is given: lists, components, broken ones, and interruptions."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
 
 @pytest.fixture
 def listed(folders: dict[str, Path]) -> Path:
-    """A list with all that a list can have."""
+    """A list with everything that a list can contain."""
     text = "# The first ones.\n\nloras/a\n  second=loras/b  \n\t\nloras/c # the best\n# loras/d\n"
     Path("list.txt").write_text(text)
     return Path("list.txt")
@@ -62,8 +62,8 @@ def test_an_audit_takes_a_list(share_json: Callable[..., Any], listed: Path) -> 
     ("content", "message"),
     [
         (b"loras/a\nloras/a.b\nloras/a b\n", "loras/a.b and loras/a b are both called 'a-b'"),
-        (b"# nothing\n\n", "list.txt: lists no adapters, expected one a line"),
-        (b"\xff\xfe\x00", "list.txt: expected a list of adapters, one a line, as text"),
+        (b"# nothing\n\n", "list.txt: lists no adapters, expected one per line"),
+        (b"\xff\xfe\x00", "list.txt: expected a list of adapters, one per line, as text"),
         (b"x=loras/a\nx=loras/b\n", "loras/a and loras/b are both called 'x'"),
         (b"loras/a\nloras/nowhere/at-all\n", "loras/nowhere/at-all: no such folder or file"),
         (b"\xe6\x97\xa5\n", "no task can be called"),
@@ -123,7 +123,7 @@ def test_an_adapter_that_is_there_already_is_shown(
     assert share("init", "sub", "loras/a", "loras/b", *SMALL)[0] == 0
     code, out, err = share("add", "sub", "again=loras/b", "loras/c")
     assert (code, err) == (0, "")
-    assert out.startswith("again is the same adapter as b, which is there already\n\nsub: added again, c")
+    assert out.startswith("again is the same adapter as b, which is already in the subspace\n\nsub: added again, c")
     assert share_json("replace", "sub", "c=loras/a")["known"] == {"c": "a"}
 
 
@@ -201,7 +201,7 @@ def test_a_component_of_a_pipeline_is_named(
 
 
 def run_until(calls: float, argv: list[str]) -> tuple[int, int]:
-    """Run a command that Ctrl-C interrupts at this call of a function: exit code, and how many calls there were."""
+    """Run a command that Ctrl-C interrupts at this call of a function; return its exit code and number of calls."""
     made = 0
 
     def count(frame: FrameType, event: str, _: object) -> None:
@@ -241,7 +241,7 @@ def test_an_interruption_leaves_the_old_tree_or_a_whole_new_one(
             code, _ = run_until(total * (i + 0.5) / 8, command)
             interrupted += code == 130
             unchanged = files_of(Path("old")) == before and not Path("new").exists()
-            # The last calls are those that say what was done.
+            # The last calls are those that print what was done.
             assert unchanged or len(SharedSubspace.from_pretrained(argv[1]).tasks) >= len(adapters)
         assert interrupted >= 6
 
@@ -297,7 +297,7 @@ def test_a_full_disk_leaves_the_old_tree_or_none(disk: Disk, share: Callable[...
         code, out, err = share(*argv, *adapters[1:])
         assert (code, out) == (1, "")
         assert str(disk.folder) in err
-        assert "make room there, and run the command again" in err
+        assert "free some space there and run the command again" in err
         assert files_of(tree) == before
         assert not other.exists()
     disk.make_space()

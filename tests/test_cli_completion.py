@@ -11,7 +11,7 @@ import pytest
 
 
 ROOT = Path(__file__).parents[1]
-# Those of bash, without what argcomplete leaves out.
+# The word breaks of bash, without those that argcomplete leaves out.
 WORDBREAKS = " \t\n\"'><=;|&(:"
 
 pytest.importorskip("argcomplete")
@@ -19,7 +19,7 @@ pytest.importorskip("argcomplete")
 
 @pytest.fixture(scope="module")
 def cli(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the command line as setup.py installs it: by itself."""
+    """A folder with the command line as setup.py installs it: on its own."""
     folder = tmp_path_factory.mktemp("installed")
     (folder / "share_hf_cli").symlink_to(ROOT / "share_hf" / "cli", target_is_directory=True)
     return folder
@@ -50,7 +50,7 @@ def completions(line: str, here: Path, cli: Path) -> list[str]:
         "COMP_TYPE": "9",
         "PYTHONPATH": os.pathsep.join([str(cli), os.environ.get("PYTHONPATH", "")]),
     }
-    # Were torch to be waited for, it would be missed here.
+    # If the command waited for torch, it would fail here, where torch is missing.
     program = "import sys; sys.modules['torch'] = None; from share_hf_cli import main; main()"
     subprocess.run(
         [sys.executable, "-c", program], cwd=here, env={**os.environ, **environment}, check=True, timeout=60

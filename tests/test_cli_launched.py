@@ -1,5 +1,5 @@
 # ruff: noqa: F401, F811 -- fixtures of other modules
-"""What a launcher's environment does to a command; `tests/distributed/test_builds.py` has real launches."""
+"""How a launcher's environment affects a command; `tests/distributed/test_builds.py` has real launches."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.test_cli import SMALL, Output, as_before, share
         ({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}, False),
         ({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "0"}, False),  # the first of a second machine
         ({"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}, True),
-        ({"WORLD_SIZE": "2", "RANK": "1"}, True),  # a cluster's, of which every program is alone
+        ({"WORLD_SIZE": "2", "RANK": "1"}, True),  # a cluster's, in which every program is on its own
         ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}, False),
         ({"PMI_SIZE": "2", "PMI_RANK": "0"}, True),
     ],

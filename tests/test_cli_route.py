@@ -70,7 +70,7 @@ def test_a_tab_is_between_the_texts_of_a_pair(share: Share, routed: str, base: s
     assert json.loads(out)["routes"][0]["text"] == texts_of("mrpc", 2)
 
 
-def test_a_text_of_none_of_the_tasks_is_told(share: Share, routed: str, base: str) -> None:
+def test_a_text_of_none_of_the_tasks_is_reported(share: Share, routed: str, base: str) -> None:
     code, out, err = share(
         "route", routed, "--base-model", base, "--text", "<pad> </s> <sep>", "--false-rejects", "0.2"
     )
@@ -98,4 +98,4 @@ def test_a_tree_without_routes_and_a_base_model_that_is_not_there_are_named(
     code, _, err = share("route", str(tree), "--base-model", base, "--text", "a")
     assert (code, "the subspace has no routes" in err) == (1, True), err
     code, _, err = share("route", routed, "--base-model", "nowhere/at-all", "--text", "a")
-    assert (code, "nowhere/at-all: no model and tokenizer that could be read" in err) == (1, True), err
+    assert (code, "nowhere/at-all: no model and tokenizer that can be read" in err) == (1, True), err

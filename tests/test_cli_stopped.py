@@ -1,5 +1,5 @@
 # ruff: noqa: F401, F811 -- fixtures of other modules
-"""Builds that are stopped in the midst, and the same command again."""
+"""Builds that are interrupted, and the same command again."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def stopped(argv: list[str], at: int = STOPPED_AT) -> None:
 
 
 def whole(argv: list[str]) -> dict[str, bytes]:
-    """What a command makes of a folder that nothing stopped: its files."""
+    """Return the files of a command that nothing interrupted."""
     assert main(argv) == 0
     return files_of(Path(argv[1]))
 
 
-def test_a_stopped_command_goes_on_at_the_module_that_it_reached(
+def test_a_stopped_command_continues_at_the_module_that_it_reached(
     share: Callable[..., Output], places: list[str]
 ) -> None:
     # Commands, and the same ones in a folder beside it.
@@ -68,13 +68,13 @@ def test_a_stopped_command_goes_on_at_the_module_that_it_reached(
         assert (files_of(Path("sub")) if Path("sub").exists() else {}) == before
         assert len([*Path(UNFINISHED).glob("*.safetensors")]) == STOPPED_AT
         code, out, err = share(*argv)
-        assert (code, err) == (0, f"sub: goes on, {STOPPED_AT} of {MODULES} modules are finished\n")
+        assert (code, err) == (0, f"sub: continuing, {STOPPED_AT} of {MODULES} modules are finished\n")
         assert out.startswith("sub: ")
         assert files_of(Path("sub")) == expected
         assert not Path(UNFINISHED).exists()
 
 
-def test_a_build_of_changed_adapters_or_settings_begins_anew(share: Callable[..., Output], places: list[str]) -> None:
+def test_a_build_of_changed_adapters_or_settings_starts_over(share: Callable[..., Output], places: list[str]) -> None:
     argv = ["init", "sub", *places, *SMALL]
     others = ([*places], SMALL), (places, [*SMALL, "--tolerance", "0.5"]), (places[:-1], SMALL), (places[::-1], SMALL)
     for number, (given, settings) in enumerate(others):
@@ -83,7 +83,10 @@ def test_a_build_of_changed_adapters_or_settings_begins_anew(share: Callable[...
             scale(places[1], 5, 2.0)
         code, _, err = share("init", "sub", *given, *settings)
         assert code == 0
-        assert err == "sub: begins anew, as the adapters or the settings are not those of the run that was stopped\n"
+        assert (
+            err
+            == "sub: starting over, because the adapters or the settings differ from those of the interrupted run\n"
+        )
         assert files_of(Path("sub")) == whole(["init", "other", *given, *settings])
         assert not Path(UNFINISHED).exists()
         for name in ("sub", "other"):

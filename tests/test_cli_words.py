@@ -1,5 +1,5 @@
 # ruff: noqa: F401, F811 -- fixtures of other modules
-"""What a person reads of a command: help, faults named one by one, nothing told twice, and what a mistake was."""
+"""What a person reads from a command: help, one line per fault, nothing twice, and what a mistake was."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_each_bad_adapter_has_its_line(share: Share, folders: dict[str, Path]) -
     [
         (["init", "new", "--from-file", "nowhere.txt"], "error: nowhere.txt: No such file or directory"),
         (["init", "new", "--from-file", "loras"], "error: loras: Is a directory"),
-        (["init", "new", "loras/*.safetensors"], "error: loras/*.safetensors: nothing of such a name is there"),
+        (["init", "new", "loras/*.safetensors"], "error: loras/*.safetensors: no such folder or file"),
         (["init", "new", "x="], "error: adapter 'x' has no place, expected name=place or a place"),
         (["info", "loras/a"], "expected the folder of a shared subspace; loras/a holds an adapter"),
         (["add", "loras", "loras/a"], "expected the folder of a shared subspace; loras holds no subspace"),
@@ -83,8 +83,8 @@ def test_a_mistake_is_named(argv: list[str], message: str, share: Share, made: s
     [
         (["audit", "sub", "--num-components", "8"], "--num-components is for LoRAs"),
         (["audit", "sub", "--skip-bad"], "--skip-bad is for LoRAs"),
-        (["audit", "a", "b", "--target-error", "3"], "'3' is no relative error"),
-        (["audit", "a", "b", "--target-error", "much"], "'much' is no relative error"),
+        (["audit", "a", "b", "--target-error", "3"], "'3' is not a relative error"),
+        (["audit", "a", "b", "--target-error", "much"], "'much' is not a relative error"),
         (["export", "sub", "a", "out", "--component", "unet"], "--component is for --style diffusers"),
     ],
 )
@@ -97,17 +97,17 @@ def test_options_that_would_be_ignored_are_refused(argv: list[str], message: str
 @pytest.mark.parametrize(
     ("figure", "message"),
     [
-        ("nowhere/x.png", "no such folder, expected a file to write"),
-        ("loras.png", "a folder, expected a file to write"),
-        ("x.xyz", "expected a figure's ending, one of"),
-        ("x", "expected a figure's ending, one of"),
+        ("nowhere/x.png", "no such folder, expected the name of a file to write"),
+        ("loras.png", "is a folder, expected the name of a file to write"),
+        ("x.xyz", "expected a file name that ends in one of"),
+        ("x", "expected a file name that ends in one of"),
     ],
 )
 def test_a_place_for_no_figure_is_refused_before_the_audit(
     figure: str, message: str, share: Share, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = Path.cwd()
-    monkeypatch.undo()  # so that there is matplotlib
+    monkeypatch.undo()  # so that matplotlib seems to be installed
     monkeypatch.chdir(here)
     Path("loras.png").mkdir()
     code, out, err = share("audit", "nowhere/a", "nowhere/b", "--figure", figure)  # the audit would fail on these
@@ -139,7 +139,7 @@ def test_what_a_command_prints_is_not_warned_of_too(
     assert any("are the same adapter" in record.message for record in caplog.records)
 
 
-def test_the_ending_of_a_file_is_no_part_of_a_name_that_had_to_be_mended(
+def test_the_ending_of_a_file_is_not_part_of_a_name_that_had_to_be_mended(
     share: Share, folders: dict[str, Path]
 ) -> None:
     for name in ("water", "v1.0"):
@@ -155,7 +155,7 @@ def test_an_audit_of_many_lists_a_few(share: Share, folders: dict[str, Path]) ->
     places = [f"t{i}={folders['abcd'[i % 4]]}" for i in range(50)]
     code, out, _ = share("audit", *places, "--num-components", "4")
     assert code == 0
-    line = next(line for line in out.splitlines() if line.startswith("By the random A"))
+    line = next(line for line in out.splitlines() if line.startswith("Tasks by the random A"))
     assert " more" in line
     assert len(line) < 500
 
@@ -171,13 +171,13 @@ def test_an_audit_of_some_adapters_takes_a_sample_of_modules_and_says_so(share: 
     assert any("all 16 adapters in 12 of 20 modules" in sentence for sentence in facts["collection"]["sentences"])
 
 
-def test_an_undone_step_is_told_in_words(share: Share, made: str) -> None:
+def test_an_undone_step_is_described_in_words(share: Share, made: str) -> None:
     assert share("rename", "sub", "b", "second")[0] == 0
-    assert share("undo", "sub")[1] == "sub: took back the renaming of b to second; 2 tasks now\n"
+    assert share("undo", "sub")[1] == "sub: undid the renaming of b to second; it now has 2 tasks\n"
     assert share("remove", "sub", "b", "b")[1] == "sub: removed b; 1 task is left\n"
-    assert share("undo", "sub")[1] == "sub: took back the removal of b; 2 tasks now\n"
+    assert share("undo", "sub")[1] == "sub: undid the removal of b; it now has 2 tasks\n"
     assert share("add", "sub", "loras/c", "loras/d")[0] == 0
-    assert share("undo", "sub")[1] == "sub: took back the merge of c, d; 2 tasks now\n"
+    assert share("undo", "sub")[1] == "sub: undid the merge of c, d; it now has 2 tasks\n"
 
 
 def test_a_subspace_without_tasks_exports_nothing(share: Share, made: str) -> None:

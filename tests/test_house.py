@@ -1,4 +1,4 @@
-"""The rooms of the house: who may import whom, how long a module may be, and what an import brings along."""
+"""The structure of the package: which packages import which, how long a module may be, and what an import loads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "share_hf"
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 
-# The rooms that each one may import from; `DESIGN` calls them the arrows of the house.
+# The packages that each one may import from.
 BELOW_THE_FACADE = {"subspace", "state", "format", "card", "hub", "tuner"}
 ARROWS: dict[str, set[str]] = {
     "version": set(),
@@ -44,7 +44,7 @@ def room_of(path: Path) -> str:
 
 
 def imports(path: Path, *, top_level: bool | None = None) -> Iterator[tuple[str, int]]:
-    """Dotted names of what a module imports of share_hf, and where; at its top or within functions, or both."""
+    """Yield names and lines of what a module imports from share_hf: at top level, within functions, or both."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     within = {id(node) for scope in ast.walk(tree) if isinstance(scope, ast.FunctionDef) for node in ast.walk(scope)}
     package = ("share_hf", *path.relative_to(PACKAGE).parts[:-1])

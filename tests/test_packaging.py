@@ -1,4 +1,4 @@
-"""The wheel and the source distribution, built and used as somebody does who has not the repository."""
+"""The wheel and the source distribution, built and used like somebody does who does not have the repository."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NOT_SOURCES = shutil.ignore_patterns(
     *(".git", ".venv*", ".*_cache", ".hypothesis", "__pycache__"),
     *("build", "dist", "*.egg-info", "output*", "runs", "wandb", "*.log"),
 )
-# Of the repository, not of a release.
+# Files of the repository that are not part of a release.
 LEFT_OUT = {".gitattributes", ".gitignore"}
 MADE = re.compile(r"PKG-INFO|setup\.cfg|share_hf\.egg-info/.*")
 PARTS = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "share_hf", "recipes", "tests", "model_cards")
@@ -42,13 +42,13 @@ class Distributions:
 
 @dataclass(frozen=True)
 class Environment:
-    """An environment in which the wheel is installed, beside the libraries of the one that runs the tests."""
+    """An environment in which the wheel is installed, beside the libraries of the environment that runs the tests."""
 
     python: Path
     program: Path
 
     def run(self, *command: str | Path, cwd: Path) -> str:
-        """What a command prints; it must succeed."""
+        """Run a command, which must succeed, and return what it printed."""
         variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
         variables |= {"HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"}
         run = subprocess.run(
@@ -60,7 +60,7 @@ class Environment:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Distributions:
-    """`python -m build` in a copy of the repository: the source distribution, and of it the wheel."""
+    """Run `python -m build` in a copy of the repository: the source distribution, and the wheel made from it."""
     pytest.importorskip("build", reason="build, which makes the distributions, is not installed")
     pytest.importorskip("setuptools", minversion="77", reason="setuptools is not installed, or is older than 77")
     folder = tmp_path_factory.mktemp("built")
@@ -71,7 +71,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Distributions:
             shutil.copytree(ROOT / name, source / name, ignore=NOT_SOURCES)
         else:
             shutil.copy(ROOT / name, source / name)
-    # Without isolation nothing is downloaded: the setuptools that is installed builds them.
+    # Without isolation, nothing is downloaded: the installed setuptools builds them.
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder / "dist"), str(source)]
     run = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=280)
     assert run.returncode == 0, run.stdout + run.stderr
@@ -91,7 +91,7 @@ def installed(built: Distributions, tmp_path_factory: pytest.TempPathFactory) ->
     packages = environment.run(
         environment.python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder
     )
-    # Files `.pth` within folders that one names are not read, so that an editable installation here stays unseen.
+    # Files `.pth` in folders that a `.pth` file names are not read, so an editable installation here stays unseen.
     others = "\n".join({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
     Path(packages.strip(), "libraries.pth").write_text(f"{others}\n")
     return environment
@@ -147,10 +147,10 @@ def test_the_installed_package_is_the_one_of_the_wheel(installed: Environment, t
 def test_a_recipe_of_the_source_distribution_runs_with_the_wheel(
     installed: Environment, unpacked: Path, tmp_path: Path
 ) -> None:
-    # Only the recipes are there, not the package beside them.
+    # Only the recipes are there, without the package beside them.
     shutil.copytree(unpacked / "recipes", tmp_path / "recipes")
     small = ("--clients", "6", "--notes", "48", "--test_notes", "6", "--basis_examples", "32")
     recipe = tmp_path / "recipes" / "many_tasks.py"
     installed.run(installed.python, recipe, *small, "--num_train_epochs", "1", cwd=tmp_path)
-    # The card is written from the template that the wheel brings.
+    # The card is written from the template in the wheel.
     assert "| `client001 +5` |" in (tmp_path / "many-tasks" / "subspace" / "README.md").read_text()

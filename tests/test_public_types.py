@@ -49,7 +49,7 @@ def use_trainer(base: PreTrainedModel, data: Any) -> None:
 
 
 def public_functions() -> Iterator[tuple[str, Callable[..., Any]]]:
-    """Functions of the exported classes that share_hf itself defines."""
+    """Yield functions of the exported classes that share_hf itself defines."""
     for name in share_hf.__all__:
         exported = getattr(share_hf, name)
         if not inspect.isclass(exported):
@@ -72,7 +72,7 @@ def test_has_a_type_for_every_argument_and_result(function: Callable[..., Any]) 
         if parameter.annotation is inspect.Parameter.empty and not (position == 0 and name in ("self", "cls"))
     ]
     assert missing == []
-    # That of a dataclass is None, which its generated __init__ says by a value.
+    # A dataclass returns None, which its generated __init__ states by a value.
     assert signature.return_annotation is not inspect.Signature.empty
 
 

@@ -1,4 +1,4 @@
-"""The scripts in `.github` that continuous integration and releases rest on, and that its files can be read."""
+"""The scripts in `.github` that continuous integration and releases use work, and its other files can be read."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class TestOldest:
 
 
 class AnyTag(yaml.SafeLoader):
-    """Reads values with tags, such as those of mkdocs, as nothing."""
+    """Reads values with tags, such as those of mkdocs, as None."""
 
 
 AnyTag.add_multi_constructor("", lambda loader, tag, node: None)

@@ -22,19 +22,19 @@ SaveLora = Callable[..., Path]
 
 @pytest.fixture(autouse=True)
 def without_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No matplotlib, which takes most of the time of a save, unless a test asks for it."""
+    """Hide matplotlib, which takes most of the time of a save, unless a test asks for it."""
     if "with_figures" not in request.fixturenames:
         monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
 
 
 @pytest.fixture
 def with_figures() -> None:
-    """Figures are drawn, for the tests that are about them."""
+    """Draw figures, in the tests that are about them."""
 
 
 @pytest.fixture
 def save_lora(tiny_model: Callable[[str], PreTrainedModel], tmp_path: Path) -> SaveLora:
-    """Writes a plain LoRA of the tiny Llama: its folder."""
+    """Write a plain LoRA of the tiny Llama, and return its folder."""
 
     def save(name: str = "lora", *, seed: int = 0, base: str = BASE_NAME, **config: Any) -> Path:
         folder = tmp_path / "adapters" / name
@@ -45,7 +45,7 @@ def save_lora(tiny_model: Callable[[str], PreTrainedModel], tmp_path: Path) -> S
 
 @pytest.fixture
 def save_classifier(tiny_model: Callable[[str], PreTrainedModel], tmp_path: Path) -> SaveLora:
-    """Writes a plain LoRA of the tiny BERT with a head for so many labels: its folder."""
+    """Write a plain LoRA of the tiny BERT with a head for a number of labels, and return its folder."""
 
     def save(name: str, num_labels: int, *, seed: int = 0, **config: Any) -> Path:
         model = named(bert_with_labels(tiny_model("bert"), num_labels))
@@ -56,7 +56,7 @@ def save_classifier(tiny_model: Callable[[str], PreTrainedModel], tmp_path: Path
 
 @pytest.fixture(scope="session")
 def loras(pristine_models: dict[str, PreTrainedModel], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Three LoRAs of the tiny Llama by task name, different in everything but their targets."""
+    """Three LoRAs of the tiny Llama by task name, which differ in everything but their targets."""
     root = tmp_path_factory.mktemp("loras")
     return {
         name: save_adapter(named(copy.deepcopy(pristine_models["llama"])), root / name, lora_config(), seed)
@@ -84,13 +84,13 @@ def subspace(saved: tuple[SubspaceState, Path]) -> SharedSubspace:
 
 @pytest.fixture
 def tree(saved: tuple[SubspaceState, Path], tmp_path: Path) -> Path:
-    """The subspace on disk, to be changed at will."""
+    """The subspace on disk, which a test may change."""
     return Path(shutil.copytree(saved[1], tmp_path / "tree"))
 
 
 @pytest.fixture
 def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
-    """A copy of a folder of one's own."""
+    """Make a separate copy of a folder."""
 
     def copied(folder: Path) -> Path:
         return Path(shutil.copytree(folder, tmp_path / f"copy-of-{folder.name}"))

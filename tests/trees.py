@@ -25,13 +25,13 @@ INPUT_IDS = torch.randint(3, 64, (3, 7), generator=torch.Generator().manual_seed
 
 
 def named(model: PreTrainedModel, name: str = BASE_NAME) -> PreTrainedModel:
-    """The model, as if it had been loaded from this place."""
+    """Return the model as if it had been loaded from this place."""
     model.name_or_path = name
     return model
 
 
 def bert_with_labels(model: BertForSequenceClassification, num_labels: int) -> BertForSequenceClassification:
-    """The same encoder with a head of this size, which depends on the size alone."""
+    """Return the same encoder with a head of this size, which depends only on the size."""
     config = BertConfig(**{**model.config.to_dict(), "num_labels": num_labels, "id2label": None, "label2id": None})
     torch.manual_seed(num_labels)
     resized = BertForSequenceClassification(config).eval()
@@ -40,7 +40,7 @@ def bert_with_labels(model: BertForSequenceClassification, num_labels: int) -> B
 
 
 def lora_config(**overrides: Any) -> LoraConfig:
-    """A LoRA of rank 4 and scale 2 on query and value of a Llama, with random A and B."""
+    """Return a LoRA of rank 4 and scale 2 on query and value of a Llama, with random A and B."""
     values = dict(
         r=4,
         lora_alpha=8,
@@ -55,7 +55,7 @@ BERT_LORA = dict(target_modules=["query", "value"], task_type="SEQ_CLS")
 
 
 def save_adapter(model: PreTrainedModel, folder: Path, config: Any, seed: int) -> Path:
-    """An adapter with random weights, its head included, as PEFT saves it."""
+    """Save an adapter with random weights, including its head, as PEFT saves it."""
     torch.manual_seed(seed)
     peft_model = get_peft_model(model, config)
     with torch.no_grad():
@@ -67,9 +67,9 @@ def save_adapter(model: PreTrainedModel, folder: Path, config: Any, seed: int) -
 
 
 def small_lora(folder: Path, seed: int, scale: float) -> tuple[Path, dict[str, Tensor]]:
-    """A plain LoRA of rank 4 for two small modules, and its updates (n, d) by module in float64."""
+    """Write a plain LoRA of rank 4 for two small modules, and return its updates (n, d) by module in float64."""
     modules = {"model.layers.0.self_attn.q_proj": (24, 20), "model.layers.0.mlp.gate": (3, 20)}
-    alpha, rank = 3, 4  # a scale that is no power of two
+    alpha, rank = 3, 4  # a scale that is not a power of two
     generator = torch.Generator().manual_seed(seed)
     tensors, updates = {}, {}
     for module, (n, d) in modules.items():
@@ -84,12 +84,12 @@ def small_lora(folder: Path, seed: int, scale: float) -> tuple[Path, dict[str, T
 
 
 def plain_logits(model: PreTrainedModel, folder: Path) -> Tensor:
-    """What PEFT computes with the plain LoRA in a folder."""
+    """Return what PEFT computes with the plain LoRA in a folder."""
     return logits(PeftModel.from_pretrained(model, folder).eval())
 
 
 def delta_weights(model: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
-    """PEFT's own updates (n, d) of a LoRA by module of the base model."""
+    """Return PEFT's own updates (n, d) of a LoRA by module of the base model."""
     peft_model = PeftModel.from_pretrained(model, folder)
     return {
         name: module.get_delta_weight("default")
@@ -104,12 +104,12 @@ def logits(model: nn.Module) -> Tensor:
 
 
 def assert_close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
-    """Equal up to rounding; `tolerance` is relative to the largest entry."""
+    """Assert equality up to rounding; `tolerance` is relative to the largest entry."""
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
 
 
 def assert_same_state(found: SubspaceState, expected: SubspaceState) -> None:
-    """Equal to the bit in everything a tree holds; spectra are stored in float32."""
+    """Assert that everything a tree holds is equal bit by bit; spectra are stored in float32."""
     assert list(found.tasks) == list(expected.tasks)
     assert found.layers.keys() == expected.layers.keys()
     for name in ("settings", "base_model_name_or_path", "default_task", "metrics", "lineage"):
@@ -142,7 +142,7 @@ def assert_same_tensor(found: Tensor, expected: Tensor) -> None:
 
 
 def distance(found: SharedSubspace, expected: SharedSubspace, task: str) -> float:
-    """Relative change of a task's weights over all layers."""
+    """Return the relative change of a task's weights over all layers."""
     change = total = 0.0
     for module, layer in expected.state.layers_of(task).items():
         before, after = layer.update_of(task).dense(), found.state.layers[module].update_of(task).dense()
@@ -152,7 +152,7 @@ def distance(found: SharedSubspace, expected: SharedSubspace, task: str) -> floa
 
 
 def untouched(model: PreTrainedModel, pristine: PreTrainedModel) -> bool:
-    """Whether a model is still as it was made: no adapters, the same weights, everything trained that was."""
+    """Return whether a model is still as it was made: no adapters, the same weights, the same trained parameters."""
     assert not share_layers(model)
     parameters, expected = dict(model.named_parameters()), dict(pristine.named_parameters())
     return parameters.keys() == expected.keys() and all(
@@ -162,19 +162,19 @@ def untouched(model: PreTrainedModel, pristine: PreTrainedModel) -> bool:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """Content of every file below a folder by relative path."""
+    """Return the content of every file below a folder by relative path."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def edit_json(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Change a JSON file and leave everything else as it is."""
+    """Change a JSON file, and leave everything else unchanged."""
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
 
 
 def edit_index(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Change `share_config.json` as somebody would who knows of the digest."""
+    """Change `share_config.json` like somebody who knows about the digest."""
 
     def change_and_sign(content: dict[str, Any]) -> None:
         content.pop("digest")
@@ -185,7 +185,7 @@ def edit_index(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 
 def sign_anew(tree: Path, name: str) -> None:
-    """Give a file that was changed the checksum it now has, as somebody would who knows of it."""
+    """Give a changed file its new checksum, like somebody who knows about it."""
     path = tree / name
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if path.parent.parent.name == "tasks" and path.name != "metrics.json":
@@ -203,7 +203,7 @@ def edit_tensors(path: Path, change: Callable[[dict[str, Tensor]], Any]) -> None
 
 
 def leave_aside(folder: Path) -> None:
-    """Bring a folder into the state that a save leaves which was killed between its two renames."""
+    """Bring a folder into the state in which a save leaves it that was killed between its two renames."""
     workshop = folder.with_name(f".{folder.name}.share_hf")
     workshop.mkdir()
     (workshop / "share_hf.txt").touch()

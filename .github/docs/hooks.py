@@ -26,7 +26,7 @@ _FENCE = re.compile(r"^(```.*?^```)$", re.MULTILINE | re.DOTALL)
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: Any) -> str:
-    """A page with its links, and with the options of the commands that it names."""
+    """Return a page with its links, and with the options of the commands that it names."""
     markdown = _OPTIONS.sub(lambda match: options_of(match[1]), markdown)
     parts = _FENCE.split(markdown)
     parts[::2] = [_to_repository(with_links(part), page, config) for part in parts[::2]]
@@ -34,7 +34,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: Any) 
 
 
 def _to_repository(text: str, page: Page, config: MkDocsConfig) -> str:
-    """Links to files outside the site lead to the repository, where its address is known."""
+    """Point links to files outside the site to the repository, if its address is known."""
 
     def link(match: re.Match[str]) -> str:
         target = (Path(page.file.abs_src_path).parent / match[1]).resolve()
@@ -47,7 +47,7 @@ def _to_repository(text: str, page: Page, config: MkDocsConfig) -> str:
 
 
 def options_of(command: str) -> str:
-    """The arguments of a command as a table, from its parser, which needs the standard library alone."""
+    """Return the arguments of a command as a table, from its parser, which needs only the standard library."""
     parser = _parsers()[command]
     rows = ["| argument | meaning |", "|---|---|"]
     for action in parser._actions:
@@ -72,7 +72,7 @@ def _values(action: argparse.Action) -> str:
 
 
 def _parsers() -> dict[str, argparse.ArgumentParser]:
-    # As setup.py installs it: by itself, since `import share_hf` waits for torch.
+    # As setup.py installs it: on its own, since `import share_hf` waits for torch.
     import importlib.util
 
     name = "share_hf_cli"

@@ -13,7 +13,7 @@ from typing import Any
 import griffe
 
 
-# What the docstrings call by a short name, and where the reference has it.
+# Names that docstrings shorten, and their full names in the reference.
 PUBLIC = {
     "GgufBase": "share_hf.serving.GgufBase",
     "LoraCache": "share_hf.serving.LoraCache",
@@ -50,7 +50,7 @@ class HuggingFaceDocstrings(griffe.Extension):
 
 
 def as_google(text: str) -> str:
-    """A docstring with types as the signature has them, and with links to the reference."""
+    """Return a docstring with types as the signature has them, and with links to the reference."""
     section, lines = "", []
     for line in text.split("\n"):
         if match := _SECTION.match(line):
@@ -64,12 +64,12 @@ def as_google(text: str) -> str:
 
 
 def with_links(text: str) -> str:
-    """A text with links of the form ``[`~module.Name`]`` to the reference, or to the pages of other libraries."""
+    """Return a text in which links such as ``[`~module.Name`]`` lead to the reference, or to other libraries."""
     return _LINK.sub(lambda match: _link(match[2], is_short=bool(match[1])), text)
 
 
 def _annotation(types: str) -> str:
-    """Types as an annotation, from such as `int` or `"auto"`, *optional*."""
+    """Return types as an annotation, from text such as `int` or `"auto"`, *optional*."""
     found = _TYPE.findall(types.partition(", *optional*")[0])
     return " | ".join(f"Literal[{name}]" if name.startswith('"') else name for name in found)
 

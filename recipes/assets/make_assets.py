@@ -500,7 +500,7 @@ def size_in_bytes(folder: Path) -> int:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks-only", action="store_true", help="rewrite tasks/ and leave backbone/ as it is")
+    parser.add_argument("--tasks-only", action="store_true", help="rewrite tasks/ and leave backbone/ unchanged")
     args = parser.parse_args()
 
     write_tasks()
@@ -521,7 +521,7 @@ if __name__ == "__main__":
         seen = sum(int((batch != tokenizer.pad_token_id).sum()) for batch in batches)
         table += [
             ("parameters", f"{parameters:,}", f"hidden {HIDDEN_SIZE}, {NUM_LAYERS} layers, {len(tokenizer)} tokens"),
-            ("loss", f"{loss:.3f}", f"nats a token at the end of {seen:,} tokens, each seen once"),
+            ("loss", f"{loss:.3f}", f"nats per token after {seen:,} tokens, each seen once"),
             ("runtime", f"{time.perf_counter() - start:.0f} s", "one CPU thread"),
         ]
 

@@ -24,7 +24,7 @@ def encoded(values: NDArray[Any]) -> str | list[float]:
     if not np.issubdtype(values.dtype, np.integer):
         return [round(float(value), DIGITS) for value in values]
     if len(values) and (values.min() < 0 or values.max() > 9):
-        raise ValueError(f"classes from {values.min()} to {values.max()}, expected 0 to 9: one digit an example")
+        raise ValueError(f"classes from {values.min()} to {values.max()}, expected 0 to 9: one digit per example")
     return "".join(map(str, values))
 
 

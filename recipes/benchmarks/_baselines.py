@@ -193,7 +193,7 @@ def train(
     if method not in METHODS:
         raise ValueError(f"method is {method!r}, expected one of {', '.join(METHODS)}")
     if not tasks:
-        raise ValueError("tasks has no task, expected at least one")
+        raise ValueError("tasks is empty, expected at least one task")
     if settings.args.label_smoothing_factor:
         raise ValueError(f"label_smoothing_factor is {settings.args.label_smoothing_factor}, expected 0")
     stream = _Stream(method, model, tasks, settings)

@@ -152,7 +152,7 @@ def _labels(name: str, task: Task, labels: Sequence[Any]) -> np.ndarray:
         numbers = np.asarray(labels, dtype=np.float32).reshape(len(labels), -1)
     except (TypeError, ValueError):
         raise ValueError(
-            f"task {name!r} has labels such as {labels[0]!r}, expected numbers, {expected} a label"
+            f"task {name!r} has labels such as {labels[0]!r}, expected numbers, {expected} per label"
         ) from None
     if numbers.shape[1] != expected:
         raise ValueError(f"task {name!r} has labels of {numbers.shape[1]} numbers, expected {expected}")
@@ -170,7 +170,7 @@ def _labels(name: str, task: Task, labels: Sequence[Any]) -> np.ndarray:
 def _label_width(name: str, task: Task) -> int:
     """Return how many numbers a label of a task consists of."""
     if task.problem_type not in PROBLEM_TYPES:
-        raise ValueError(f"task {name!r} is of the kind {task.problem_type!r}, expected one of {PROBLEM_TYPES}")
+        raise ValueError(f"task {name!r} has problem type {task.problem_type!r}, expected one of {PROBLEM_TYPES}")
     return 1 if task.problem_type == "single_label_classification" else task.num_labels
 
 
@@ -194,7 +194,7 @@ def _classifier_name(model: PreTrainedModel) -> str:
     if others:
         raise ValueError(
             f"{type(model).__name__} has {others[0]!r} outside its body and its classifier, expected nothing there: "
-            "it would stay as it was drawn"
+            "it would keep its random values"
         )
     return name
 

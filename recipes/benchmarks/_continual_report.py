@@ -24,7 +24,7 @@ Found = Sequence[tuple[Run, Result]]
 
 COLUMNS = (
     *("method", "runs", "average", "± se", "vs lora", "95 %", "forgetting"),
-    *("own loss", "trained", "kB a task", "min a run"),
+    *("own loss", "trained", "kB per task", "min per run"),
 )
 FIRST = 10  # number of tasks whose scores are followed while others arrive
 POINT = 0.01
@@ -90,7 +90,7 @@ def print_report(runs: Sequence[Run], results: Results, figures: Path | None) ->
             draw_fifty({run.label or run.method: curve_of(run, result) for run, result in many}, figures / "fifty.png")
     versions = {json.dumps(result["versions"], sort_keys=True) for _, result in found}
     if len(versions) > 1:
-        print(f"\nresults of {len(versions)} sets of versions:\n" + "\n".join(sorted(versions)))
+        print(f"\nresults from {len(versions)} sets of versions:\n" + "\n".join(sorted(versions)))
     missing = results.missing(runs)
     print(f"\n{len(found)} runs, {len(missing)} not run" + "".join(f"\n  {run.name} {run.label}" for run in missing))
 

@@ -71,9 +71,11 @@ def argument_parser(description: str | None, *, repeats: int) -> argparse.Argume
     """Return a parser with the options that all benchmarks have."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows, versions and machine to FILE")
-    parser.add_argument("--quick", action="store_true", help="the same rows in under a minute, at smaller sizes")
     parser.add_argument(
-        "--repeats", type=int, default=repeats, help="timed runs of each variant (default: %(default)s)"
+        "--quick", action="store_true", help="produce the same rows in under a minute, at smaller sizes"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=repeats, help="number of timed runs per variant (default: %(default)s)"
     )
     return parser
 

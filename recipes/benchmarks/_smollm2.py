@@ -49,7 +49,7 @@ def unpacked(folder: Path) -> Path:
     if (folder / "config.json").is_file():
         return folder
     if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder}: holds files but no config.json, expected an empty folder or none")
+        raise ValueError(f"{folder}: holds files but no config.json, expected an empty or new folder")
     source = gguf_file()
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -80,7 +80,7 @@ def unpacked(folder: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where to put the model; left as it is if it is there")
+    parser.add_argument("folder", type=Path, help="folder to put the model in; left unchanged if the model is there")
     print(unpacked(parser.parse_args().folder))
 
 

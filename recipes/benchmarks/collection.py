@@ -134,9 +134,11 @@ class Bench:
 
 def main() -> None:
     parser = argument_parser(__doc__, repeats=3)
-    parser.add_argument("--folder", type=Path, help="where adapters and measurements are kept")
-    parser.add_argument("--threads", type=int, default=2, help="of each process (default: %(default)s)")
-    parser.add_argument("--real", type=Path, action="append", default=[], help="a folder of trained adapters")
+    parser.add_argument("--folder", type=Path, help="folder in which to keep adapters and measurements")
+    parser.add_argument("--threads", type=int, default=2, help="number of threads per process (default: %(default)s)")
+    parser.add_argument(
+        "--real", type=Path, action="append", default=[], help="folder of trained adapters; may be repeated"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = (options.folder or Path(temporary)).resolve()

@@ -57,19 +57,32 @@ def main() -> int:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of glue, cl_bench")
-    parser.add_argument("--model", type=Path, default=None, help="all-MiniLM-L6-v2 (that of the installed package)")
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="where results are and go to")
-    parser.add_argument("--work", type=Path, default=Path("continual-work"), help="what unfinished runs have learned")
-    parser.add_argument("--report", action="store_true", help="run nothing, report what is there")
+    parser.add_argument(
+        "--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder that holds glue and cl_bench"
+    )
+    parser.add_argument(
+        "--model", type=Path, default=None, help="folder of all-MiniLM-L6-v2 (default: that of the installed package)"
+    )
+    parser.add_argument(
+        "--results", type=Path, default=HERE / "results", help="folder that results are read from and written to"
+    )
+    parser.add_argument(
+        "--work", type=Path, default=Path("continual-work"), help="folder for what unfinished runs have learned"
+    )
+    parser.add_argument("--report", action="store_true", help="run nothing; report the existing results")
     parser.add_argument("--figures", type=Path, default=None, help="folder to draw the figures in")
-    parser.add_argument("--quick", action="store_true", help="a few tasks and examples of each method")
-    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1)), help="runs at once, a core each")
-    parser.add_argument("--hours", type=float, default=None, help="begin no run after this time")
+    parser.add_argument("--quick", action="store_true", help="run each method with only a few tasks and examples")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=max(1, (os.cpu_count() or 1)),
+        help="number of runs at the same time, one core each",
+    )
+    parser.add_argument("--hours", type=float, default=None, help="number of hours after which no run is started")
     for name in ("streams", "methods", "labels"):
-        parser.add_argument(f"--{name}", nargs="+", default=None, help=f"only these {name}")
+        parser.add_argument(f"--{name}", nargs="+", default=None, help=f"run only these {name}")
     for name in ("seeds", "orders"):
-        parser.add_argument(f"--{name}", nargs="+", type=int, default=None, help=f"only these {name}")
+        parser.add_argument(f"--{name}", nargs="+", type=int, default=None, help=f"run only these {name}")
     return parser.parse_args()
 
 

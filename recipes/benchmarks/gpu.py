@@ -93,13 +93,17 @@ class Part:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where the rows go, instead of results/")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="file to write the rows to, instead of one in results/"
+    )
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="device to run on; cpu is for a rehearsal"
+    )
     parser.add_argument(
         "--seconds", type=float, default=SECONDS, help="time limit of all parts together (default: %(default)s)"
     )
     parser.add_argument(
-        "--only", action="append", metavar="TEXT", help="only parts with TEXT in their name; may be given again"
+        "--only", action="append", metavar="TEXT", help="run only parts with TEXT in their name; may be repeated"
     )
     options = parser.parse_args()
     if options.device == "cpu":
@@ -246,7 +250,7 @@ def _name_of_exit(code: int) -> str:
 # ---- Tests ----------------------------------------------------------------------------------------------------------
 
 PASSES = "passes"
-NOT_REACHED = "the run was broken off before"
+NOT_REACHED = "the run was interrupted before"
 
 
 def tests_of(file: Path, seconds: float) -> Part:
@@ -321,7 +325,7 @@ def benchmark_rows(script: str, path: Path, ending: Ending | None) -> list[Row]:
     written = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
     rows = [Row(**row) for row in written]
     rows = [replace(row, name=f"{script}: {row.name}") for row in rows]
-    rest = f"{script}: what follows" if rows else script
+    rest = f"{script}: the rest" if rows else script
     if ending is None:
         return [*rows, Row.not_run(rest, NOT_REACHED)]
     if ending.code is None:

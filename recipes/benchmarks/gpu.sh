@@ -4,12 +4,13 @@
 # 8 minutes and without a network; writes one JSON to recipes/benchmarks/results/ and prints it as a table.
 #
 #     bash recipes/benchmarks/gpu.sh
-#     bash recipes/benchmarks/gpu.sh --only streams         a part of it; --help tells all options
+#     bash recipes/benchmarks/gpu.sh --only streams         a part of it; --help lists all options
 #     bash recipes/benchmarks/gpu.sh --device cpu           a rehearsal without a GPU
 #
-# Nothing is installed. It takes the first Python that can import share_hf: $PYTHON, python3, python, or that of the
-# environment in .venv ($SHARE_HF_VENV), which tests/run.sh makes. Packages may also lie in folders that PYTHONPATH
-# names (pip install --target). If none can, it takes the first that has PyTorch, and rows say what is missing.
+# Installs nothing. The script uses the first Python that can import share_hf: $PYTHON, python3, python, or that of the
+# environment in .venv ($SHARE_HF_VENV), which tests/run.sh creates. Packages may also be in folders that PYTHONPATH
+# names (pip install --target). If none can import it, the script uses the first that has PyTorch, and the rows say
+# what is missing.
 
 set -euo pipefail
 

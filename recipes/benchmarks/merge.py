@@ -73,11 +73,13 @@ BLOCKS = 16
 
 def main() -> None:
     parser = argument_parser(__doc__, repeats=9)
-    parser.add_argument("--size", choices=("layer", "1b"), default="layer", help="1b: a whole Llama too")
+    parser.add_argument(
+        "--size", choices=("layer", "1b"), default="layer", help="what to merge; 1b adds a whole Llama"
+    )
     parser.add_argument(
         "--device",
         default="cuda" if torch.cuda.is_available() else "cpu",
-        help="what everything is computed on (default: a GPU if there is one)",
+        help="device to compute on (default: a GPU if there is one)",
     )
     options = parser.parse_args()
     title = f"Merging task T + 1 into one layer (k = 64, p = 16, joint basis, with certificate), on {options.device}"

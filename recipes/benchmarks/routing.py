@@ -82,16 +82,27 @@ class Text:
 def main() -> None:
     parser = argument_parser(__doc__, repeats=20)
     shared = ROOT.parent / "shared"
-    parser.add_argument("--data", type=Path, default=shared / "data" / "cl_bench", help="texts (default: %(default)s)")
     parser.add_argument(
-        "--adapters", type=Path, default=shared / "adapters" / "minilm-own-seed", help="LoRAs (default: %(default)s)"
+        "--data", type=Path, default=shared / "data" / "cl_bench", help="folder of texts (default: %(default)s)"
     )
-    parser.add_argument("--model", type=Path, default=None, help="all-MiniLM-L6-v2 (that of the installed package)")
-    parser.add_argument("--layers", type=int, nargs="+", default=None, help="hidden states (those of the rule)")
     parser.add_argument(
-        "--held-out", action="store_true", help="score training texts that are held out, no test texts"
+        "--adapters",
+        type=Path,
+        default=shared / "adapters" / "minilm-own-seed",
+        help="folder of LoRAs (default: %(default)s)",
     )
-    parser.add_argument("--figure", type=Path, default=None, help="where to draw the confusion matrix")
+    parser.add_argument(
+        "--model", type=Path, default=None, help="folder of all-MiniLM-L6-v2 (default: that of the installed package)"
+    )
+    parser.add_argument(
+        "--layers",
+        type=int,
+        nargs="+",
+        default=None,
+        help="layers whose hidden states are used (default: those of the rule)",
+    )
+    parser.add_argument("--held-out", action="store_true", help="score held-out training texts instead of test texts")
+    parser.add_argument("--figure", type=Path, default=None, help="file in which to draw the confusion matrix")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     rows = measured(arguments.data, arguments.adapters, arguments.model or packaged_model(), arguments)

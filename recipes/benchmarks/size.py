@@ -26,7 +26,7 @@ GOAL = 50
 
 def main() -> None:
     parser = argument_parser(__doc__, repeats=1)
-    parser.add_argument("--layers", type=int, default=4, help="layers of the model (default: %(default)s)")
+    parser.add_argument("--layers", type=int, default=4, help="number of layers of the model (default: %(default)s)")
     arguments = parser.parse_args()
     layers = 1 if arguments.quick else arguments.layers
 

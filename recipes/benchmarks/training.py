@@ -69,13 +69,17 @@ ODD_TOKENS = 37  # divides no other size, so that tensors with a row for each to
 
 def main() -> None:
     parser = argument_parser(__doc__, repeats=15)
-    parser.add_argument("--size", choices=SIZES, default="half", help="width of Llama-3.2-1B, or half of it")
-    parser.add_argument("--layers", type=int, help="layers of the model (default: 4, or the 16 of Llama-3.2-1B)")
+    parser.add_argument(
+        "--size", choices=SIZES, default="half", help="width of the model: that of Llama-3.2-1B, or half of it"
+    )
+    parser.add_argument(
+        "--layers", type=int, help="number of layers of the model (default: 4, or the 16 of Llama-3.2-1B)"
+    )
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
         default="bfloat16" if DEVICE == "cuda" else "float32",
-        help="of the base model (default: bfloat16 on CUDA, otherwise float32)",
+        help="data type of the base model (default: bfloat16 on CUDA, otherwise float32)",
     )
     options = parser.parse_args()
     hidden_size, layers = SIZES[options.size]

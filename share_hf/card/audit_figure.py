@@ -26,11 +26,15 @@ def check_figure(path: Path) -> None:
     """
     known = _figure().canvas.get_supported_filetypes()
     if path.suffix.lstrip(".").lower() not in known:
-        raise ValueError(f"{path}: expected a figure's ending, one of {', '.join(f'.{ending}' for ending in known)}")
+        raise ValueError(
+            f"{path}: expected a file name that ends in one of {', '.join(f'.{ending}' for ending in known)}"
+        )
     if not os.access(path.parent, os.W_OK) and path.parent.is_dir():
-        raise ValueError(f"{path}: the folder cannot be written to, expected another place for the figure")
+        raise ValueError(f"{path}: the folder is not writable, expected another place for the figure")
     if path.is_dir() or not path.parent.is_dir():
-        raise ValueError(f"{path}: {'a folder' if path.is_dir() else 'no such folder'}, expected a file to write")
+        raise ValueError(
+            f"{path}: {'is a folder' if path.is_dir() else 'no such folder'}, expected the name of a file to write"
+        )
 
 
 def write_audit_figure(report: CollectionReport, path: Path) -> None:
@@ -70,7 +74,7 @@ def _draw_curve(axes: Axes, report: CollectionReport) -> None:
         axes.set_xticks(ticks := [k for k in sizes if k & (k - 1) == 0], [str(k) for k in ticks])
         axes.minorticks_off()
     axes.set_ylim(0, 1.02)
-    axes.set_xlabel("directions k of a layer, on each side")
+    axes.set_xlabel("directions per layer (k), on each side")
     axes.set_title(
         f"{report.curve_tasks} of {report.tasks} adapters, {len(report.curve_modules)} of {report.modules} modules"
         if report.sampled
@@ -104,8 +108,8 @@ def _draw_errors(axes: Axes, report: CollectionReport) -> None:
         ticks = axes.set_xticks(range(len(order)), order, rotation=30, ha="right", fontsize="small")
         for tick in ticks:
             tick.label1.set_parse_math(False)
-    axes.set_xlabel("adapters, the best served first")
+    axes.set_xlabel("adapters, best served first")
     axes.set_ylabel(f"relative error of ΔW at k = {report.num_components}")
     axes.set_title(
-        f"served badly: {len(badly)}, better stored apart" if badly else "none is served badly", fontsize="medium"
+        f"served badly: {len(badly)}, better stored separately" if badly else "none is served badly", fontsize="medium"
     )

@@ -100,7 +100,9 @@ def read_card(path: Path) -> str:
         ValueError: If it is too large for a card, or not UTF-8.
     """
     if (size := path.stat().st_size) > MAX_CARD_BYTES:
-        raise ValueError(f"{path}: {size} bytes, expected a model card of at most {MAX_CARD_BYTES}: move it away")
+        raise ValueError(
+            f"{path}: {size} bytes, expected a model card of at most {MAX_CARD_BYTES} bytes: move it elsewhere"
+        )
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -147,7 +149,8 @@ def _outside(existing: str | None) -> tuple[str, ModelCardData | None, str]:
     except (ValueError, TypeError, YAMLError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"{CARD_FILE}: the metadata of the model card cannot be read ({reason}), expected YAML: mend or delete it"
+            f"{CARD_FILE}: the metadata of the model card cannot be read ({reason}), expected YAML: correct it or "
+            "delete it"
         ) from error
     before, begin, rest = card.text.partition(GENERATED_BEGIN)
     if not begin:

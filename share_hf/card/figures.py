@@ -30,7 +30,7 @@ _NAMES_SHOWN = 40
 CAPTIONS = {
     MATRIX_FIGURE: "Score on each task after each step",
     DRIFT_FIGURE: "Drift of each task since it was learned",
-    SPECTRA_FIGURE: "Singular values of the stacked updates, one line a module",
+    SPECTRA_FIGURE: "Singular values of the stacked updates, one line per module",
 }
 
 

@@ -43,7 +43,7 @@ def write_tree(
     if (folder / CARD_FILE).is_file() and (card.existing is None or (folder / INDEX_FILE).is_file()):
         if (folder / CARD_FILE).is_symlink():
             raise ValueError(
-                f"{folder / CARD_FILE}: a link to {os.readlink(folder / CARD_FILE)}, expected a file: the text of "
+                f"{folder / CARD_FILE}: is a link to {os.readlink(folder / CARD_FILE)}, expected a file: the text of "
                 "another file would be copied into the model card"
             )
         card = replace(card, existing=read_card(folder / CARD_FILE))

@@ -73,13 +73,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             outcome = commands.run(args, debug=debug)
     except KeyboardInterrupt:
-        return _fail("interrupted, run the command again", INTERRUPTED, as_json=args.json)
+        return _fail("interrupted; run the command again", INTERRUPTED, as_json=args.json)
     except Exception as error:
         if debug:
             traceback.print_exc()
         message = _told(error)
         if isinstance(error, OSError) and error.errno in NO_ROOM:
-            message += "; nothing has changed, make room there, and run the command again"
+            message += "; nothing has changed, so free some space there and run the command again"
         return _fail(message, FAILED, as_json=args.json)
     if is_first():
         _print(json.dumps(outcome.facts, indent=2) if args.json else outcome.text)
@@ -111,9 +111,9 @@ def build_parser() -> tuple[argparse.ArgumentParser, Commands]:
     """Build the parser, and the parsers of the commands by name."""
     parser = _Parser(
         prog="share-hf",
-        description="Many LoRA adapters of one base model as one shared subspace and a few kilobytes a task.",
-        epilog="`share-hf COMMAND --help` shows its options and an example. Exit codes: 0, 1 on failure, 2 on wrong "
-        "arguments, 130 on Ctrl-C.",
+        description="Store many LoRA adapters of one base model as one shared subspace and a few kilobytes per task.",
+        epilog="`share-hf COMMAND --help` shows its options and an example. Exit codes: 0 on success, 1 on failure, "
+        "2 on wrong arguments, 130 on Ctrl-C.",
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="Show the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -145,7 +145,7 @@ def _check_audit(args: argparse.Namespace, command: argparse.ArgumentParser) -> 
     if len(args.adapters) == 1 and args.from_file is None:
         for_loras = ("num_components", "skip_bad", "component", "base_model")
         if given := [f"--{name.replace('_', '-')}" for name in for_loras if getattr(args, name)]:
-            command.error(f"{given[0]} is for LoRAs, expected two or more of them, or a subspace without it")
+            command.error(f"{given[0]} is for LoRAs, expected two or more LoRAs, or one subspace without this option")
     elif args.num_components is None:
         args.num_components = 32
 
@@ -176,20 +176,20 @@ class _Version(argparse.Action):
 
 def _add_common(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("options of every command")
-    group.add_argument("--token", help="User access token of the hub; that of `hf auth login` if not given")
+    group.add_argument("--token", help="User access token for the Hub (default: that of `hf auth login`)")
     group.add_argument("--json", action="store_true", help="Print JSON, and nothing else, on stdout")
-    group.add_argument("--quiet", action="store_true", help="No progress bars")
-    group.add_argument("--debug", action="store_true", help="Warnings and a traceback; also SHARE_HF_DEBUG=1")
+    group.add_argument("--quiet", action="store_true", help="Show no progress bars")
+    group.add_argument("--debug", action="store_true", help="Show warnings and tracebacks, as SHARE_HF_DEBUG=1 does")
 
 
 def _add_adapters(
     command: argparse.ArgumentParser,
-    help: str = "A LoRA, as name=place or a place whose last part is the name: a folder, a file of weights, or "
-    "org/repo@revision:subfolder",
+    help: str = "A LoRA, as name=place, or as a place whose last part is the name. A place is a folder, a file of "
+    "weights, or org/repo@revision:subfolder",
 ) -> None:
     command.add_argument("adapters", metavar="ADAPTER", nargs="*", type=located_adapter, help=help)
     add = command.add_argument
-    add("--from-file", metavar="LIST", type=Path, help="File that lists more adapters, one a line; # begins a comment")
+    add("--from-file", metavar="LIST", type=Path, help="File that lists adapters, one per line; # starts a comment")
     add("--skip-bad", action="store_true", help="Leave out adapters that cannot be used, and say why")
     _add_component(command)
 
@@ -201,16 +201,16 @@ def _add_component(command: argparse.ArgumentParser) -> None:
 
 
 def _add_base_model(command: argparse.ArgumentParser, of: str = "all the adapters") -> None:
-    command.add_argument("--base-model", metavar="ID", help=f"Base model of {of}, where they call it by several names")
+    command.add_argument("--base-model", metavar="ID", help=f"Base model of {of}, if they use several names for it")
 
 
 def _add_place(command: argparse.ArgumentParser) -> None:
-    command.add_argument("place", metavar="FOLDER_OR_REPO", help="A subspace: its folder or hub id")
+    command.add_argument("place", metavar="FOLDER_OR_REPO", help="Folder or Hub id of the subspace")
 
 
 def _init(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "folder", metavar="FOLDER", type=Path, help="Where to write the subspace; there must be none yet"
+        "folder", metavar="FOLDER", type=Path, help="Folder to write the subspace to, which must not hold one yet"
     )
     _add_adapters(command)
     _add_base_model(command)
@@ -220,9 +220,9 @@ def _init(command: argparse.ArgumentParser) -> None:
         type=number_or_auto,
         default=32,
         metavar="K",
-        help="Cap on the directions of a layer, or auto (%(default)s)",
+        help="Cap on the directions per layer, or auto (default: %(default)s)",
     )
-    add("--pseudo-rank", type=number_or_auto, default=8, metavar="P", help="Rank of a task, or auto (%(default)s)")
+    add("--pseudo-rank", type=number_or_auto, default=8, metavar="P", help="Task rank, or auto (default: %(default)s)")
     add(
         "--target-error",
         type=float,
@@ -233,40 +233,41 @@ def _init(command: argparse.ArgumentParser) -> None:
         "--target-bytes",
         type=size_in_bytes,
         metavar="N",
-        help="Size of bases and coefficients in which auto reaches the smallest error: bytes, or such as 20MB, 64KB",
+        help="Size of bases and coefficients within which auto reaches the smallest error: a number of bytes, or a "
+        "size such as 20MB or 64KB",
     )
     add(
         "--basis",
         choices=("joint", "factor"),
         default="joint",
-        help="Basis that weighs all updates equally, or the paper's (%(default)s)",
+        help="Basis: joint weighs all updates equally, factor is the paper's (default: %(default)s)",
     )
-    add("--center", action="store_true", help="Subtract the mean column first; only with --basis factor")
-    add("--explained-variance", type=float, metavar="X", help="Take the fewest directions that explain this fraction")
+    add("--center", action="store_true", help="Subtract the mean column first, only with --basis factor")
+    add("--explained-variance", type=float, metavar="X", help="Variance fraction to reach with the fewest directions")
     add("--drift-tolerance", type=float, metavar="X", help="Largest relative drift that merges may add up to")
     add(
         "--max-components",
         type=int,
         metavar="K",
-        help="Number of directions up to which layers may grow to meet --drift-tolerance, and up to which auto looks",
+        help="Largest k to which layers may grow to meet --drift-tolerance, and which auto considers",
     )
     add(
         "--tolerance",
         type=float,
         metavar="X",
-        help="Relative error up to which a task takes a smaller rank than P in a layer; not that of `add`",
+        help="Relative error up to which a task takes a rank below P in a layer; differs from --tolerance of `add`",
     )
     add(
         "--coefficient-dtype",
         choices=("float32", "bfloat16", "4bit"),
         default="float32",
-        help="Type that coefficients are stored in; the certified drift includes the rounding (%(default)s)",
+        help="Type in which coefficients are stored; the certified drift includes the rounding (default: %(default)s)",
     )
     add_keeping(command)
 
 
 def _add(command: argparse.ArgumentParser) -> None:
-    command.add_argument("folder", metavar="FOLDER", type=Path, help="The folder of the subspace")
+    command.add_argument("folder", metavar="FOLDER", type=Path, help="Folder of the subspace")
     _add_adapters(command)
     add_tolerance(command)
     _add_base_model(command)
@@ -291,9 +292,9 @@ def _info(command: argparse.ArgumentParser) -> None:
 
 
 def _audit(command: argparse.ArgumentParser) -> None:
-    _add_adapters(command, "One subspace, or two or more LoRAs: folders, files or hub ids, or name=place")
+    _add_adapters(command, "One subspace, or two or more LoRAs: folders, files or Hub ids, or name=place")
     command.add_argument(
-        "--num-components", type=int, metavar="K", help="Cap on the directions of a layer, for LoRAs (32)"
+        "--num-components", type=int, metavar="K", help="Cap on the directions per layer, for LoRAs (default: 32)"
     )
     _add_base_model(command)
     command.add_argument(
@@ -301,60 +302,65 @@ def _audit(command: argparse.ArgumentParser) -> None:
         type=relative_error,
         action="append",
         metavar="X",
-        help="Mean relative error of ΔW to advise k and p for; may be given again (0.1 and 0.25)",
+        help="Mean relative error of ΔW for which to recommend k and p; may be repeated (default: 0.1 and 0.25)",
     )
     command.add_argument(
         "--figure",
         type=Path,
         metavar="FILE",
-        help="Where to draw the curve and the error of each adapter: a PNG, PDF or SVG file",
+        help="PNG, PDF or SVG file in which to draw the curve and the error of each adapter",
     )
     command.add_argument(
-        "--per-module", action="store_true", help="One line for each module, not one for all layers of a kind"
+        "--per-module", action="store_true", help="Show one line for each module instead of one for each kind of layer"
     )
 
 
 def _push(command: argparse.ArgumentParser) -> None:
-    command.add_argument("folder", metavar="FOLDER", type=Path, help="The folder of the subspace")
-    command.add_argument("repo_id", metavar="REPO_ID", help="The repository; it is created if need be")
+    command.add_argument("folder", metavar="FOLDER", type=Path, help="Folder of the subspace")
+    command.add_argument("repo_id", metavar="REPO_ID", help="Id of the repository, which is created if needed")
     _add_base_model(command, "both sides")
     access = command.add_mutually_exclusive_group()
-    access.add_argument(
-        "--private", action="store_true", default=None, help="Make the repository private if it is created"
-    )
+    access.add_argument("--private", action="store_true", default=None, help="Make a newly created repository private")
     access.add_argument(
         "--public",
         dest="private",
         action="store_false",
         default=None,
-        help="Make the repository public if it is created",
+        help="Make a newly created repository public",
     )
     add = command.add_argument
     add("--create-pr", action="store_true", help="Open a pull request instead of pushing to main")
-    add("-m", "--commit-message", metavar="TEXT", help="Message of the commit on main (the names of the new tasks)")
+    add("-m", "--commit-message", metavar="TEXT", help="Message of the commit on main (default: names of new tasks)")
     add("--commit-description", metavar="TEXT", help="Description of the commit on main")
-    add("--default-task", metavar="TASK", help="Task whose LoRA is at the root (the newest, or as chosen before)")
+    add("--default-task", metavar="TASK", help="Task whose LoRA is at the root (default: as before, or the newest)")
     add(
         "--branches",
         action="append",
         metavar="WHICH",
-        help="Tasks that get a branch: all, new, none, or a task, and another by giving it again (all of up to 100)",
+        help="Tasks that get a branch: all, new, none, or the name of a task; may be repeated with more names "
+        "(default: all, if there are at most 100)",
     )
-    add("--branch-tolerance", type=float, default=0.05, metavar="X", help="Drift that rewrites a branch (%(default)s)")
-    add("--card-template", type=Path, metavar="FILE", help="A Jinja template of your own for the model card")
+    add(
+        "--branch-tolerance",
+        type=float,
+        default=0.05,
+        metavar="X",
+        help="Drift above which the branch of a task is written again (default: %(default)s)",
+    )
+    add("--card-template", type=Path, metavar="FILE", help="Jinja template to use for the model card")
     add(
         "--max-attempts",
         type=int,
         default=50,
         metavar="N",
-        help="How often to try while others push at the same time (%(default)s)",
+        help="Number of attempts while others push at the same time (default: %(default)s)",
     )
 
 
 def _pull(command: argparse.ArgumentParser) -> None:
-    command.add_argument("repo_id", metavar="REPO_ID", help="The repository")
+    command.add_argument("repo_id", metavar="REPO_ID", help="Id of the repository")
     command.add_argument(
-        "folder", metavar="FOLDER", type=Path, help="The folder of the subspace, or where to write one"
+        "folder", metavar="FOLDER", type=Path, help="Folder of the subspace, or a new folder to write it to"
     )
     command.add_argument("--revision", help="Revision of the repository: a task, a step, a branch, a tag or a commit")
     _add_base_model(command, "both sides")
@@ -371,26 +377,26 @@ _COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]]
     "info": ("Show tasks, sizes, drift and scores", "share-hf info org/share-subspace --revision mrpc", _info),
     "audit": ("Test whether adapters share a subspace", "share-hf audit adapters/mrpc adapters/sst2", _audit),
     "export": ("Write tasks as plain LoRA adapters", "share-hf export share-subspace mrpc mrpc-lora", add_export),
-    "remove": ("Forget tasks of a subspace", "share-hf remove share-subspace mrpc sst2", add_remove),
+    "remove": ("Remove tasks from a subspace", "share-hf remove share-subspace mrpc sst2", add_remove),
     "rename": ("Give a task another name", "share-hf rename share-subspace mrpc paraphrases", add_rename),
     "replace": (
-        "Put another adapter in the place of a task",
+        "Replace a task with another adapter",
         "share-hf replace share-subspace mrpc=adapters/mrpc-2",
         _replace,
     ),
     "refit": (
-        "Build the bases anew from the adapters that tasks came from",
+        "Rebuild the bases from the adapters that tasks came from",
         "share-hf refit share-subspace mrpc=adapters/mrpc",
         _refit,
     ),
-    "undo": ("Take back the last step, where its history is kept", "share-hf undo share-subspace", add_undo),
+    "undo": ("Undo the last step of a subspace that keeps a history", "share-hf undo share-subspace", add_undo),
     "route": (
-        "Tell which tasks texts belong to",
+        "Tell which task each text belongs to",
         'share-hf route share-subspace --text "It never stops being fun."',
         add_route,
     ),
-    "push": ("Publish a subspace on the hub", "share-hf push share-subspace org/share-subspace --private", _push),
-    "pull": ("Get a subspace, or what is new in it", "share-hf pull org/share-subspace share-subspace", _pull),
+    "push": ("Publish a subspace on the Hub", "share-hf push share-subspace org/share-subspace --private", _push),
+    "pull": ("Download a subspace, or what is new in it", "share-hf pull org/share-subspace share-subspace", _pull),
     "upgrade": ("Rewrite a subspace in the newest format", "share-hf upgrade org/share-subspace", _add_place),
 }
 

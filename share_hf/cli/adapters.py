@@ -32,7 +32,9 @@ def adapters_of(args: Namespace) -> NamedPlaces:
             raise ValueError(f"adapter {given!r} has no place, expected name=place or a place")
         name = _name_by_place(place) if given == Path(place).name else given
         if name in named.places:
-            raise ValueError(f"{named.places[name]} and {place} are both called {name!r}, expected name=place for one")
+            raise ValueError(
+                f"{named.places[name]} and {place} are both called {name!r}, expected name=place for one of them"
+            )
         named.places[name] = place
         if name not in (given, last := last_part(place)):
             named.mended[name] = last
@@ -41,7 +43,7 @@ def adapters_of(args: Namespace) -> NamedPlaces:
 
 def _name_by_place(place: str) -> str:
     if "*" in place and not Path(place).exists():
-        raise ValueError(f"{place}: nothing of such a name is there")
+        raise ValueError(f"{place}: no such folder or file")
     return name_of(place)
 
 
@@ -62,11 +64,11 @@ def _listed(path: Path) -> Iterator[tuple[str, str]]:
     """Yield the names and places in a list, one per line, skipping blank lines and comments."""
     try:
         if path.stat().st_size > _MOST_BYTES:
-            raise ValueError(f"{path}: expected a list of adapters, one a line, of at most {_MOST_BYTES} bytes")
+            raise ValueError(f"{path}: expected a list of adapters, one per line, of at most {_MOST_BYTES} bytes")
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected a list of adapters, one a line, as text ({error})") from error
+        raise ValueError(f"{path}: expected a list of adapters, one per line, as text ({error})") from error
     places = [place for line in lines if (place := line.partition(" #")[0].strip()) and not place.startswith("#")]
     if not places:
-        raise ValueError(f"{path}: lists no adapters, expected one a line")
+        raise ValueError(f"{path}: lists no adapters, expected one per line")
     yield from map(located_adapter, places)

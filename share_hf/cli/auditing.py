@@ -88,8 +88,8 @@ def _audited(report: AuditReport, survey: CollectionReport, per_module: bool) ->
         k = max(k for member in members for k in member.num_components)
         rows.append([kind, str(len(members)), str(k), *fractions])
     header = ["module", "layers", "k", *(title for side in sides for title in (side, "chance"))]
-    groups = [*map(some, report.groups), *([f"not known: {some(report.ungrouped)}"] if report.ungrouped else [])]
-    by_seed = f"\nBy the random A they started from: {some(groups, '; ') or 'none'}"
+    groups = [*map(some, report.groups), *([f"unknown: {some(report.ungrouped)}"] if report.ungrouped else [])]
+    by_seed = f"\nTasks by the random A they started from: {some(groups, '; ') or 'none'}"
     curve = table(
         ("k", "explained", "chance", "error of ΔW", "chance"),
         [

@@ -76,7 +76,7 @@ class Build:
             return
         kept = self._division.first(lambda: {module for module in modules if self._unfinished.has(module)})
         if kept and self._division.is_first:
-            _say(f"{self._folder}: goes on, {len(kept)} of {len(modules)} modules are finished")
+            _say(f"{self._folder}: continuing, {len(kept)} of {len(modules)} modules are finished")
         results = self._division.each_module(run, [module for module in modules if module not in kept], purpose)
         for module in modules:
             if module in kept:
@@ -131,7 +131,10 @@ def building(args: Namespace, places: Mapping[str, str]) -> Iterator[Build]:
 def _unfinished(args: Namespace, places: Mapping[str, str]) -> UnfinishedBuild:
     unfinished = UnfinishedBuild(args.folder, _inputs(args, places))
     if unfinished.is_other:
-        _say(f"{args.folder}: begins anew, as the adapters or the settings are not those of the run that was stopped")
+        _say(
+            f"{args.folder}: starting over, because the adapters or the settings differ from those of the interrupted "
+            "run"
+        )
     return unfinished
 
 

@@ -133,7 +133,7 @@ def upgrade(args: Namespace) -> Outcome:
     outdated = [revision for revision, version in before.items() if version < FORMAT_VERSION]
     facts = {"from": min(before.values()), "to": FORMAT_VERSION, "upgraded": outdated}
     if not outdated:
-        return Outcome(f"{args.place}: has format version {facts['from']} already", facts)
+        return Outcome(f"{args.place}: already has format version {facts['from']}", facts)
     subspace = load(args.place, args)
     if on_hub:
         # Below any drift, so that every task's branch is written.
@@ -145,7 +145,7 @@ def upgrade(args: Namespace) -> Outcome:
         )
     else:
         subspace.save_pretrained(args.place)
-    return Outcome(f"{args.place}: from format version {facts['from']} to {FORMAT_VERSION}", facts)
+    return Outcome(f"{args.place}: upgraded from format version {facts['from']} to {FORMAT_VERSION}", facts)
 
 
 _COMMANDS = {

@@ -31,7 +31,7 @@ def export(args: Namespace) -> Outcome:
     if args.merge_into is not None:
         subspace.export_merged(args.weights or args.task, args.merge_into, args.out, token=args.token)
         facts = {"merged": args.weights or {args.task: 1.0}, "base_model": args.merge_into, "model": str(args.out)}
-        return Outcome(f"{args.out}: {args.merge_into} with {_sum(facts['merged'])} in its weights", facts)
+        return Outcome(f"{args.out}: {args.merge_into} with {_sum(facts['merged'])} merged into its weights", facts)
     if args.gguf:
         return _export_gguf(subspace, args)
     style = {"style": args.style, "component": args.component}
@@ -39,7 +39,9 @@ def export(args: Namespace) -> Outcome:
         expect_no_adapter(args.out)
         error = subspace.export_combined(args.weights, args.out, rank=args.rank, **style)
         facts = {"combined": args.weights, "exported": str(args.out), "error": error}
-        return Outcome(f"{args.out}: {_sum(args.weights)}; its rank costs {drift(error)} of the sum", facts)
+        return Outcome(
+            f"{args.out}: {_sum(args.weights)}; limiting its rank costs a relative error of {drift(error)}", facts
+        )
     folders = {task: args.out / task for task in subspace.tasks} if args.all else {args.task: args.out}
     if not folders:
         raise ValueError(f"{args.place}: has no tasks, expected at least one to export")
@@ -57,12 +59,14 @@ def _export_gguf(subspace: SharedSubspace, args: Namespace) -> Outcome:
     if args.weights is not None:
         error = write(args.weights, args.out, rank=args.rank)
         facts = {"combined": args.weights, "exported": str(args.out), "error": error}
-        return Outcome(f"{args.out}: {_sum(args.weights)}; its rank costs {drift(error)} of the sum", facts)
+        return Outcome(
+            f"{args.out}: {_sum(args.weights)}; limiting its rank costs a relative error of {drift(error)}", facts
+        )
     files = {task: args.out / f"{task}.gguf" for task in subspace.tasks} if args.all else {args.task: args.out}
     if not files:
         raise ValueError(f"{args.place}: has no tasks, expected at least one to export")
     if there := next((file for file in files.values() if file.exists()), None):
-        raise ValueError(f"{there}: is there already, expected the name of a new file")
+        raise ValueError(f"{there}: already exists, expected the name of a new file")
     for task in tqdm(files, desc="Exporting", unit="task", leave=False, disable=not args.progress):
         write(task, files[task])
     written = {task: str(file) for task, file in files.items()}
@@ -90,7 +94,7 @@ def rename(args: Namespace) -> Outcome:
         subspace.rename_task(args.task, args.new_name)
         subspace.save_pretrained(args.folder)
     facts = {"renamed": args.task, "to": args.new_name, "tasks": list(subspace.tasks)}
-    return Outcome(f"{args.folder}: {args.task} is called {args.new_name} now", facts)
+    return Outcome(f"{args.folder}: renamed {args.task} to {args.new_name}", facts)
 
 
 def replace_task(args: Namespace) -> Outcome:
@@ -129,7 +133,7 @@ def _built_anew(subspace: SharedSubspace, before: dict[str, float], folder: Path
     step = subspace.state.lineage[-1]
     rows = [(task.name, drift(before[task.name]), drift(task.drift), drift(task.drift_bound)) for task in tasks]
     whole = f"{step['from_originals']} of {count(len(tasks), 'task')}"
-    text = f"{folder}: built anew, {whole} from the original adapters\n\n"
+    text = f"{folder}: rebuilt, {whole} from the original adapters\n\n"
     facts = {
         "from_originals": step["from_originals"],
         "tasks": [{**asdict(task), "drift_before": before[task.name]} for task in tasks],
@@ -143,7 +147,7 @@ def undo(args: Namespace) -> Outcome:
     step = before.state.lineage[-1] if before.state.lineage else {}
     now = SharedSubspace.undo(args.folder)
     facts = {"undone": {name: value for name, value in step.items() if name != "id"}, "tasks": list(now.tasks)}
-    return Outcome(f"{args.folder}: took back {_step(step)}; {count(len(now.tasks), 'task')} now", facts)
+    return Outcome(f"{args.folder}: undid {_step(step)}; it now has {count(len(now.tasks), 'task')}", facts)
 
 
 def added(subspace: SharedSubspace, merge: MergeReport, folder: Path, verb: str = "added") -> Outcome:
@@ -155,7 +159,7 @@ def added(subspace: SharedSubspace, merge: MergeReport, folder: Path, verb: str 
     ]
     projected = merge.projected_tasks
     merged = [task for task in merge.new_tasks if task not in projected]
-    ways = [f"{way}: {names(of)}" for way, of in (("merged", merged), ("projected on the basis", projected)) if of]
+    ways = [f"{way}: {names(of)}" for way, of in (("merged", merged), ("projected onto the basis", projected)) if of]
     changed = f"{merge.changed_layers} of {count(len(merge.layers), 'layer')} changed"
     text = f"{folder}: {verb} {names(merge.new_tasks)}, {changed}\n{'; '.join(ways)}\n\n"
     facts = {

@@ -40,6 +40,6 @@ def naming_what_is_missing(places: Iterable[str], file: str) -> Iterator[None]:
 def expect_no_adapter(folder: Path, advice: str = "expected another folder") -> None:
     """Refuse to overwrite a subspace, or to write into the folder of an adapter."""
     if holds(folder, INDEX_FILE):
-        raise ValueError(f"{folder} is a shared subspace already, {advice}")
+        raise ValueError(f"{folder} is already a shared subspace, {advice}")
     if holds(folder, CONFIG_NAME):
         raise ValueError(f"{folder} holds an adapter, expected another folder")

@@ -28,7 +28,7 @@ def route(args: Namespace) -> Outcome:
         model = AutoModel.from_pretrained(base, token=args.token).eval()
     except OSError as error:
         raise ValueError(
-            f"{base}: no model and tokenizer that could be read, expected --base-model ({error})"
+            f"{base}: no model and tokenizer that can be read, expected --base-model ({error})"
         ) from error
     routes = subspace.route(
         texts,

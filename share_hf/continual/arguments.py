@@ -36,7 +36,7 @@ REFUSED_ARGUMENTS = {
 # None.
 REFUSED_PARAMETERS = {
     "train_dataset": "tasks={name: data}: a stream learns from them alone",
-    "model_init": "model: a stream learns all its tasks in one; make a trainer for each trial of a search",
+    "model_init": "model: a stream learns all its tasks in one model; make a trainer for each trial of a search",
     "optimizers": (
         "optim and optim_args in the arguments, or optimizer_cls_and_kwargs=(class, keywords): each phase trains "
         "other parameters, with an optimizer of its own"
@@ -97,7 +97,8 @@ class ShareTrainingArguments(TrainingArguments):
         metadata={"help": "How a task is learned in the subspace: 'share' (temporary factors) or 'coefficients'."},
     )
     num_init_tasks: int = field(
-        default=2, metadata={"help": "How many tasks are trained as a LoRA before others build on their subspace."}
+        default=2,
+        metadata={"help": "Number of tasks that are trained as a LoRA before others build on their subspace."},
     )
     init_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the init phase; learning_rate if not given."}
@@ -112,7 +113,7 @@ class ShareTrainingArguments(TrainingArguments):
         default=0.0, metadata={"help": "Epochs of training a task's coefficients after its merge."}
     )
     samples_per_task: int = field(
-        default=4, metadata={"help": "Samples of one task beside each other where tasks are learned together."}
+        default=4, metadata={"help": "Number of consecutive samples of one task where tasks are learned together."}
     )
     evaluate_seen_tasks: bool = field(
         default=True, metadata={"help": "Evaluate all tasks learned so far after each task."}
@@ -121,22 +122,24 @@ class ShareTrainingArguments(TrainingArguments):
         default=False, metadata={"help": "Evaluate each task also before it is learned, for forward transfer."}
     )
     score_metric: str | None = field(
-        default=None, metadata={"help": "The metric that is a task's score; one of its own kind if not given."}
+        default=None, metadata={"help": "Metric that serves as a task's score; one for its kind of task if not given."}
     )
     routing: bool = field(
-        default=False, metadata={"help": "Learn what each task's inputs look like, so that inputs find their task."}
+        default=False, metadata={"help": "Learn a route to each task as well, so that inputs find their task."}
     )
     hub_branches: list[str] | None = field(
-        default=None, metadata={"help": "Tasks that get a branch on the hub, or one of 'all', 'new' and 'none'."}
+        default=None, metadata={"help": "Tasks that get a branch on the Hub, or one of 'all', 'new' and 'none'."}
     )
     ddp_broadcast_buffers: bool | None = field(
-        default=False, metadata={"help": "Whether DDP sends all buffers, the bases among them, at every step."}
+        default=False, metadata={"help": "Whether DDP sends all buffers, including the bases, at every step."}
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_init_tasks < 1:
-            raise ValueError(f"num_init_tasks is {self.num_init_tasks}, expected at least 1: a subspace needs a task")
+            raise ValueError(
+                f"num_init_tasks is {self.num_init_tasks}, expected at least 1: the first task makes the subspace"
+            )
         if self.samples_per_task < 1:
             raise ValueError(f"samples_per_task is {self.samples_per_task}, expected at least 1")
         if self.finetune_num_train_epochs < 0:
@@ -155,11 +158,11 @@ class ShareTrainingArguments(TrainingArguments):
             if self.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
                 strategy = HubStrategy(self.hub_strategy).value
                 raise ValueError(
-                    f"hub_strategy is {strategy!r}, expected 'every_save' (a push after every task) or "
-                    "'end': the checkpoints of a phase stay where it is trained"
+                    f"hub_strategy is {strategy!r}, expected 'every_save' (a push after every task) or 'end': the "
+                    "checkpoints of a phase are not pushed"
                 )
             if self.hub_revision not in (None, "main"):
-                raise ValueError(f"hub_revision is {self.hub_revision!r}, expected none: branches are tasks")
+                raise ValueError(f"hub_revision is {self.hub_revision!r}, expected none: branches belong to tasks")
 
 
 def check_parameters(args: ShareTrainingArguments, parameters: Mapping[str, Any]) -> None:
@@ -196,7 +199,7 @@ def arguments_of_phase(args: ShareTrainingArguments, phase: Phase, folder: Path)
     """Return the arguments of one phase, with its learning rate, its epochs and a folder of its own."""
     own = copy.copy(args)
     own.output_dir = str(folder)
-    own.push_to_hub = False  # the subspace goes to the hub, not the checkpoints of a phase
+    own.push_to_hub = False  # the subspace goes to the Hub, not the checkpoints of a phase
     if phase == Phase.INIT:
         own.learning_rate = _first_given(args.init_learning_rate, args.learning_rate)
         own.num_train_epochs = _first_given(args.init_num_train_epochs, args.num_train_epochs)

@@ -120,8 +120,8 @@ class ShareCallback(TrainerCallback):
         rounded = _rounded_tasks(model, known)
         if rounded and self.subspace is None:
             raise ValueError(
-                f"the coefficients of {rounded} in the model are not float32, SFTTrainer and DPOTrainer round those "
-                "of the active task on a quantized model: pass the subspace, and they are put back as they were, "
+                f"the coefficients of {rounded} in the model are not float32, because SFTTrainer and DPOTrainer round "
+                "those of the active task on a quantized model: pass the subspace to restore them, "
                 f"ShareCallback({self.task!r}, subspace)"
             )
         self.subspace = SharedSubspace(known)
@@ -150,11 +150,13 @@ class ShareCallback(TrainerCallback):
                 "Trainer(..., callbacks=[ShareCallback(...)]): it sets the task up before the optimizer exists"
             )
         if self.report is not None:
-            raise RuntimeError(f"task {self.task!r} is merged already, make a new Trainer and callback for another")
+            raise RuntimeError(
+                f"task {self.task!r} is already merged, make a new Trainer and callback for another task"
+            )
         if not is_share_model(model) or self.task not in model.peft_config:
             raise ValueError(
                 f"the model has no adapter {self.task!r}, expected the one that the Trainer was made with: model_init "
-                "makes another in train()"
+                "makes another model in train()"
             )
         if self.routing:
             check_loader_routes(self.task, train_dataloader, args)
@@ -221,7 +223,7 @@ def _load_best(model: PeftModel, task: str, checkpoint: Path) -> None:
         model.load_adapter(str(folder), task, is_trainable=True)
         model.set_adapter(task)
     elif PartialState().is_main_process:  # others may be on machines without it, and receive the merge from here
-        raise ValueError(f"{folder}: not there, expected the best checkpoint of task {task!r} to merge")
+        raise ValueError(f"{folder}: no such folder, expected the best checkpoint of task {task!r} to merge")
 
 
 def _rounded_tasks(model: PeftModel, state: SubspaceState) -> list[str]:

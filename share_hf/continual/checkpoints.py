@@ -55,7 +55,7 @@ def check_unclaimed(phases: Path) -> None:
         if not is_claimed(checkpoint.parent):
             raise ValueError(
                 f"{checkpoint}: not a checkpoint of a stream, or of an earlier version of share_hf; expected another "
-                "output_dir, or none there"
+                "output_dir, or one without checkpoints"
             )
 
 
@@ -72,7 +72,9 @@ def newest_whole_checkpoint(folder: Path) -> Path | None:
         try:
             _check_whole(checkpoint)
         except (ValueError, OSError) as error:
-            logger.warning("%s: not resumed from, an earlier one is taken if there is any: %s", checkpoint, error)
+            logger.warning(
+                "%s: not resumed from; an earlier checkpoint is used if there is one: %s", checkpoint, error
+            )
         else:
             return checkpoint
     return None
@@ -98,7 +100,7 @@ def _check_whole(checkpoint: Path) -> None:
         raise ValueError(f"{path}: global_step is {state.global_step!r}, expected {_step_of(checkpoint)}")
     is_deepspeed = (checkpoint / "latest").is_file()
     if not is_deepspeed and not any(checkpoint.glob("optimizer*")):
-        raise ValueError(f"{checkpoint}: no state of the optimizer, as with save_only_model")
+        raise ValueError(f"{checkpoint}: no optimizer state, which save_only_model leaves out")
     if not any(checkpoint.rglob(SAFETENSORS_WEIGHTS_NAME)) and not any(checkpoint.rglob(WEIGHTS_NAME)):
         raise ValueError(f"{checkpoint}: no {SAFETENSORS_WEIGHTS_NAME}, expected the adapter that was trained")
     for file in sorted(checkpoint.rglob("*")):
@@ -139,9 +141,9 @@ def _expect_saved_by_torch(path: Path, *, is_read_by_deepspeed: bool) -> None:
             with ZipFile(path) as archive:
                 damaged = archive.testzip() if torch.serialization.get_crc32_options() else None
         except (BadZipFile, EOFError, NotImplementedError, zlib.error) as error:
-            raise ValueError(f"{path}: not a whole file of torch ({error})") from error
+            raise ValueError(f"{path}: not a complete file of torch.save ({error})") from error
         if damaged is not None:
-            raise ValueError(f"{path}: {damaged!r} in it does not have its checksum")
+            raise ValueError(f"{path}: {damaged!r} in it does not match its checksum")
     if is_read_by_deepspeed:
         return
     try:

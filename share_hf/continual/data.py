@@ -57,8 +57,8 @@ def split_data(name: str, data: TaskData, *, max_steps: int) -> TaskSplits:
     if others and not set(others) & set(EVALUATION_SPLITS):
         raise ValueError(
             f"task {name!r} has splits {sorted(data)}, expected one of {EVALUATION_SPLITS} beside {TRAIN_SPLIT!r}: "
-            f"give one of another name as {{'train': data['train'], 'test': data[{others[0]!r}]}}, or 'train' alone "
-            "for a task that is not scored"
+            f"give a split of another name as {{'train': data['train'], 'test': data[{others[0]!r}]}}, or 'train' "
+            "alone for a task that is not scored"
         )
     return TaskSplits(train, next(evaluation_splits(data), None))
 
@@ -85,7 +85,10 @@ def naming_used_up_streams(task: str) -> Iterator[None]:
 
 def used_up(task: str) -> str:
     """Return the message about a task whose streamed data has no batch left."""
-    return f"task {task!r} has a stream that is used up, expected one that can be read for each phase and evaluation"
+    return (
+        f"task {task!r} has a stream that is used up, expected one that can be read again for each phase and "
+        "evaluation"
+    )
 
 
 def evaluation_splits(data: TaskData, *, reverse: bool = False) -> Iterator[Data]:

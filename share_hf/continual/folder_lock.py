@@ -69,11 +69,13 @@ def _is_locked(descriptor: int, folder: Path) -> bool:
     except BlockingIOError as error:
         holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
         raise FolderInUseError(
-            f"{folder}: process {holder} trains a stream there, expected one trainer at a time; wait for it, or "
-            "take another output_dir"
+            f"{folder}: process {holder} trains a stream there, expected one trainer at a time; wait for it, or use "
+            "another output_dir"
         ) from error
     if not is_locked:
-        logger.warning("%s: cannot be locked here; see to it that no other trainer works there.", folder)
+        logger.warning(
+            "%s: the folder cannot be locked on this file system; make sure that no other trainer uses it.", folder
+        )
     return is_locked
 
 

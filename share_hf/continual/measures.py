@@ -65,8 +65,8 @@ def check_functions(functions: object, tasks: Collection[str], args: ShareTraini
         return
     if args.batch_eval_metrics:
         raise ValueError(
-            "batch_eval_metrics is True, expected compute_metrics with it, as one function for all tasks: accuracy "
-            "takes all batches at once"
+            "batch_eval_metrics is True, expected compute_metrics with it, as one function for all tasks: the default "
+            "metrics need all batches at once"
         )
     for task, function in functions.items():
         if not callable(function):

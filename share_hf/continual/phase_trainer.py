@@ -141,9 +141,9 @@ class PhaseTrainer(Trainer):
             return checkpoint
         found = "{}: written with {} by {} process(es), resumed with {} by {}".format(checkpoint, *written, *resumed)
         if written[0] == resumed[0] == LocalEngine.writes:
-            logger.warning("%s; random numbers, as of dropout, go on from another state.", found)
+            logger.warning("%s; random numbers, such as those of dropout, continue from another state.", found)
             return checkpoint
-        logger.warning("%s, which cannot read its optimizer; the phase begins anew.", found)
+        logger.warning("%s, which cannot read its optimizer state; the phase starts over.", found)
         return None
 
     def _load_trained(self, checkpoint: Path) -> None:

@@ -78,7 +78,9 @@ def keeping_random_parts(model: nn.Module, config: ShareConfig) -> ShareConfig:
     missing = [part for part in parts if saved_module_of(f"{part}.", saved) is None]
     if not missing:
         return config
-    logger.info("Each task keeps %s: they are not in the checkpoint of the base model, or its head.", missing)
+    logger.info(
+        "Each task keeps %s: they are missing from the checkpoint of the base model, or are its head.", missing
+    )
     config = copy.deepcopy(config)
     config.modules_to_save = [*saved, *missing]
     return config

@@ -86,7 +86,7 @@ def task_details(
     if selects and selection is None:
         raise ValueError(
             f"task {name!r} has no evaluation data, expected {EVALUATION_SPLITS} in its data, or eval_dataset: "
-            "eval_strategy or eval_on_start asks for evaluations while it trains"
+            "eval_strategy or eval_on_start asks for evaluations during training"
         )
     if labels_of_model is None:
         return TaskDetails(selection)
@@ -107,9 +107,7 @@ def check_label_names(names: Mapping[str, Sequence[str]], tasks: Collection[str]
         ValueError: If there are names, but the model is not a classifier.
     """
     if names and not is_classifier:
-        raise ValueError(
-            f"labels has names for {sorted(names)}, expected none: the model is not one for classification"
-        )
+        raise ValueError(f"labels has names for {sorted(names)}, expected none: the model is not a classifier")
     if tasks and (unknown := sorted(set(names) - set(tasks))):
         logger.warning("labels has names for %s, which are not among tasks: %s.", unknown, list(tasks))
 
@@ -246,9 +244,8 @@ def _of_feature(task: str, column: str, feature: Any) -> Problem:
     if (length := getattr(feature, "length", -1)) > 0 and hasattr(feature, "feature"):
         return Problem(MULTI_LABEL, length)
     raise ValueError(
-        f"task {task!r} is streamed, so that its labels cannot be counted, expected features with a "
-        f"datasets.ClassLabel for {column!r}, a float for the value of a regression, or a list of known length for "
-        "several labels"
+        f"task {task!r} is streamed, so its labels cannot be counted, expected features with a datasets.ClassLabel "
+        f"for {column!r}, a float for the value of a regression, or a list of known length for several labels"
     )
 
 
@@ -275,7 +272,7 @@ def _columns(task: str, data: Data) -> list[str]:
     if not isinstance(example, Mapping):
         raise ValueError(
             f"task {task!r} has a {type(example).__name__} as an example, expected a mapping with one of "
-            f"{LABEL_COLUMNS}, so that its labels can be counted"
+            f"{LABEL_COLUMNS}, because its labels are counted"
         )
     return list(example)
 

@@ -1,4 +1,4 @@
-"""Publishing a stream's subspace to the hub according to the stream's arguments."""
+"""Publishing a stream's subspace to the Hub according to the stream's arguments."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def publish(
         **options: Same as in [`SharedSubspace.push_to_hub`]. None leaves an option to the arguments.
 
     Returns:
-        The state of the subspace that the hub now holds, and the commit, on every process.
+        The state of the subspace that the Hub now holds, and the commit, on every process.
     """
     of_stream = {
         "token": args.hub_token,

@@ -102,8 +102,8 @@ def doubt_of_base_model(state: SubspaceState, record: StreamRecord) -> str | Non
     if found is None or now is None or is_same_model(found, now):
         return None
     return (
-        f"the subspace belongs to base model {found!r}, and the model is {now!r}: unless both are one model, its "
-        "tasks are worth nothing here"
+        f"the subspace belongs to base model {found!r}, and the model is {now!r}: unless both are the same model, its "
+        "tasks are useless here"
     )
 
 
@@ -135,7 +135,7 @@ def check_base_model(found: StreamRecord, now: StreamRecord) -> str | None:
         return None  # an earlier version did not record them
     return (
         f"the stream is one of {pair} with parameters of other shapes, dtypes or places (layout {now.weights.layout}, "
-        f"before {found.weights.layout}), so that it is not known whether they are the same"
+        f"before {found.weights.layout}), so it is unknown whether they are the same"
     )
 
 

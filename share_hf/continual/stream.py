@@ -91,7 +91,7 @@ class Stream:
             FolderInUseError: If another trainer is at work in the folder.
         """
         then = "" if task is None else f", then learn_task({task!r}, ...)"
-        line = f"{self.folder}: the stream was interrupted; train(resume_from_checkpoint=True){then} goes on with it."
+        line = f"{self.folder}: the stream was interrupted; train(resume_from_checkpoint=True){then} continues it."
         with holding(self.folder), telling_how_to_resume(lambda: line if self._begun else None):
             yield
 
@@ -144,7 +144,7 @@ class Stream:
             )
         if PartialState().is_main_process:
             logger.warning(
-                "%s: the stream was interrupted while it learned task %r; %r takes its place.",
+                "%s: the stream was interrupted while it learned task %r; %r replaces that task.",
                 *(self.folder, left.task, task),
             )
 
@@ -273,7 +273,7 @@ class Stream:
         place.rename(kept / SUBSPACE_FOLDER)
         logger.warning(
             "%s: an earlier stream has learned tasks there; its subspace is kept in %s, and "
-            "train(resume_from_checkpoint=%r) goes on with it.",
+            "train(resume_from_checkpoint=%r) continues it.",
             *(self.folder, kept / SUBSPACE_FOLDER, str(kept)),
         )
 
@@ -348,8 +348,8 @@ def _is_changed_stream(
         logger.warning("%s: %s.", folder, doubt)
     arguments = changed_arguments(begun.record, record)
     if arguments:
-        anew = "" if begun.task is None else f"; the phase of task {begun.task!r} that was interrupted begins anew"
-        logger.warning("%s: the stream goes on with %s%s.", folder, ", ".join(arguments), anew)
+        anew = "" if begun.task is None else f"; the interrupted phase of task {begun.task!r} starts over"
+        logger.warning("%s: the stream continues with %s%s.", folder, ", ".join(arguments), anew)
     data = {
         task: _is_changed(folder, task, begun.record.data[task], splits)
         for task, splits in tasks.items()
@@ -362,7 +362,7 @@ def _is_changed(folder: Path, task: str, found: Mapping[str, str | None], data: 
     """Return whether a task has other training data than it was begun with, and log what has changed."""
     changed = dict(changed_data(found, data))
     for split, change in changed.items():
-        logger.warning("%s: task %r has other %s data than it was begun with: %s.", folder, task, split, change)
+        logger.warning("%s: task %r has different %s data than when it was started: %s.", folder, task, split, change)
     return "train" in changed
 
 

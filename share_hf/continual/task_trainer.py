@@ -193,7 +193,7 @@ class TaskTrainer(GroupTrainer):
                     f"{folder}: no {STREAM_STATE_FILE} there, expected the output_dir of an earlier stream"
                 )
             if self.is_world_process_zero():
-                logger.warning("%s: no stream to resume there, it begins.", folder)
+                logger.warning("%s: no stream to resume there; a new one starts.", folder)
             return
         self._load_subspace(self._stream.state)
         self.trained_steps = begun.trained_steps
@@ -205,7 +205,8 @@ class TaskTrainer(GroupTrainer):
             )
         if begun.task in self._stream.awaited and self.is_world_process_zero():
             logger.warning(
-                "%s: the stream was interrupted in task %r, which is not among tasks; learn_task(%r, ...) goes on.",
+                "%s: the stream was interrupted in task %r, which is not among tasks; learn_task(%r, ...) continues "
+                "it.",
                 *(folder, begun.task, begun.task),
             )
 
@@ -364,7 +365,7 @@ class TaskTrainer(GroupTrainer):
         scores = {metric: measured(value) for metric, value in found.items()}
         self._stream.metrics.score_names[task] = name = next(iter(scores))
         if scores[name] is None:
-            logger.warning("%s of task %r is %s, which counts as not measured.", name, task, found[name])
+            logger.warning("%s of task %r is %s, which does not count as a measurement.", name, task, found[name])
         return scores
 
     def _score(self, task: str, adapter: str | None = None) -> float | None:

@@ -169,7 +169,7 @@ def check_can_train_together(trainer: Trainer, groups: Iterable[Unit], tasks: Ma
     if name := next((name for name, module in trainer.model.named_modules() if isinstance(module, Experts)), None):
         raise ValueError(
             f"together is given, and {name!r} has adapted experts in one parameter, expected other target_parameters: "
-            "the samples that an expert sees are not known apart"
+            "it is not known which samples an expert sees"
         )
 
 

@@ -283,7 +283,7 @@ class ShareTrainer(TaskTrainer):
             self._merge_report = None
             if self._stream.is_done(name):
                 self._stream.awaited.discard(name)
-                logger.info("%s: the stream has learned task %r already.", self._stream.folder, name)
+                logger.info("%s: the stream has already learned task %r.", self._stream.folder, name)
             else:
                 self._learn_or_withdraw(name)
         return self._merge_report
@@ -340,7 +340,7 @@ class ShareTrainer(TaskTrainer):
         Args:
             commit_message (`str`, *optional*): Message of the commit. The default names the new tasks.
             blocking (`bool`, *optional*, defaults to `True`): Must be `True`, as a push may change the subspace.
-            token (`str`, *optional*): User access token of the hub. None means `hub_token`.
+            token (`str`, *optional*): User access token of the Hub. None means `hub_token`.
             revision (`str`, *optional*): Must be None or `"main"`, as branches are tasks.
             private (`bool`, *optional*): Whether to make a new repository private. None means `hub_private_repo`.
             **kwargs: Same as in [`SharedSubspace.push_to_hub`].
@@ -371,7 +371,7 @@ class ShareTrainer(TaskTrainer):
         try:
             state, _ = self._publish(upcoming_tasks=upcoming_tasks)
         except Exception as error:  # the stream goes on despite any trouble of the network or the repository
-            logger.warning("The subspace was not pushed (%s); the push after the next task catches up.", error)
+            logger.warning("The subspace was not pushed (%s); the push after the next task includes it.", error)
         else:
             self._take_published(state)
 

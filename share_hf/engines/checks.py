@@ -31,8 +31,8 @@ def check_engine(trainer: Trainer) -> None:
     asked_for_fsdp = trainer.args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")
     if asked_for_fsdp and state.distributed_type != DistributedType.FSDP:
         raise ValueError(
-            f"FSDP was asked for, and accelerate took {state.distributed_type.value}, expected a GPU for each "
-            "of several processes, or DDP or DeepSpeed"
+            f"FSDP was requested, but accelerate chose {state.distributed_type.value}, expected a GPU for each of "
+            "several processes, or DDP or DeepSpeed"
         )
     if trainer.is_fsdp_enabled:
         check_fsdp(state.fsdp_plugin)
@@ -75,7 +75,8 @@ def check_placement(model: nn.Module) -> None:
         method = quantizer.quantization_config.quant_method
         raise ValueError(
             f"the model is quantized by {getattr(method, 'value', method)!r}, on which a Trainer trains no adapters, "
-            "expected its original weights, or another quantization of them; a subspace learned there is applied here"
+            "expected its original weights, or another quantization of them; a subspace learned there can be applied "
+            "here"
         )
     places = getattr(model, "hf_device_map", None) or {}
     if getattr(model, "is_distributed_loading_by_transformers", False):
@@ -107,7 +108,7 @@ def check_heads(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper) and any(p.is_meta for p in module.parameters()):
             raise ValueError(
-                f"{name!r} is offloaded, and trained by each task, expected it on a device: give it one in device_map"
+                f"{name!r} is offloaded, and trained by each task, expected it on a device: assign one in device_map"
             )
 
 

@@ -78,8 +78,8 @@ class ZeRO3Engine(DeepSpeedEngine):
 
     def recover(self) -> None:
         raise RuntimeError(
-            "a phase was broken off under ZeRO-3, which leaves adapters in parts, expected a new process: "
-            "resume_from_checkpoint=True goes on from what is saved"
+            "a phase was interrupted under ZeRO-3, which leaves adapters in parts, expected a new process: "
+            "resume_from_checkpoint=True continues from what was saved"
         )
 
     def _take_off(self, trained: Mapping[str, Tensor]) -> None:

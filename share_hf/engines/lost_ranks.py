@@ -79,7 +79,7 @@ def _watching(others: Mapping[int, str], advice: str) -> Iterator[None]:
         ended = [descriptor for descriptor, _ in poll.poll()]
         if done not in ended:
             names = " and ".join(others[descriptor] for descriptor in ended)
-            lost.append(f"{names} ended in the middle of the run; {advice}")
+            lost.append(f"{names} ended during the run; {advice}")
             logger.error(lost[0])
 
     # This is a thread because a launcher that sees a rank end soon stops the others, whatever they are doing.

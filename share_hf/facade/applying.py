@@ -72,13 +72,11 @@ class Applying(HeldSubspace):
         """
         names = [task] if isinstance(task, str) else list(dict.fromkeys(task))
         if not is_share_model(model):
-            raise ValueError(f"model is a {type(model).__name__}, expected one that apply made")
+            raise ValueError(f"model is a {type(model).__name__}, expected one made by SharedSubspace.apply")
         for name in names:
             self._check_known(name)
             if name in model.peft_config:
-                raise ValueError(
-                    f"task {name!r} is in the model already, expected others: delete_adapter takes it out"
-                )
+                raise ValueError(f"task {name!r} is already in the model, expected others: delete_adapter removes it")
         state = self._holding(names)
         if prefix is not None:
             state = component_of(state, prefix, names)

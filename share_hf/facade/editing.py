@@ -48,7 +48,7 @@ class Editing(HeldSubspace):
         self._check_known(name)
         check_task_name(new_name, [task for task in self.tasks if task != name])
         if new_name == name:
-            raise ValueError(f"task {name!r} has this name already, expected another one")
+            raise ValueError(f"task {name!r} already has this name, expected another one")
         self._held = renamed_task(self.state, name, new_name)
         self._originals = {new_name if task == name else task: of for task, of in self._originals.items()}
 
@@ -71,7 +71,7 @@ class Editing(HeldSubspace):
 
         Args:
             name (`str`): Task of the subspace.
-            adapter (`str`): Folder or hub id of a plain LoRA.
+            adapter (`str`): Folder or Hub id of a plain LoRA.
             tolerance:
                 Same as in [`~SharedSubspace.add_adapters`], as are `base_model`, `component`, `token` and `progress`.
 
@@ -110,16 +110,16 @@ class Editing(HeldSubspace):
         Rebuild the bases from the original adapters of the tasks, which merges have truncated since.
 
         A refit undoes the truncation that has accumulated over many merges, and removes the directions of removed
-        tasks from the bases. The lineage records adapters on the hub, which must not have changed since; the file
+        tasks from the bases. The lineage records adapters on the Hub, which must not have changed since; the file
         beside the tree, or `originals`, names folders. A task without an original, such as one that was trained here,
         enters as it is stored.
 
         Args:
             originals (`Mapping[str, str]`, *optional*):
-                Folder or hub id of the adapter of each task whose original is not known or has moved.
+                Folder or Hub id of the adapter of each task whose original is not known or has moved.
             component (`str`, *optional*):
                 Component of a pipeline to read from files in `originals` that hold LoRAs of several components.
-            token (`str` or `bool`, *optional*): User access token of the hub.
+            token (`str` or `bool`, *optional*): User access token of the Hub.
             progress (`bool`, *optional*, defaults to `True`): Whether to show progress bars.
 
         Returns:
@@ -137,7 +137,8 @@ class Editing(HeldSubspace):
         folders = {task: of for task, of in self._originals.items() if task in state.tasks}
         if not {*given, *on_hub, *folders}:
             raise ValueError(
-                f"no original of any task is known, expected the adapters of some to be named: {listing(state.tasks)}"
+                "no original adapter is known, expected the adapter of at least one of the tasks "
+                f"{listing(state.tasks)}"
             )
         known = {task: original for task, original in folders.items() if task not in given}
         components = {task: original.component for task, original in known.items()} | dict.fromkeys(given, component)

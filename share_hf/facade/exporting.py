@@ -119,7 +119,7 @@ class Exporting(HeldSubspace):
 
         Args:
             tasks (`str` or `Mapping[str, float]`): Name of a task, or weight of each task.
-            base_model (`str`): Folder or hub id of the base model.
+            base_model (`str`): Folder or Hub id of the base model.
             folder (`str`): Folder to write to, which must be empty or not exist.
             token (`str` or `bool`, *optional*): User access token for a private base model.
 
@@ -130,7 +130,7 @@ class Exporting(HeldSubspace):
         check_weights(weights, self.tasks)
         place = Path(folder)
         if place.exists() and (not place.is_dir() or any(place.iterdir())):
-            raise ValueError(f"{folder}: holds something already, expected an empty or new folder")
+            raise ValueError(f"{folder}: is not empty, expected an empty or new folder")
         state = self._holding(list(weights))
         model = base_model_for(base_model, state.tasks[next(iter(weights))], token=token)
         merged = merge_tasks_into(model, state, weights)
@@ -146,11 +146,11 @@ class Exporting(HeldSubspace):
         written: tuple[str, ...]
         if style == "peft":
             if component is not None:
-                raise ValueError(f"component is {component!r}, which only style='diffusers' has a use for")
+                raise ValueError(f"component is {component!r}, expected None: only style='diffusers' uses it")
             files, written = lora_files(adapter), ADAPTER_FILES
         else:
             if holds(folder, CONFIG_NAME):
-                raise ValueError(f"{folder}: holds an adapter of PEFT, expected another folder")
+                raise ValueError(f"{folder}: holds a PEFT adapter, expected another folder")
             files, written = diffusers_files(adapter, component), (DIFFUSERS_WEIGHTS,)
         with replacing_folder(folder, lambda _: written) as scratch:
             writer = FolderWriter(scratch)

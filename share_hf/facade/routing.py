@@ -115,9 +115,9 @@ class Routing(HeldSubspace):
         """
         router, tuner = router_of(self.state), tuner_of(model)
         if router is None:
-            raise ValueError("the subspace has no routes, expected one at least: learn_route learns it")
+            raise ValueError("the subspace has no routes, expected at least one: learn it with learn_route")
         if not texts:
-            raise ValueError("texts is empty, expected one at least")
+            raise ValueError("texts is empty, expected at least one")
         pairs = [(text,) if isinstance(text, str) else text for text in texts]
         if odd := [pair for pair in pairs if len(pair) != len(pairs[0])]:
             raise ValueError(f"texts has {odd[0]!r}, expected texts alone, or pairs alone")
@@ -154,6 +154,6 @@ def _encoded(
 ) -> dict[str, Tensor]:
     columns = [name for name, value in batch[0].items() if isinstance(value, str) and name not in _LABELS]
     if not 1 <= len(columns) <= 2:
-        raise ValueError(f"an example has columns of text {columns}, expected one, or two that are a pair")
+        raise ValueError(f"an example has text columns {columns}, expected one, or two that form a pair")
     texts = ([example[name] for example in batch] for name in columns)
     return dict(tokenizer(*texts, truncation=True, max_length=max_length, padding=True, return_tensors="pt"))

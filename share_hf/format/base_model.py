@@ -1,4 +1,4 @@
-"""Names of base models: one model has an id on the hub, a folder in the cache and copies on disk."""
+"""Names of base models: one model has an id on the Hub, a folder in the cache and copies on disk."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _IN_BITS = {"quantization_config"}
 
 
 def base_name(name: str | None) -> str | None:
-    """Return a base model's name as it is written everywhere: the hub id instead of its cache folder or address."""
+    """Return a base model's name as it is written everywhere: the Hub id instead of its cache folder or address."""
     stripped = (name or "").strip().rstrip("/\\") or (name or "").strip()
     if match := _CACHED.fullmatch(stripped):
         return match[1].replace("--", "/")
@@ -43,7 +43,7 @@ def base_name(name: str | None) -> str | None:
 
 
 def published_name(name: str | None) -> str | None:
-    """Return the name if it is one on the hub, else None, to keep paths of the writer's machine private."""
+    """Return the name if it is one on the Hub, else None, to keep paths of the writer's machine private."""
     name = base_name(name)
     if name is None or not HUB_ID.fullmatch(name) or name.startswith(".") or os.path.exists(name):
         return None
@@ -57,7 +57,7 @@ def check_base_name(name: object) -> None:
         ValueError: If it is neither None nor text with a name in it. The message shows what was found.
     """
     if name is not None and (not isinstance(name, str) or base_name(name) is None):
-        raise ValueError(f"base_model is {name!r}, expected an id on the hub or a folder")
+        raise ValueError(f"base_model is {name!r}, expected a Hub id or a folder")
 
 
 def common_base(names: Mapping[str, str | None], base: str | None = None) -> str | None:
@@ -68,7 +68,7 @@ def common_base(names: Mapping[str, str | None], base: str | None = None) -> str
         base: Base model that the adapters must have. None means that of the first adapter that names one.
 
     Returns:
-        The name of the base model, on the hub where there is one; None if no name is known.
+        The name of the base model, on the Hub where there is one; None if no name is known.
 
     Raises:
         ValueError: If an adapter has another base model. The message names the adapter.
@@ -88,8 +88,8 @@ def common_base(names: Mapping[str, str | None], base: str | None = None) -> str
 def of_another_base(adapter: str, found: str | None, base: str) -> ValueError:
     """Return the error for an adapter whose base model's name stands for another model than the expected one."""
     return ValueError(
-        f"adapter {adapter!r} belongs to base model {found!r}, expected {base!r}; if both are one model, name it with "
-        "base_model= (share-hf: --base-model)"
+        f"adapter {adapter!r} belongs to base model {found!r}, expected {base!r}; if both are the same model, name it "
+        "with base_model= (share-hf: --base-model)"
     )
 
 
@@ -111,8 +111,8 @@ def named_alike(
         return ours, theirs
     if base_model is None and not is_same_model(*names):
         raise ValueError(
-            f"the other subspace belongs to base model {names[1]!r}, expected {names[0]!r}; if both are one model, "
-            "name it with base_model= (share-hf: --base-model)"
+            f"the other subspace belongs to base model {names[1]!r}, expected {names[0]!r}; if both are the same "
+            "model, name it with base_model= (share-hf: --base-model)"
         )
     name = base_name(base_model) or published_name(names[1]) or names[0]
     return replace(ours, base_model_name_or_path=name), replace(theirs, base_model_name_or_path=name)

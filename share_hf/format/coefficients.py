@@ -57,7 +57,7 @@ def _packed(prefix: str, layer: LayerSubspace, task: str, rank: int) -> dict[str
 def _to_bfloat16(coefficients: Tensor) -> Tensor:
     rounded = coefficients.to(torch.bfloat16)
     if not torch.equal(rounded.float(), coefficients.float()):
-        raise ValueError("coefficients are not bfloat16 numbers, expected those of a merge")
+        raise ValueError("coefficients are not bfloat16 numbers, expected those that a merge rounded")
     return rounded
 
 

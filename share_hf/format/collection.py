@@ -58,7 +58,7 @@ class Reading:
         for names in self.duplicates:
             lines.append(f"{', '.join(_some(names))} are the same adapter" + "".join(_more(len(names), ", ")))
         lines += [
-            f"{name} is the same adapter as {other}, which is there already"
+            f"{name} is the same adapter as {other}, which is already in the subspace"
             for name, other in _some(self.known.items())
         ]
         lines += _more(len(self.known))
@@ -127,7 +127,7 @@ def read_collection(
     """Read plain LoRAs that fit together, looking at all of them before any is used.
 
     Args:
-        named: Folders, files or hub ids by task name.
+        named: Folders, files or Hub ids by task name.
         into: Subspace to which they are to be added. They must have its base model, modules and kinds of layers, or
             those of the first adapter if None.
         base_model: Name of their base model, whatever they call it. It is not checked.
@@ -135,7 +135,7 @@ def read_collection(
         basis: Kind of basis for which the adapters are read, unless `into` has one.
         skip_bad: Whether to leave out adapters that cannot be used or that a merge would refuse. Otherwise one such
             adapter is an error.
-        token: Token for the hub.
+        token: Token for the Hub.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -221,7 +221,7 @@ def _cannot_be_used(names: Sequence[str], broken: Mapping[str, Exception], count
 
 def _told(error: Exception) -> str:
     if isinstance(error, RepositoryNotFoundError):
-        return "no such folder, and no repository that could be read, a private one needs a token"
+        return "no such folder, and no repository that could be read; a private one needs a token"
     return str(error).partition("\n")[0]
 
 
@@ -267,7 +267,7 @@ def _of_other_layers(
             message = f"{other!r}: the update of task {name!r} is {found}, the layer is {expected}"
         else:
             kinds = named_layout(kind), named_layout(expected_kind)
-            message = f"{other!r} is a {kinds[0]} for task {name!r}, expected a {kinds[1]} as for the others"
+            message = f"{other!r} is of kind {kinds[0]} for task {name!r}, expected {kinds[1]} as for the others"
         wrong[name] = ValueError(message)
     return wrong
 

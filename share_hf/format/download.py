@@ -18,7 +18,7 @@ def download(repo_id: str, name: str, *, limit: int | None = None, **options: An
         **options: Options of `hf_hub_download`.
 
     Raises:
-        ValueError: If the hub reports a larger file. Nothing is downloaded in this case.
+        ValueError: If the Hub reports a larger file. Nothing is downloaded in this case.
     """
     if limit is not None:
         size = hf_hub_download(repo_id, name, dry_run=True, **options).file_size

@@ -39,7 +39,7 @@ def changed_embeddings(
 
     Args:
         embeddings: Tensors by module of the base model and by name.
-        base_model: Folder or hub id of the base model. Nothing is downloaded: without its files, all are kept.
+        base_model: Folder or Hub id of the base model. Nothing is downloaded: without its files, all are kept.
     """
     changed = {}
     for module, tensors in embeddings.items():
@@ -48,9 +48,9 @@ def changed_embeddings(
             changed[module] = tensors
         if any(original is None for original in originals.values()):
             logger.warning_once(
-                f"The weights of {base_model} are neither a folder nor in the cache. Embeddings that adapters bring "
-                "cannot be compared with the model's own, and are kept whole with each task. Download the model first "
-                "to leave copies out."
+                f"The weights of {base_model} are neither in a folder nor in the cache. Embeddings that adapters "
+                "bring cannot be compared with the model's own, and are kept whole with each task. To leave out "
+                "copies, download the model first."
             )
     return changed
 

@@ -124,7 +124,9 @@ def expert_tensors(updates: Mapping[str, LowRankUpdate], rank: int) -> dict[str,
         for depth, leaf in enumerate(reversed(order)):
             numbered = experts[f"{module}.{leaf}"]
             if missing := set(range(len(numbered))) - numbered.keys():
-                raise ValueError(f"'{module}.{leaf}.{min(missing)}' is not there, expected all the experts before it")
+                raise ValueError(
+                    f"'{module}.{leaf}.{min(missing)}' is missing, expected all experts before the last one"
+                )
             ordered = [numbered[number] for number in range(len(numbered))]
             name = f"{module}{_WRAPPED * depth}"
             padded = _padded(ordered, rank, lambda update: update.in_factor)

@@ -112,7 +112,7 @@ def json_object(place: str, text: str) -> dict[str, Any]:
 
 
 def _refuse(literal: str) -> float:
-    raise ValueError(f"{literal} is no number of JSON")
+    raise ValueError(f"{literal} is not a JSON number")
 
 
 def _finite(literal: str) -> float:
@@ -156,7 +156,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({error}), expected a whole one") from error
+        raise ValueError(f"{path}: not a readable safetensors file ({error}), expected a complete one") from error
     check_tensors(path, tensors)
     return tensors
 
@@ -173,10 +173,10 @@ def read_pickled_tensors(path: Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path}: not a file of tensors that torch saved ({reason})") from error
+        raise ValueError(f"{path}: not a file of tensors saved by torch ({reason})") from error
     named = isinstance(content, dict) and all(isinstance(key, str) for key in content)
     if not named or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(f"{path}: holds a {type(content).__name__}, expected tensors by name and nothing else")
+        raise ValueError(f"{path}: holds a {type(content).__name__}, expected only tensors by name")
     tensors = {name: tensor.detach() for name, tensor in content.items()}
     check_tensors(path, tensors)
     return tensors

@@ -34,7 +34,7 @@ def begin_history(tree: Path, steps: int) -> None:
         ValueError: If `steps` is not a non-negative integer.
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-        raise ValueError(f"history is {steps!r}, expected a number of steps, 0 for none")
+        raise ValueError(f"history is {steps!r}, expected a number of steps, or 0 for none")
     folder = history_of(tree)
     if not steps:
         shutil.rmtree(folder, ignore_errors=True)
@@ -80,8 +80,8 @@ def step_back(tree: Path) -> None:
         shutil.rmtree(entries.pop())
     if not entries:
         raise ValueError(
-            f"{tree}: no predecessor of it is kept, expected it to be saved with history= (share-hf: --history) "
-            "before the step that is to be taken back"
+            f"{tree}: no earlier version of it is kept, expected it to be saved with history= (share-hf: --history) "
+            "before the step to undo"
         )
     read_index(entries[-1])
     with replacing_folder(tree, written_files) as scratch:

@@ -5,7 +5,7 @@ the layout of a tree); `share_hf_version`; `base_model_name_or_path`; `settings`
 `SubspaceSettings`); `modules` (module -> `shape` [n, d], `num_components` [k_out, k_in] and, since format version 3,
 the `layout` of a module that is not a dense layer: its `kind` and `kernel`); `tasks` (names in the order in which they
 were learned); `default_task`; `lineage` (one object per step); `branches` (task -> its drift when its branch on the
-hub was written, if it was over 0); `branched` (the tasks that have a branch or are to get one; null means all);
+Hub was written, if it was over 0); `branched` (the tasks that have a branch or are to get one; null means all);
 `replaced` (task -> the commit of its branch that the push of this tree replaces: if the branch is still at this
 commit, it was not written again); `sha256` (path in the tree -> checksum, for every file that loading depends on; for
 a task, this is its `metrics.json`, which has the checksums of its other files); `digest` (checksum of all other
@@ -250,7 +250,7 @@ def _module(name: str, entry: Mapping[str, Any]) -> ModuleEntry:
 
 def _lineage(entries: Any) -> tuple[Mapping[str, Any], ...]:
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise ValueError("lineage is no list of steps")
+        raise ValueError("lineage is not a list of steps")
     for entry in entries:
         merged = entry.get("merged", [])
         names = [entry["id"], entry.get("learned", ""), entry.get("removed", "")]
@@ -263,7 +263,7 @@ def _lineage(entries: Any) -> tuple[Mapping[str, Any], ...]:
             raise ValueError(f"lineage has a step {entry!r}, expected refit to be names, and originals by task")
         if not all(map(_is_original, originals.values())):
             raise ValueError(
-                f"lineage has a step {entry!r}, expected originals to have a place on the hub, a commit and a sha256"
+                f"lineage has a step {entry!r}, expected originals to have a place on the Hub, a commit and a sha256"
             )
         names += refit
         origins = entry.get("origins", {})

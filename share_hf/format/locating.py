@@ -1,4 +1,4 @@
-"""Find the files of an adapter: in a folder, by the name of a file, or in a repository on the hub."""
+"""Find the files of an adapter: in a folder, by the name of a file, or in a repository on the Hub."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _REFERENCE = re.compile(
 
 @dataclass(frozen=True)
 class Reference:
-    """A place on the hub, written as `org/repo@revision:subfolder`.
+    """A place on the Hub, written as `org/repo@revision:subfolder`.
 
     Args:
         repo_id: Id of the repository.
@@ -51,7 +51,7 @@ class Reference:
 
     @classmethod
     def parse(cls, text: str) -> Reference | None:
-        """Return the place to which a text refers, or None if it cannot be a place on the hub."""
+        """Return the place to which a text refers, or None if it cannot be a place on the Hub."""
         match = _REFERENCE.fullmatch(text)
         path = (match["path"] or "").rstrip("/") if match else ""
         if match is None or ".." in path.split("/"):
@@ -92,13 +92,13 @@ def find_adapter(location: str | Path, *, revision: str | None = None, **downloa
     """Find the files of an adapter, and download them if needed.
 
     Args:
-        location: Folder, weights file, or place on the hub.
+        location: Folder, weights file, or place on the Hub.
         revision: Revision of the repository, if the place names none.
         **download_options: Options of `hf_hub_download`.
 
     Raises:
         ValueError: If there is no such place, or no adapter in it.
-        LocalEntryNotFoundError: If the hub is out of reach and the cache has nothing from the repository.
+        LocalEntryNotFoundError: If the Hub is out of reach and the cache has nothing from the repository.
     """
     path = Path(location)
     if path.is_dir():
@@ -109,7 +109,7 @@ def find_adapter(location: str | Path, *, revision: str | None = None, **downloa
     if reference is None:
         raise ValueError(f"{location}: no such folder or file")
     if revision is not None and reference.revision is not None:
-        raise ValueError(f"{location}: revision is {revision!r} too, expected one of the two")
+        raise ValueError(f"{location}: revision= is {revision!r} too, expected only one of the two")
     options = {"revision": reference.revision or revision, **download_options}
     try:
         return _on_hub(location, reference, options)
@@ -194,11 +194,11 @@ def _first(location: str, reference: Reference, names: Sequence[str], options: d
 
 
 def _is_out_of_reach(error: EntryNotFoundError) -> bool:
-    """Return whether the hub did not answer. Each try takes a while, so it is not asked for other files."""
+    """Return whether the Hub did not answer. Each try takes a while, so it is not asked for other files."""
     return isinstance(error, LocalEntryNotFoundError) and not is_offline_mode()
 
 
 def _nothing_there(location: str, name: str, error: EntryNotFoundError | None) -> Exception:
     if isinstance(error, LocalEntryNotFoundError):
-        return LocalEntryNotFoundError(f"{location}: no such folder, and no repository in the cache or reach")
+        return LocalEntryNotFoundError(f"{location}: no such folder, and no repository in the cache or within reach")
     return ValueError(f"{location}: no {name} in this repository, expected a PEFT adapter")

@@ -152,13 +152,13 @@ def read_lora(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
 ) -> LoraAdapter:
-    """Read a LoRA: the folder of a PEFT adapter, a weights file, or either of these on the hub.
+    """Read a LoRA: the folder of a PEFT adapter, a weights file, or either of these on the Hub.
 
     Args:
         location: Folder, file, or `org/repo@revision:subfolder`, where the subfolder may also be a file.
         component: Model of a pipeline to read, such as `unet`, if a file has LoRAs of several.
         revision: Revision of a repository, if the location names none.
-        token: Token for the hub.
+        token: Token for the Hub.
         cache_dir: Folder in which to keep downloads.
 
     Raises:
@@ -210,7 +210,7 @@ def read_lora(
         head |= with_update(module, tensors, None if adapted is None else adapted.update(), layout)
         saved.append(module)
     if not scaled:
-        raise ValueError(f"{weights_path}: it adapts {sorted(factors)} only and brings them whole, expected a LoRA")
+        raise ValueError(f"{weights_path}: it adapts only {sorted(factors)} and stores them whole, expected a LoRA")
     if saved:
         target["modules_to_save"] = saved
     if isinstance(modules := target.get("target_modules"), list):
@@ -245,7 +245,7 @@ def read_target(path: Path | str, config: Mapping[str, Any]) -> dict[str, Any]:
             "task_type": value in list(TaskType),
         }.get(name, texts or isinstance(value, str))
         if not usable:
-            raise ValueError(f"{path}: {name} is {value!r}, which no PEFT configuration has there")
+            raise ValueError(f"{path}: {name} is {value!r}, which is not valid there in a PEFT configuration")
         if isinstance(value, str):
             _check_pattern(path, name, value)
     if "task_type" not in target and (of_class := read_mapping(config.get(AUTO_MAPPING))) is not None:
@@ -253,7 +253,7 @@ def read_target(path: Path | str, config: Mapping[str, Any]) -> dict[str, Any]:
     try:
         LoraConfig(**target)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: its target modules are no PEFT configuration's ({error})") from error
+        raise ValueError(f"{path}: its target modules are not valid in a PEFT configuration ({error})") from error
     return target
 
 
@@ -273,7 +273,7 @@ def _check_pattern(path: Path | str, name: str, pattern: str) -> None:
     try:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"{path}: {name} is {pattern!r}, which is no regular expression ({error})") from error
+        raise ValueError(f"{path}: {name} is {pattern!r}, which is not a regular expression ({error})") from error
 
 
 def lora_files(adapter: LoraAdapter) -> dict[str, bytes]:
@@ -363,7 +363,8 @@ def _sort_tensors(
             head[name] = tensor
         elif name.endswith("bias") and bias != "none":
             raise ValueError(
-                f"{path}: has {name!r}, as bias is {bias!r}, expected 'none': a trained bias is no low-rank update"
+                f"{path}: has {name!r}, since bias is {bias!r}, expected 'none': a trained bias is not a low-rank "
+                "update"
             )
         elif (embedding := embedding_of(name)) is not None:
             module, leaf = embedding
@@ -389,7 +390,7 @@ def _check_head_shapes(path: Path, head: Mapping[str, Tensor]) -> None:
         if leaf == "bias" and weight is not None and (tensor.ndim != 1 or tensor.shape[0] not in weight.shape):
             raise ValueError(
                 f"{path}: weight and bias of {module!r} are {tuple(weight.shape)} and {tuple(tensor.shape)}, expected "
-                "a number of the bias for each row"
+                "one bias value for each row"
             )
 
 

@@ -35,7 +35,7 @@ def _by_class(pipelines: Mapping[str, Mapping[str, str | tuple[str, ...]]]) -> M
     )
 
 
-# Pipelines of the hub, by the class of a model that classifies inputs and for which PEFT has no task type.
+# Pipelines of the Hub, by the class of a model that classifies inputs and for which PEFT has no task type.
 CLASSIFIERS = _by_class(
     {
         "image-classification": MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
@@ -66,5 +66,5 @@ def class_name_of(target: Mapping[str, Any]) -> str | None:
 
 
 def pipeline_of(target: Mapping[str, Any]) -> str | None:
-    """Return the hub's name for a task that classifies images, videos or sounds; None for any other task."""
+    """Return the Hub's name for a task that classifies images, videos or sounds; None for any other task."""
     return CLASSIFIERS.get(class_name_of(target) or "")

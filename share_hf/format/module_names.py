@@ -74,9 +74,9 @@ def named_as_in_base(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Ten
             raise ValueError(f"{path}: {key!r} is a second tensor called {name!r}, expected one")
         named[name] = tensor
     if len(adapters) > 1:
-        raise ValueError(f"{path}: has weights of the adapters {sorted(adapters)}, expected those of one")
+        raise ValueError(f"{path}: has weights of the adapters {sorted(adapters)}, expected those of one adapter")
     if lost := sorted(copies - named.keys()):
-        raise ValueError(f"{path}: {lost[0]!r} is there as the base model has it only, expected what was trained")
+        raise ValueError(f"{path}: {lost[0]!r} is there only as the base model has it, expected its trained weights")
     return named
 
 
@@ -98,5 +98,5 @@ def check_no_single_experts(path: Path, modules: Mapping[str, Any], config: Mapp
     if (expert := next(filter(_EXPERT.fullmatch, modules), None)) is not None:
         raise ValueError(
             f"{path}: adapts {expert!r}, one of the experts that transformers 5 keeps in one parameter, expected an "
-            "adapter of linear layers alone"
+            "adapter of linear layers only"
         )

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from torch import nn
 
 
-# Valid ids of repositories on the hub, with or without an organization.
+# Valid ids of repositories on the Hub, with or without an organization.
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 _LONGEST = 64
@@ -56,7 +56,7 @@ def mended_name(text: str) -> str:
     letters = (letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter))
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", "".join(letters)).strip("-_")
     if not name:
-        raise ValueError(f"no task can be called {text!r}, expected another name for it")
+        raise ValueError(f"no task can be called {text!r}, expected another name")
     try:
         check_task_name(name[:_LONGEST])
     except ValueError:  # the name has a meaning of its own
@@ -83,8 +83,8 @@ def check_stored_names(names: Iterable[str]) -> None:
 def _check_usable(name: str) -> None:
     if not isinstance(name, str) or not _PATTERN.fullmatch(name):
         raise ValueError(
-            f"task name {name!r} is not usable, expected 1 to 64 letters, digits, '_' or '-', "
-            "the first a letter or digit"
+            f"task name {name!r} is not usable, expected 1 to 64 letters, digits, '_' or '-', starting with a letter "
+            "or digit"
         )
     if _REFUSED.fullmatch(name):
         raise ValueError(f"task name {name!r} is reserved, expected another name: it would be read as a revision")
@@ -94,8 +94,8 @@ def _check_usable(name: str) -> None:
 
 def _taken(name: str, other: str) -> str:
     if name == other:
-        return f"task {name!r} exists already, expected a new name"
-    return f"task name {name!r} equals {other!r} but for case, which some file systems cannot tell"
+        return f"task {name!r} already exists, expected a new name"
+    return f"task name {name!r} differs from {other!r} only in case, which some file systems ignore"
 
 
 def listing(names: Iterable[str], limit: int = 20) -> str:

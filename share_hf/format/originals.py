@@ -1,6 +1,6 @@
-"""Origins of the adapters that became tasks: hub ids with commit and checksum, and folders on this machine.
+"""Origins of the adapters that became tasks: Hub ids with commit and checksum, and folders on this machine.
 
-The lineage records those on the hub. Folders are private: they are recorded, on request, in
+The lineage records those on the Hub. Folders are private: they are recorded, on request, in
 `.<tree>.originals.json` beside the tree, which no push reads.
 """
 
@@ -34,7 +34,7 @@ class LocalOriginal:
 
 
 def read_original(original: Mapping[str, Any], *, token: str | bool | None = None) -> LoraAdapter:
-    """Read an adapter on the hub that a lineage records.
+    """Read an adapter on the Hub that a lineage records.
 
     Raises:
         ValueError: If it has changed since it was recorded.
@@ -52,7 +52,7 @@ def read_original(original: Mapping[str, Any], *, token: str | bool | None = Non
 def split_places(
     places: Mapping[str, str | Path], loras: Mapping[str, LoraAdapter]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, LocalOriginal]]:
-    """Return what to record of each task's place, separately for repositories on the hub and places on this machine.
+    """Return what to record of each task's place, separately for repositories on the Hub and places on this machine.
 
     Args:
         places: Place from which each adapter was read.
@@ -63,7 +63,7 @@ def split_places(
         place = places[task]
         reference = None if isinstance(place, Path) else Reference.parse(place)
         commit = None if reference is None else _commit_of(lora.file, reference.repo_id)
-        if commit is None:  # outside the cache of the hub, this may be a folder with the name of a repository
+        if commit is None:  # outside the cache of the Hub, this may be a folder with the name of a repository
             here[task] = LocalOriginal(os.path.abspath(place), lora.component)
             continue
         noted = {"place": str(replace(reference, revision=None)), "commit": commit, "sha256": sha256_of(lora.file)}

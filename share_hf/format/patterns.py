@@ -74,7 +74,7 @@ def values_by_module(
     ways = len(modules) * sum(_ways_to_match(expression, longest) for expression in expressions.values())
     if ways > _LONGEST_MATCHING:
         raise ValueError(
-            f"{path}: {field} has patterns that may take for ever to match, such as "
+            f"{path}: {field} has patterns that may take forever to match, such as "
             f"{max(patterns, key=lambda pattern: _ways_to_match(pattern, longest))[:80]!r}, expected names of modules"
         )
     compiled = {number: re.compile(expression) for number, expression in expressions.items()}

@@ -127,20 +127,18 @@ def read_component(path: Path, tensors: Mapping[str, Tensor], component: str | N
             the scale is not given, or the weights belong to another method. The message says what was found.
     """
     if any(name.startswith(PEFT_PREFIX) for name in tensors):
-        raise ValueError(
-            f"{path}: has no configuration, which says the scale, expected adapter_config.json of PEFT beside it"
-        )
+        raise ValueError(f"{path}: has no configuration with the scale, expected PEFT's adapter_config.json beside it")
     by_component = _by_component(path, tensors)
     found = _choose(path, by_component, component)
     modules = _by_module(path, found, by_component[found])
     metadata = _metadata(path, found)
     alphas = {module: _number(path, module, part["alpha"]) for module, part in modules.items() if "alpha" in part}
     if metadata is not None and alphas:
-        raise ValueError(f"{path}: has alphas and {_METADATA}, expected one of the two to say the scales")
+        raise ValueError(f"{path}: has alphas and {_METADATA}, expected only one of the two to give the scales")
     if metadata is None and not alphas and found is None:
         raise ValueError(
-            f"{path}: neither names a component of a pipeline nor says its scale, expected an adapter_config.json of "
-            "PEFT beside it"
+            f"{path}: neither names a component of a pipeline nor gives its scale, expected PEFT's "
+            "adapter_config.json beside it"
         )
     config = metadata or {"lora_alpha": 1, "target_modules": sorted(modules)}
     named = {
@@ -189,12 +187,12 @@ def _by_module(path: Path, component: str | None, tensors: Mapping[str, Tensor])
             known = modules.setdefault(module, {})
         side = _side(path, name, leaf, tensor)
         if side in known:
-            raise ValueError(f"{path}: {name!r} is a second one for {module!r}, expected one")
+            raise ValueError(f"{path}: {name!r} is a second tensor for {module!r}, expected one")
         known[side] = tensor
     for name, part in flat.items():
         for module, own in _unflattened(path, component, name, part).items():
             if module in modules:
-                raise ValueError(f"{path}: {name!r} is a second one for {module!r}, expected one")
+                raise ValueError(f"{path}: {name!r} is a second tensor for {module!r}, expected one")
             modules[module] = own
     return modules
 
@@ -228,7 +226,7 @@ def _side(path: Path, name: str, leaf: str, tensor: Tensor) -> str:
 def _unexpected(path: Path, name: str) -> ValueError:
     method = next((method for part, method in _OTHER_METHODS.items() if part in name), None)
     found = f"which is of {method}" if method else "which is unexpected"
-    return ValueError(f"{path}: has {name!r}, {found}, expected the factors of a plain LoRA and their alphas alone")
+    return ValueError(f"{path}: has {name!r}, {found}, expected only the factors of a plain LoRA and their alphas")
 
 
 def _unflattened(path: Path, component: str, flat: str, part: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -239,9 +237,9 @@ def _unflattened(path: Path, component: str, flat: str, part: Mapping[str, Tenso
     modules = dotted_names(flat, component)
     if not modules:
         raise ValueError(
-            f"{path}: {flat!r} of {component} cannot be told from other names that underscores make of dots, expected "
-            "a module of Stable Diffusion, Flux, CLIP or T5: for another model, load the file with its pipeline's "
-            "load_lora_weights and save it with save_lora_weights"
+            f"{path}: {flat!r} of {component} is ambiguous, because underscores stand for the dots of the name, "
+            "expected a module of Stable Diffusion, Flux, CLIP or T5: for another model, load the file with its "
+            "pipeline's load_lora_weights and save it with save_lora_weights"
         )
     if len(modules) == 1 or not {"A", "B"} <= part.keys():
         return {module: dict(part) for module in modules}
@@ -278,7 +276,7 @@ def _alphas(path: Path, modules: Mapping[str, Mapping[str, Tensor]], alphas: Map
     found = {}
     for module, part in modules.items():
         if module in alphas and not part.keys() & {"A", "B"}:
-            raise ValueError(f"{path}: {module!r} has an alpha alone, expected the factors of a LoRA with it")
+            raise ValueError(f"{path}: {module!r} has only an alpha, expected the factors of a LoRA with it")
         found[module] = alphas.get(module, float(part["A"].shape[0]) if "A" in part else 1.0)
     return found
 
@@ -316,7 +314,7 @@ def of_other_components(components: Mapping[str, str | None], modules: Iterable[
     known = {_BY_FIRST_PART.get(module.split(".")[0]) for module in modules} - {None}
     of_subspace = known.pop() if len(known) == 1 else None
     expected = next((component for component in named.values() if _is_kind(component, of_subspace)), of_subspace)
-    advice = "each is a model of its own, name the one that is meant with component= (share-hf: --component)"
+    advice = "each is a model of its own; name the one you mean with component= (share-hf: --component)"
     return {
         adapter: f"is of component {component!r}, the others are of {expected!r}: {advice}"
         for adapter, component in named.items()

@@ -19,7 +19,7 @@ class NamedPlaces:
     """Places of adapters, by task name.
 
     Args:
-        places: Folders, files or hub ids.
+        places: Folders, files or Hub ids.
         mended: Original name of a place by task name, where the original cannot be the name of a task.
     """
 
@@ -28,7 +28,7 @@ class NamedPlaces:
 
 
 def named_places(adapters: Adapters, taken: Iterable[str] = ()) -> NamedPlaces:
-    """Return folders, files or hub ids by task name. In a list, the last part of a place becomes its task's name.
+    """Return folders, files or Hub ids by task name. In a list, the last part of a place becomes its task's name.
 
     Args:
         adapters: Places, at least one. An unusable name from a list is mended; a name given in a dict must be usable.
@@ -38,7 +38,7 @@ def named_places(adapters: Adapters, taken: Iterable[str] = ()) -> NamedPlaces:
         ValueError: If there are no places, or a name is unusable or taken.
     """
     if isinstance(adapters, (str, os.PathLike)):
-        raise ValueError(f"adapters is {adapters!r}, expected a list of folders or hub ids, or a dict by task name")
+        raise ValueError(f"adapters is {adapters!r}, expected a list of folders or Hub ids, or a dict by task name")
     if not adapters:
         raise ValueError("no adapters given, expected at least one")
     if isinstance(adapters, Mapping):

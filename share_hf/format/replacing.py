@@ -126,7 +126,7 @@ def reading_whole(folder: Path, index: str, read: Callable[[Path], Read]) -> Rea
         else:
             if _version_of(folder, index) == before:
                 return found
-    raise ValueError(f"{folder} was replaced {_ATTEMPTS} times while it was read, expected a quieter moment")
+    raise ValueError(f"{folder} was replaced {_ATTEMPTS} times while it was read; try again later")
 
 
 def retrying_when_replaced(folder: Path, index: str, action: Callable[[Path], Read]) -> Read:
@@ -163,9 +163,9 @@ def _identity(path: Path) -> tuple[int, ...] | None:
 
 def _check_replaceable(folder: Path) -> None:
     if Path.cwd().is_relative_to(folder):
-        raise ValueError(f"{folder} is or holds the current folder and would be replaced, expected another folder")
+        raise ValueError(f"{folder} is or contains the current folder and would be replaced, expected another folder")
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file, expected a folder, or none yet")
+        raise ValueError(f"{folder} is a file, expected a folder, or nothing there yet")
     if os.path.ismount(folder):
         raise ValueError(_mounted(folder))
 
@@ -182,7 +182,7 @@ def _check_not_in_the_way(scratch: Path, folder: Path, written: Callable[[Path],
         if name not in ours and entry.is_file() and os.path.lexists(folder / name):
             raise ValueError(
                 f"{folder / name} is in the way and was not written by share_hf, expected another folder, or that "
-                "file elsewhere"
+                "file moved elsewhere"
             )
 
 

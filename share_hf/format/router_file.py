@@ -75,19 +75,19 @@ class RouterEntry:
             raise ValueError(f"router is {content!r}, expected an object")
         layers, width, degrees = content["layers"], content["width"], content["degrees"]
         if not isinstance(layers, list) or not layers or not all(type(i) is int and i >= 0 for i in layers):
-            raise ValueError(f"router has layers {layers!r}, expected numbers of layers")
+            raise ValueError(f"router has layers {layers!r}, expected indices of layers")
         if type(width) is not int or not 0 < width <= _MOST_WIDTH:
             raise ValueError(f"router has width {width!r}, expected a number of features up to {_MOST_WIDTH}")
         for name in ("tasks", "settled"):
             if not isinstance(content[name], list) or not all(isinstance(entry, str) for entry in content[name]):
                 raise ValueError(f"router has {name} {content[name]!r}, expected a list of names")
         if unknown := sorted({*content["tasks"]} - {*known}):
-            raise ValueError(f"router has {unknown[0]!r} among its tasks, expected some of the tree's")
+            raise ValueError(f"router has {unknown[0]!r} among its tasks, expected tasks of the tree")
         pairs = isinstance(degrees, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in degrees)
         if not pairs or not all(isinstance(name, str) and type(count) is int and count > 0 for name, count in degrees):
             raise ValueError(f"router has degrees {degrees!r}, expected pairs of a name and a positive number")
         if not degrees:
-            raise ValueError("router has no degrees, expected those of one sum of scatter at least")
+            raise ValueError("router has no degrees, expected those of at least one sum of scatter")
         return cls(tuple(layers), width, tuple(content["tasks"]), dict(map(tuple, degrees)), tuple(content["settled"]))
 
     def most_bytes(self) -> int:
@@ -115,7 +115,7 @@ def read_router(path: Path, entry: RouterEntry) -> Router:
     tensors = read_tensors(path)
     expected = {_SETTLED if name == _SETTLED else f"{_PART}{name}" for name in entry.degrees}
     if odd := sorted((tensors.keys() - {_PROBE}) ^ expected):
-        raise ValueError(f"{path}: {odd[0]!r} is in only one of it and the index, expected the same in both")
+        raise ValueError(f"{path}: {odd[0]!r} is missing here or in the index, expected the same names in both")
     found = {}
     for name, degrees in entry.degrees.items():
         settled = name == _SETTLED

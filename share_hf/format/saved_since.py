@@ -32,6 +32,6 @@ def with_saved(state: SubspaceState, folder: Path, seen: Lineage | None) -> Subs
         return reconcile(*named_alike(state, read_tree(folder)))
     except ValueError as error:
         raise ValueError(
-            f"{folder}: somebody else saved there since, and the two cannot be merged: {error}; save to another "
-            "folder, or load that one again"
+            f"{folder}: somebody else has saved there since, and the two versions cannot be merged: {error}; save to "
+            "another folder, or load this one again"
         ) from error

@@ -146,7 +146,7 @@ def check_fingerprint(path: Path | str, found: Tensor | None, name: str, basis: 
         value = "missing" if found is None else found.tolist()
         raise ValueError(
             f"{path}: {name!r} is {value}, expected {expected.tolist()}: the coefficients do not belong to the basis "
-            f"in {SUBSPACE_FILE}, such as after another model was saved there"
+            f"in {SUBSPACE_FILE}, for example because another model was saved there"
         )
 
 

@@ -1,4 +1,4 @@
-"""The tree of a shared subspace, on disk and on the hub.
+"""The tree of a shared subspace, on disk and on the Hub.
 
 README.md                                the model card
 share_config.json                        index, settings, checksums
@@ -271,7 +271,9 @@ def check_bases(path: Path, bases: Mapping[str, StoredBasis], index: TreeIndex) 
     """
     if set(bases) != set(index.modules):
         odd = sorted(set(bases) ^ set(index.modules))
-        raise ValueError(f"{path}: modules {odd} are in only one of it and {INDEX_FILE}, expected the same in both")
+        raise ValueError(
+            f"{path}: modules {odd} are missing here or in {INDEX_FILE}, expected the same modules in both"
+        )
     for module, basis in bases.items():
         found = ModuleEntry(basis.shape, basis.num_components, (expected := index.modules[module]).layout)
         if found != expected:

@@ -92,7 +92,7 @@ class UnfinishedBuild:
             content = save(tensors, {"merge": json.dumps(facts)})
             (self.place / _file_name(module, sha256(content).hexdigest())).write_bytes(content)
         except OSError as error:
-            logger.warning(f"{self.place}: no more modules are kept for a run that goes on ({error})")
+            logger.warning(f"{self.place}: no more modules are kept for a later run ({error})")
             self._writes = False
             self.remove()
 

@@ -17,11 +17,11 @@ from .names import listing
 def expect_no_tree(place: str | Path, *, token: str | bool | None = None) -> None:
     """Refuse a whole subspace as the place of an adapter: its root LoRA would silently stand for all its tasks.
 
-    A place that names the file of that LoRA asks for it alone, and so does the branch of a task on the hub.
+    A place that names the file of that LoRA asks for it alone, and so does the branch of a task on the Hub.
 
     Args:
-        place: Folder, file, or place on the hub from which a LoRA was read.
-        token: Token for the hub.
+        place: Folder, file, or place on the Hub from which a LoRA was read.
+        token: Token for the Hub.
 
     Raises:
         ValueError: If it is a whole subspace, in which case the message gives the ways to use its tasks, or if its

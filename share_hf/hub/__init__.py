@@ -1,1 +1,1 @@
-"""Network access: fetch trees from hub repositories and push them there."""
+"""Network access: fetch trees from Hub repositories and push them there."""

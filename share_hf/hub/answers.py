@@ -1,4 +1,4 @@
-"""Answers of the hub: wait while it limits the rate, and distinguish them from answers of others on the way."""
+"""Answers of the Hub: wait while it limits the rate, and distinguish them from answers of others on the way."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ logger = logging.get_logger(__name__)
 
 Answer = TypeVar("Answer")
 
-# Retries, and longest wait if the hub states none, as in huggingface_hub's `http_backoff` for uploads and listings.
+# Retries, and longest wait if the Hub states none, as in huggingface_hub's `http_backoff` for uploads and listings.
 _RETRIES = 5
 _LONGEST_BACKOFF = 8.0  # seconds
 # Most limits apply for five minutes. That on commits applies for an hour: a push that hits it is completed later.
@@ -25,25 +25,25 @@ _LONGEST_WAIT = 600.0  # seconds
 
 
 class HubAnswerError(OSError):
-    """An answer that the hub does not give, such as the web page of a proxy or a network's sign-in page."""
+    """An answer that the Hub does not give, such as the web page of a proxy or a network's sign-in page."""
 
 
 def answer_to(request: Callable[[], Answer]) -> Answer:
     """Return the answer to a request that `huggingface_hub` itself sends only once, waiting out rate limits.
 
     Args:
-        request: Function that sends the request. It may be called again, because a hub that refuses a request for its
+        request: Function that sends the request. It may be called again, because a Hub that refuses a request for its
             rate has not carried it out.
 
     Raises:
-        HubAnswerError: If something other than the hub answers.
-        HfHubHTTPError: If the hub refuses the request, or a rate limit lasts too long.
+        HubAnswerError: If something other than the Hub answers.
+        HfHubHTTPError: If the Hub refuses the request, or a rate limit lasts too long.
     """
     for attempt in range(_RETRIES + 1):
         try:
             return request()
         except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-            # If a download could not begin, the hub's answer is the cause.
+            # If a download could not begin, the Hub's answer is the cause.
             refusal = error if isinstance(error, HfHubHTTPError) else error.__cause__
             if attempt == _RETRIES or not isinstance(refusal, HfHubHTTPError):
                 raise
@@ -52,11 +52,11 @@ def answer_to(request: Callable[[], Answer]) -> Answer:
             seconds = _seconds_to_wait(refusal.response.headers, attempt)
             if seconds > _LONGEST_WAIT:
                 raise
-            logger.warning("The hub limits the rate of requests, the next one is sent in %.0f s.", seconds)
+            logger.warning("The Hub limits the rate of requests; the next one is sent in %.0f s.", seconds)
             time.sleep(seconds)
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
             raise HubAnswerError(
-                f"the hub's answer cannot be understood ({type(error).__name__}: {error}), expected JSON: a proxy or "
+                f"the Hub's answer cannot be understood ({type(error).__name__}: {error}), expected JSON: a proxy or "
                 "the sign-in page of a network may have answered in its place"
             ) from error
     raise AssertionError("unreachable")

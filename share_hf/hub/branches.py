@@ -35,7 +35,7 @@ BranchChoice = Literal["all", "new", "none"] | Collection[str]
 
 _WORDS = ("all", "new", "none")
 
-# Branches are commits, and the hub accepts some hundred of these per hour.
+# Branches are commits, and the Hub accepts some hundred of these per hour.
 MAX_BRANCHES_UNASKED = 100
 
 _TASKS_AT_ONCE = 16
@@ -220,7 +220,7 @@ class BranchWriter:
         except HfHubHTTPError as error:
             if error.response.status_code not in _OVERTAKEN:
                 raise
-            logger.info("A later push to %s writes the branches that are missing.", self.repository.repo_id)
+            logger.info("A later push to %s will write the missing branches.", self.repository.repo_id)
             return
         self.repository.delete_branch(workshop)
 
@@ -243,7 +243,7 @@ class BranchWriter:
                 Path(folder, task).mkdir()
                 for name, (_, path) in roots[task].items():
                     (self.writer.scratch / name).replace(path)
-            # The upload asks the hub which of these files the branch already has. A file that the branch has now, but
+            # The upload asks the Hub which of these files the branch already has. A file that the branch has now, but
             # no longer when its turn comes, would have to be asked about again, so it is left out.
             additions = {
                 task: {

@@ -1,4 +1,4 @@
-"""Read trees in hub repositories at a single commit, downloading no more of them than is asked for."""
+"""Read trees in Hub repositories at a single commit, downloading no more of them than is asked for."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def is_local(place: str | os.PathLike) -> bool:
 
 @dataclass(frozen=True)
 class RemoteTree:
-    """A tree in a hub repository at one commit, with some of its files in the cache.
+    """A tree in a Hub repository at one commit, with some of its files in the cache.
 
     Args:
         repo_id: Id of the repository.
@@ -155,7 +155,7 @@ class RemoteTree:
                 answer_to(partial(snapshot_download, self.repo_id, allow_patterns=missing, **self._of_commit))
         except LocalEntryNotFoundError as error:
             raise LocalEntryNotFoundError(
-                f"{self.repo_id}: {missing[0]} is not in the cache, and the hub is offline or cannot be reached"
+                f"{self.repo_id}: {missing[0]} is not in the cache, and the Hub is offline or cannot be reached"
             ) from error
 
     @property

@@ -1,4 +1,4 @@
-"""Push a subspace to a hub repository: one commit per push, a branch per task, a tag per step.
+"""Push a subspace to a Hub repository: one commit per push, a branch per task, a tag per step.
 
 `main` holds the newest subspace. Branch `<task>` is a whole tree whose root adapter is that task's, so
 `revision="<task>"` gives it to every loader. The branch is written when the task is new, and again when the task
@@ -51,7 +51,7 @@ class PushOptions:
     Args:
         commit_message: Message of the commit on `main`. None means a message about the new tasks.
         commit_description: Description of that commit.
-        private: Whether a newly created repository is private. None means the hub's default.
+        private: Whether a newly created repository is private. None means the Hub's default.
         create_pr: Whether to open a pull request instead of changing `main`. Branches and tags wait for a push after
             its merge.
         default_task: Task at the root of `main`. None keeps the one that is there, at first the newest.
@@ -93,8 +93,8 @@ def push_state(
     Raises:
         ValueError: If the repository holds a subspace with which this one cannot be merged, or a name is taken there.
         PushConflictError: If others keep pushing. The push may be tried again later.
-        HubAnswerError: If something other than the hub answers.
-        HfHubHTTPError: If the hub refuses a request.
+        HubAnswerError: If something other than the Hub answers.
+        HfHubHTTPError: If the Hub refuses a request.
     """
     options = options or PushOptions()
     if not state.tasks:
@@ -104,7 +104,7 @@ def push_state(
     check_choice(options.branches, state.tasks)
     if options.base_model is not None:
         if published_name(options.base_model) is None:
-            raise ValueError(f"base_model is {options.base_model!r}, expected an id on the hub")
+            raise ValueError(f"base_model is {options.base_model!r}, expected a Hub id")
         state = replace(state, base_model_name_or_path=options.base_model)
     ours, state = state, _published(state)
     repository = HubRepository.existing(repo_id, token=token) if options.create_pr else None
@@ -125,12 +125,14 @@ def push_state(
             if error.response.status_code != HTTPStatus.PRECONDITION_FAILED:
                 raise
         if attempt + 1 < options.max_attempts:
-            logger.warning("Somebody else pushed to %s meanwhile, merging and pushing again.", repository.repo_id)
+            logger.warning(
+                "Somebody else pushed to %s in the meantime; merging and pushing again.", repository.repo_id
+            )
             longest = min(_LONGEST_WAIT, _SECONDS_BETWEEN_ATTEMPTS * 2 ** min(attempt, 10))
             time.sleep(longest * random.uniform(0.1, 1.0))
     raise PushConflictError(
-        f"{repository.repo_id}: others pushed during each of {options.max_attempts} attempts, expected a quieter "
-        "moment; the subspace is as before, here and there: push it again"
+        f"{repository.repo_id}: others pushed during each of {options.max_attempts} attempts; the subspace is "
+        "unchanged, here and on the Hub: push it again later"
     )
 
 
@@ -141,7 +143,7 @@ def _published(state: SubspaceState) -> SubspaceState:
     if base is None or published is not None:
         return replace(state, base_model_name_or_path=published)
     logger.warning(
-        "The base model %r is a place on this machine and is not published: load the model by its id on the hub, or "
+        "The base model %r is a path on this machine, and its name is not published: load the model by its Hub id, or "
         "name it with base_model= of from_adapters or add_adapters.",
         base,
     )
@@ -154,7 +156,7 @@ def _check_upcoming(
     """Refuse a pushed task with the name of one still to be learned here, which would then count as learned."""
     if taken := [task for task in upcoming_tasks if task in tip.tasks and task not in state.tasks]:
         raise ValueError(
-            f"{repository.repo_id}: has {taken} already, which somebody else pushed and which are still to be learned "
+            f"{repository.repo_id}: already has {taken}, which somebody else pushed and which are still to be learned "
             "here: give them other names here, remove those there (remove_task, and push), or push to another "
             "repository"
         )
@@ -217,7 +219,7 @@ def _paths(folder: Path) -> set[str]:
 
 
 def _unchanged(index: TreeIndex, tip: Tip) -> set[str]:
-    """Return files that the hub has already. The checksums in both indices tell, so nothing is sent to find out."""
+    """Return files that the Hub has already. The checksums in both indices tell, so nothing is sent to find out."""
     there = tip.tree.sha256 if tip.tree is not None else {}
     same = {name for name, checksum in index.sha256.items() if there.get(name) == checksum}
     # The metrics of a task hold the checksums of its other files.
@@ -227,7 +229,7 @@ def _unchanged(index: TreeIndex, tip: Tip) -> set[str]:
 
 
 def _gone(index: TreeIndex, folder: Path, tip: Tip) -> list[str]:
-    """Return the files of the tree on the hub that the new tree does not have."""
+    """Return the files of the tree on the Hub that the new tree does not have."""
     stays = _paths(folder) | index.sha256.keys()
     return [path for path in tip.blobs if path not in stays and path.split("/")[0] in TREE_ENTRIES]
 
@@ -237,16 +239,16 @@ def _check_refs(repository: HubRepository, state: SubspaceState, tip: Tip, refs:
     for task in state.tasks:
         if task in refs.tags:
             raise ValueError(
-                f"{repository.repo_id}: has a tag {task!r}, expected none of a task's name: delete it, or rename the "
-                "task"
+                f"{repository.repo_id}: has a tag {task!r}, expected no tag with the name of a task: delete it, or "
+                "rename the task"
             )
         if task in refs.branches and task not in tip.tasks:
             # It may have been written before the task was removed, or in a push that was interrupted.
             index = repository.index_at(refs.branches[task])
             if index is None or task not in index.tasks:
                 raise ValueError(
-                    f"{repository.repo_id}: has a branch {task!r} that is no tree of such a task, expected none: "
-                    "delete it, or rename the task"
+                    f"{repository.repo_id}: has a branch {task!r} that does not hold such a task, expected no other "
+                    "branch of this name: delete it, or rename the task"
                 )
 
 

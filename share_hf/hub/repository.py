@@ -102,7 +102,7 @@ class HubRepository:
             expect_tree(folder, tree)
         elif CONFIG_NAME in files:
             raise ValueError(
-                f"{self.repo_id}: holds an adapter that is no shared subspace, expected another repository"
+                f"{self.repo_id}: holds an adapter that is not a shared subspace, expected another repository"
             )
         if CARD_FILE in files:
             card = read_card(self._download(CARD_FILE, commit, files[CARD_FILE].size, MAX_CARD_BYTES))

@@ -106,7 +106,7 @@ def export_gguf(
         raise ValueError(f"dtype is {dtype!r}, expected one of {list(get_args(GgufDtype))}")
     path = Path(file)
     if path.exists():
-        raise ValueError(f"{path}: is there already, expected the name of a new file")
+        raise ValueError(f"{path}: already exists, expected the name of a new file")
     gguf = _gguf()
     known = isinstance(base_model, GgufBase)
     base = base_model if known else GgufBase.of(base_model or subspace.base_model_name_or_path, token=token)
@@ -203,7 +203,7 @@ class GgufBase:
             ValueError: If llama.cpp does not support an update of the module, or the module does not match the task.
         """
         if layout is not None and layout.kind != "embedding":
-            raise ValueError(f"{module!r} is no dense layer ({layout}), which GGUF has no place for")
+            raise ValueError(f"{module!r} is not a dense layer ({layout}), and GGUF has no place for it")
         try:
             found = self.model.get_submodule(module)
         except AttributeError as error:

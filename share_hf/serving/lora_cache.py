@@ -193,8 +193,8 @@ class LoraCache:
             return
         if not _same_model(base_name(ours) or "", base_name(served) or ""):
             raise ValueError(
-                f"{self.subspace} belongs to base model {ours!r}, but {served!r} is served; if both are one model, "
-                f"set {BASE_MODEL_VARIABLE}={served}"
+                f"{self.subspace} belongs to base model {ours!r}, but {served!r} is served; if both are the same "
+                f"model, set {BASE_MODEL_VARIABLE}={served}"
             )
 
     def _write(self, place: Path, name: str, adapter: LoraAdapter) -> None:
@@ -221,7 +221,7 @@ class LoraCache:
             try:
                 with holding(place):
                     if time.time() - _last_use(place) > _KEPT_SECONDS:
-                        logger.info("Removing %s, as there are more than %d LoRAs.", place, self.most)
+                        logger.info("Removing %s, because there are more than %d LoRAs.", place, self.most)
                         _remove(place)
             except OSError as error:  # for example, others own it; the requested LoRA is available all the same
                 logger.warning(
@@ -273,7 +273,7 @@ def _read(tree: RemoteTree | Path, index: TreeIndex, task: str) -> tuple[TreeInd
     adapter = lora_of(state, task)
     for module in adapter.updates:
         if (layout := adapter.layouts.get(module)) is not None and layout.kind == "convolution":
-            raise ValueError(f"task {task!r} adapts {module!r}, a {layout}, which no server of LoRAs loads")
+            raise ValueError(f"task {task!r} adapts {module!r} of kind {layout}, which no LoRA server loads")
     return index, adapter
 
 
@@ -284,7 +284,7 @@ def _without_head(adapter: LoraAdapter, dtype: ServingDtype) -> LoraAdapter:
     for module, update in adapter.updates.items():
         factors = [factor.to(getattr(torch, dtype)) for factor in (update.out_factor, update.in_factor)]
         if not all(factor.isfinite().all() for factor in factors):
-            raise ValueError(f"{module!r} has factors with entries that are too large for {dtype}")
+            raise ValueError(f"{module!r} has factors with entries too large for {dtype}")
         updates[module] = LowRankUpdate(*factors)
     return replace(adapter, head={}, target=target, updates=updates)
 
@@ -292,7 +292,7 @@ def _without_head(adapter: LoraAdapter, dtype: ServingDtype) -> LoraAdapter:
 def _warn_of_what_is_left_out(place: Path, name: str) -> None:
     if left_out := read_json(place / _NOTE_FILE)["left_out"]:
         logger.warning(
-            "%s: the task has weights of its own for %s, which are left out: the base model's are served.",
+            "%s: the task has weights of its own for %s, which are left out; those of the base model are served.",
             name,
             listing(left_out),
         )

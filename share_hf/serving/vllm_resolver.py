@@ -59,7 +59,7 @@ class ShareResolver(LoRAResolver):
             logger.error("LoRA %r cannot be served: %s", lora_name, error)
             return None
         if folder is None:
-            logger.info("LoRA %r is no task of %s.", lora_name, self._cache.subspace)
+            logger.info("LoRA %r is not a task of %s.", lora_name, self._cache.subspace)
             return None
         return LoRARequest(lora_name=lora_name, lora_int_id=stable_id(lora_name, folder.name), lora_path=str(folder))
 
@@ -79,7 +79,7 @@ def register_resolver() -> None:
     if cache is None:
         return
     if os.environ.get(_ALLOWED, "0").strip().lower() not in ("1", "true"):
-        logger.warning("%s is set, but vLLM asks for tasks only where %s=1 is set too.", SUBSPACE_VARIABLE, _ALLOWED)
+        logger.warning("%s is set, but vLLM asks for tasks only if %s=1 is set too.", SUBSPACE_VARIABLE, _ALLOWED)
     LoRAResolverRegistry.register_resolver(RESOLVER_NAME, ShareResolver(cache))
 
 

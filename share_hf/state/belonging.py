@@ -42,8 +42,9 @@ def check_one_model(layers: Mapping[str, LayerSubspace], updates: Mapping[str, M
             rest = min(common)
             raise ValueError(
                 f"task {_latest(of_first, updates)!r} adapts '{first}.{rest}' and task "
-                f"{_latest(of_second, updates)!r} '{second}.{rest}', one layer as two classes or versions of "
-                "transformers call it: expected adapters of one, load one and save it again as the other"
+                f"{_latest(of_second, updates)!r} '{second}.{rest}', which are the same layer in two classes or "
+                "versions of transformers: expected adapters of one of them; load one adapter and save it again in "
+                "the form of the other"
             )
 
 

@@ -108,7 +108,7 @@ def joined_layouts(
                     joined[module] = layout
             elif layout != joined.get(module):
                 raise ValueError(
-                    f"{module!r} is a {named(layout)} for task {task!r}, expected a {named(joined.get(module))} as "
-                    f"for {seen[module]}"
+                    f"{module!r} is of kind {named(layout)} for task {task!r}, expected {named(joined.get(module))} "
+                    f"as for {seen[module]}"
                 )
     return joined

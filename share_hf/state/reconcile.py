@@ -138,7 +138,7 @@ def _check_mergeable(ours: SubspaceState, theirs: SubspaceState) -> None:
             )
         if module in theirs.layers and theirs.layouts.get(module) != ours.layouts.get(module):
             raise ValueError(
-                f"the other subspace has {module!r} as a {named(theirs.layouts.get(module))}, expected a "
+                f"the other subspace has {module!r} of kind {named(theirs.layouts.get(module))}, expected "
                 f"{named(ours.layouts.get(module))}"
             )
 

@@ -33,7 +33,7 @@ def check_original(state: SubspaceState, task: str, updates: Mapping[str, LowRan
     """
     layers = state.layers_of(task)
     if odd := sorted(layers.keys() ^ updates.keys()):
-        raise ValueError(f"task {task!r}: {odd[0]!r} is adapted by only one of it and the adapter that it came from")
+        raise ValueError(f"task {task!r}: only one of the task and the adapter that it came from adapts {odd[0]!r}")
     for module, layer in layers.items():
         update, expected = updates[module], float(layer.records.norms[layer.index(task)])
         if update.shape != layer.shape:

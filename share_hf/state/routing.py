@@ -160,7 +160,7 @@ def joined_router(ours: Router | None, theirs: Router | None) -> Router | None:
     settled = set(first.settled_identities)
     if lost := set(second.settled_identities) - settled - first.parts.keys():
         logger.warning(
-            "The scatter of %d tasks that only one side has can no longer be told apart from what both have, and is "
+            "The scatter of %d tasks that only one side has can no longer be separated from what both have, so it is "
             "left out; their means stay.",
             len(lost),
         )

@@ -370,7 +370,8 @@ def _initialization_sentence(groups: Sequence[Sequence[str]], ungrouped: Sequenc
     known, shared = sum(map(len, groups)), [group for group in groups if len(group) > 1]
     if not known:
         return (
-            "It is not known from which random A the tasks started; a shared one alone makes input directions alike."
+            "It is not known from which random A the tasks started; sharing one is enough to make input directions "
+            "alike."
         )
     unknown = f" That of {_names(ungrouped)} is not known." if ungrouped else ""
     alike = " This alone makes their input directions alike." if shared else ""
@@ -388,7 +389,7 @@ def _variance_sentence(report: AuditReport) -> str:
         return "There are no updates to explain."
     observed, null = report.observed, report.null
     sizes = {k for row in report.rows for k in row.num_components}
-    basis = f"The basis of {'' if len(sizes) == 1 else 'up to '}{max(sizes)} directions a layer"
+    basis = f"The basis of {'' if len(sizes) == 1 else 'up to '}{max(sizes)} directions per layer"
     explains = f"{basis} explains {_percent(observed.joint)} of the updates' energy"
     if report.trivial:
         return f"{explains}. It has room for all directions of so few updates, so this number proves nothing."

@@ -86,12 +86,12 @@ class WantedDimensions:
         if self.is_open and len(given) != 1:
             raise ValueError(
                 f"num_components is {k!r} and pseudo_rank {p!r} with {' and '.join(sorted(given)) or 'no target'}, "
-                "expected one of target_error and target_bytes, which says what 'auto' is to reach"
+                "expected one of target_error and target_bytes, which says what 'auto' should reach"
             )
         if given and not self.is_open:
             raise ValueError(
                 f"{next(iter(given))} is given with num_components = {k} and pseudo_rank = {p}, expected 'auto' for "
-                "one of them: nothing is left to choose"
+                "one of them: otherwise nothing is left to choose"
             )
 
     @property
@@ -257,7 +257,10 @@ def _best(total: _Curves, wanted: WantedDimensions) -> ChosenDimensions:
 def _unreachable(errors: Tensor, sizes: Tensor, allowed: Tensor, wanted: WantedDimensions) -> str:
     if wanted.target_bytes is not None:
         least = int(sizes[allowed].min())
-        return f"target_bytes is {wanted.target_bytes}, expected at least the {least} of the smallest basis and rank"
+        return (
+            f"target_bytes is {wanted.target_bytes}, expected at least {least}, the size with the smallest basis and "
+            "rank"
+        )
     advice = "a larger max_components looks further" if wanted.num_components == "auto" else "'auto' chooses k too"
     return (
         f"target_error is {wanted.target_error:g}, but up to num_components = {wanted.limit} and pseudo_rank = "

@@ -370,9 +370,8 @@ def _check_storable(merge: _Merge, rounding: Tensor, dtype: torch.dtype, spectra
     worst = int(relative.nan_to_num(torch.inf).argmax())
     task = (*merge.layer.tasks, *merge.new_tasks)[worst]
     raise ValueError(
-        f"task {task!r}: its update of norm {float(merge.norms[worst]):.3g} cannot be stored in "
-        f"{kept_in} beside the others with any precision; expected updates whose factors "
-        "are of more usual sizes (basis='joint' balances them)"
+        f"task {task!r}: its update of norm {float(merge.norms[worst]):.3g} cannot be stored in {kept_in} beside the "
+        "others with any precision; expected updates with factors of more usual sizes (basis='joint' balances them)"
     )
 
 

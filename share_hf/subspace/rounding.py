@@ -137,7 +137,7 @@ def packed(rows: Tensor) -> tuple[Tensor, Tensor]:
     k = rows.shape[-1]
     codes, scales = _codes_and_scales(rows, factors=(1.0,))
     if not torch.equal((_numbers(codes) * scales.unsqueeze(-1)).flatten(-2)[..., :k], rows.double()):
-        raise ValueError("coefficients are not numbers of 4 bits, expected those of a merge")
+        raise ValueError("coefficients are not 4-bit numbers, expected those that a merge rounded")
     nibbles = (codes.flatten(-2)[..., :k] + _OFFSET).to(torch.uint8)
     nibbles = torch.nn.functional.pad(nibbles, (0, k % 2), value=_NO_CODE)
     return nibbles[..., 0::2] | nibbles[..., 1::2] << 4, scales.to(torch.bfloat16)

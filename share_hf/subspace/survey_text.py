@@ -39,8 +39,8 @@ def _of_the_curve(report: CollectionReport) -> str:
             f"{report.curve_tasks} of {report.tasks}" if report.curve_tasks < report.tasks else f"all {report.tasks}"
         )
         text += (
-            f" The curve and its null are of a sample: {adapters} adapters in {len(report.curve_modules)} of "
-            f"{report.modules} modules. All adapters were looked at for the rest."
+            f" The curve and its null are from a sample: {adapters} adapters in {len(report.curve_modules)} of "
+            f"{report.modules} modules. The rest is based on all adapters."
         )
     return text
 
@@ -48,7 +48,7 @@ def _of_the_curve(report: CollectionReport) -> str:
 def _of_advice(advice: Advice) -> str:
     target = f"a mean error of {advice.target_error:g}"
     if advice.num_components is None:
-        return f"No k of the curve is enough for {target}."
+        return f"No k of the curve reaches {target}."
     return (
         f"For {target} take k = {advice.num_components} and p = {advice.pseudo_rank}: error {advice.error:.2g}, "
         f"{_size(advice.bytes)} in all."
@@ -61,7 +61,7 @@ def _of_badly_served(report: CollectionReport) -> str:
     worst = report.badly_served[0]
     return (
         f"{len(report.badly_served)} of {report.tasks} adapters are served badly at k = {report.num_components} and "
-        f"would better be stored apart: {_names(report.badly_served)} (the worst has an error of "
+        f"are better stored separately: {_names(report.badly_served)} (the worst has an error of "
         f"{report.errors[worst]:.2g})."
     )
 

@@ -47,7 +47,7 @@ def check_modules(model: nn.Module, stored: StoredAdapter, *, from_file: bool) -
     if compiled and from_file:
         raise ValueError(
             f"the model has {compiled[0]!r} inside a compiled module, where PEFT finds no weights: load the adapter "
-            "first and compile then, or use SharedSubspace.apply"
+            "first and then compile, or use SharedSubspace.apply"
         )
 
 

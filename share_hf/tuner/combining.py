@@ -39,11 +39,14 @@ def combined_config(
     """
     if combination_type not in COMBINATIONS:
         raise ValueError(
-            f"combination_type is {combination_type!r}, expected one of {list(COMBINATIONS)}: for others export the "
-            "tasks as LoRAs by SharedSubspace.export_lora and combine these"
+            f"combination_type is {combination_type!r}, expected one of {list(COMBINATIONS)}: for other types, export "
+            "the tasks as LoRAs with SharedSubspace.export_lora and combine those"
         )
     if not adapters or len(adapters) != len(weights):
-        raise ValueError(f"{len(adapters)} adapters and {len(weights)} weights, expected one weight for each of some")
+        raise ValueError(
+            f"{len(adapters)} adapters and {len(weights)} weights, expected one weight for each of one or more "
+            "adapters"
+        )
     for name in adapters:
         if name not in configs:
             raise ValueError(f"adapter {name!r} is not there, expected names among {list(configs)}")

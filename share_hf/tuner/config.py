@@ -157,15 +157,17 @@ class ShareConfig(PeftConfig):
         ValueError: If a value is out of range, or two values contradict each other.
     """
 
-    num_components: int = field(default=32, metadata={"help": "Cap on the directions of a layer's basis (k)."})
+    num_components: int = field(default=32, metadata={"help": "Cap on the number of directions per layer (k)."})
     pseudo_rank: int = field(default=8, metadata={"help": "Rank of a task's update in each layer (p)."})
     num_temporary: int | None = field(
         default=None,
-        metadata={"help": "Leading basis vectors trained as temporary factors (φ); num_components // 4 if not given."},
+        metadata={
+            "help": "Number of leading basis vectors trained as temporary factors (φ); num_components // 4 by default."
+        },
     )
     temporary_init: TemporaryInit = field(
         default="basis",
-        metadata={"help": "What temporary factors begin as: 'basis', or 'random' as those of a LoRA."},
+        metadata={"help": "How temporary factors are initialized: 'basis', or 'random' like those of a LoRA."},
     )
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Names of the modules to adapt, a regex, or 'all-linear'."}
@@ -198,21 +200,21 @@ class ShareConfig(PeftConfig):
         default=None, metadata={"help": "Largest relative drift of any task that merges may add up to."}
     )
     max_components: int | None = field(
-        default=None, metadata={"help": "How far layers may grow to meet drift_tolerance."}
+        default=None, metadata={"help": "Number of directions up to which layers may grow to meet drift_tolerance."}
     )
     coefficient_dtype: CoefficientDtype = field(
         default="float32",
-        metadata={"help": "What a subspace stores coefficients in: 'float32', 'bfloat16' or '4bit'."},
+        metadata={"help": "Type in which a subspace stores coefficients: 'float32', 'bfloat16' or '4bit'."},
     )
     tolerance: float | None = field(
         default=None, metadata={"help": "Relative error up to which a task takes a smaller rank in a layer."}
     )
     dropout: float = field(
-        default=0.0, metadata={"help": "Probability with which inputs of a task's update are dropped in training."}
+        default=0.0, metadata={"help": "Probability of dropping inputs of a task's update during training."}
     )
     init_std: float = field(default=0.05, metadata={"help": "Standard deviation of a new task's coefficients (σ)."})
     fan_in_fan_out: bool = field(
-        default=False, metadata={"help": "Whether the target layers store their weight as (in, out), as Conv1D does."}
+        default=False, metadata={"help": "Whether the target layers store their weight as (in, out), like Conv1D."}
     )
     phase: Phase = field(
         default=Phase.COEFFICIENTS,
@@ -237,7 +239,7 @@ class ShareConfig(PeftConfig):
         if self.temporary_init not in get_args(TemporaryInit):
             raise ValueError(f"temporary_init is {self.temporary_init!r}, expected 'basis' or 'random'")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}, expected a probability of at least 0 and under 1")
+            raise ValueError(f"dropout is {self.dropout}, expected a probability of at least 0 and below 1")
         if not self.init_std > 0:
             raise ValueError(f"init_std is {self.init_std}, expected a positive number: zero has no gradient")
         if self.phase not in PHASES:
@@ -246,8 +248,8 @@ class ShareConfig(PeftConfig):
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError(
                 f"target_modules is {self.target_modules!r} and layers_to_transform {self.layers_to_transform!r}, "
-                "expected a list of names with layers_to_transform: a string is matched with whole names of modules, "
-                "and may name layers itself"
+                "expected a list of names with layers_to_transform: a string is matched against whole names of "
+                "modules, and may name layers itself"
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern is given without layers_to_transform, expected both")

@@ -129,7 +129,7 @@ def adapt_experts(
     if config.dropout:
         raise ValueError(
             f"dropout is {config.dropout} for {parameter!r}, expected 0: the inputs of experts in one parameter are "
-            "not known apart"
+            "not known separately"
         )
     target = getattr(parent, name)
     around = next((module for module in (target, parent) if isinstance(module, Experts)), None)

@@ -67,10 +67,10 @@ class Fingerprints(nn.Module):
             return
         value = "missing" if found is None else found.tolist()
         raise ValueError(
-            f"{name!r} is {value}, expected {self.of_basis.tolist()}: the coefficients belong to another basis "
-            "than the model has, or do not say to which. Load them with their basis, from their folder or repository, "
-            "by PeftModel.from_pretrained, load_adapter or SharedSubspace.from_pretrained; bring a task of another "
-            "subspace in as a LoRA, by SharedSubspace.export_lora there and add_adapters here"
+            f"{name!r} is {value}, expected {self.of_basis.tolist()}: the coefficients belong to another basis than "
+            "the model's, or do not say to which one. Load them with their basis, from their folder or repository, "
+            "with PeftModel.from_pretrained, load_adapter or SharedSubspace.from_pretrained; add a task of another "
+            "subspace as a LoRA, with SharedSubspace.export_lora there and add_adapters here"
         )
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:

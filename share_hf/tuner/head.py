@@ -48,7 +48,9 @@ def check_apart(adapted: Iterable[str], saved: Collection[str]) -> None:
     """
     for module in adapted:
         if (kept := saved_module_of(f"{module}.", saved)) is not None:
-            raise ValueError(f"modules_to_save has {kept!r}, but {module!r} is adapted too, expected one of both")
+            raise ValueError(
+                f"modules_to_save has {kept!r}, but {module!r} is adapted too, expected only one of the two"
+            )
 
 
 def check_head(
@@ -238,8 +240,8 @@ def _modules_of(name: str, module: nn.Module, kept: Collection[str], tensors: Co
     direct = {f"{prefix}{own}" for own, _ in module.named_parameters(recurse=False)} & kept
     if direct:
         logger.warning_once(
-            f"{sorted(direct)} start from other random values in every process, and modules_to_save cannot keep them "
-            "with a task: load the base model from a checkpoint that has them."
+            f"{sorted(direct)} start from different random values in every process, and modules_to_save cannot keep "
+            "them with a task: load the base model from a checkpoint that has them."
         )
     for child_name, child in _children(name, module):
         if any(tensor.startswith(f"{child_name}.") for tensor in kept):

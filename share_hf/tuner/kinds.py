@@ -87,7 +87,7 @@ def check_experts(holder: nn.Module, parameter: str, name: str) -> None:
     if found.ndim != 3 or not plain:
         raise TypeError(
             f"{name!r} is a {found.dtype} parameter {tuple(found.shape)} on {found.device}, expected the weights "
-            "(experts, n, d) of experts, neither quantized nor offloaded nor partitioned; others are trained whole by "
+            "(experts, n, d) of experts, neither quantized nor offloaded nor partitioned; train others whole with "
             "modules_to_save"
         )
 
@@ -105,8 +105,8 @@ def check_computes_as_known(layer: nn.Module, module_name: str) -> None:
     what = _done_otherwise_than_by_lora(layer)
     if what is not None:
         raise ValueError(
-            f"{module_name!r} is a {type(layer).__name__} {what}; leave it out by exclude_modules, or train it whole "
-            "by modules_to_save"
+            f"{module_name!r} is a {type(layer).__name__} {what}; leave it out with exclude_modules, or train it "
+            "whole with modules_to_save"
         )
 
 

@@ -39,9 +39,9 @@ def layers_for(state: SubspaceState, tuner: nn.Module, layers: Sequence[int] | N
     if layers is None:
         return known or default_layers(tuner.model if isinstance(tuner, RoutingModel) else tuner)
     if not layers or any(type(layer) is not int or layer < 0 for layer in layers):
-        raise ValueError(f"layers is {layers!r}, expected numbers of layers, 0 for the embeddings")
+        raise ValueError(f"layers is {layers!r}, expected indices of layers, 0 for the embeddings")
     if known is not None and tuple(layers) != known:
-        raise ValueError(f"layers is {list(layers)}, expected {list(known)} as the routes that there are")
+        raise ValueError(f"layers is {list(layers)}, expected {list(known)} as in the existing routes")
     return tuple(layers)
 
 

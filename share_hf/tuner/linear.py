@@ -80,8 +80,8 @@ class Linear(nn.Module, MergingLayer, ShareLayer):
         if self.quantization_backend is not None:
             if self.training and torch.is_grad_enabled() and x.requires_grad and not result.requires_grad:
                 raise RuntimeError(
-                    f"no gradient flows through {self.get_base_layer()}, so that what lies before it would not be "
-                    "trained, or wrongly; expected a quantization that supports training"
+                    f"no gradient flows through {self.get_base_layer()}, so what lies before it would not be trained, "
+                    "or trained wrongly; expected a quantization that supports training"
                 )
             result = self.quantization_backend.maybe_clone_base_result(result)
         if batch is not None:

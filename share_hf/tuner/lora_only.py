@@ -10,7 +10,7 @@ from typing import Any
 from peft import LoraConfig, PeftConfig
 
 
-_WAY = "make the task a LoRA by SharedSubspace.export_lora and use it with that"
+_WAY = "export the task as a LoRA with SharedSubspace.export_lora and use it with that LoRA"
 
 # Options of LoRA that have another name here, or are not needed.
 _INSTEAD = {

@@ -106,7 +106,7 @@ def save_tokenizer_of(base: str | os.PathLike[str], folder: Path, *, token: str 
     try:
         tokenizer = AutoTokenizer.from_pretrained(base, token=token)
     except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
-        logger.info("%s: no tokenizer could be read from it (%s), the merged model has none.", base, error)
+        logger.info("%s: no tokenizer could be read from it (%s), so the merged model has none.", base, error)
         return
     # For a folder without a tokenizer, transformers makes one that knows only its special tokens.
     if not set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):

@@ -34,7 +34,7 @@ def mixed_batch(tuner: ShareModel, adapter_names: Sequence[str], arguments: Mapp
     """
     check_trained(adapter_names, tuner)
     if any(isinstance(layer, Expert) for layer in tuner.layers()):
-        raise ValueError("adapter_names cannot mix tasks of experts in one parameter, as PEFT's LoRA cannot")
+        raise ValueError("adapter_names cannot mix tasks of experts in one parameter, and neither can PEFT's LoRA")
     if isinstance(adapter_names, str):
         raise ValueError(f"adapter_names is {adapter_names!r}, expected a list with a name for each sample")
     if unknown := sorted(set(adapter_names) - tuner.peft_config.keys() - {BASE}, key=str):

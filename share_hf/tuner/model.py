@@ -53,8 +53,8 @@ logger = logging.get_logger(__name__)
 _CLASSES = {None: Linear, "convolution": Convolution, "embedding": Embedding}
 
 _OTHER_BASIS = (
-    "the stored basis of {!r} is not the one the model has, expected tasks of one subspace; merge the two subspaces, "
-    "or export the task as a LoRA and add it"
+    "the stored basis of {!r} is not the one the model has, expected tasks of one subspace; merge the two "
+    "subspaces, or export the task as a LoRA and add it"
 )
 
 
@@ -109,8 +109,8 @@ class ShareModel(RoutingModel, MergingTuner):
         for other_name, other in self.peft_config.items():
             if not isinstance(other, ShareConfig):
                 raise ValueError(
-                    f"adapter {other_name!r} of the model is {other.peft_type.value}, expected SHARE ones beside "
-                    f"{name!r}: unload it first, or make it a task by SharedSubspace.from_adapters"
+                    f"adapter {other_name!r} of the model is {other.peft_type.value}, expected only SHARE adapters "
+                    f"beside {name!r}: unload it first, or make it a task with SharedSubspace.from_adapters"
                 )
             check_same_dimensions(config, f"adapter {name!r}", other, f"adapter {other_name!r}")
 
@@ -167,8 +167,8 @@ class ShareModel(RoutingModel, MergingTuner):
         """Read the basis that an adapter was saved with. Runs for every adapter, before the model is changed."""
         if hasattr(model, "get_base_model"):
             raise ValueError(
-                f"model is a {type(model).__name__}, expected the base model: add a task to it by add_adapter, or "
-                "take its adapters out first by unload or merge_and_unload"
+                f"model is a {type(model).__name__}, expected the base model: add a task to it with add_adapter, or "
+                "remove its adapters first with unload or merge_and_unload"
             )
         keep_4bit_weights_differentiable(model)
         layers = share_layers(model)
@@ -289,8 +289,8 @@ class ShareModel(RoutingModel, MergingTuner):
             layout = self._stored.modules[module_name].layout
             if isinstance(config.origin, AdapterOrigin) and layout != layout_of(base_layer):
                 raise ValueError(
-                    f"the stored basis of {module_name!r} is for a {named(layout)}, the model's is a "
-                    f"{named(layout_of(base_layer))}"
+                    f"the stored basis of {module_name!r} is for a layer of kind {named(layout)}, the model's is of "
+                    f"kind {named(layout_of(base_layer))}"
                 )
             return stored.beta, stored.alpha
         return (

@@ -118,9 +118,9 @@ def check_reached(parent: nn.Module, child_name: str, module_name: str) -> None:
         embeddings_in = EMBEDDINGS_READ_BY_THEIR_MODULE.get(child_name, "").split()
         if child_name in READ_BY_THEIR_MODULE.get(base.__name__, ()) or base.__name__ in embeddings_in:
             raise ValueError(
-                f"{module_name!r} is in a {base.__name__}, which reads its weight itself, so that an update would "
-                "have no effect; expected layers that are called: leave it out by exclude_modules, or train it whole "
-                "by modules_to_save"
+                f"{module_name!r} is in a {base.__name__}, which reads its weight directly, so an update would have "
+                "no effect; expected layers that are called: leave it out with exclude_modules, or train it whole "
+                "with modules_to_save"
             )
 
 
@@ -155,6 +155,6 @@ def check_held_once(model: nn.Module, layers: Iterable[tuple[str, nn.Module]]) -
             if len(places := holders.get(id(shared), [])) > 1:
                 raise ValueError(
                     f"{name!r} cannot be merged into: the model has its weight more than once, at {places}, and all "
-                    "would change. Untie them first, or use the task unmerged or, by SharedSubspace.export_lora, as a "
-                    "LoRA"
+                    "would change. Untie them first, or use the task unmerged or, with SharedSubspace.export_lora, as "
+                    "a LoRA"
                 )

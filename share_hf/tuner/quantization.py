@@ -52,7 +52,7 @@ def check_supported(layer: nn.Module, module_name: str, model: nn.Module) -> Non
     raise TypeError(
         f"{module_name!r} is a {found}, expected torch.nn.Linear, transformers.pytorch_utils.Conv1D, a convolution or "
         "an embedding of torch.nn, or a linear layer of a quantizer that PEFT knows and whose library is installed; "
-        "others are trained whole by modules_to_save"
+        "train others whole with modules_to_save"
     )
 
 

@@ -83,8 +83,8 @@ def _saving_bases(original: Function) -> Function:
                 check_no_remote_tree(given.get("repo_id") or folder.name, given.get("revision"), given.get("token"))
         if bases and given.get("path_initial_model_for_weight_conversion") is not None:
             raise ValueError(
-                "path_initial_model_for_weight_conversion is LoRA's alone, expected none for tasks: make a task a "
-                "LoRA by SharedSubspace.export_lora"
+                "path_initial_model_for_weight_conversion works with LoRA only, expected none for tasks: export a "
+                "task as a LoRA with SharedSubspace.export_lora"
             )
         if bases:
             check_same_bases(folder, bases, given.get("selected_adapters") or adapters)

@@ -112,7 +112,7 @@ class TaskRouter:
         if unknown := [task for task in names if task not in self.routes]:
             raise ValueError(f"tasks has {unknown[0]!r}, expected those that have a route: {listing(self.routes)}")
         if not names:
-            raise ValueError("no task has a route, expected one at least: SharedSubspace.learn_route learns it")
+            raise ValueError("no task has a route, expected at least one: learn it with SharedSubspace.learn_route")
         rejects = self.false_rejects if false_rejects is ... else false_rejects
         if rejects is not None and not 0 < rejects < 1:
             raise ValueError(f"false_rejects is {rejects!r}, expected None or a number above 0 and below 1")
@@ -229,7 +229,7 @@ def _routed(
     `generate` passes its inputs. `forward` of PEFT's classes for tasks does not, but hands them to the model.
     """
     if model.training:
-        raise ValueError("adapter_names='auto' routes in inference only, call model.eval() first")
+        raise ValueError("adapter_names='auto' routes only during inference, call model.eval() first")
     model._known_router()
     given = {**kwargs, **({"input_ids": args[0]} if args else {})}
     given.setdefault("input_ids", given.pop("inputs", None))

@@ -41,8 +41,8 @@ def check_no_tree(folder: Path) -> None:
         if _is_tree(standing_at(tree)):
             raise ValueError(
                 f"{folder}: {tree} holds a shared subspace, which the adapters of a model would overwrite; expected "
-                "another folder. Save a subspace by SharedSubspace.save_pretrained or ShareTrainer; add an adapter to "
-                "one by SharedSubspace.add_adapters"
+                "another folder. Save a subspace with SharedSubspace.save_pretrained or ShareTrainer; add an adapter "
+                "to one with SharedSubspace.add_adapters"
             )
 
 
@@ -60,7 +60,7 @@ def check_no_remote_tree(repo_id: str, revision: str | None, token: str | bool |
     if _is_tree(index.parent):
         raise ValueError(
             f"{repo_id}: holds a shared subspace, which the adapters of a model would overwrite; expected another "
-            "repository. Push a subspace by SharedSubspace.push_to_hub or ShareTrainer"
+            "repository. Push a subspace with SharedSubspace.push_to_hub or ShareTrainer"
         )
 
 

@@ -29,7 +29,7 @@ def check_trained(adapter_names: Iterable[str], tuner: BaseTuner) -> None:
     if tuner.training and (others := sorted(set(adapter_names) - set(tuner.active_adapters))):
         raise ValueError(
             f"adapter_names has {others} in training mode, expected trained tasks, as {tuner.active_adapters} are: "
-            "call model.eval() for inference, or learn several tasks by ShareTrainer(..., together=[...])"
+            "call model.eval() for inference, or learn several tasks with ShareTrainer(..., together=[...])"
         )
 
 

@@ -167,7 +167,7 @@ def check_fits(model: nn.Module, state: SubspaceState, tasks: Sequence[str]) -> 
         if (shape := matrix_shape(found)) != layer.shape:
             raise ValueError(f"{module!r} has shape {shape}, the subspace expects {layer.shape}")
         if (layout := layout_of(found)) != (expected := state.layouts.get(module)):
-            raise ValueError(f"{module!r} is a {named(layout)}, the subspace expects a {named(expected)}")
+            raise ValueError(f"{module!r} is of kind {named(layout)}, the subspace expects {named(expected)}")
     of_model: dict[tuple[str, ...], dict[str, Tensor]] = {}
     for task in tasks:
         saved = tuple(saved_by(state, task))
@@ -190,8 +190,8 @@ def _check_head_of_task(
     for name, tensor in of_model.items():
         if tensor.is_meta:
             raise ValueError(
-                f"{name!r} is offloaded, and task {task!r} has its own, expected it on a device: give it one "
-                "in device_map"
+                f"{name!r} is offloaded, and task {task!r} has its own, expected it on a device: assign one in "
+                "device_map"
             )
 
 

@@ -95,7 +95,7 @@ def check_weights(
         elif not part.startswith("share_"):
             weights.head[name.removeprefix(PEFT_PREFIX)] = tuple(tensor.shape)
         elif module not in modules:
-            raise ValueError(f"{path}: {name!r} is of no module of {SUBSPACE_FILE}, it has {len(modules)}")
+            raise ValueError(f"{path}: {name!r} belongs to none of the {len(modules)} modules of {SUBSPACE_FILE}")
         else:
             _check_part(path, tensors, name, part, modules[module], config)
             if part == FINGERPRINT:

@@ -1,4 +1,4 @@
-"""Figures and the card at any number of tasks."""
+"""The figures and the card work with any number of tasks."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_save_of_three_hundred_tasks_takes_little_memory(tree: Path, tmp_path:
     assert int(run.stdout.split()[-1]) * unit < 300 * 2**20
 
 
-def test_the_name_of_a_score_is_no_formula(
+def test_the_name_of_a_score_is_not_a_formula(
     saved: tuple[SubspaceState, Path], tmp_path: Path, with_figures: None
 ) -> None:
     state = with_matrix(saved[0], 2)

@@ -1,4 +1,4 @@
-"""Cards that their owners wrote on, or that are no cards: nothing of the owner's is lost, nothing else is copied."""
+"""Cards that owners have edited, and files that are not cards: the owner's text stays, and nothing else is copied."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ UNREADABLE = {
 
 
 @pytest.mark.parametrize(("content", "message"), UNREADABLE.values(), ids=UNREADABLE)
-def test_a_card_that_cannot_be_read_is_told_and_left_as_it_is(
+def test_a_card_that_cannot_be_read_is_reported_and_left_as_it_is(
     content: bytes, message: str, subspace: SharedSubspace, tree: Path
 ) -> None:
     (tree / "README.md").write_bytes(content)
@@ -44,7 +44,7 @@ def test_a_card_on_the_hub_that_cannot_be_read_stops_no_reader(
     head = subspace.push_to_hub(REPO).oid
     repository = hub.repository(REPO)
     commit = repository.branches["main"]
-    blob = type(commit.files["README.md"])(content)  # as git, which checks no metadata, would have pushed it
+    blob = type(commit.files["README.md"])(content)  # as git would have pushed it, which does not check metadata
     repository.branches["main"] = repository._keep(
         replace(commit, files={**commit.files, "README.md": blob}, parent=commit)
     )
@@ -60,7 +60,7 @@ def test_the_text_behind_a_link_is_not_copied_into_a_card(
     (tmp_path / "notes").write_text("Not for others.")
     (tree / "README.md").unlink()
     (tree / "README.md").symlink_to(tmp_path / "notes")
-    with pytest.raises(ValueError, match=r"README\.md: a link to .*notes, expected a file"):
+    with pytest.raises(ValueError, match=r"README\.md: is a link to .*notes, expected a file"):
         subspace.save_pretrained(tree)
     assert (tmp_path / "notes").read_text() == "Not for others."
 

@@ -1,4 +1,4 @@
-"""What the tests of streams share: small learnable tasks, trainers of them, and comparisons."""
+"""What the tests of streams share: small tasks that can be learned, their trainers, and comparisons."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ BERT_TARGETS = ["query", "value"]
 LLAMA_TARGETS = ["q_proj", "v_proj"]
 LENGTH = 6
 
-# Tasks of the classification stream and their numbers of labels; the model has 3.
+# Tasks of the classification stream with their numbers of labels. The model has 3 labels.
 LABELS = {"colors": 2, "shapes": 3, "sizes": 2, "sounds": 3}
 
 
 def classification_task(
     seed: int, num_labels: int, rows: int = 32, names: tuple[str, ...] | None = None
 ) -> DatasetDict:
-    """The first token tells the label, by a rule that belongs to the task."""
+    """A task in which the first token determines the label, by a rule of its own."""
     splits = {}
     for i, split in enumerate(("train", "test")):
         generator = torch.Generator().manual_seed(100 * seed + i)
@@ -41,7 +41,7 @@ def classification_task(
 
 
 def language_task(seed: int, rows: int = 24) -> DatasetDict:
-    """Each token follows from the one before it, by a step that belongs to the task."""
+    """A task in which each token follows from the one before it, by a step of its own."""
     splits = {}
     for i, split in enumerate(("train", "validation")):
         start = torch.randint(0, 61, (rows, 1), generator=torch.Generator().manual_seed(100 * seed + i))
@@ -59,7 +59,7 @@ def language_tasks(*names: str) -> dict[str, DatasetDict]:
 
 
 def arguments(output_dir: Path, **overrides: Any) -> ShareTrainingArguments:
-    """Three steps a phase, on the CPU, quiet, without checkpoints."""
+    """Arguments for three steps per phase on the CPU, without output and checkpoints."""
     values: dict[str, Any] = dict(
         output_dir=str(output_dir),
         max_steps=3,
@@ -89,7 +89,7 @@ def classifier_trainer(
     trainer: dict[str, Any] | None = None,
     **overrides: Any,
 ) -> ShareTrainer:
-    """A trainer of classification tasks on the tiny BERT."""
+    """Make a trainer of classification tasks on the tiny BERT."""
     return ShareTrainer(
         model,
         arguments(output_dir, **overrides),
@@ -100,7 +100,7 @@ def classifier_trainer(
 
 
 def assert_same_tasks(found: SharedSubspace | SubspaceState, expected: SharedSubspace | SubspaceState) -> None:
-    """The same bases, coefficients, drift and heads, to the bit."""
+    """Assert that bases, coefficients, drift and heads are identical, bit by bit."""
     one, other = (each.state if isinstance(each, SharedSubspace) else each for each in (found, expected))
     assert list(one.tasks) == list(other.tasks)
     assert one.layers.keys() == other.layers.keys()
@@ -123,7 +123,7 @@ def assert_same_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tens
 
 
 def updates(subspace: SharedSubspace, task: str) -> dict[str, Tensor]:
-    """A task's updates (n, d) by module, as stored."""
+    """Return the updates (n, d) of a task by module, as stored."""
     return {module: layer.update_of(task).dense() for module, layer in subspace.state.layers_of(task).items()}
 
 
@@ -133,7 +133,7 @@ def logits(model: torch.nn.Module, data: Dataset) -> Tensor:
 
 
 class Interruption(Exception):
-    """Stops a stream from within."""
+    """Raised to stop a stream from within."""
 
 
 class At(TrainerCallback):

@@ -1,4 +1,4 @@
-"""Small streams of tasks on tiny models."""
+"""Fixtures with small streams of tasks on tiny models."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MakeTrainer = Callable[..., ShareTrainer]
 
 @pytest.fixture(scope="package", autouse=True)
 def short_garbage_collection() -> Iterator[None]:
-    """Every phase collects garbage; without this it looks through all that the imports have made."""
+    """Keep garbage collection short: every phase collects garbage, including all that the imports have made."""
     gc.collect()
     gc.freeze()
     yield
@@ -35,18 +35,18 @@ def short_garbage_collection() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def without_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No matplotlib, which takes most of the time of a save, unless a test asks for it."""
+    """Hide matplotlib, which takes most of the time of a save, unless a test asks for it."""
     if "with_figures" not in request.fixturenames:
         monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
 
 
 @pytest.fixture
 def with_figures() -> None:
-    """Figures are drawn, for the tests that are about them."""
+    """Draw figures, in the tests that are about them."""
 
 
 def classification_data(num_labels: int, seed: int, examples: int = 24) -> Dataset:
-    """Sequences of 6 tokens whose label is told by the first of them."""
+    """Sequences of 6 tokens, the first of which determines the label."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(3, 63, (examples, 6), generator=generator)
     tokens[:, 0] = 3 + torch.arange(examples) % num_labels
@@ -82,7 +82,7 @@ def language_tasks() -> dict[str, DatasetDict]:
 def make_trainer(
     tiny_model: Callable[[str], PreTrainedModel], classification_tasks: dict[str, DatasetDict], tmp_path: Path
 ) -> MakeTrainer:
-    """A trainer of the classification stream, a few steps a task; keywords change its arguments or its own."""
+    """Make a trainer of the classification stream with a few steps per task. Keywords change its arguments."""
 
     def make(
         *,
@@ -124,7 +124,7 @@ def make_trainer(
 
 
 def coefficients(trainer: ShareTrainer) -> dict[str, torch.Tensor]:
-    """Everything a stream learned, by name: coefficients, bases and heads."""
+    """Return everything that a stream learned, by name: coefficients, bases and heads."""
     state = trainer.subspace.state
     tensors = {}
     for module, layer in state.layers.items():
@@ -145,7 +145,7 @@ def assert_same_to_the_bit(found: dict[str, torch.Tensor], expected: dict[str, t
 
 @pytest.fixture
 def make(tiny_model: Callable[[str], PreTrainedModel], tmp_path: Path) -> Make:
-    """A trainer of classification tasks in a folder of its own."""
+    """Make a trainer of classification tasks in a folder of its own."""
 
     def trainer(tasks: Any = None, folder: str = "out", **options: Any) -> ShareTrainer:
         return classifier_trainer(tiny_model("bert"), tmp_path / folder, tasks, **options)

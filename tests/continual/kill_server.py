@@ -1,4 +1,4 @@
-"""Streams that die at a moment that is chosen, in one process or in several.
+"""Streams that die at a chosen moment, in one process or in several.
 
 Importing the libraries takes longer than the stream. So one process imports them, and runs each stream in forks of
 itself: processes that no other has trained in, and that SIGKILL ends.
@@ -36,7 +36,7 @@ from .cases import LABELS, At, classification_tasks, classifier_trainer
 SECONDS_A_RUN = 120
 TASKS = list(LABELS)[:3]
 
-# What a random moment is counted in: time, or lines of these modules, or operations on files in the output folder.
+# What a random moment is counted in: time, lines of these modules, or operations on files in the output folder.
 CLOCKS = ("seconds", "lines", "operations")
 WATCHED = {
     module.__file__
@@ -45,17 +45,17 @@ WATCHED = {
         *(trainer_module, task_trainer, phase_trainer, stream_module),
     )
 }
-SIGKILL = getattr(signal, "SIGKILL", 9)  # Windows, where these tests are skipped, has none
+SIGKILL = getattr(signal, "SIGKILL", 9)  # not on Windows, where these tests are skipped
 OPERATIONS = {"open", "os.chmod", "os.mkdir", "os.remove", "os.rename", "os.rmdir"}
 
-# What else a moment may be counted in: events of the Trainer, and merges begun.
+# Further things that a moment may be counted in: events of the Trainer, and merges that were started.
 EVENTS = {"steps": "on_step_end", "predictions": "on_prediction_step"}
 
 Ask = Callable[..., dict[str, Any]]
 
 
 def stream(folder: Path, dropout: float = 0.1, **overrides: Any) -> ShareTrainer:
-    """Three tasks of four steps and two of finetuning; two checkpoints a phase, of which one is kept."""
+    """Three tasks with four steps each and two of finetuning, and two checkpoints per phase, of which one is kept."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if overrides.get("fsdp"):
         fsdp_on_cpu.allow()
@@ -91,25 +91,25 @@ def run_stream(
     begun: Callable[[], object] = lambda: None,
     **overrides: Any,
 ) -> dict[str, float]:
-    """Train the stream, resumed where there is something to resume; tells its length by each clock.
+    """Train the stream, resuming it if possible, and return its length by each clock.
 
     Args:
-        folder: Where it is saved.
-        clock: What the moment is counted in, but for time, which is left to who started this.
-        moment: When the rank dies.
-        rank: That dies.
+        folder: Folder in which it is saved.
+        clock: What the moment is counted in, except for time, which the caller measures.
+        moment: Moment at which the rank dies.
+        rank: Rank that dies.
         alone: Whether the other processes of its group live on.
         fails: Whether it raises an error instead of being killed.
-        number: The signal that it is killed with.
-        begun: Called when the training begins.
-        overrides: As of `stream`.
+        number: Signal with which it is killed.
+        begun: Function that is called when the training begins.
+        overrides: Same as in `stream`.
     """
     trainer = stream(folder, **overrides)
     counts = dict.fromkeys(("lines", "operations", "merges", *EVENTS), 0)
 
     def count(name: str) -> None:
         counts[name] += 1
-        is_over = counts[name] - 1 >= moment  # unlike SIGKILL, other signals leave time for more
+        is_over = counts[name] - 1 >= moment  # unlike SIGKILL, other signals leave time for this
         if name != clock or counts[name] < moment or is_over or trainer.args.process_index != rank:
             return
         if fails:
@@ -145,14 +145,14 @@ def _trace_lines(tick: Callable[[], None]) -> None:
 
 
 def _hook_operations(folder: Path, tick: Callable[[], None]) -> None:
-    """Tick before anything in the folder is created, renamed or deleted, whoever does it."""
+    """Count a tick before anything in the folder is created, renamed or deleted, whoever does it."""
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event not in OPERATIONS or not isinstance(arguments[0], (str, Path)):
             return
         if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
             return
-        # What a folder is deleted with names files relative to it.
+        # The function that deletes a folder names files relative to that folder.
         if str(arguments[0]).startswith(str(folder)) or event in ("os.remove", "os.rmdir"):
             tick()
 
@@ -160,11 +160,11 @@ def _hook_operations(folder: Path, tick: Callable[[], None]) -> None:
 
 
 def _hook_merges(tick: Callable[[], None]) -> None:
-    """Tick where the first process begins to merge, and others to wait for what it computes."""
+    """Count a tick when the first process begins to merge, and when the others begin to wait for the result."""
     on_first_process = phases_module.on_first_process
 
     def ticking(compute: Callable[[], Any], **options: Any) -> Any:
-        if "known" in options:  # unlike where the first process tells the others what it has loaded
+        if "known" in options:  # not where the first process tells the others what it has loaded
             tick()
         return on_first_process(compute, **options)
 
@@ -172,7 +172,7 @@ def _hook_merges(tick: Callable[[], None]) -> None:
 
 
 def end_of(folder: Path) -> dict[str, bytes]:
-    """All that a stream leaves, but for the checkpoints of its phases."""
+    """Return everything that a stream leaves, except for the checkpoints of its phases."""
     paths = [path for path in folder.rglob("*") if path.is_file() and folder / "phases" not in path.parents]
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
@@ -206,7 +206,7 @@ def _run_in_forks(
         if not pid:
             _run_as(index, processes, port, run, writing)
         pids.append(pid)
-        os.setpgid(pid, pids[0])  # one group, to be killed in one moment
+        os.setpgid(pid, pids[0])  # in one process group, to be killed at the same moment
         os.close(writing)
         reports.append(os.fdopen(reading))
     begun = [report.readline() for report in reports]
@@ -222,7 +222,7 @@ def _run_in_forks(
 
 
 def _run_as(index: int, processes: int, port: int, run: dict[str, Any], writing: int) -> None:
-    """Be one process of a run, to its end."""
+    """Act as one process of a run until it ends."""
     code = 1
     try:
         signal.alarm(SECONDS_A_RUN)
@@ -247,7 +247,7 @@ def _run_as(index: int, processes: int, port: int, run: dict[str, Any], writing:
 
 @contextmanager
 def kill_server(log: Path) -> Iterator[Ask]:
-    """Runs streams as asked for: by process, how it ended and its lengths; and what was printed."""
+    """Run streams on request, and return how each process ended with its lengths, and what was printed."""
     with answering_server(__name__, log, HF_HUB_OFFLINE="1", DS_ACCELERATOR="cpu") as ask_server:
 
         def ask(
@@ -267,9 +267,9 @@ def kill_server(log: Path) -> Iterator[Ask]:
 
 
 def whole_stream(run: Ask, folder: Path) -> tuple[dict[str, bytes], dict[str, float]]:
-    """What a stream that is not ended leaves, the same by whatever it is timed, and its length by each clock."""
+    """What an uninterrupted stream leaves, which does not depend on the clock, and its length by each clock."""
     lengths = {}
-    for clock in reversed(CLOCKS):  # time last, when all is imported
+    for clock in reversed(CLOCKS):  # time comes last, when everything is imported
         lengths[clock] = run(folder / clock, clock, 1e9)["lengths"][0][clock]
     ends = [end_of(folder / clock) for clock in CLOCKS]
     assert ends[0] == ends[1] == ends[2]

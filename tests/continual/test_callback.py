@@ -1,4 +1,4 @@
-"""Adapting and merging inside a Trainer that is not ours."""
+"""Adapting and merging in a Trainer that is not ours."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_a_callback_learns_one_task_only(
     tiny_model: Callable[[str], PreTrainedModel], config: ShareConfig, train: Callable[..., Trainer]
 ) -> None:
     trainer = train(get_peft_model(tiny_model("llama"), config), ShareCallback("one"), 1)
-    with pytest.raises(RuntimeError, match="task 'one' is merged already"):
+    with pytest.raises(RuntimeError, match="task 'one' is already merged"):
         trainer.train()
 
 
@@ -160,7 +160,7 @@ def test_the_best_checkpoint_is_what_is_merged(
     callback = ShareCallback("task", subspace)
     data = dict(
         train_dataset=language_data(shift), eval_dataset=language_data(7)
-    )  # what one learns is wrong for the other
+    )  # what one task learns is wrong for the other
     trainer = Trainer(model=model, args=args, callbacks=[callback], **data)
     trainer.train()
     losses = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
@@ -203,7 +203,7 @@ def test_a_phase_that_a_signal_may_end_is_refused(
 
 
 class TestRouting:
-    """`ShareCallback(..., routing=True)`."""
+    """Tests of `ShareCallback(..., routing=True)`."""
 
     def test_a_task_has_the_route_that_learn_route_learns(
         self,

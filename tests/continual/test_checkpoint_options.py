@@ -1,4 +1,4 @@
-"""What the Trainer's options for checkpoints mean in a phase: when they are written, and which are kept and taken."""
+"""What the Trainer's options for checkpoints mean in a phase: when they are written, and which are kept and used."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .cases import At, Interruption, assert_same_tasks, classification_tasks, cl
 from .test_interruptions import Start, assert_ends_as, interrupt, start, stop_at  # noqa: F401
 
 
-# The phases of the stream and their steps.
+# The phases of the stream with their numbers of steps.
 PHASES = {
     "0001-colors-init": 4,
     "0001-colors-finetune": 2,
@@ -33,7 +33,7 @@ def phases(tmp_path: Path) -> Path:
 
 
 def checkpoints(folder: Path) -> list[int]:
-    """The steps at which the checkpoints in the folder of a phase were written."""
+    """Return the steps at which the checkpoints in the folder of a phase were written."""
     return sorted(int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*"))
 
 
@@ -83,7 +83,7 @@ def test_without_checkpoints_a_phase_is_begun_again(start: Start, phases: Path) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [3, 4, 6])
-def test_checkpoints_of_epochs_are_taken_up(step: int, start: Start, phases: Path) -> None:  # noqa: F811
+def test_checkpoints_of_epochs_are_used(step: int, start: Start, phases: Path) -> None:  # noqa: F811
     changes = dict(save_strategy="epoch", num_train_epochs=2)
     whole = start("whole", **changes)
     whole.train()
@@ -100,7 +100,7 @@ def test_a_phase_that_was_trained_to_its_end_is_not_trained_further(
     steps: int,
     start: Start,  # noqa: F811
 ) -> None:
-    """Its last step is not the last of an epoch; what was cut off is the merge."""
+    """Its last step is not the last of an epoch; the merge is what was interrupted."""
     changes = dict(lr_scheduler_type=scheduler, max_steps=steps)
     whole = start("whole", **changes)
     whole.train()
@@ -116,7 +116,7 @@ def test_a_phase_that_was_trained_to_its_end_is_not_trained_further(
 
 
 def stop_when_trained(phase: str) -> At:
-    """Stops the stream between a phase and its merge."""
+    """Stop the stream between a phase and its merge."""
 
     def stop(args: Any, state: Any, **kwargs: Any) -> None:
         if args.output_dir.endswith(phase):
@@ -132,7 +132,7 @@ def test_a_checkpoint_of_the_model_alone_is_not_continued_from(
     start: Start,  # noqa: F811
     phases: Path,
 ) -> None:
-    """It lacks the optimizer, so the phase is begun again: what a stream ends with does not hang on interruptions."""
+    """It has no optimizer, so the phase starts over: the result of a stream must not depend on interruptions."""
     changes = dict(save_only_model=True)
     whole = start("whole", **changes)
     whole.train()
@@ -147,7 +147,7 @@ def test_a_checkpoint_of_the_model_alone_is_not_continued_from(
 
 
 class FallingScore:
-    """Metrics by which the first checkpoint of a phase is its best."""
+    """Metrics for which the first checkpoint of a phase is the best."""
 
     def __init__(self) -> None:
         self.score = 0
@@ -216,7 +216,7 @@ def test_the_best_checkpoint_is_known_after_an_interruption(
     interrupted = best_trainer(tiny_model("bert"), tmp_path / "stream")
     interrupt(interrupted, stop_when_trained(phase) if when == "before its merge" else stop_at(phase, 3))
     resumed = best_trainer(tiny_model("bert"), tmp_path / "stream")
-    resumed.compute_metrics.score = -100  # falls further, as it would have
+    resumed.compute_metrics.score = -100  # falls further, as it would have done without the interruption
     resumed.train(resume_from_checkpoint=True)
     assert_same_tasks(resumed.subspace, whole.subspace)
 
@@ -225,7 +225,7 @@ def test_the_best_checkpoint_is_known_after_an_interruption(
 
 
 def with_validation(*names: str) -> dict[str, DatasetDict]:
-    """Tasks whose splits can be told by their lengths."""
+    """Tasks whose splits differ in length."""
     tasks = classification_tasks(*names)
     for i, splits in enumerate(tasks.values()):
         splits["validation"] = splits["test"].select(range(10 + i))

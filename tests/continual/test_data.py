@@ -1,4 +1,4 @@
-"""Data that a Trainer takes: streamed or not, of datasets or torch, in splits of any name."""
+"""Data that a Trainer accepts: streamed or not, from datasets or torch, in splits with any name."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Make = Callable[..., ShareTrainer]
 
 
 class Rows(torch.utils.data.Dataset):
-    """Rows by number, and nothing else known of them."""
+    """Rows by number, about which nothing else is known."""
 
     def __init__(self, rows: Dataset) -> None:
         self.rows = rows
@@ -42,7 +42,7 @@ class Rows(torch.utils.data.Dataset):
 
 
 class Stream(torch.utils.data.IterableDataset):
-    """One row after the other, from the beginning each time."""
+    """A stream of rows that starts from the beginning each time."""
 
     def __init__(self, rows: Dataset) -> None:
         self.rows = rows
@@ -101,7 +101,7 @@ def test_streamed_data_is_learned_in_its_order_and_scored(stream: Callable[[Data
     assert found.metrics["matrix"] == expected.metrics["matrix"]
 
 
-def test_a_streamed_classification_tells_its_labels_by_its_features(classifier: Make) -> None:
+def test_a_streamed_classification_has_its_labels_in_its_features(classifier: Make) -> None:
     data = classification_task(0, 2, names=("red", "green"))
     streams = {split: of_split.to_iterable_dataset() for split, of_split in data.items()}
     trainer = classifier({"colors": streams})
@@ -176,7 +176,7 @@ def test_a_task_is_learned_from_a_stream_by_itself(language: Make) -> None:
     assert set(trainer.evaluate_tasks()) == {"a"}
 
 
-def test_a_first_task_that_was_broken_off_can_be_trained_again(language: Make) -> None:
+def test_a_first_task_that_was_interrupted_can_be_trained_again(language: Make) -> None:
     trainer = language({"a": OneShot(LANGUAGE["train"].select([]))})
     with pytest.raises(ValueError, match="task 'a' has a stream that is used up"):
         trainer.train()

@@ -1,4 +1,4 @@
-"""Tasks whose weights or scores are not finite: refused by name, and everything is as before."""
+"""Tasks whose weights or scores are not finite are refused by name, and everything stays as it was."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .conftest import Make
 
 
 def diverging(phase: str, value: float, part: str, times: int = 1) -> At:
-    """At the end of a phase, gives `value` to the weights that it trained whose name has `part` in it."""
+    """Set the trained weights whose name contains `part` to `value` at the end of a phase."""
     left = [times]
 
     def spoil(args: TrainingArguments, state: Any, model: Any, **kwargs: Any) -> None:
@@ -46,7 +46,7 @@ def diverging(phase: str, value: float, part: str, times: int = 1) -> At:
 
 
 def of_model(trainer: ShareTrainer, task: str) -> dict[str, Tensor]:
-    """A task's updates (n, d) by module, as the model has them."""
+    """Return the updates (n, d) of a task by module, as the model has them."""
     return {module: update.dense() for module, update in updates_of(trainer.model, task).items()}
 
 
@@ -97,7 +97,7 @@ def test_a_first_task_that_is_not_finite_makes_way_for_another(make: Make) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", ["shapes-adapt", "shapes-finetune"])
-def test_a_stream_goes_on_from_before_the_phase_that_diverged(phase: str, make: Make) -> None:
+def test_a_stream_continues_from_before_the_phase_that_diverged(phase: str, make: Make) -> None:
     tasks = classification_tasks("colors", "shapes", "sizes")
     options = {"save_strategy": "steps", "save_steps": 1, **PHASES[f"two-{phase.rpartition('-')[2]}"]}
     expected = make(tasks, "expected", **options)

@@ -1,4 +1,4 @@
-"""A folder is held by one trainer at a time, for as long as it lives."""
+"""A folder is held by one trainer at a time, for as long as the trainer lives."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .kill_server import kill_server
 
 fcntl = pytest.importorskip("fcntl")
 
-# Holds a folder, forks as a loader of data does, and waits.
+# Holds a folder, forks as a data loader does, and waits.
 HOLDER = """
 import os, sys, time
 from pathlib import Path
@@ -36,7 +36,7 @@ with holding(Path(sys.argv[1])):
 
 @contextmanager
 def held(folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """Another process that holds a folder, and has forked a child that outlives it."""
+    """Another process that holds a folder and has forked a child that outlives it."""
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
     child = int(holder.stdout.readline())
@@ -58,7 +58,7 @@ def test_a_second_trainer_is_told_who_is_at_work(make: Make, tmp_path: Path) -> 
                 attempt()
         assert {path.name for path in (tmp_path / "out").iterdir()} == {LOCK_FILE}
         assert list(trainer.tasks) == ["colors"]
-        holder.kill()  # and leaves its child
+        holder.kill()  # and leaves its child behind
         holder.wait()
         trainer.train()
     assert trainer.subspace.tasks == ("colors",)

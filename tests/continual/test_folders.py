@@ -1,4 +1,4 @@
-"""The folder of a stream: what is its own, and what is never touched."""
+"""The folder of a stream: which files belong to it, and which it never touches."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_what_others_put_beside_the_checkpoints_stays(start: Start, tmp_path: Pa
     assert [path.read_text() for path in kept] == ["mine"] * 3
 
 
-def test_checkpoints_that_no_stream_wrote_are_neither_removed_nor_taken_up(start: Start, tmp_path: Path) -> None:
+def test_checkpoints_that_no_stream_wrote_are_neither_removed_nor_used(start: Start, tmp_path: Path) -> None:
     foreign = tmp_path / "out" / "phases" / "0001-colors-init" / "checkpoint-1" / "optimizer.pt"
     foreign.parent.mkdir(parents=True)
     foreign.write_text("mine")
@@ -113,4 +113,4 @@ def test_a_stream_of_an_earlier_version_that_left_no_marks_is_continued(start: S
     resumed.add_callback(At("on_step_end", lambda args, state, **kwargs: steps.append(state.global_step)))
     resumed.train(resume_from_checkpoint=True)
     assert_same_tasks(resumed.subspace, whole.subspace)
-    assert steps[0] == 2  # the checkpoint of the first step was taken up
+    assert steps[0] == 2  # it resumed from the checkpoint of the first step

@@ -1,4 +1,4 @@
-"""ShareCallback in a plain Trainer: what a merge does to old tasks, checkpoints, heads, and what is refused."""
+"""ShareCallback in a plain Trainer: what a merge does to old tasks, checkpoints and heads, and what is refused."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Run = Callable[..., Trainer]
 
 @pytest.fixture
 def trainer_of(tmp_path: Path) -> Run:
-    """A plain Trainer of a model with callbacks: four steps on one of the language tasks, not started yet."""
+    """Make a plain Trainer of a model with callbacks, for four steps on a language task. It has not started yet."""
 
     def make(model: Any, *callbacks: Any, data: Any = None, folder: str = "plain", **options: Any) -> Trainer:
         values: Mapping[str, Any] = dict(
@@ -225,7 +225,7 @@ def test_a_task_that_the_model_has_is_refused_and_stays(
     model = fresh(tiny_model("llama"))
     trainer_of(model, ShareCallback("ones")).train()
     expected = logits(model, language_task(0)["train"])
-    with pytest.raises(ValueError, match="task 'ones' exists already"):
+    with pytest.raises(ValueError, match="task 'ones' already exists"):
         trainer_of(model, ShareCallback("ones"))
     assert list(model.peft_config) == ["ones"]
     assert torch.equal(logits(model, language_task(0)["train"]), expected)

@@ -1,4 +1,4 @@
-"""A full disk while something is saved: an error that names it, the old state as it was, and a stream that goes on."""
+"""A full disk during a save: the error names it, the old state is unchanged, and the stream can continue."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ARGUMENTS = {"save_strategy": "steps", "save_steps": 2, "finetune_num_train_epoc
 
 
 class SmallDisk:
-    """A tmpfs, that a file fills."""
+    """A tmpfs that a file fills up."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir()
@@ -41,7 +41,7 @@ class SmallDisk:
         self.ballast = folder / "ballast"
 
     def fill(self, sizes: list[int], share: float) -> None:
-        """Leave room for this share of files of such sizes."""
+        """Leave room for this fraction of files of these sizes."""
         space = os.statvfs(self.folder)
         with self.ballast.open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, space.f_bavail * space.f_frsize - int(share * sum(sizes)))
@@ -54,7 +54,7 @@ class SmallDisk:
 
 
 class LimitedFiles:
-    """A quota: no file may be longer. Python ignores the signal, so that writing fails."""
+    """A quota: no file may be longer. Python ignores the signal, so writing fails."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir()
@@ -84,7 +84,7 @@ def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Disk]:
 
 @pytest.fixture(params=[0.0, 0.5], ids=["at-once", "halfway"])
 def share(request: pytest.FixtureRequest) -> float:
-    """How much of what is saved finds room."""
+    """Fraction of what is saved for which there is room."""
     return request.param
 
 
@@ -93,7 +93,7 @@ _WHOLE: list[ShareTrainer] = []
 
 @pytest.fixture
 def whole(make_trainer: MakeTrainer) -> ShareTrainer:
-    """The stream that always has room; trained once."""
+    """The stream that always has room. It is trained once."""
     if not _WHOLE:
         trainer = make_trainer(folder="whole", **ARGUMENTS)
         trainer.train()
@@ -102,7 +102,7 @@ def whole(make_trainer: MakeTrainer) -> ShareTrainer:
 
 
 def files_of(*places: Path) -> dict[Path, bytes]:
-    """Every file at or below these places."""
+    """Return every file at or below these places."""
     paths = [path for place in places for path in (place, *place.rglob("*"))]
     return {path: path.read_bytes() for path in paths if path.is_file()}
 
@@ -112,7 +112,7 @@ def names_in(folder: Path) -> set[str]:
 
 
 def raises_clearly(disk: Disk) -> Any:
-    """An error of the system, that names what could not be written."""
+    """Expect an error of the system that names what could not be written."""
     return pytest.raises(OSError, match=re.escape(str(disk.folder)))
 
 
@@ -122,7 +122,7 @@ def test_a_tree_that_finds_no_room_leaves_the_one_before_it(whole: ShareTrainer,
     older.remove_task("c")
     older.save_pretrained(tree)
     before = files_of(tree)
-    # The bases stay, and take no room again.
+    # The bases stay, so they need no room again.
     disk.fill([len(content) for path, content in before.items() if path.name != "subspace.safetensors"], share)
     with raises_clearly(disk):
         newer.save_pretrained(tree)
@@ -163,7 +163,7 @@ def test_an_export_that_finds_no_room_leaves_the_one_before_it(whole: ShareTrain
         ("save_position", 4),
     ],
 )
-def test_a_stream_whose_disk_is_full_goes_on_to_the_bit_when_there_is_room(
+def test_a_stream_whose_disk_is_full_continues_to_the_bit_when_there_is_room(
     method: str,
     call: int,
     make_trainer: MakeTrainer,
@@ -196,7 +196,7 @@ def test_a_stream_whose_disk_is_full_goes_on_to_the_bit_when_there_is_room(
 
 
 def filling(original: Callable[..., Any], call: int, fill: Callable[[], None]) -> Callable[..., Any]:
-    """A method before whose n-th call the disk fills."""
+    """Fill the disk before the n-th call of a method."""
     calls = [0]
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -209,7 +209,7 @@ def filling(original: Callable[..., Any], call: int, fill: Callable[[], None]) -
 
 
 def sizes_of_last(folder: Path, method: str) -> list[int]:
-    """What was written before of what the method writes; a guess where there is none."""
+    """Return the sizes that the method wrote before, or a guess if there are none."""
     places = {
         "save_subspace": [folder / "subspace"],
         "save_position": [folder / "stream_state.json"],

@@ -1,4 +1,4 @@
-"""What may be different when a stream goes on, and what is said of it before anything is trained."""
+"""What may change when a stream is continued, and which warnings are given before anything is trained."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FIRST_TWO = {name: TASKS[name] for name in ("colors", "shapes")}
 
 @pytest.fixture
 def warnings_of(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
-    """What was warned of since the last time."""
+    """Warnings since the last call."""
     caplog.set_level(logging.WARNING)
 
     def said() -> list[str]:
@@ -100,7 +100,7 @@ def test_tasks_that_came_by_themselves_may_be_named_among_the_others_later(
     assert_same_tasks(again.subspace, whole.subspace)
 
 
-def test_a_stream_of_nothing_but_single_tasks_goes_on(start: Start) -> None:  # noqa: F811
+def test_a_stream_of_nothing_but_single_tasks_continues(start: Start) -> None:  # noqa: F811
     first = start(tasks={})
     first.learn_task("colors", TASKS["colors"]["train"], TASKS["colors"]["test"])
     again = start(tasks={})
@@ -120,7 +120,7 @@ def test_another_task_takes_the_place_of_one_that_was_not_merged(
     again.train(resume_from_checkpoint=True)
     warnings_of()
     again.learn_task("sizes", TASKS["sizes"]["train"], TASKS["sizes"]["test"])
-    assert any("while it learned task 'shapes'; 'sizes' takes its place" in line for line in warnings_of())
+    assert any("while it learned task 'shapes'; 'sizes' replaces that task" in line for line in warnings_of())
     assert again.metrics["tasks"] == ["colors", "sizes"]
     assert len(again.metrics["matrix"]) == 2
 
@@ -186,7 +186,7 @@ def test_the_same_weights_may_have_another_name(
     assert warnings_of() == []
 
 
-def test_weights_of_another_precision_are_told(
+def test_weights_of_another_precision_are_reported(
     tiny_model: Callable[[str], PreTrainedModel], tmp_path: Path, warnings_of: Callable[[], list[str]]
 ) -> None:
     interrupt(classifier_trainer(changed(tiny_model("bert"), "org/base", 0), tmp_path, FIRST_TWO), AT_SHAPES)
@@ -198,7 +198,7 @@ def test_weights_of_another_precision_are_told(
     assert "of other shapes, dtypes or places" in line
 
 
-def test_a_subspace_of_another_base_model_is_told(
+def test_a_subspace_of_another_base_model_is_reported(
     tiny_model: Callable[[str], PreTrainedModel], tmp_path: Path, warnings_of: Callable[[], list[str]]
 ) -> None:
     first = classifier_trainer(changed(tiny_model("bert"), "org/base", 0), tmp_path / "first", FIRST_TWO)
@@ -244,7 +244,7 @@ def test_weights_that_are_not_here_are_not_compared(tiny_model: Callable[[str], 
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_arguments_that_have_changed_are_told_and_hold_for_the_whole_phase(
+def test_arguments_that_have_changed_are_reported_and_hold_for_the_whole_phase(
     changes: dict[str, Any],
     text: str,
     start: Start,  # noqa: F811
@@ -257,12 +257,12 @@ def test_arguments_that_have_changed_are_told_and_hold_for_the_whole_phase(
     again.train(resume_from_checkpoint=True)
     (line,) = warnings_of()
     assert text in line
-    assert "the phase of task 'shapes' that was interrupted begins anew" in line
+    assert "the interrupted phase of task 'shapes' starts over" in line
     assert begun[0] == 0
     assert again.subspace.tasks == tuple(FIRST_TWO)
 
 
-def test_what_does_not_change_a_result_is_not_told(
+def test_what_does_not_change_a_result_is_not_reported(
     start: Start,  # noqa: F811
     warnings_of: Callable[[], list[str]],
 ) -> None:
@@ -302,7 +302,7 @@ def edited(data: Dataset) -> Dataset:
 
 
 @pytest.mark.parametrize(("task", "split", "begun_at"), [("colors", "train", 1), ("shapes", "train", 0)])
-def test_edited_data_is_told_by_its_task(
+def test_edited_data_is_reported_by_its_task(
     task: str,
     split: str,
     begun_at: int,
@@ -320,7 +320,7 @@ def test_edited_data_is_told_by_its_task(
     assert begun[0] == begun_at
 
 
-def test_edited_data_of_a_task_that_comes_by_itself_is_told(
+def test_edited_data_of_a_task_that_comes_by_itself_is_reported(
     start: Start,  # noqa: F811
     warnings_of: Callable[[], list[str]],
 ) -> None:
@@ -369,7 +369,7 @@ def test_data_of_any_kind_is_recognized_by_its_content() -> None:
 # ---- A new stream in a folder that has one --------------------------------------------------------------------------
 
 
-def test_a_stream_that_begins_anew_keeps_what_an_earlier_one_learned(
+def test_a_stream_that_starts_over_keeps_what_an_earlier_one_learned(
     start: Start,  # noqa: F811
     tmp_path: Path,
     warnings_of: Callable[[], list[str]],
@@ -385,7 +385,7 @@ def test_a_stream_that_begins_anew_keeps_what_an_earlier_one_learned(
     assert str(kept / "subspace") in line
     assert_same_tasks(SharedSubspace.from_pretrained(kept / "subspace"), learned)
     assert SharedSubspace.from_pretrained(tmp_path / "stream" / "subspace").tasks == ("sizes",)
-    # The kept one goes on, and the one that was there in between is kept in turn.
+    # The stream that was kept continues, and the one that was there in between is kept instead.
     third = start(tasks=TASKS)
     third.train(resume_from_checkpoint=str(kept))
     assert third.subspace.tasks == tuple(TASKS)

@@ -1,4 +1,4 @@
-"""Tasks trained at once are trained as each would be alone on the samples that it saw."""
+"""Tasks that are trained together learn what each would learn alone on the same samples."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from share_hf.tuner.together import trained_by_task
 from .cases import arguments
 
 
-# Rows and labels by task: some are in every step, others in few.
+# Rows and labels by task. Some tasks are in every step, others in a few.
 ROWS = {"many": 45, "few": 9, "some": 22, "query": 5}
 LABELS = {"many": 3, "few": 2, "some": 3, "query": 2}
 
@@ -40,14 +40,14 @@ def classification(task: str) -> Dataset:
 
 
 def language(task: str) -> Dataset:
-    """Texts of which the first tokens, of another number in each, are not learned."""
+    """Texts whose first tokens are not learned; their number differs between texts."""
     ids = torch.randint(3, 64, (ROWS[task], 7), generator=torch.Generator().manual_seed(len(task)))
     labels = [[-100] * (1 + i % 4) + row[1 + i % 4 :] for i, row in enumerate(ids.tolist())]
     return Dataset.from_dict({"input_ids": ids.tolist(), "labels": labels})
 
 
 def with_new_tasks(base: PreTrainedModel, **config: Any) -> PeftModel:
-    """The model with tasks that are about to be trained, all of them."""
+    """The model with tasks that are about to be trained together."""
     is_classifier = hasattr(base, "classifier")
     settings = ShareConfig(
         num_components=8,
@@ -75,7 +75,7 @@ def with_new_tasks(base: PreTrainedModel, **config: Any) -> PeftModel:
 
 
 class Recorder(GroupTrainer):
-    """Remembers the samples of each step, by task."""
+    """Records the samples of each step by task."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

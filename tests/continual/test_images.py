@@ -1,4 +1,4 @@
-"""Streams of images: pixels made as they are read, heads of the labels of each task, and what loads them elsewhere."""
+"""Streams of images: pixels that are computed when they are read, heads with labels of each task, and loading."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from share_hf.tuner.merged_model import base_model_for
 from .cases import arguments, config
 
 
-# Of transformers since it calls them so, and before.
+# The names in newer and in older versions of transformers.
 TARGETS = ["q_proj", "v_proj", "query", "value"]
 NAMES = {"shades": ("dark", "bright"), "sides": ("left", "middle", "right"), "heights": ("low", "high")}
 MAPPING = {
@@ -47,7 +47,7 @@ def vit(body: Path) -> Callable[[], ViTForImageClassification]:
 
 
 def images(task: str, rows: int = 24) -> DatasetDict:
-    """Images of noise on which a block of pixels tells the label."""
+    """Images of noise on which a block of pixels determines the label."""
     random, names = np.random.default_rng(len(task)), NAMES[task]
     labels = [row % len(names) for row in range(rows)]
     pixels = random.integers(0, 60, (rows, 8, 8, 3), dtype=np.uint8)
@@ -59,7 +59,7 @@ def images(task: str, rows: int = 24) -> DatasetDict:
 
 
 def read(batch: dict[str, list[Any]]) -> dict[str, Any]:
-    """What a processor of images makes of a batch."""
+    """Apply an image processor to a batch."""
     pixels = [torch.tensor(np.array(image)).permute(2, 0, 1) / 127.5 - 1 for image in batch["image"]]
     return {"pixel_values": torch.stack(pixels), "labels": batch["label"]}
 
@@ -185,7 +185,7 @@ def test_the_callback_keeps_the_head(vit: Any, tmp_path: Path) -> None:
     assert callback.subspace.state.tasks["shades"].head.keys() == {"classifier.weight", "classifier.bias"}
 
 
-def test_labels_that_the_model_has_not_are_refused(body: Path, tmp_path: Path) -> None:
+def test_labels_that_the_model_does_not_have_are_refused(body: Path, tmp_path: Path) -> None:
     model = ViTForImageClassification.from_pretrained(body, num_labels=2)
     with pytest.raises(ValueError, match="task 'sides' has label 2, expected integers under num_labels = 2"):
         ShareTrainer(model, arguments(tmp_path / "out"), ShareConfig(target_modules=TARGETS), on_the_fly("sides"))

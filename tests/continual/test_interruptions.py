@@ -1,4 +1,4 @@
-"""What an interrupted stream finds in its folder: its own work, that of an earlier run, or of another stream."""
+"""What an interrupted stream finds in its folder: its own work, that of an earlier run, or that of another stream."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ Start = Callable[..., ShareTrainer]
 
 @pytest.fixture
 def start(tiny_model: Callable[[str], PreTrainedModel], tmp_path: Path) -> Start:
-    """A new trainer of three tasks, each of four steps and two of finetuning, in a folder; as a new process has it."""
+    """Make a new trainer in a folder, like a new process: three tasks with four steps each and two of finetuning."""
 
     def make(folder: str = "stream", tasks: Any = None, **changes: Any) -> ShareTrainer:
         values = {**CHECKPOINTS, "finetune_num_train_epochs": 0.5, **changes}
@@ -69,7 +69,7 @@ def whole(pristine_models: dict[str, PreTrainedModel], tmp_path_factory: pytest.
 
 
 def stop_at(phase: str, step: int) -> At:
-    """Stops the stream after this step of a phase."""
+    """Stop the stream after this step of a phase."""
 
     def stop(args: Any, state: Any, **kwargs: Any) -> None:
         if args.output_dir.endswith(phase) and state.global_step == step:
@@ -122,7 +122,7 @@ def raising(original: Callable[..., Any]) -> Callable[..., Any]:
 def test_a_stream_that_is_interrupted_between_two_saves_ends_as_one_that_is_not(
     call: int, start: Start, whole: ShareTrainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The subspace is saved, what it says of the stream's position is not."""
+    """The subspace is saved, but its record of the stream's position is not."""
     calls = [0]
     original = Stream.save_position
 
@@ -195,9 +195,7 @@ def test_all_phases_are_logged_as_one_curve_in_one_place(start: Start, tmp_path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", ["colors-init", "shapes-adapt"])
-def test_nothing_of_an_earlier_run_in_the_same_folder_is_taken_up(
-    phase: str, start: Start, whole: ShareTrainer
-) -> None:
+def test_nothing_of_an_earlier_run_in_the_same_folder_is_used(phase: str, start: Start, whole: ShareTrainer) -> None:
     start(learning_rate=1e-1, seed=1).train()
     trainer = start()
     trainer.add_callback(stop_at(phase, 2))
@@ -212,7 +210,7 @@ def test_a_second_try_at_a_task_takes_nothing_from_the_first(start: Start, tmp_p
     expected.train()
     trainer = start(tasks={})
     trainer.learn_task("colors", tasks["colors"]["train"], tasks["colors"]["test"])
-    # Other data, further: its checkpoints have the higher numbers.
+    # Other data, trained further: its checkpoints have the higher numbers.
     for data, step in ((classification_task(5, 3), 4), (tasks["shapes"], 2)):
         stop = stop_at("shapes-adapt", step)
         trainer.add_callback(stop)
@@ -233,7 +231,7 @@ def test_a_run_that_is_not_resumed_begins_again(start: Start, whole: ShareTraine
 
 
 class Stranger:
-    """Runs code when it is unpickled."""
+    """An object that runs code when it is unpickled."""
 
     ran: list[str] = []
 
@@ -262,7 +260,7 @@ DAMAGED = [
 
 @pytest.fixture(scope="module")
 def stopped(pristine_models: dict[str, PreTrainedModel], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a stream that was stopped after three checkpoints of a phase; not to be changed."""
+    """The folder of a stream that was stopped after three checkpoints of a phase. It must not be changed."""
     folder = tmp_path_factory.mktemp("stopped")
     values = {**CHECKPOINTS, "finetune_num_train_epochs": 0.5}
     model = copy.deepcopy(pristine_models["bert"])
@@ -376,7 +374,7 @@ def test_a_damaged_stream_state_is_refused(content: str, message: str, start: St
         start().train(resume_from_checkpoint=True)
 
 
-def test_a_damaged_subspace_is_refused_and_not_begun_anew(start: Start, interrupted: Path) -> None:
+def test_a_damaged_subspace_is_refused_and_not_started_over(start: Start, interrupted: Path) -> None:
     path = interrupted / "subspace" / "subspace.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[:-1])
@@ -393,7 +391,7 @@ def test_a_subspace_without_what_the_stream_has_learned_is_refused(start: Start,
     assert trainer.subspace.tasks == ()
 
 
-def test_a_stream_that_began_from_a_subspace_goes_on_from_it(
+def test_a_stream_that_began_from_a_subspace_continues_from_it(
     start: Start, whole: ShareTrainer, tiny_model: Callable[[str], PreTrainedModel]
 ) -> None:
     given = SharedSubspace(whole.subspace.state)

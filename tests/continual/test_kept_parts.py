@@ -1,4 +1,4 @@
-"""What holds in the trainer holds in the file: parts that start from random values, and labels of a task's own."""
+"""What the trainer has is also in the file: parts that start from random values, and labels of a task's own."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ WHISPER = {
     "decoder_start_token_id": 1,
 }
 
-# Body, class of the task, configuration, what a checkpoint of the body lacks.
+# Body, class of the task, configuration, and what a checkpoint of the body lacks.
 CASES = [
     ("BertModel", "BertForSequenceClassification", SIZES, ["classifier"]),
     ("RobertaModel", "RobertaForSequenceClassification", SIZES, ["classifier"]),
@@ -87,7 +87,7 @@ Load = Callable[..., PreTrainedModel]
 
 @pytest.fixture
 def load(tmp_path: Path) -> Load:
-    """Loads a class of transformers from the checkpoint of its body, which is written once."""
+    """Load a class of transformers from the checkpoint of its body, which is written once."""
 
     def load_model(body: str, name: str, sizes: dict[str, Any], *, seed: int = 0, **changes: Any) -> PreTrainedModel:
         folder = tmp_path / f"base-{body}"
@@ -128,7 +128,7 @@ def train(tmp_path: Path) -> Callable[..., ShareTrainer]:
 
 
 def sentences(num_labels: int, seed: int, examples: int) -> Dataset:
-    """Sequences that end as BART and T5 expect them to."""
+    """Sequences that end as BART and T5 expect."""
     data = classification_data(num_labels, seed, examples)
     return data.map(lambda row: {"input_ids": [*row["input_ids"][:-1], EOS]})
 

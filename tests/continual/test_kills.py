@@ -1,4 +1,4 @@
-"""A stream that is killed at any moment, and resumed, ends as one that is not: to the byte."""
+"""A stream that is killed at any moment and resumed ends like one that is not killed, byte for byte."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
-    """Runs the stream in a folder, resumed where there is something to resume, up to a moment; tells how it ended."""
+    """Run the stream in a folder up to a moment, resuming it if possible, and return how it ended."""
     with kill_server(tmp_path_factory.mktemp("server") / "log.txt") as ask:
         yield ask
 
 
 @pytest.fixture(scope="module")
 def whole(run: Ask, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes], dict[str, float]]:
-    """What the stream that is not killed leaves, and its length by each clock."""
+    """What a stream that is not killed leaves, and its length by each clock."""
     return whole_stream(run, tmp_path_factory.mktemp("whole"))
 
 
@@ -41,7 +41,7 @@ def test_a_stream_that_is_killed_at_a_random_moment_ends_as_one_that_is_not(
     expected, lengths = whole
     clock, chance = CLOCKS[number % len(CLOCKS)], random.Random(number)
     folder, moment = tmp_path / "stream-0", lengths[clock] * chance.random()
-    while (killed := run(folder, clock, moment))["codes"] == [0]:  # faster than the one that was timed
+    while (killed := run(folder, clock, moment))["codes"] == [0]:  # faster than the run that was timed
         moment *= 0.8
         folder = folder.with_name(f"{folder.name}0")
     assert killed["codes"] == [-signal.SIGKILL], killed["output"][-4000:]

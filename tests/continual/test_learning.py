@@ -1,4 +1,4 @@
-"""Tasks learned one by one or in a stream, from data of every form; and data and settings that are refused."""
+"""Tasks learned one by one or in a stream, from data in every form, and data and settings that are refused."""
 
 from __future__ import annotations
 
@@ -301,7 +301,7 @@ def test_each_task_leaves_a_tree_with_figures_and_a_card(make: Make, tmp_path: P
 
 
 def relabelled(split: str, label: Any) -> DatasetDict:
-    """Two labels, and another one in one split."""
+    """Two labels, and a third one in one split."""
     data = classification_task(0, 2)
     labels = [label, *data[split]["labels"][1:]]
     data[split] = Dataset.from_dict({"input_ids": data[split]["input_ids"][:], "labels": labels})

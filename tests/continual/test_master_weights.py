@@ -1,4 +1,4 @@
-"""What tasks keep whole is trained in float32, on models of half precision too."""
+"""What tasks keep whole is trained in float32, even on half-precision models."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from share_hf.tuner.mixed_heads import head_wrappers
 from .cases import classification_tasks
 
 
-SMALL_STEPS = 1e-4  # next to weights of 1, each is lost in bfloat16
+SMALL_STEPS = 1e-4  # next to weights of 1, each of these is lost in bfloat16
 OPTIONS: dict[str, Any] = {
     "learning_rate": SMALL_STEPS,
     "lr_scheduler_type": "constant",
@@ -34,7 +34,7 @@ OPTIONS: dict[str, Any] = {
 
 @pytest.fixture
 def half(tiny_model: Callable[[str], PreTrainedModel]) -> PreTrainedModel:
-    """A model in bfloat16, whose head has weights next to 1."""
+    """A model in bfloat16 whose head has weights close to 1."""
     model = tiny_model("bert").bfloat16()
     nn.init.ones_(model.classifier.weight)
     return model
@@ -50,7 +50,7 @@ def head_of(model: PeftModel, task: str) -> torch.Tensor:
 
 
 def changed(weight: torch.Tensor) -> float:
-    """Share of the weights of a head that training has changed."""
+    """Return the fraction of the weights of a head that training has changed."""
     return float((weight != 1).float().mean())
 
 

@@ -1,4 +1,4 @@
-"""What a stream keeps in memory, and reads from disk, as its tasks become many."""
+"""What a stream keeps in memory and reads from disk as the number of tasks grows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .cases import LLAMA_TARGETS, arguments, config, language_task, language_tas
 
 
 def bytes_alive() -> int:
-    """Bytes of all tensors that anything still refers to."""
+    """Return the number of bytes of all tensors that are still referenced."""
     gc.collect()
     tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
     storages = {storage.data_ptr(): storage.nbytes() for storage in (t.untyped_storage() for t in tensors)}
@@ -49,9 +49,9 @@ def test_twenty_tasks_hold_as_much_as_two_and_their_coefficients(
     held = {}
     for count in range(1, 21):
         trainer.learn_task(f"task{count}", language_task(count)["train"])
-        held[count] = bytes_alive() - 2 * coefficient_bytes(trainer)  # of the state, and of the model
+        held[count] = bytes_alive() - 2 * coefficient_bytes(trainer)  # those of the state, and those of the model
     basis = sum(layer.basis_out.nbytes + layer.basis_in.nbytes for layer in trainer.subspace.state.layers.values())
-    # The bases of the third to the twentieth task would be eighteen times this.
+    # The bases of the third to the twentieth task would take eighteen times as much.
     assert held[20] - held[3] < basis
 
 
@@ -102,7 +102,7 @@ def test_the_basis_is_read_once_for_all_tasks_of_a_tree(
     for name in names[1:]:
         model.load_adapter(tmp_path / "tree", name, subfolder=f"tasks/{name}")
     assert len(read) == 1
-    # A basis that was replaced is no longer that of the file.
+    # A basis that was replaced is no longer that in the file.
     (layer, *_) = (module for module in model.modules() if hasattr(module, "set_basis"))
     layer.set_basis(layer.share_basis_out.flip(1), layer.share_basis_in)
     model.delete_adapter(names[-1])

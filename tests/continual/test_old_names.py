@@ -1,4 +1,4 @@
-"""A subspace whose modules transformers has renamed since is continued under the names of the model."""
+"""A subspace whose modules transformers has renamed since is continued under the model's names."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def assert_continued(subspace: SharedSubspace, old_adapter: Path) -> None:
     assert_close(logits(subspace.apply(tiny_llava(), ["old"])), plain_logits(tiny_llava(), old_adapter), 1e-3)
 
 
-def test_a_stream_goes_on(old_adapter: Path, tmp_path: Path) -> None:
+def test_a_stream_continues(old_adapter: Path, tmp_path: Path) -> None:
     subspace = SharedSubspace.from_adapters([old_adapter], num_components=12, pseudo_rank=4, progress=False)
     config = ShareConfig(num_components=12, pseudo_rank=4, target_modules=TARGETS, task_type="CAUSAL_LM")
     trainer = ShareTrainer(
@@ -51,7 +51,7 @@ def test_a_stream_goes_on(old_adapter: Path, tmp_path: Path) -> None:
     assert_continued(trainer.subspace, old_adapter)
 
 
-def test_a_callback_goes_on(old_adapter: Path, tmp_path: Path) -> None:
+def test_a_callback_continues(old_adapter: Path, tmp_path: Path) -> None:
     subspace = SharedSubspace.from_adapters([old_adapter], num_components=12, pseudo_rank=4, progress=False)
     callback = ShareCallback("new", subspace)
     model = subspace.apply(tiny_llava(), trainable=True)

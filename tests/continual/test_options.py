@@ -1,4 +1,4 @@
-"""Every option of a Trainer and its arguments: honoured in a stream, and how that is shown, or refused by name."""
+"""Every option of a Trainer and its arguments is honoured in a stream, with a test for it, or refused by name."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from .cases import (
 TESTS = Path(__file__).parents[1]
 PHASES = ["0001-colors-init", "0001-colors-finetune", "0002-shapes-adapt", "0002-shapes-finetune"]
 
-# Read from its arguments by every phase, while `test_every_phase_reads_its_options` watches.
+# Every phase reads these from its arguments, which `test_every_phase_reads_its_options` observes.
 READ_IN_EVERY_PHASE = {
     *("activation_checkpointing", "activation_checkpointing_kwargs", "adam_beta1", "adam_beta2", "adam_epsilon"),
     *("auto_find_batch_size", "average_tokens_across_devices", "batch_eval_metrics", "dataloader_drop_last"),
@@ -48,21 +48,21 @@ READ_IN_EVERY_PHASE = {
     *("per_device_train_batch_size", "remove_unused_columns", "save_on_each_node", "save_steps", "save_strategy"),
     *("torch_empty_cache_steps", "train_sampling_strategy", "use_liger_kernel", "warmup_steps"),
 }
-# What versions of transformers do not have, or read elsewhere.
+# Options that some versions of transformers lack, or read elsewhere.
 NOT_IN_ALL_VERSIONS = {"activation_checkpointing", "activation_checkpointing_kwargs"}
 
-# Read once, of the process or of the Trainer: it holds for all phases.
+# These are read once, by the process or the Trainer, and hold for all phases.
 READ_WHEN_MADE = {
     *("accelerator_config", "data_seed", "ddp_bucket_cap_mb", "ddp_find_unused_parameters", "ddp_static_graph"),
     *("disable_tqdm", "full_determinism", "label_names", "log_level", "log_level_replica", "log_on_each_node"),
     *("report_to", "skip_memory_metrics", "use_cache"),
 }
-# Settled before a Trainer is made: the device, the processes and their numbers, and who reads them.
+# These are settled before a Trainer is made: the device, the processes and their numbers, and who reads them.
 OF_THE_PROCESS = {
     *("ddp_backend", "ddp_timeout", "local_rank", "tf32", "use_cpu"),
     *("project", "run_name", "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id"),  # `report_to`
 }
-# "Not directly used by Trainer", as its documentation has it.
+# "Not directly used by Trainer", as its documentation says.
 OF_SCRIPTS = {"do_train", "do_eval", "do_predict", "resume_from_checkpoint"}
 
 SHOWN_BY = {
@@ -107,7 +107,7 @@ PARAMETERS_SHOWN_BY = {
     "data_collator": "continual/test_options.py::test_a_batch_that_does_not_fit_makes_all_phases_take_smaller_ones",
     "eval_dataset": "continual/test_options.py::test_eval_dataset_is_evaluated_in_every_phase",
     "processing_class": "continual/test_options.py::test_a_tokenizer_is_saved_with_checkpoints",
-    "compute_loss_func": "continual/test_options.py::test_a_loss_of_ones_own_is_trained",
+    "compute_loss_func": "continual/test_options.py::test_a_custom_loss_is_trained",
     "compute_metrics": "continual/test_options.py::test_predictions_come_as_the_options_have_them",
     "callbacks": "continual/test_checkpoint_options.py::test_the_best_checkpoint_is_chosen_by_the_own_task",
     "optimizer_cls_and_kwargs": "continual/test_options.py::test_each_phase_makes_an_optimizer_of_the_class",
@@ -120,7 +120,7 @@ Make = Callable[..., ShareTrainer]
 
 @pytest.fixture
 def make(tiny_model: TinyModel, tmp_path: Path) -> Make:
-    """A classifier's trainer of `colors`, which has 2 of the model's 3 labels, and `shapes`, which has all."""
+    """Make a trainer of `colors`, which has 2 of the classifier's 3 labels, and `shapes`, which has all of them."""
 
     def build(name: str = "stream", tasks: Any = None, **changes: Any) -> ShareTrainer:
         tasks = classification_tasks("colors", "shapes") if tasks is None else tasks
@@ -130,7 +130,7 @@ def make(tiny_model: TinyModel, tmp_path: Path) -> Make:
 
 
 def test_every_option_of_the_arguments_is_honoured_or_refused() -> None:
-    """A new version of transformers may bring an option: find out what a stream makes of it, and list it."""
+    """A new version of transformers may add an option: find out what a stream does with it, and list it."""
     known = [READ_IN_EVERY_PHASE, READ_WHEN_MADE, OF_THE_PROCESS, OF_SCRIPTS, set(SHOWN_BY), set(REFUSED_ARGUMENTS)]
     options = {field.name for field in dataclasses.fields(TrainingArguments)}
     assert not options - set.union(*known)
@@ -150,7 +150,7 @@ def test_what_an_option_is_shown_by_is_there(shown_by: str) -> None:
 
 @dataclasses.dataclass
 class WatchedArguments(ShareTrainingArguments):
-    """Notes which of its options are read, by the folder of the stream or the phase."""
+    """Arguments that record which of their options are read, by the folder of the stream or the phase."""
 
     def __getattribute__(self, name: str) -> Any:
         reads: dict[str, set[str]] | None = object.__getattribute__(self, "__dict__").get("reads")
@@ -241,7 +241,7 @@ def test_options_that_contradict_each_other_are_refused(make: Make) -> None:
 
 
 def rates(trainer: ShareTrainer) -> list[float]:
-    """The learning rate that each phase begins with."""
+    """Return the learning rate with which each phase begins."""
     logged = [log["learning_rate"] for log in trainer.state.log_history if "learning_rate" in log]
     return logged[::3]
 
@@ -287,7 +287,7 @@ class AtBegin(At):
 
 
 class EndsWithZero(torch.optim.SGD):
-    """Trains other values than it ends with, as schedule-free optimizers do; here, it ends with zeros."""
+    """Trains other values than it ends with, as schedule-free optimizers do. Here, it ends with zeros."""
 
     def eval(self) -> None:
         for group in self.param_groups:
@@ -325,7 +325,7 @@ class Averaging(torch.optim.SGD):
 def test_a_phase_that_is_trained_to_its_end_ends_with_the_values_of_its_optimizer(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where it is resumed there, and no step is left for the optimizer."""
+    """This also holds if it is resumed there and no step is left for the optimizer."""
 
     def trainer(folder: str) -> ShareTrainer:
         options = {"optimizer_cls_and_kwargs": (Averaging, {"lr": 0.1})}
@@ -449,13 +449,13 @@ def test_what_a_phase_hooks_into_modules_comes_off_with_it(make: Make) -> None:
         trainer.train()
     trainer.train()
     assert hooked[0] > sum(before.values())
-    assert max(hooked) - min(hooked) < 20  # what modules a task brings, and no second set of all
+    assert max(hooked) - min(hooked) < 20  # which modules a task brings, and no second set of all of them
     assert len(head._forward_hooks) == before[head]
     embeddings = trainer.model.get_base_model().get_input_embeddings()
     assert len(embeddings._forward_hooks) == before[embeddings]
 
 
-def test_a_loss_of_ones_own_is_trained(make: Make) -> None:
+def test_a_custom_loss_is_trained(make: Make) -> None:
     labels_seen: list[torch.Tensor] = []
 
     def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
@@ -469,7 +469,7 @@ def test_a_loss_of_ones_own_is_trained(make: Make) -> None:
 
 
 def test_labels_are_smoothed_over_those_of_the_task(make: Make) -> None:
-    """Spread over a masked label too, the loss is some 1e37, and its gradients are not of this task."""
+    """If they were spread over a masked label too, the loss would be about 1e37, with gradients of other labels."""
     trainer = make(label_smoothing_factor=0.3, learning_rate=0.0)
     trainer.train()
     for task, num_labels in (("colors", 2), ("shapes", 3)):
@@ -490,7 +490,7 @@ def test_labels_are_smoothed_over_those_of_the_task(make: Make) -> None:
 
 
 def test_workers_that_persist_do_not_keep_the_data_of_the_first_task(make: Make) -> None:
-    """A Trainer takes the loader that it made for the first evaluation, whatever data comes later."""
+    """A Trainer reuses the loader that it made for the first evaluation, whatever data comes later."""
     tasks = classification_tasks("colors", "shapes")
     tasks["shapes"]["test"] = tasks["shapes"]["test"].select(range(7))
     tasks["shapes"]["validation"] = tasks["shapes"]["test"].select(range(5))

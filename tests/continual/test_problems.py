@@ -1,4 +1,4 @@
-"""Classes, values and several labels beside each other in one stream: heads, losses, metrics, and what is kept."""
+"""Classes, values and several labels side by side in one stream: heads, losses, metrics, and what is kept."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _tokens(first: Tensor, seed: int) -> list[list[int]]:
 
 
 def regression_task(seed: int, rows: int = 32) -> DatasetDict:
-    """The first token tells the value, between 0 and 5."""
+    """A task in which the first token determines the value, between 0 and 5."""
     splits = {}
     for i, split in enumerate(("train", "test")):
         value = torch.arange(rows) % 4
@@ -50,7 +50,7 @@ def regression_task(seed: int, rows: int = 32) -> DatasetDict:
 
 
 def multi_label_task(seed: int, rows: int = 32) -> DatasetDict:
-    """The first token tells which of two labels a text has."""
+    """A task in which the first token determines which of two labels a text has."""
     splits = {}
     for i, split in enumerate(("train", "test")):
         which = torch.arange(rows) % 4
@@ -104,7 +104,7 @@ def test_a_value_is_predicted_in_its_own_units(
     with torch.no_grad():
         outputs = model(input_ids=data["input_ids"][:]).logits
     assert F.mse_loss(outputs[:, 0], data["labels"][:]) < 0.5
-    assert (outputs[:, 1:] < -1000).all()  # what the task does not have is never predicted
+    assert (outputs[:, 1:] < -1000).all()  # the task never predicts a label that it does not have
 
 
 def test_kind_names_and_metrics_are_kept_with_the_tasks(learned: tuple[ShareTrainer, Path]) -> None:
@@ -221,7 +221,7 @@ def test_metrics_by_kind_are_those_of_their_formulas() -> None:
 
 
 def squared_error(prediction: EvalPrediction) -> dict[str, float]:
-    assert prediction.predictions.shape[1] == 1  # a value alone, without what is masked
+    assert prediction.predictions.shape[1] == 1  # a single value, without what is masked
     errors = (prediction.predictions[:, 0] - prediction.label_ids) ** 2
     return {"negative_error": float(-errors.mean()), "exact": float((errors < 1e-3).mean())}
 
@@ -261,12 +261,12 @@ def test_numbers_of_any_type_are_stored_and_truth_values_are_not(count: Any, mak
     assert list(scores) == ["accuracy", "count"] and scores["count"] == 3
 
 
-def test_what_is_no_function_of_a_task_is_refused(make: Make) -> None:
+def test_what_is_not_a_function_of_a_task_is_refused(make: Make) -> None:
     with pytest.raises(ValueError, match="compute_metrics has 'f1' for task 'shapes', expected a function"):
         make(mixed_tasks(), trainer={"compute_metrics": {"shapes": "f1"}})
 
 
-def test_a_function_for_a_task_that_is_not_there_is_told(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_function_for_a_task_that_is_not_there_is_reported(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     make(mixed_tasks(), trainer={"compute_metrics": {"shape": accuracy}})
     assert "compute_metrics has functions for ['shape'], which are not among tasks" in caplog.text
 
@@ -276,12 +276,14 @@ def test_names_that_are_not_as_many_as_the_labels_are_refused(make: Make) -> Non
         make(mixed_tasks(), trainer={"labels": {"topics": ("a",)}})
 
 
-def test_names_of_labels_of_no_task_are_told(
+def test_names_of_labels_of_no_task_are_reported(
     make: Make, caplog: pytest.LogCaptureFixture, tiny_model: Callable[[str], PreTrainedModel], tmp_path: Path
 ) -> None:
     make(mixed_tasks(), trainer={"labels": {"topic": ("a", "b")}})
     assert "labels has names for ['topic'], which are not among tasks" in caplog.text
-    with pytest.raises(ValueError, match=r"labels has names for \['topic'\], expected none: the model is not one for"):
+    with pytest.raises(
+        ValueError, match=r"labels has names for \['topic'\], expected none: the model is not a classifier"
+    ):
         ShareTrainer(tiny_model("llama"), arguments(tmp_path / "out"), labels={"topic": ("a", "b")})
 
 
@@ -304,7 +306,7 @@ def test_tasks_without_classes_are_not_learned_together(
 
 
 @pytest.mark.parametrize("kind", ["value", "flags"])
-def test_streamed_data_tells_its_kind_by_its_features(kind: str, make: Make) -> None:
+def test_streamed_data_has_its_kind_in_its_features(kind: str, make: Make) -> None:
     data = {"value": regression_task, "flags": multi_label_task}[kind](2)
     labels = Value("float32") if kind == "value" else Sequence(Value("float32"), length=2)
     features = Features({"input_ids": Sequence(Value("int64")), "labels": labels})

@@ -153,11 +153,11 @@ def test_a_task_of_somebody_else_under_the_name_of_one_to_come_is_not_taken_for_
     with pytest.raises(ValueError, match="task 'shapes' was learned by both sides"):
         trainer.train()
     assert (
-        f"{REPO}: has ['shapes'] already, which somebody else pushed and which are still to be learned" in caplog.text
+        f"{REPO}: already has ['shapes'], which somebody else pushed and which are still to be learned" in caplog.text
     )
     assert trainer.metrics["tasks"] == ["colors", "shapes"] and len(trainer.metrics["matrix"]) == 2
     assert hub.api.repo_info(REPO).sha == theirs
-    # They take theirs back, as the message says, and the stream goes on.
+    # They remove theirs again, as the message says, and the stream continues.
     moved = SharedSubspace.from_pretrained(REPO)
     moved.export_lora("shapes", tmp_path / "shapes-of-theirs")
     moved.add_adapters({"forms": tmp_path / "shapes-of-theirs"}, progress=False)

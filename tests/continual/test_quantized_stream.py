@@ -40,7 +40,7 @@ QUANTIZATIONS: dict[str, dict[str, Any]] = {
     "int8": dict(load_in_8bit=True),
 }
 
-# All of a task's data at every step, so that losses compare; with an evaluation between steps.
+# Every step has all data of a task, so that losses can be compared, and there is an evaluation between steps.
 OPTIONS: dict[str, Any] = dict(
     per_device_train_batch_size=24,
     max_steps=-1,
@@ -59,7 +59,7 @@ Start = Callable[..., ShareTrainer]
 
 @pytest.fixture(params=QUANTIZATIONS.values(), ids=QUANTIZATIONS)
 def load(request: pytest.FixtureRequest, tiny_model_folder: Callable[[str], Path]) -> Callable[[], PreTrainedModel]:
-    """The tiny Llama, quantized anew, as `prepare_model_for_kbit_training` leaves it."""
+    """Load the tiny Llama, newly quantized, as `prepare_model_for_kbit_training` leaves it."""
 
     def load() -> PreTrainedModel:
         quantization_config = BitsAndBytesConfig(**request.param)
@@ -73,7 +73,7 @@ def load(request: pytest.FixtureRequest, tiny_model_folder: Callable[[str], Path
 
 @pytest.fixture
 def start(load: Callable[[], PreTrainedModel], tmp_path: Path) -> Start:
-    """A new trainer of two tasks in a folder, as a new process has it."""
+    """Make a new trainer of two tasks in a folder, as a new process would."""
 
     def make(folder: str, *callbacks: Any, **changes: Any) -> ShareTrainer:
         return ShareTrainer(

@@ -1,4 +1,4 @@
-"""A stream that is interrupted anywhere ends as one that is not."""
+"""A stream that is interrupted anywhere ends like one that is not."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from .conftest import MakeTrainer, assert_same_to_the_bit, coefficients
 
 
 class Interrupted(RuntimeError):
-    """Stands in for whatever ends a run."""
+    """Stands for anything that ends a run."""
 
 
 class StopAt(TrainerCallback):
-    """Ends the run at the n-th step that any phase takes."""
+    """End the run at the n-th step of any phase."""
 
     def __init__(self, step: int) -> None:
         self.left = step
@@ -43,7 +43,7 @@ _WHOLE: dict[str, torch.Tensor] = {}
 
 @pytest.fixture
 def uninterrupted(make_trainer: MakeTrainer) -> dict[str, torch.Tensor]:
-    """What a run ends with that is not cut off; computed once."""
+    """What an uninterrupted run ends with. It is computed once."""
     if not _WHOLE:
         trainer = make_trainer(folder="whole", **ARGUMENTS)
         trainer.train()
@@ -144,7 +144,7 @@ def test_resuming_where_nothing_was_begun_starts_the_stream(make_trainer: MakeTr
     assert trainer.subspace.tasks == ("a", "b", "c")
 
 
-def test_a_stream_of_other_tasks_is_not_taken_up(make_trainer: MakeTrainer, classification_tasks: Any) -> None:
+def test_a_stream_of_other_tasks_is_not_resumed(make_trainer: MakeTrainer, classification_tasks: Any) -> None:
     interrupt(make_trainer(callbacks=[StopAt(12)], **ARGUMENTS).train)
     others = {"x": classification_tasks["a"], "y": classification_tasks["b"]}
     with pytest.raises(ValueError, match=r"the stream was at task 'b', number 2, but tasks is \['x', 'y'\]"):

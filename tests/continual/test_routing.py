@@ -47,7 +47,7 @@ def test_routing_changes_nothing_that_is_trained(make_trainer: MakeTrainer) -> N
         assert torch.equal(layer.coefficients_out, states[1].layers[module].coefficients_out)
 
 
-def test_a_stream_goes_on_with_its_routes(
+def test_a_stream_continues_with_its_routes(
     make_trainer: MakeTrainer, classification_tasks: dict[str, DatasetDict]
 ) -> None:
     whole = make_trainer(folder="whole", routing=True)
@@ -62,7 +62,7 @@ def test_a_stream_goes_on_with_its_routes(
 
 
 class CountedStream(IterableDataset):
-    """Examples one after the other, whose number is known."""
+    """A stream of examples whose number is known."""
 
     def __init__(self, rows: list[dict[str, Any]]) -> None:
         self.rows = rows

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a stream at once, after a line that says how it goes on."""
+"""Ctrl-C and SIGTERM end a stream at once, after a line that says how to continue it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .kill_server import CLOCKS, Ask, end_of, kill_server, whole_stream
 
 
 MOMENTS = 6
-LINE = "the stream was interrupted; train(resume_from_checkpoint=True) goes on with it."
+LINE = "the stream was interrupted; train(resume_from_checkpoint=True) continues it."
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
 
 @pytest.fixture(scope="module")
 def whole(run: Ask, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes], dict[str, float]]:
-    """What the stream that is not ended leaves, and its length by each clock."""
+    """What a stream leaves that is not ended early, and its length by each clock."""
     return whole_stream(run, tmp_path_factory.mktemp("whole"))
 
 
@@ -38,7 +38,7 @@ def whole(run: Ask, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str,
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="runs streams in forked processes")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 @pytest.mark.parametrize("attempt", range(MOMENTS))
-def test_a_stream_that_is_ended_at_a_random_moment_says_so_and_goes_on(
+def test_a_stream_that_is_ended_at_a_random_moment_says_so_and_can_continue(
     attempt: int,
     number: signal.Signals,
     run: Ask,
@@ -61,7 +61,7 @@ def test_a_stream_that_is_ended_at_a_random_moment_says_so_and_goes_on(
 
 @pytest.fixture
 def default_handlers() -> Iterator[None]:
-    """Those of a process that nobody has given others."""
+    """Set the signal handlers that a new process has."""
     defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
     before = {number: signal.signal(number, handler) for number, handler in defaults.items()}
     yield

@@ -1,4 +1,4 @@
-"""Streams whose subspace stores coefficients in few bits, or of a rank of their own."""
+"""Streams whose subspace stores coefficients in few bits, or with individual ranks."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_stream_holds_in_the_model_what_it_saves(
     assert (smaller > 0) <= ("tolerance" in share)
 
 
-def test_a_stream_goes_on_from_the_tree_of_another(make: Make, tmp_path: Path) -> None:
+def test_a_stream_continues_from_the_tree_of_another(make: Make, tmp_path: Path) -> None:
     share = {"tolerance": 0.5, "coefficient_dtype": "bfloat16"}
     first = make(classification_tasks("colors", "shapes"), "first", share=share)
     first.train()

@@ -40,7 +40,7 @@ TASKS = list(LABELS)
 
 @dataclass
 class Recorder(TrainerCallback):
-    """What a stream did, step by step."""
+    """Records what a stream does, step by step."""
 
     trainer: ShareTrainer | None = None
     phases: list[tuple[str, str, int]] = field(default_factory=list)
@@ -78,7 +78,7 @@ class Recorder(TrainerCallback):
 
 @dataclass
 class Finished:
-    """A stream that has come to its end."""
+    """A stream that has ended."""
 
     trainer: ShareTrainer
     recorder: Recorder
@@ -93,7 +93,7 @@ class Finished:
 
 @pytest.fixture(scope="module")
 def finished(pristine_models: dict[str, PreTrainedModel], tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """Four tasks with 2, 3, 2, 3 labels: two as free factors, two adapted and merged, each finetuned."""
+    """Four tasks with 2, 3, 2, 3 labels: two as free factors, two adapted and merged, and each of them finetuned."""
     recorder = Recorder()
     tasks = classification_tasks()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as out, redirect_stderr(out):
@@ -119,7 +119,7 @@ def finished(pristine_models: dict[str, PreTrainedModel], tmp_path_factory: pyte
 
 
 def test_first_tasks_are_free_factors_and_later_ones_are_adapted_each_in_a_run_of_its_own(finished: Finished) -> None:
-    # 32 rows in batches of 8 are 4 steps an epoch.
+    # 32 rows in batches of 8 make 4 steps per epoch.
     assert finished.recorder.phases == [
         ("colors", "init", 16),
         ("colors", "finetune", 4),
@@ -333,7 +333,7 @@ def test_the_saved_subspace_is_the_trainers(finished: Finished) -> None:
     assert f"| `sounds` | adapt | {saved.metrics['matrix'][3][3]:.3f} |" in card
 
 
-def test_the_lineage_tells_merges_and_finetuning(finished: Finished) -> None:
+def test_the_lineage_records_merges_and_finetuning(finished: Finished) -> None:
     steps = [(next(iter(set(step) & {"merged", "learned"})), step) for step in finished.trainer.subspace.state.lineage]
     assert [(kind, step[kind]) for kind, step in steps] == [
         (kind, task) for name in TASKS for kind, task in (("merged", [name]), ("learned", name))

@@ -38,7 +38,7 @@ from .cases import (
 from .conftest import assert_same_to_the_bit
 
 
-# Tasks, their numbers of labels and of rows: the first one makes the basis.
+# Tasks with their numbers of labels and rows. The first one makes the basis.
 TASKS = {"first": (3, 32), "colors": (2, 20), "shapes": (3, 41), "sizes": (2, 8), "last": (3, 16)}
 TOGETHER = ["colors", "shapes", "sizes"]
 
@@ -112,7 +112,7 @@ def test_a_group_is_set_up_in_one_pass_as_its_tasks_are_one_by_one(
 
     one_by_one = begun(*([task] for task in TOGETHER))
     assert len(passes) == len(TOGETHER)
-    at_once = begun(TOGETHER)  # in place of those that are there
+    at_once = begun(TOGETHER)  # in place of the existing ones
     assert len(passes) == len(TOGETHER) + 1
     assert_same_to_the_bit(at_once, one_by_one)
     assert len(at_once) == len(TOGETHER) * (2 * len(state.layers) + 2)
@@ -174,7 +174,7 @@ def test_losses_are_logged_by_task(tiny_model: Model, tmp_path: Path) -> None:
         assert loss == pytest.approx(logs["loss"], abs=2e-4)
 
 
-def test_a_group_that_was_killed_goes_on_where_it_was(tiny_model: Model, tmp_path: Path) -> None:
+def test_a_group_that_was_killed_continues_where_it_was(tiny_model: Model, tmp_path: Path) -> None:
     options = {"save_strategy": "steps", "save_steps": 4, "warmup_steps": 0.3, "lr_scheduler_type": "cosine"}
     whole = make(tiny_model, tmp_path / "whole", **options)
     whole.train()
@@ -197,7 +197,7 @@ def test_a_group_that_was_killed_goes_on_where_it_was(tiny_model: Model, tmp_pat
     assert resumed.metrics["matrix"] == whole.metrics["matrix"]
 
 
-def test_a_trainer_whose_group_was_broken_off_begins_it_anew(tiny_model: Model, tmp_path: Path) -> None:
+def test_a_trainer_whose_group_was_interrupted_starts_it_over(tiny_model: Model, tmp_path: Path) -> None:
     whole = make(tiny_model, tmp_path / "whole")
     whole.train()
     broken = []
@@ -236,7 +236,7 @@ def test_a_group_that_was_killed_after_its_training_is_finished(
         def save_position(done: int, trained: int, tasks: Any = (), stage: str = "learn", **kwargs: Any) -> None:
             if (
                 len(tasks) > 1 and stage == "evaluate"
-            ):  # the subspace has the tasks, that they are learned was not saved
+            ):  # the subspace has the tasks, but the position that says so was not saved
                 raise Interruption
             save(done, trained, tasks, stage, **kwargs)
 

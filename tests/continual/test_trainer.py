@@ -161,7 +161,7 @@ def test_all_seen_tasks_can_be_evaluated_and_the_active_adapter_stays(make_train
     assert trainer.metrics["matrix"][-1][:2] == [None, None]
 
 
-def test_a_scorer_of_ones_own_replaces_the_evaluation(make_trainer: MakeTrainer) -> None:
+def test_a_custom_scorer_replaces_the_evaluation(make_trainer: MakeTrainer) -> None:
     calls = []
 
     def scorer(model: Any, task: str, data: Dataset) -> dict[str, float]:
@@ -227,7 +227,7 @@ def with_label(label: int) -> Dataset:
         ),
         ({"a": language_data(1).rename_column("labels", "tags")}, "expected one of \\('label', 'labels'\\)"),
         ({"main": classification_data(2, 0)}, "task name 'main' is reserved"),
-        ({"a": classification_data(2, 0), "A": classification_data(2, 0)}, "equals 'a' but for case"),
+        ({"a": classification_data(2, 0), "A": classification_data(2, 0)}, "differs from 'a' only in case"),
     ],
 )
 def test_unusable_tasks_are_refused_by_name(make_trainer: MakeTrainer, tasks: dict[str, Any], message: str) -> None:
@@ -239,7 +239,7 @@ def test_a_refused_task_leaves_the_trainer_as_it_was(make_trainer: MakeTrainer) 
     trainer = make_trainer()
     trainer.train()
     before = coefficients(trainer)
-    with pytest.raises(ValueError, match="task 'a' exists already"):
+    with pytest.raises(ValueError, match="task 'a' already exists"):
         trainer.learn_task("a", classification_data(2, 0))
     with pytest.raises(ValueError, match="has no training examples"):
         trainer.learn_task("d", empty())

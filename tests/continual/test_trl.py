@@ -1,4 +1,4 @@
-"""ShareCallback in the trainers of TRL: chats, adapters that they round on quantized models, their reference."""
+"""ShareCallback in the trainers of TRL: chats, adapters that TRL rounds on quantized models, and reference models."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .cases import LLAMA_TARGETS, At, P, config, updates
 
 trl = pytest.importorskip("trl", reason="trl is not installed")
 
-# Everything that both kinds of trainers are given; 3 steps are enough for what is learned to show.
+# What both kinds of trainers are given. Three steps are enough for learning to show.
 ARGUMENTS: dict[str, Any] = dict(
     max_steps=3,
     per_device_train_batch_size=8,
@@ -56,7 +56,9 @@ CHAT_TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """The words "answer", "4", "5" … "63", each the token of its number: the vocabulary of the tiny models."""
+    """The words "answer", "4", "5" … "63", each of which is the token with its number: the vocabulary of the tiny
+    models.
+    """
     words = ["<pad>", "<s>", "</s>", "answer", *map(str, range(4, 64))]
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -71,7 +73,7 @@ def said(role: str, *numbers: int) -> list[dict[str, str]]:
 
 
 def chats(step: int, rows: int = 24) -> Dataset:
-    """Asked for two numbers, the assistant goes on counting, by a step that belongs to the task."""
+    """Chats in which the assistant, given two numbers, continues counting, by a step of the task's own."""
     return Dataset.from_list(
         [
             {
@@ -84,7 +86,7 @@ def chats(step: int, rows: int = 24) -> Dataset:
 
 
 def preferences(step: int, rows: int = 24) -> Dataset:
-    """As `chats`, beside an answer that does not go on counting."""
+    """Preferences for the answers of `chats` over answers that do not continue counting."""
     return Dataset.from_list(
         [
             {
@@ -102,7 +104,7 @@ Make = Callable[..., Trainer]
 
 @pytest.fixture
 def sft(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Make:
-    """An SFTTrainer with callbacks, not started yet."""
+    """Make an SFTTrainer with callbacks, which has not started yet."""
 
     def make(
         model: Any, *callbacks: Any, step: int = 1, peft_config: Any = None, folder: str = "sft", **options: Any
@@ -122,7 +124,7 @@ def sft(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Make:
 
 @pytest.fixture
 def dpo(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Make:
-    """A DPOTrainer with callbacks, not started yet."""
+    """Make a DPOTrainer with callbacks, which has not started yet."""
 
     def make(model: Any, *callbacks: Any, step: int = 1, peft_config: Any = None, **options: Any) -> Trainer:
         values = {**ARGUMENTS, "gradient_checkpointing": False, "max_steps": 9, **options}
@@ -173,7 +175,7 @@ def shapes(subspace: SharedSubspace) -> dict[str, tuple[Any, ...]]:
 
 
 def coefficients(model: PeftModel, task: str) -> dict[str, Tensor]:
-    """Copies of what the layers of a model hold of a task."""
+    """Return copies of what the layers of a model hold for a task."""
     return {
         f"{module}.{side}": parameters[task].detach().clone()
         for module, layer in share_layers(model).items()
@@ -183,13 +185,13 @@ def coefficients(model: PeftModel, task: str) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def answers(model: PeftModel, task: str) -> Tensor:
-    """Logits of a task for some prompts."""
+    """Return the logits of a task for some prompts."""
     model.set_adapter(task)
     return model.eval()(input_ids=torch.tensor([[4 + i, 5 + i, 3, 6 + i] for i in range(8)])).logits
 
 
 def assert_within_the_certificate(found: Tensor, before: Tensor, model: PeftModel, drift: float) -> None:
-    """An old task's logits moved by no more than its updates did, relative to what the task changes in the model."""
+    """Assert that an old task's logits moved no more than its updates, relative to what the task changes."""
     with model.disable_adapter():
         effect = (before - answers(model, model.active_adapter)).norm()
     assert (found - before).norm() <= 2 * (drift + 1e-5) * effect
@@ -263,7 +265,7 @@ def test_the_defaults_of_sft_config_and_a_config_instead_of_a_peft_model(
 def test_on_a_quantized_model_all_is_trained_in_float32_and_old_tasks_are_not_rounded(
     kind: str, quantized_model: Callable[[str], PreTrainedModel], sft: Make
 ) -> None:
-    # No room to grow, so that a merge writes into the coefficients of the old task where they are.
+    # There is no room to grow, so a merge writes into the coefficients of the old task in place.
     model = fresh(quantized_model(kind), num_components=P, num_temporary=P - 1)
     first = ShareCallback("ones")
     rounded_by_trl = model.get_parameter(
@@ -279,7 +281,7 @@ def test_on_a_quantized_model_all_is_trained_in_float32_and_old_tasks_are_not_ro
             held.append(coefficients(model, "ones"))
 
     trainer = sft(model, first, At("on_step_end", look))
-    assert rounded_by_trl.dtype == torch.bfloat16  # else this test has nothing to show
+    assert rounded_by_trl.dtype == torch.bfloat16  # otherwise this test shows nothing
     trainer.train()
     assert losses(trainer)[-1] < losses(trainer)[0]
     known, before = coefficients(model, "ones"), answers(model, "ones")
@@ -304,7 +306,7 @@ def test_on_a_quantized_model_an_old_task_without_drift_answers_the_same(
     second = ShareCallback("twos", first.subspace)
     sft(model, second, step=2).train()
     assert second.report is not None and second.report.max_drift < 1e-5
-    # Where int8 rounds activations, a difference in the last bit can become one in the last step.
+    # Where int8 rounds activations, a difference in the last bit can become a difference in the last step.
     torch.testing.assert_close(answers(model, "ones"), before, rtol=0, atol=1e-4 if kind == "nf4" else 2e-2)
 
 
@@ -354,7 +356,7 @@ def test_dpo_trainers_learn_two_tasks(
     else:
         trainer = dpo(get_peft_model(base, copy.deepcopy(share_config)), first)
     trainer.train()
-    assert losses(trainer)[0] == pytest.approx(0.6931, abs=1e-3)  # no policy differs from its reference at the start
+    assert losses(trainer)[0] == pytest.approx(0.6931, abs=1e-3)  # at the start, no policy differs from its reference
     assert sum(losses(trainer)[-3:]) < sum(losses(trainer)[:3])
     model = trainer.model
     before = answers(model, "ones")

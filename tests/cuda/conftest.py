@@ -1,4 +1,4 @@
-"""The device that the tests of this folder run on: a CUDA card, or the CPU where there is none.
+"""The device on which the tests in this folder run: a CUDA card, or the CPU if there is none.
 
 SHARE_HF_TEST_DEVICE=cuda skips them instead of running them on the CPU; recipes/benchmarks/gpu.py sets it.
 """
@@ -23,7 +23,7 @@ def _own_precision(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    """What models are on."""
+    """The device of the models."""
     wanted = os.environ.get("SHARE_HF_TEST_DEVICE")
     if wanted == "cuda" and not torch.cuda.is_available():
         pytest.skip(f"no CUDA device: torch {torch.__version__} finds none")
@@ -32,7 +32,7 @@ def device() -> torch.device:
 
 @pytest.fixture
 def cuda(device: torch.device) -> torch.device:
-    """The same, for tests of what the CPU does not have."""
+    """The same, for tests of features that the CPU does not have."""
     if device.type != "cuda":
         pytest.skip("needs a CUDA device")
     return device
@@ -42,5 +42,5 @@ def cuda(device: torch.device) -> torch.device:
 def model_on_device(
     tiny_model: Callable[[str], PreTrainedModel], device: torch.device
 ) -> Callable[[str], PreTrainedModel]:
-    """A copy of a tiny model of one's own, on the device."""
+    """Make a separate copy of a tiny model on the device."""
     return lambda name: tiny_model(name).to(device)

@@ -37,7 +37,7 @@ TASKS = ("one", "two")
 def test_outputs_and_gradients_are_those_of_the_cpu(
     phase: str, model_on_device: MakeModel, tiny_model: MakeModel
 ) -> None:
-    """On the CPU, in float32 against float64."""
+    """On the CPU, the comparison is of float32 with float64."""
     model = with_tasks(model_on_device("llama"), LLAMA, "one", phase=phase)
     reference = with_tasks(tiny_model("llama").double(), LLAMA, "one", phase=phase)
     assert_close(logits(model, LLAMA.batch()).cpu(), logits(reference, LLAMA.batch()))
@@ -57,7 +57,7 @@ def test_switching_gives_each_task_its_output_and_none_the_base_models(model_on_
         plain = with_updates_in_weights(model_on_device("llama"), updates)
         expected[task] = logits(plain, LLAMA.batch())
         assert_differ(expected[task], expected["base"])
-    for task in (*TASKS, *TASKS):  # the second time from factors that were kept
+    for task in (*TASKS, *TASKS):  # the second time, the factors come from the cache
         model.set_adapter(task)
         assert_close(logits(model, LLAMA.batch()), expected[task])
     with model.disable_adapter():
@@ -145,7 +145,7 @@ def test_a_model_moved_to_the_device_takes_its_bases_and_tasks_along(
 
 
 def backend_of(device: torch.device) -> str:
-    """Inductor, whose kernels of CUDA no other test compiles; the CPU's take a C++ compiler and long."""
+    """Inductor on CUDA, whose kernels no other test compiles. On the CPU, it needs a C++ compiler and a long time."""
     return "inductor" if device.type == "cuda" else "aot_eager"
 
 

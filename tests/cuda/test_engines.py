@@ -25,8 +25,8 @@ from tests.trees import distance
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
-SECONDS = 100  # a process, its imports among them
-STEPS_LEFT = 10  # of 18, from the checkpoint before the moment that the stream is killed at
+SECONDS = 100  # for one process, including its imports
+STEPS_LEFT = 10  # of 18, from the checkpoint before the moment at which the stream is killed
 
 Launch = Callable[..., SharedSubspace]
 RunStream = Callable[..., tuple[list[int], str]]
@@ -41,7 +41,7 @@ ZERO = [pytest.param(engine, marks=needs("deepspeed")) for engine in ("zero2", "
 
 @pytest.fixture(scope="module")
 def run_stream(device: torch.device, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunStream]:
-    """Runs a stream in one process of an engine: by its launcher on a card, faster in a fork on the CPU."""
+    """Run a stream in one process of an engine: with its launcher on a card, and faster in a fork on the CPU."""
     if device.type == "cuda":
 
         def start(engine: str, folder: Path, **options: Any) -> tuple[list[int], str]:
@@ -58,7 +58,7 @@ def run_stream(device: torch.device, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="module")
 def launch(run_stream: RunStream, tmp_path_factory: pytest.TempPathFactory) -> Launch:
-    """The subspace that a stream leaves under an engine; each is run once."""
+    """The subspace that a stream leaves under an engine. Each stream is run once."""
     known: dict[str, SharedSubspace] = {}
 
     def start(engine: str, model: str = "llama", **options: Any) -> SharedSubspace:
@@ -85,7 +85,7 @@ def test_an_engine_in_bfloat16_keeps_float32_coefficients(engine: str, launch: L
         assert layer.basis_out.dtype == layer.coefficients_out.dtype == torch.float32
         assert not torch.equal(layer.coefficients_out, layer.coefficients_out.bfloat16().float())
     assert subspace.tasks == ("a", "b")
-    # Rounding may turn a direction of the basis around, and with it what the second task starts from.
+    # Rounding may flip a direction of the basis, and with it the start of the second task.
     assert distance(subspace, launch("one"), "a") < 0.2
 
 
@@ -96,7 +96,7 @@ def test_a_4bit_backbone_is_partitioned(launch: Launch) -> None:
 
 
 def test_accelerate_shards_a_backbone_by_fsdp(cuda: torch.device, launch: Launch, tmp_path: Path) -> None:
-    """As recipes/configs/fsdp.yaml has it; the CPU takes FSDP in two processes only, of which there are tests."""
+    """The settings are those of recipes/configs/fsdp.yaml. On the CPU, other tests run FSDP in two processes."""
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
     accelerate += [str(RECIPES / "configs" / "fsdp.yaml"), "--num_processes", "1", "--mixed_precision", "no"]
     options = {"folder": str(tmp_path / "out"), "model": "llama", "tasks": 2, "use_cpu": False}
@@ -106,7 +106,7 @@ def test_accelerate_shards_a_backbone_by_fsdp(cuda: torch.device, launch: Launch
 
 
 def test_a_stream_that_is_killed_resumes_to_the_same_end(device: torch.device, tmp_path: Path) -> None:
-    """To the byte on the CPU; CUDA may add in another order."""
+    """The two are equal bit by bit on the CPU; CUDA may add in another order."""
 
     def train(folder: Path, clock: str = "steps", moment: float = 1e9) -> tuple[int, str]:
         options = {"folder": str(folder), "clock": clock, "moment": moment, "use_cpu": device.type == "cpu"}

@@ -1,4 +1,4 @@
-"""The mathematics of a merge on the device, against float64 on the CPU."""
+"""The mathematics of a merge on the device, compared with float64 on the CPU."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def updates_of_a_stream() -> list[dict[str, LowRankUpdate]]:
 
 
 def merged(settings: SubspaceSettings, device: torch.device, dtype: torch.dtype) -> tuple[LayerSubspace, list[float]]:
-    """What a stream leaves in a layer stored in `dtype`, and the drift of every task in every merge."""
+    """Merge a stream into a layer stored in `dtype`, and return it with the drift of every task in every merge."""
     layer = LayerSubspace.empty(*SHAPE, settings.pseudo_rank, dtype=dtype, device=device)
     drift: list[float] = []
     for updates in updates_of_a_stream():
@@ -70,7 +70,7 @@ def test_a_refused_drift_is_refused_on_the_device(device: torch.device) -> None:
         merged(settings, device, torch.float32)
 
 
-def test_a_layer_moved_to_the_device_goes_on_as_one_that_stayed(device: torch.device) -> None:
+def test_a_layer_moved_to_the_device_continues_like_one_that_stayed(device: torch.device) -> None:
     settings = SETTINGS["joint"]
     layer, _ = merged(settings, torch.device("cpu"), torch.float32)
     update = random_update(torch.Generator().manual_seed(1), SHAPE, 4)

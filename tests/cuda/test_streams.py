@@ -31,7 +31,7 @@ from tests.tuner.test_quantized import assert_near, dequantized_weights, kind_of
 
 TASKS = ("up", "down")
 
-# All of a task's data at every step, so that losses compare.
+# Every step has all data of a task, so that losses can be compared.
 OPTIONS: dict[str, Any] = dict(
     per_device_train_batch_size=24,
     max_steps=-1,
@@ -64,12 +64,12 @@ def trainer_of(model: PreTrainedModel, folder: Path, device: torch.device, *call
 
 
 def losses_of(trainer: ShareTrainer) -> list[float]:
-    """The loss of each step of the stream."""
+    """Return the loss of each step of the stream."""
     return [logs["loss"] for logs in trainer.state.log_history if "loss" in logs]
 
 
 def assert_learned(trainer: ShareTrainer, device: torch.device) -> None:
-    """The loss fell in every phase, and what was trained stayed on the device, whole and float32."""
+    """Assert that the loss fell in every phase, and trained parameters stayed on the device, whole and in float32."""
     losses = losses_of(trainer)
     assert len(losses) == STEPS
     for phase, steps in PHASES.items():
@@ -90,7 +90,7 @@ def assert_learned(trainer: ShareTrainer, device: torch.device) -> None:
 
 @dataclass(frozen=True)
 class Learned:
-    """What a stream has left. Its trainer cannot be asked later: accelerate takes up the state of the newest one."""
+    """What a stream has left. Its trainer cannot be asked later: accelerate has the state of the newest one."""
 
     subspace: SharedSubspace
     drift: dict[str, float]
@@ -128,7 +128,7 @@ def test_a_stream_is_learned_merged_and_evaluated(
 
     for task, metrics in trainer.evaluate_tasks().items():
         assert metrics["loss"] == pytest.approx(in_float32.losses[task], rel=max(tolerance, 0.05))
-    # On the CPU in float32, with the files alone.
+    # On the CPU in float32, from the files alone.
     batch = {"input_ids": torch.tensor(language_task(0)["validation"]["input_ids"])}
     loaded = SharedSubspace.from_pretrained(tmp_path / "subspace").apply(tiny_model("llama"))
     of = {}
@@ -155,7 +155,7 @@ def test_the_device_learns_what_the_cpu_learns_in_double_precision(
 def test_a_stream_that_is_cut_off_resumes_to_the_same_end(
     phase: str, tiny_model: MakeModel, device: torch.device, tmp_path: Path
 ) -> None:
-    """To the bit on the CPU; CUDA may add in another order."""
+    """The two are equal bit by bit on the CPU; CUDA may add in another order."""
     checkpoints: dict[str, Any] = dict(save_strategy="steps", save_steps=1)
     whole = trainer_of(tiny_model("llama"), tmp_path / "whole", device, **checkpoints)
     whole.train()

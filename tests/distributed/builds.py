@@ -1,4 +1,4 @@
-"""Commands of share-hf that two processes run together, of which the second has other adapters at first.
+"""Commands of share-hf that two processes run together. The second process is given other adapters at first.
 
 python builds.py '{"folders": [of rank 0, of rank 1], "commands": [[in which folders, argv], …]}'
 """

@@ -1,4 +1,4 @@
-"""Two tasks that a plain Trainer learns with ShareCallback, run by the tests under one launcher or another.
+"""Two tasks that a plain Trainer learns with ShareCallback. The tests run this under one launcher or another.
 
 python foreign.py '{"folder": "out", …}'; the other keys are arguments of the Trainer.
 """

@@ -1,4 +1,4 @@
-"""The scripts of this folder in several processes that need no launcher: forks of one that has imported the libraries.
+"""The scripts in this folder, run in several processes without a launcher: forks of one that has the libraries.
 
 A launcher starts them anew for each process, which takes longer than what they do.
 """
@@ -21,11 +21,11 @@ import torch
 from tests.forking import answer_requests, answering_server, be_rank, free_port
 
 
-SECONDS_A_RUN = 570  # DeepSpeed may compile an operator, for minutes where the cores are shared
+SECONDS_A_RUN = 570  # DeepSpeed may compile an operator, which takes minutes if the cores are shared
 
 
 class Run(Protocol):
-    """Runs a script with options in so many processes of an engine; its exit codes, and what it printed."""
+    """Run a script with options in several processes of an engine. Returns the exit codes, and what was printed."""
 
     def __call__(self, script: str, options: dict[str, Any], processes: int | None) -> tuple[list[int], str]: ...
 
@@ -36,7 +36,7 @@ def serve() -> None:
 
 
 def _run_in_forks(script: str, options: dict[str, Any], processes: int | None) -> dict[str, Any]:
-    """Run a script; without a number of processes, in one that knows of no other."""
+    """Run a script. Without a number of processes, run it in a single process that knows of no others."""
     port = free_port()
     pids, reports = [], []
     for index in range(processes or 1):
@@ -57,11 +57,11 @@ def _run_in_forks(script: str, options: dict[str, Any], processes: int | None) -
 
 
 def _run(script: str, options: dict[str, Any], writing: int) -> None:
-    """Be the script, to its end."""
+    """Act as the script until it ends."""
     code = 1
     try:
         signal.alarm(SECONDS_A_RUN)
-        faulthandler.dump_traceback_later(SECONDS_A_RUN - 5)  # so that a run that hangs tells where
+        faulthandler.dump_traceback_later(SECONDS_A_RUN - 5)  # a run that hangs then shows where
         imported = set(sys.modules)
         sys.argv = [script, json.dumps(options)]
         importlib.import_module(f"tests.distributed.{script}").main()
@@ -78,7 +78,7 @@ def _run(script: str, options: dict[str, Any], writing: int) -> None:
 
 @contextmanager
 def running(log: Path) -> Iterator[Run]:
-    """Runs scripts as asked for, until the block ends."""
+    """Run scripts on request until the block ends."""
     with answering_server(__name__, log, HF_HUB_OFFLINE="1", DS_ACCELERATOR="cpu") as ask:
 
         def run(script: str, options: dict[str, Any], processes: int | None) -> tuple[list[int], str]:

@@ -1,4 +1,4 @@
-"""FSDP without an accelerator: accelerate has no such thing, PyTorch does.
+"""FSDP without an accelerator, which accelerate does not support but PyTorch does.
 
 python -m tests.distributed.fsdp_on_cpu script.py argument …
 """
@@ -15,7 +15,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 
 def allow() -> None:
-    """Let accelerate take several processes on the CPU for what FSDP runs on; everything else is its own code."""
+    """Let accelerate treat several processes on the CPU as suitable for FSDP. Everything else is its own code."""
     initialize = AcceleratorState.__init__
 
     def initialize_with_fsdp(
@@ -23,7 +23,7 @@ def allow() -> None:
     ) -> None:
         initialize(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
-            # As it does for accelerators.
+            # As accelerate does for accelerators.
             self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
             if self._mixed_precision != "no":
                 fsdp_plugin.set_mixed_precision(self._mixed_precision)

@@ -13,5 +13,5 @@ from tests.continual.kill_server import run_stream
 
 
 if __name__ == "__main__":
-    options = json.loads(sys.argv[-1])  # deepspeed puts arguments of its own before it
+    options = json.loads(sys.argv[-1])  # deepspeed adds arguments of its own before it
     print(json.dumps(run_stream(Path(options.pop("folder")), **options)))

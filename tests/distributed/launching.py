@@ -1,4 +1,4 @@
-"""Scripts under an engine, by its launcher."""
+"""Scripts under an engine, started by its launcher."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.forking import free_port
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-TIMEOUT = 570  # seconds; DeepSpeed may compile an operator, for minutes where the cores are shared
+TIMEOUT = 570  # seconds; DeepSpeed may compile an operator, which takes minutes if the cores are shared
 
 
 def environment(device: str = "cpu") -> dict[str, str]:
@@ -32,7 +32,7 @@ def environment(device: str = "cpu") -> dict[str, str]:
 def run(
     command: list[str], timeout: float = TIMEOUT, cwd: Path | None = None, device: str = "cpu"
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command, of which no process is left afterwards."""
+    """Run a command, and leave no process of it behind."""
     process = subprocess.Popen(
         command, cwd=cwd, env=environment(device), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -45,7 +45,7 @@ def run(
 
 
 def children_of(pid: int) -> list[psutil.Process]:
-    """A process and all that it has started, as far as they are there."""
+    """Return a process and all processes that it has started, as far as they still exist."""
     if not psutil.pid_exists(pid):
         return []
     process = psutil.Process(pid)
@@ -53,7 +53,7 @@ def children_of(pid: int) -> list[psutil.Process]:
 
 
 def launcher(engine: str, processes: int = 2) -> list[str]:
-    """What starts the script under an engine; one process with none."""
+    """Return the launcher of an engine; without an engine, it starts one process."""
     if engine == "one":
         return [sys.executable]
     if engine in ("ddp", "fsdp"):
@@ -66,13 +66,13 @@ def launcher(engine: str, processes: int = 2) -> list[str]:
 def command(
     engine: str, script: str, folder: Path, processes: int = 2, device: str = "cpu", **options: Any
 ) -> list[str]:
-    """Runs a script of this folder under an engine."""
+    """Return the command that runs a script of this folder under an engine."""
     options = options_of_script(engine, folder, device, **options)
     return [*launcher(engine, processes), str(HERE / f"{script}.py"), json.dumps(options)]
 
 
 def options_of_script(engine: str, folder: Path, device: str = "cpu", **options: Any) -> dict[str, Any]:
-    """What a script of this folder is told, so that it trains under an engine."""
+    """Return the options with which a script of this folder trains under an engine."""
     options = {"folder": str(folder), "use_cpu": device == "cpu", **options}
     if engine.startswith("zero"):
         options["deepspeed"] = zero_config(engine)
@@ -83,7 +83,7 @@ def options_of_script(engine: str, folder: Path, device: str = "cpu", **options:
 
 
 def zero_config(engine: str) -> dict[str, Any]:
-    # No parameter of the tiny models is so small that every process keeps the whole of it.
+    # No parameter of the tiny models is so small that every process keeps it whole.
     stage: dict[str, Any] = {"stage": int(engine[4]), "stage3_param_persistence_threshold": 0}
     if engine.endswith("offload"):
         stage["offload_optimizer"] = {"device": "cpu"}

@@ -1,4 +1,4 @@
-"""A small stream, run by the tests under one launcher or another.
+"""A small stream. The tests run it under one launcher or another.
 
 python stream.py '{"folder": "out", "model": "bert", …}'; the other keys are arguments of the trainer.
 """
@@ -56,7 +56,7 @@ def main() -> None:
         max_steps=4, per_device_train_batch_size=8 // world, seed=3, weight_decay=0.0, optim="adamw_torch",
         lr_scheduler_type="constant", save_strategy="steps", save_steps=2,
     )  # fmt: skip
-    args = arguments(folder, **{**values, **options})  # before the model: ZeRO-3 partitions it as it is made
+    args = arguments(folder, **{**values, **options})  # before the model, because ZeRO-3 partitions it at once
     torch.manual_seed(0)
     if kind == "bert":
         model, share, data = (
@@ -90,7 +90,7 @@ def _train(
     broken_off: bool | None,
     together: list[str] | None,
 ) -> None:
-    """The stream; or its last task by itself, after a save, and on request after a try that does not end."""
+    """Train the stream, or its last task by itself after a save, and on request after an attempt that fails."""
     last = list(data)[-1] if broken_off is not None else None
     tasks = {name: splits for name, splits in data.items() if name != last}
     trainer = ShareTrainer(model, args, share, tasks, together=together)

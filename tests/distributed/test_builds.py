@@ -1,4 +1,4 @@
-"""Builds that two processes divide between them, against those of one, byte for byte."""
+"""Builds that two processes divide between them are equal to those of one process, byte for byte."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="launches as Linux does"),
 ]
 
-COUNT, MODULES = 20, 41  # an odd one: a process has no module in the last turn
+COUNT, MODULES = 20, 41  # an odd number, so that one process has no module in the last turn
 SMALL = ["--num-components", "8", "--pseudo-rank", "4"]
 
 
 def without_figures_of(files: dict[str, bytes]) -> dict[str, bytes]:
-    """Figures depend on whether matplotlib is there, which tests of one process hide."""
+    """Hide matplotlib, because the tests of one process hide it too, and figures depend on it."""
     return {name: content for name, content in files.items() if not name.startswith("figures")}
 
 
@@ -55,12 +55,12 @@ def test_two_processes_make_the_tree_of_one_and_fail_together(built: Any, tmp_pa
         write_collection(other / "loras", COUNT, MODULES)
     weights = cut / names[3] / WEIGHTS
     weights.write_bytes(weights.read_bytes()[:-100])
-    scale(str(loud / names[5]), 1, 1e25)  # the module that is the second process' first
+    scale(str(loud / names[5]), 1, 1e25)  # the module that the second process has first
     here, tree = str(folder), str(tmp_path / "two")
     init = ["init", tree, *names[:-1], *SMALL]
     commands = [
-        [[here, str(cut)], init],  # fails in reading
-        [[here, str(loud)], init],  # fails in merging
+        [[here, str(cut)], init],  # fails while reading
+        [[here, str(loud)], init],  # fails while merging
         [[here, here], ["init", str(tmp_path / "two-parts"), *names[:-1], *SMALL, "--json"]],
         [[here, here], init],
         [[here, here], ["add", tree, names[-1]]],
@@ -89,7 +89,7 @@ def test_two_processes_make_the_tree_of_one_and_fail_together(built: Any, tmp_pa
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-def test_a_killed_build_goes_on_where_it_was(built: Any, tmp_path: Path) -> None:
+def test_a_killed_build_continues_where_it_was(built: Any, tmp_path: Path) -> None:
     folder, names, after_init, _ = built
     tree = tmp_path / "two"
     command = [*launcher("ddp"), "-m", "share_hf.cli", "init", str(tree), *names[:-1], *SMALL]
@@ -101,7 +101,7 @@ def test_a_killed_build_goes_on_where_it_was(built: Any, tmp_path: Path) -> None
     deadline = time.monotonic() + 120
     try:
         while len([*unfinished.glob("*.safetensors")]) < 5:
-            if len(family) < 3:  # known before it is time to kill them
+            if len(family) < 3:  # known before it is time to kill the processes
                 family = children_of(process.pid)
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.002)
@@ -115,6 +115,6 @@ def test_a_killed_build_goes_on_where_it_was(built: Any, tmp_path: Path) -> None
 
     result = run(command, cwd=folder)
     assert result.returncode == 0, result.stdout[-4000:]
-    assert f"{tree}: goes on, {kept} of {MODULES} modules are finished" in result.stdout
+    assert f"{tree}: continuing, {kept} of {MODULES} modules are finished" in result.stdout
     assert without_figures_of(files_of(tree)) == without_figures_of(after_init)
     assert not unfinished.exists()

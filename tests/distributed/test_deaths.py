@@ -1,4 +1,4 @@
-"""Ranks that die at any moment take the run down, are named, and the stream resumes."""
+"""Ranks that die at any moment end the run, are named, and the stream resumes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ pytestmark = [
 SCRIPT = Path(__file__).with_name("killed.py")
 MOMENTS = {"ddp": 20, "zero2": 4, "zero3": 2, "fsdp": 2}
 
-# Moments by stage. Of 18 steps, 4 are of the first phase, 2 finetune it, and so on; each task has a merge.
+# Moments by stage. Of 18 steps, 4 are in the first phase, 2 finetune it, and so on; each task has a merge.
 STAGES = {
     "init": ("steps", 3),
     "finetune": ("steps", 5),
@@ -107,7 +107,7 @@ def test_a_stream_that_is_killed_at_a_random_moment_ends_as_one_that_is_not(
 
 
 @pytest.mark.parametrize("engine", ["zero2", "zero3", "fsdp"])
-def test_a_phase_that_was_killed_goes_on_from_its_checkpoint(
+def test_a_phase_that_was_killed_continues_from_its_checkpoint(
     engine: str, ask: Ask, whole: Callable[[str], End], tmp_path: Path
 ) -> None:
     ask(tmp_path, *STAGES["adapt"], alone=False, **options_of(engine))
@@ -135,12 +135,12 @@ def test_an_error_of_one_rank_ends_all_and_is_shown(ask: Ask, tmp_path: Path) ->
     assert "rank 0 (process" not in failed["output"]
 
 
-def test_what_the_first_process_cannot_save_is_told_by_every_process(ask: Ask, tmp_path: Path) -> None:
+def test_what_the_first_process_cannot_save_is_reported_by_every_process(ask: Ask, tmp_path: Path) -> None:
     (tmp_path / "subspace").write_text("in the way")
     failed = ask(tmp_path)
     assert failed["codes"] == [1, 1]
     assert failed["output"].count("ValueError: " + str(tmp_path / "subspace") + " is a file, expected a folder") == 2
-    assert "ended in the middle" not in failed["output"]
+    assert "ended during the run" not in failed["output"]
 
 
 def test_a_checkpoint_with_a_torn_file_of_any_rank_is_not_continued_from(
@@ -167,7 +167,7 @@ def test_a_stream_is_resumed_by_other_processes_than_began_it(
     assert resumed["codes"] == [0] * others, resumed["output"][-4000:]
     written = f"/0002-shapes-adapt/checkpoint-2: written with {'DeepSpeed' if first == 'zero2' else 'PyTorch'}"
     assert resumed["output"].count(written) == 1
-    assert ("the phase begins anew" in resumed["output"]) == (first == "zero2")
+    assert ("the phase starts over" in resumed["output"]) == (first == "zero2")
     assert resumed["lengths"][0]["steps"] == (12 if first == "zero2" else 10)
     ask(tmp_path / "whole", processes=1, dropout=0.0)
     found, expected = (SharedSubspace.from_pretrained(tmp_path / name / "subspace") for name in ("killed", "whole"))
@@ -199,7 +199,7 @@ def started_by(name: str) -> list[str]:
 
 
 def left_of(folder: Path) -> list[psutil.Process]:
-    """Processes whose command names a folder."""
+    """Return the processes whose command names a folder."""
     processes = psutil.process_iter(["cmdline"])
     return [process for process in processes if str(folder) in " ".join(process.info["cmdline"] or ())]
 
@@ -222,7 +222,7 @@ def test_a_launcher_ends_when_a_rank_is_killed_and_the_rank_is_named(
     options = {"folder": str(tmp_path / "out"), "clock": clock, "moment": moment, "rank": rank, **options_of(engine)}
     done = run([*started_by(program), str(SCRIPT), json.dumps(options)], timeout=90)
     assert done.returncode != 0
-    # torchrun stops the other rank as soon as it sees one end, and tells which did; deepspeed gives it a second.
+    # torchrun stops the other rank as soon as one ends, and names the one that did; deepspeed waits a second.
     named = "Root Cause.*rank +: {} " if engine == "ddp" else r"RuntimeError: rank {} \(process"
     assert re.search(named.format(rank), done.stdout, re.DOTALL), done.stdout[-6000:]
     assert f"rank {1 - rank} (process" not in done.stdout, done.stdout[-6000:]

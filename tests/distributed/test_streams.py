@@ -1,4 +1,4 @@
-"""Whole streams in two real processes, under each engine, against one process."""
+"""Whole streams in two real processes under each engine, compared with one process."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ RunScript = Callable[..., tuple[list[int], str]]
 
 @pytest.fixture(scope="module")
 def run_script(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunScript]:
-    """Runs a script of this folder in two processes of an engine, or in one of none."""
+    """Run a script of this folder in two processes of an engine, or in one process without an engine."""
     with running(tmp_path_factory.mktemp("forks") / "log.txt") as run_in_forks:
 
         def start(engine: str, script: str, folder: Path, **options: Any) -> tuple[list[int], str]:
@@ -40,7 +40,7 @@ def run_script(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunScript]:
 
 @pytest.fixture(scope="module")
 def launch(run_script: RunScript, tmp_path_factory: pytest.TempPathFactory) -> Launch:
-    """Runs a stream under an engine, the same one once: the subspace it leaves."""
+    """Run a stream under an engine, each one once, and return the subspace that it leaves."""
     known: dict[str, SharedSubspace] = {}
 
     def start(engine: str, model: str = "bert", **options: Any) -> SharedSubspace:
@@ -57,7 +57,7 @@ def launch(run_script: RunScript, tmp_path_factory: pytest.TempPathFactory) -> L
 
 
 def assert_whole_checkpoints(folder: Path) -> None:
-    """No checkpoint of a phase holds a part of a tensor, or what is not trained."""
+    """Assert that no checkpoint of a phase holds parts of a tensor, or anything that is not trained."""
     files = list(folder.glob("phases/*/checkpoint-*/*/adapter_model.safetensors"))
     assert files
     for file in files:
@@ -108,7 +108,7 @@ def test_coefficients_alone_are_learned_in_two_processes(launch: Launch) -> None
 
 @pytest.mark.parametrize("model", ["bert", "llama"])
 def test_tasks_are_learned_together_in_two_processes(model: str, launch: Launch) -> None:
-    """Each process may have samples of one task alone, and a step those of one in both."""
+    """Each process may have samples of one task only, and a step may have samples of one task in both processes."""
     names = ["shapes", "sizes"] if model == "bert" else ["b", "c"]
     options = {
         "method": "coefficients",
@@ -137,7 +137,7 @@ def test_engines_that_divide_gradients_learn_no_tasks_together(
 def test_the_best_checkpoint_of_evaluations_while_a_phase_trains_is_what_is_merged(
     engine: str, launch: Launch
 ) -> None:
-    """By a score that falls, the best is not what a phase ends with."""
+    """The score falls, so the best checkpoint is not the end of the phase."""
     options = {
         "eval_strategy": "steps",
         "eval_steps": 1,
@@ -154,7 +154,7 @@ def test_the_best_checkpoint_of_evaluations_while_a_phase_trains_is_what_is_merg
 
 
 @pytest.mark.parametrize(("engine", "broken_off"), [("ddp", True), ("zero2", True), ("zero3", False), ("fsdp", True)])
-def test_a_task_is_learned_by_itself_after_a_save_and_after_a_try_that_was_broken_off(
+def test_a_task_is_learned_by_itself_after_a_save_and_after_an_interrupted_try(
     engine: str, broken_off: bool, launch: Launch
 ) -> None:
     assert_close(launch(engine, broken_off=broken_off, tasks=2), launch("one", tasks=2), 1e-4)
@@ -223,7 +223,7 @@ def test_a_plain_trainer_in_two_processes_merges_what_one_does(
     engine: str, run_script: RunScript, tmp_path: Path
 ) -> None:
     for each in ("one", engine):
-        for _ in range(2):  # DeepSpeed allows one Trainer in a process
+        for _ in range(2):  # DeepSpeed allows one Trainer per process
             codes, output = run_script(each, "foreign", tmp_path / each)
             assert not any(codes), output[-6000:]
     found, expected = (SharedSubspace.from_pretrained(tmp_path / each) for each in (engine, "one"))
@@ -273,7 +273,7 @@ CONFIGURATIONS = sorted((RECIPES / "configs").glob("*.yaml"))
 
 @pytest.mark.parametrize("config", [path.stem for path in CONFIGURATIONS if "distributed_type:" in path.read_text()])
 def test_the_recipe_runs_with_every_launch_configuration(config: str, tmp_path: Path) -> None:
-    """The first process prints one table; on the CPU instead of the GPUs the files are for."""
+    """The first process prints one table. The CPU stands in for the GPUs that the files are for."""
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
     recipe = ["-m", "tests.distributed.fsdp_on_cpu", str(RECIPES / "llama_stream.py"), *TINY]
     done = run([*accelerate, str(RECIPES / "configs" / f"{config}.yaml"), *recipe], cwd=tmp_path)

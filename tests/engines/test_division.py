@@ -25,7 +25,7 @@ def test_each_module_has_one_process_and_shares_differ_by_one_at_most(count: int
 
 @pytest.mark.parametrize("processes", [2, 3, 4, 7])
 def test_modules_that_come_in_turns_are_shared_fairly(processes: int) -> None:
-    """A transformer's q, k, v, o, gate, up and down cost differently."""
+    """The q, k, v, o, gate, up and down projections of a transformer cost differently."""
     modules = [f"{layer}.{kind}" for layer in range(32) for kind in range(7)]
     for kind in range(7):
         counts = [sum(module.endswith(f".{kind}") for module in share) for share in shares_of(modules, processes)]

@@ -1,4 +1,4 @@
-"""What an engine cannot train is refused, and what mixed precision puts around a model is taken off again."""
+"""What an engine cannot train is refused, and what mixed precision wraps around a model is removed again."""
 
 from __future__ import annotations
 

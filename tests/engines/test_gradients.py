@@ -1,4 +1,4 @@
-"""Gradients that processes average, of which some have none."""
+"""Gradients that processes average, although some of them have none."""
 
 from __future__ import annotations
 

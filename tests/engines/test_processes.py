@@ -1,4 +1,4 @@
-"""What processes send each other: tensors as they are, and only those that the others do not have."""
+"""What processes send each other: unchanged tensors, and only those that the others do not have."""
 
 from __future__ import annotations
 

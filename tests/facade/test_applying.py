@@ -124,9 +124,9 @@ def test_a_task_that_cannot_be_added_leaves_the_model_as_it_was(
     before = output(model)
     with pytest.raises(ValueError, match=r"no task 'tusk_1'.*did you mean 'task_1'"):
         subspace.add_task(model, ["task_2", "tusk_1"])
-    with pytest.raises(ValueError, match="task 'task_0' is in the model already"):
+    with pytest.raises(ValueError, match="task 'task_0' is already in the model"):
         subspace.add_task(model, ["task_1", "task_0"])
-    with pytest.raises(ValueError, match="model is a LlamaForCausalLM, expected one that apply made"):
+    with pytest.raises(ValueError, match="model is a LlamaForCausalLM, expected one made by SharedSubspace"):
         subspace.add_task(tiny_model("llama"), "task_1")
     other = SharedSubspace.from_adapters({"task_9": folders["task_5"]}, num_components=16, pseudo_rank=4)
     with pytest.raises(ValueError, match="basis"):

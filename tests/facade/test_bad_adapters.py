@@ -1,4 +1,4 @@
-"""Many adapters of which some are broken, the same, badly named or changing: told by name, and nothing half done."""
+"""Many adapters, some broken, identical, badly named or changing: each is reported by name, and no work is lost."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def build() -> Callable[..., SharedSubspace]:
 
 @pytest.fixture
 def told() -> Iterator[list[str]]:
-    """What the library warns of."""
+    """Warnings of the library."""
     lines: list[str] = []
     with calling_at_warnings(lines.append):
         yield lines
@@ -83,7 +83,7 @@ def calling_at_warnings(call: Callable[[str], object]) -> Iterator[None]:
 
 @pytest.fixture
 def thousand(tmp_path: Path) -> dict[str, Path]:
-    """A thousand adapters of which three are broken."""
+    """A thousand adapters, three of which are broken."""
     adapters = {f"task{i}": write_adapter(tmp_path / str(i), i) for i in range(1000)}
     truncate(adapters["task17"])
     (adapters["task400"] / CONFIG).write_text("{")
@@ -104,7 +104,7 @@ def test_all_of_a_thousand_that_are_broken_are_named_at_once(
     assert f"{thousand['task999']}: no such folder or file" in lines[2]
 
 
-def test_those_that_are_broken_are_left_out_and_told(
+def test_those_that_are_broken_are_left_out_and_reported(
     tmp_path: Path, build: Callable[..., SharedSubspace], told: list[str]
 ) -> None:
     adapters = {name: write_adapter(tmp_path / name, seed) for seed, name in enumerate("abcdef")}
@@ -193,7 +193,7 @@ def under_another_name(tensors: dict[str, torch.Tensor]) -> None:
 
 @pytest.fixture
 def refused_by_merges(tmp_path: Path) -> dict[str, Path]:
-    """Adapters that are read without an error, and merged with none."""
+    """Adapters that are read without an error, but cannot be merged with any other."""
     adapters = {name: write_adapter(tmp_path / name, 10 + i) for i, name in enumerate(("infinite", "loud", "other"))}
     edit_json(adapters["infinite"] / CONFIG, overflowing)
     edit_tensors(adapters["infinite"] / WEIGHTS, lambda tensors: tensors[max(tensors)].mul_(1000))
@@ -221,7 +221,7 @@ def test_adapters_that_only_a_merge_refuses_are_left_out_too(
     assert list(skipped) == list(refused_by_merges)
     assert skipped["infinite"].startswith(f"'{MODULE}': task 'infinite': out_factor has NaN or infinite entries")
     assert f"'{MODULE}': task 'loud': its update has norm" in skipped["loud"]
-    assert "one layer as two classes or versions of transformers call it" in skipped["other"]
+    assert "the same layer in two classes or versions of transformers" in skipped["other"]
     assert told[0] == "3 adapters were left out:"
 
 
@@ -243,7 +243,7 @@ def test_adding_leaves_them_out_and_changes_nothing_where_all_are_refused(
 # ---- The same -------------------------------------------------------------------------------------------------------
 
 
-def test_adapters_that_are_the_same_are_told_and_kept(
+def test_adapters_that_are_the_same_are_reported_and_kept(
     tmp_path: Path, build: Callable[..., SharedSubspace], told: list[str]
 ) -> None:
     adapters = {name: write_adapter(tmp_path / name, seed) for seed, name in enumerate("ab")}
@@ -280,7 +280,7 @@ def test_classifiers_with_other_heads_are_not_the_same(
 
 
 def refactored(tensors: dict[str, torch.Tensor]) -> None:
-    """The same update from other factors, to float32's rounding."""
+    """The same update from other factors, up to float32's rounding."""
     mixing = torch.tensor([[2.0, 0.3], [-0.7, 1.1]])
     for name in [name for name in tensors if "lora_A" in name]:
         other = name.replace("lora_A", "lora_B")
@@ -290,7 +290,7 @@ def refactored(tensors: dict[str, torch.Tensor]) -> None:
 
 @pytest.mark.parametrize("num_components", [4, 12])
 @pytest.mark.parametrize("dtype", ["float32", "4bit"])
-def test_a_task_that_is_there_already_is_told_whatever_a_merge_cut_of_it(
+def test_a_task_that_is_there_already_is_reported_whatever_a_merge_cut_of_it(
     dtype: str, num_components: int, tmp_path: Path, told: list[str]
 ) -> None:
     adapters = {name: write_adapter(tmp_path / name, seed) for seed, name in enumerate("abcde")}
@@ -302,7 +302,7 @@ def test_a_task_that_is_there_already_is_told_whatever_a_merge_cut_of_it(
     subspace.add_adapters({"new": write_adapter(tmp_path / "new", 9), "again": again}, progress=False)
     assert subspace.tasks == (*adapters, "new", "again")
     assert subspace.reading.known == {"again": "b"}
-    assert told == ["again is the same adapter as b, which is there already"]
+    assert told == ["again is the same adapter as b, which is already in the subspace"]
     subspace.add_adapters([write_adapter(tmp_path / "other", 10)], progress=False)
     assert subspace.reading.known == {}
 
@@ -317,7 +317,7 @@ def test_a_task_that_is_there_already_is_told_whatever_a_merge_cut_of_it(
     ],
     ids=["negated", "scaled", "permuted"],
 )
-def test_adapters_that_are_alike_are_not_told_to_be_the_same(
+def test_similar_adapters_are_not_reported_as_the_same(
     change: Callable[[dict[str, torch.Tensor]], object], num_components: int, tmp_path: Path, told: list[str]
 ) -> None:
     adapters = {name: write_adapter(tmp_path / name, seed) for seed, name in enumerate("abcde")}
@@ -375,7 +375,7 @@ def test_the_one_of_many_tasks_that_is_the_same_is_found_after_a_removal_and_a_r
         ("a" * 40, f"task-{'a' * 40}"),
     ],
 )
-def test_names_of_folders_are_mended_and_told(
+def test_names_of_folders_are_mended_and_reported(
     folder: str, name: str, tmp_path: Path, build: Callable[..., SharedSubspace], told: list[str]
 ) -> None:
     subspace = build([write_adapter(tmp_path / folder, 0)])
@@ -384,14 +384,14 @@ def test_names_of_folders_are_mended_and_told(
     assert told == [f"{folder!r} is called {name}"]
 
 
-def test_names_that_collide_when_they_are_mended_are_told(
+def test_names_that_collide_when_they_are_mended_are_reported(
     tmp_path: Path, build: Callable[..., SharedSubspace]
 ) -> None:
     places = [write_adapter(tmp_path / folder, seed) for seed, folder in enumerate(("a.b", "a b"))]
     with pytest.raises(ValueError, match=f"two adapters are called 'a-b', .*: {places[0]} and {places[1]}"):
         build(places)
     upper = write_adapter(tmp_path / "A-B", 3)
-    with pytest.raises(ValueError, match="'A-B' equals 'a-b' but for case"):
+    with pytest.raises(ValueError, match="'A-B' differs from 'a-b' only in case"):
         build([places[0], upper])
 
 
@@ -399,7 +399,7 @@ def test_names_of_which_nothing_can_stay_and_names_that_are_given_are_not_mended
     tmp_path: Path, build: Callable[..., SharedSubspace]
 ) -> None:
     folder = write_adapter(tmp_path / "日本", 0)
-    with pytest.raises(ValueError, match="no task can be called '日本', expected another name for it"):
+    with pytest.raises(ValueError, match="no task can be called '日本', expected another name"):
         build([folder])
     with pytest.raises(ValueError, match=r"task name 'a\.b' is not usable"):
         build({"a.b": folder})
@@ -423,7 +423,7 @@ def test_an_adapter_that_is_written_to_while_it_is_read_is_refused_by_name(
     subspace = build({"first": write_adapter(tmp_path / "first", 0)})
     adapters = {name: write_adapter(tmp_path / name, 1) for name in ("new", "same")}
     before = subspace.state
-    # The warning about the two that are the same comes when all have been read, and before the work.
+    # The warning about the two identical ones comes when all have been read, before any merge.
     with (
         calling_at_warnings(lambda _: rewrite_in_place(adapters["same"], keep=keep)),
         pytest.raises(ValueError, match=f"{adapters['same'] / WEIGHTS}: changed while it was read.*try again"),

@@ -1,4 +1,4 @@
-"""Subspaces with coefficients in bfloat16 and 4 bit: saved, loaded by every loader, extended, pushed, trained."""
+"""Subspaces with coefficients in bfloat16 and 4 bits: saved, loaded by every loader, extended, pushed, trained."""
 
 from __future__ import annotations
 

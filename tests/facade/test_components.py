@@ -1,4 +1,4 @@
-"""Components of a pipeline are models of their own: a subspace of all of them is applied to one, by prefix."""
+"""Components of a pipeline are separate models: a subspace of all of them is applied to one of them, by prefix."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def small_unet() -> nn.Module:
 
 
 class Denoiser(nn.Module):
-    """What stands in for a UNet where diffusers is not installed."""
+    """Stands in for a UNet if diffusers is not installed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ def with_lora(model: nn.Module, seed: int) -> nn.Module:
 
 
 def saved(folder: Path, components: dict[str, nn.Module]) -> Path:
-    """One adapter of the components of a pipeline, its modules named from the pipeline down."""
+    """An adapter of the components of a pipeline, with the names of its modules starting at the pipeline."""
     tensors: dict[str, Tensor] = {}
     for prefix, model in components.items():
         model.save_pretrained(folder, save_embedding_layers=False)

@@ -56,7 +56,7 @@ class TestAdding:
         assert report.changed_layers == len(report.layers)
 
     @pytest.mark.parametrize("tolerance", [-0.1, 1.0, float("nan"), True, "0.1"])
-    def test_what_is_no_tolerance_is_refused(self, subspace: SharedSubspace, tolerance: object) -> None:
+    def test_what_is_not_a_tolerance_is_refused(self, subspace: SharedSubspace, tolerance: object) -> None:
         before = subspace.state
         with pytest.raises(ValueError, match="tolerance is"):
             subspace.add_adapters({"rte": "no-such-folder"}, tolerance=tolerance, **QUIET)
@@ -109,14 +109,14 @@ class TestRenaming:
         ("old", "new", "told"),
         [
             ("mprc", "new", "no task 'mprc'"),
-            ("mrpc", "sst2", "exists already"),
-            ("mrpc", "SST2", "but for case"),
+            ("mrpc", "sst2", "already exists"),
+            ("mrpc", "SST2", "only in case"),
             ("mrpc", "main", "reserved"),
             ("mrpc", "a.b", "not usable"),
-            ("mrpc", "mrpc", "has this name already"),
+            ("mrpc", "mrpc", "already has this name"),
         ],
     )
-    def test_what_is_no_new_name_is_refused(self, subspace: SharedSubspace, old: str, new: str, told: str) -> None:
+    def test_what_is_not_a_new_name_is_refused(self, subspace: SharedSubspace, old: str, new: str, told: str) -> None:
         before = subspace.state
         with pytest.raises(ValueError, match=told):
             subspace.rename_task(old, new)

@@ -36,7 +36,7 @@ RANK_4 = dict(num_components=16, pseudo_rank=4, progress=False)
 
 @pytest.fixture
 def three(loras: dict[str, Path]) -> SharedSubspace:
-    """All three LoRAs without any loss: three of rank 4 have room in 16 directions."""
+    """All three LoRAs without any loss: three of rank 4 fit into 16 directions."""
     return SharedSubspace.from_adapters(loras, **RANK_4)
 
 
@@ -86,7 +86,7 @@ class TestSums:
         for module, update in found.items():
             assert_close(update, sum(weight * parts[task][module] for task, weight in weights.items()))
 
-    def test_a_rank_is_paid_for_in_an_error_that_is_told(
+    def test_a_rank_is_paid_for_in_an_error_that_is_reported(
         self, three: SharedSubspace, tiny_model: Callable[[str], PreTrainedModel], tmp_path: Path
     ) -> None:
         error = three.export_combined({"mrpc": 1, "sst2": 1}, tmp_path / "p")
@@ -272,7 +272,7 @@ class TestMergedModels:
     ) -> None:
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "mine.txt").write_text("mine")
-        with pytest.raises(ValueError, match="holds something already"):
+        with pytest.raises(ValueError, match="is not empty"):
             three.export_merged("mrpc", tmp_path / "no-such-base", tmp_path / "out")
         assert [*files_of(tmp_path / "out")] == ["mine.txt"]
 

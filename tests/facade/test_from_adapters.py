@@ -1,4 +1,4 @@
-"""Subspaces from plain LoRA adapters that PEFT wrote: made, extended, reported on, and cut down."""
+"""Subspaces from plain LoRA adapters that PEFT wrote: made, extended, reported on, and truncated."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ VARIANTS: dict[str, dict[str, object]] = {
 
 @pytest.fixture
 def variants(save_lora: SaveLora) -> dict[str, Path]:
-    """LoRAs of every kind that can be mixed in one subspace."""
+    """LoRAs of every kind that one subspace can mix."""
     return {name: save_lora(name, seed=i, **config) for i, (name, config) in enumerate(VARIANTS.items())}
 
 
@@ -148,7 +148,7 @@ def test_an_adapter_that_the_basis_explains_leaves_the_basis_as_it_is(
         assert_close(layer.update_of("again").dense(), layer.update_of("mrpc").dense() * 3 / 8)
 
 
-def test_adapters_given_at_once_or_one_by_one_are_told_in_the_lineage(
+def test_adapters_given_at_once_or_one_by_one_are_recorded_in_the_lineage(
     loras: dict[str, Path], subspace: SharedSubspace
 ) -> None:
     at_once = SharedSubspace.from_adapters(loras, pseudo_rank=4, progress=False)

@@ -36,7 +36,7 @@ from tests.trees import (
 )
 
 
-# Loads each adapter with plain PEFT, the base model by the name in the adapter, and writes down the logits.
+# Loads each adapter with plain PEFT on the base model that the adapter names, and writes the logits.
 PLAIN_PEFT = """
 import json, sys
 import peft, torch
@@ -363,7 +363,7 @@ def test_an_exported_classifier_keeps_its_own_labels(
 
 
 def stacks(model: nn.Module) -> list[tuple[int, int]]:
-    """Which tensors hold the coefficients of a model's layers, and how often they were written to."""
+    """Return which tensors hold the coefficients of a model's layers, and how often they were written to."""
     parameters = [
         side
         for layer in share_layers(model).values()
@@ -376,7 +376,7 @@ def stacks(model: nn.Module) -> list[tuple[int, int]]:
 def test_what_a_model_holds_is_not_loaded_again_unless_it_was_cast(
     cast: bool, subspace: SharedSubspace, tiny_model: Callable[[str], PreTrainedModel]
 ) -> None:
-    """As the Trainer casts it for an evaluation in bfloat16, and leaves it so."""
+    """The Trainer casts it like this for an evaluation in bfloat16, and leaves it so."""
     model = subspace.apply(tiny_model("llama"))
     if cast:
         model.to(torch.bfloat16)

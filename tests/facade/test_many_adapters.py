@@ -1,4 +1,4 @@
-"""Subspaces from many adapters: read one module at a time, and looked at before any work."""
+"""Subspaces from many adapters: read one module at a time, and checked before any work."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_build_holds_no_more_than_the_stacks_of_the_modules_it_works_on(tmp_pa
     peak = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     stack = COUNT * RANK * 2 * FEATURES * 8  # of a module, in float64
     everything = MODULES * stack
-    # Two modules are worked on at a time, each with its factors in float64 and in float32 and some temporaries.
+    # Two modules are in work at a time, each with its factors in float64 and in float32, and some temporaries.
     assert peak < 2 * 4 * stack + 16 * MEGABYTE < 0.6 * everything, (peak / MEGABYTE, stack / MEGABYTE)
 
 

@@ -1,4 +1,4 @@
-"""Subspaces whose tasks have ranks of their own: (k, p_i) in files and state dicts, and in every loader."""
+"""Subspaces whose tasks have individual ranks: (k, p_i) in files and state dicts, and in every loader."""
 
 from __future__ import annotations
 

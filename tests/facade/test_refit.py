@@ -1,4 +1,4 @@
-"""Steps that are taken back, and bases that are built anew from the adapters that tasks came from."""
+"""Steps that are undone, and bases that are rebuilt from the adapters that tasks came from."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def merged(adapters: dict[str, Path]) -> SharedSubspace:
 
 
 def error(subspace: SharedSubspace, adapters: dict[str, Path]) -> float:
-    """Mean relative error of all tasks and layers against the adapters."""
+    """Return the mean relative error of all tasks and layers against the adapters."""
     exact = SharedSubspace.from_adapters(
         {task: adapters[task] for task in subspace.tasks}, num_components=24, pseudo_rank=4, **QUIET
     )
@@ -73,7 +73,7 @@ class TestRefit:
         assert error(merged, adapters) > 0.1
         merged.refit(**QUIET)
         assert merged.tasks == ("t0", "t5")
-        assert error(merged, adapters) < 1e-6  # two of rank 4 have room in 8 directions
+        assert error(merged, adapters) < 1e-6  # two of rank 4 fit into 8 directions
         assert merged.state.lineage[-1]["refit"] == ["t0", "t5"]
 
     def test_a_task_without_an_original_goes_in_as_it_is_stored(
@@ -95,7 +95,7 @@ class TestRefit:
     ) -> None:
         merged.save_pretrained(tmp_path / "tree")
         assert not originals_file(tmp_path / "tree").exists()
-        with pytest.raises(ValueError, match="no original of any task is known"):
+        with pytest.raises(ValueError, match="no original adapter is known"):
             SharedSubspace.from_pretrained(tmp_path / "tree").refit(**QUIET)
         merged.rename_task("t0", "first")
         merged.remove_task("t4")
@@ -164,7 +164,7 @@ class TestUndo:
             found = SharedSubspace.undo(tree)
             assert files_of(tree) == {**expected, "mine.txt": b"mine"}
             assert_same_state(found.state, SharedSubspace.from_pretrained(tree).state)
-        with pytest.raises(ValueError, match="no predecessor of it is kept"):
+        with pytest.raises(ValueError, match="no earlier version of it is kept"):
             SharedSubspace.undo(tree)
 
     def test_no_more_are_kept_than_asked_for_and_none_unasked(self, merged: SharedSubspace, tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ class TestUndo:
         for task in ("t4", "t3", "t2"):
             merged.remove_task(task)
             merged.save_pretrained(tree)
-        merged.save_pretrained(tree)  # no step
+        merged.save_pretrained(tree)  # not a step
         assert len([path for path in history_of(tree).iterdir() if path.is_dir()]) == 2
         assert SharedSubspace.undo(tree).tasks == ("t0", "t1", "t2")
         assert SharedSubspace.undo(tree).tasks == ("t0", "t1", "t2", "t3")
@@ -185,7 +185,7 @@ class TestUndo:
         assert not history_of(tree).exists()
 
     @pytest.mark.parametrize("history", [-1, 1.5, True])
-    def test_what_is_no_number_of_steps_is_refused(
+    def test_what_is_not_a_number_of_steps_is_refused(
         self, merged: SharedSubspace, tmp_path: Path, history: object
     ) -> None:
         with pytest.raises(ValueError, match="history is"):
@@ -230,7 +230,7 @@ def test_the_commands(adapters: dict[str, Path], tmp_path: Path, capsys: pytest.
     )
     share("add", tree, str(adapters["t2"]))
     assert share("undo", tree)["undone"]["merged"] == ["lora2"]
-    assert share("undo", tree)["error"].endswith("before the step that is to be taken back")
+    assert share("undo", tree)["error"].endswith("before the step to undo")
     share("add", tree, str(adapters["t2"]))
     share("remove", tree, "lora0")
     assert share("refit", tree)["from_originals"] == 2

@@ -1,4 +1,4 @@
-"""`learn_route` and `route` of a subspace: from texts or batches, carried by saving, applying and the hub."""
+"""`learn_route` and `route` of a subspace: from texts or batches, preserved by saving, applying and the Hub."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TinyModel = Callable[[str], PreTrainedModel]
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
-    """A word is a token; pairs are joined by one that no text has."""
+    """A tokenizer in which a word is a token. Pairs are joined by a token that no text has."""
     words = ["<pad>", "<unk>", "</s>", "<sep>", *" ".join(WORDS.values()).split()]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -127,9 +127,9 @@ def test_two_writers_of_a_repository_teach_each_other_their_routes(
     [
         ("mrcp", [], {}, "no task 'mrcp' in the subspace.*did you mean 'mrpc'"),
         ("mrpc", [], {}, "task 'mrpc': 0 inputs to learn a route from, expected at least 3"),
-        ("mrpc", [{"text": 1}], {"tokenizer": True}, r"columns of text \[\], expected one, or two that are a pair"),
-        ("mrpc", [{"a": "x", "b": "y", "c": "z"}], {"tokenizer": True}, r"columns of text \['a', 'b', 'c'\]"),
-        ("mrpc", [{"input_ids": torch.ones(3, 4).long()}], {"layers": [-1]}, r"layers is \[-1\], expected numbers"),
+        ("mrpc", [{"text": 1}], {"tokenizer": True}, r"text columns \[\], expected one, or two that form a pair"),
+        ("mrpc", [{"a": "x", "b": "y", "c": "z"}], {"tokenizer": True}, r"text columns \['a', 'b', 'c'\]"),
+        ("mrpc", [{"input_ids": torch.ones(3, 4).long()}], {"layers": [-1]}, r"layers is \[-1\], expected indices"),
         ("mrpc", [{"input_ids": torch.ones(3, 4).long()}], {"layers": [7]}, "expected those of 7 layers"),
     ],
 )
@@ -156,7 +156,7 @@ def test_routes_of_other_layers_are_refused(subspace: SharedSubspace, tiny_model
         yield {"input_ids": torch.randint(3, 64, (8, 5))}
 
     subspace.learn_route("mrpc", base, batches(), layers=[2])
-    with pytest.raises(ValueError, match=r"layers is \[1\], expected \[2\] as the routes that there are"):
+    with pytest.raises(ValueError, match=r"layers is \[1\], expected \[2\] as in the existing routes"):
         subspace.learn_route("sst2", base, batches(), layers=[1])
     subspace.learn_route("sst2", base, batches())
     assert subspace.state.router.layers == (2,)

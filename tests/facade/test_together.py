@@ -1,4 +1,4 @@
-"""Features in each other's company: kinds of layers, ranks, components and originals through edits and exports."""
+"""Features in combination: kinds of layers, ranks, components and originals, through edits and exports."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def base() -> Reader:
 
 @pytest.fixture
 def folders(base: Reader, tmp_path: Path) -> dict[str, Path]:
-    """Four LoRAs of ranks 2 to 5; one leaves two layers alone."""
+    """Four LoRAs of ranks 2 to 5. One of them leaves out two layers."""
     targets = {"third": {"target_modules": ["image", "words"]}}
     return {
         task: lora_of(base, tmp_path / f"lora-{task}", rank, **targets.get(task, {}))
@@ -56,7 +56,7 @@ def folders(base: Reader, tmp_path: Path) -> dict[str, Path]:
 
 
 def learned(folders: dict[str, Path]) -> dict[str, dict[str, Tensor]]:
-    """By task and module, the update of each adapter in float64."""
+    """Return the update of each adapter in float64, by task and module."""
     return {
         task: {
             module: update.out_factor.double() @ update.in_factor.double().T
@@ -67,7 +67,7 @@ def learned(folders: dict[str, Path]) -> dict[str, dict[str, Tensor]]:
 
 
 def assert_certified(state: SubspaceState, folders: dict[str, Path]) -> None:
-    """Every task is as near to its adapter as its bound says."""
+    """Assert that every task is as close to its adapter as its bound says."""
     for task, updates in learned(folders).items():
         layers = state.layers_of(task)
         assert layers.keys() == updates.keys()
@@ -180,10 +180,10 @@ def test_tasks_of_other_ranks_share_a_batch_and_a_sum(dtype: str, base: Reader, 
     for name, layer in share_layers(model).items():
         summed = layer.get_delta_weight("sum")
         lost = (summed - before[name]).flatten(1)
-        # No more than the best of rank p loses.
+        # It loses no more than the best approximation of rank p.
         values = torch.linalg.svdvals(before[name].flatten(1))
         assert float(lost.norm()) <= float(values[6:].norm()) + 1e-4 * float(values.norm())
-    model.set_adapter("sum")  # folded for "other" before: nothing of it is used for the sum
+    model.set_adapter("sum")  # the factors folded for "other" before are not used for the sum
     in_weights = copy.deepcopy(model).merge_and_unload()
     assert_close(output(model), output(in_weights), 1e-4)
 
@@ -254,7 +254,7 @@ def test_an_adapter_of_another_kind_of_layer_is_named_with_all_broken_ones_or_le
     turned = lora_of(Reader(KERNEL[::-1]), tmp_path / "turned", 1)
     (broken := tmp_path / "broken").mkdir()
     places = {"turned": turned, "broken": broken}
-    told = r"(?s)2 of 4 adapters .*turned: 'image' is a convolution with kernel \(2, 3\) .*broken: .*no adapter_config"
+    told = r"(?s)2 of 4 .*turned: 'image' is of kind convolution with kernel \(2, 3\) .*broken: .*no adapter_config"
     with pytest.raises(ValueError, match=told):
         SharedSubspace.from_adapters({"first": folders["first"], **places, "third": folders["third"]}, **QUIET)
     made = SharedSubspace.from_adapters({"first": folders["first"], **places}, skip_bad=True, **QUIET)
@@ -272,7 +272,7 @@ def test_diffusers_gets_convolutions_as_kernels(base: Reader, tmp_path: Path) ->
     assert tensors["unet.image.lora_A.weight"].shape[1:] == (1, *KERNEL)
     assert tensors["unet.image.lora_B.weight"].shape[2:] == (1, 1)
     assert tensors["unet.series.lora_A.weight"].ndim == 3
-    # Earlier versions of diffusers scale other ranks wrongly where there is no alpha.
+    # Earlier versions of diffusers scale other ranks wrongly if there is no alpha.
     assert len({tensor.shape[1] for name, tensor in tensors.items() if "lora_B" in name}) == 1
     again = read_lora(tmp_path / "out")
     assert again.layouts == made.state.layouts
@@ -334,7 +334,7 @@ def test_what_was_read_of_a_pipeline_is_replaced_and_refitted(
     loaded = SharedSubspace.from_pretrained(tree)
     loaded.refit(**QUIET)
     assert loaded.state.lineage[-1]["from_originals"] == 2
-    # Named anew, of the component that is meant.
+    # Named again, with the intended component.
     with pytest.raises(ValueError, match="several components"):
         loaded.refit({"s1": styles["s2"]}, **QUIET)
     loaded.refit({"s1": styles["s2"]}, **of_component)
@@ -473,7 +473,7 @@ class TestTwoWriters:
         ours.add_adapters({"t1": adapters["t1"]}, **QUIET)
         ours.update_from(theirs)
         check_original(ours.state, "t0", read_lora(adapters["t3"]).updates)
-        ours.refit(**QUIET)  # or it would look for t3 where t0 was
+        ours.refit(**QUIET)  # otherwise it would look for t3 where t0 was
         assert ours.state.lineage[-1]["from_originals"] == 1
 
     @pytest.mark.parametrize("content", ['{"a": 1}', '{"a": {"component": "unet"}}', '{"a": {"place": 1}}'])

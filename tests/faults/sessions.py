@@ -1,6 +1,6 @@
-"""What a person does with a subspace, from its folder to its folder, in a process that may be killed at any moment.
+"""What a person does with a subspace, from folder to folder, in a process that may be killed at any moment.
 
-Importing the libraries takes longer than a session. So one process imports them, and does each session in a fork of
+Importing the libraries takes longer than a session. So one process imports them, and runs each session in a fork of
 itself.
 """
 
@@ -38,33 +38,33 @@ def add(folder: Path, task: str, adapter: str) -> None:
 
 
 def remove(folder: Path, task: str) -> None:
-    """Forget a task."""
+    """Remove a task."""
     subspace = SharedSubspace.from_pretrained(folder)
     subspace.remove_task(task)
     subspace.save_pretrained(folder)
 
 
 def rename(folder: Path, task: str, new_name: str) -> None:
-    """Give a task another name."""
+    """Rename a task."""
     subspace = SharedSubspace.from_pretrained(folder)
     subspace.rename_task(task, new_name)
     subspace.save_pretrained(folder)
 
 
 def save(folder: Path) -> None:
-    """Load the subspace and save it as it is."""
+    """Load the subspace and save it unchanged."""
     SharedSubspace.from_pretrained(folder).save_pretrained(folder)
 
 
 def push(folder: Path, repo_id: str) -> None:
-    """Publish the subspace, and keep what it was merged with."""
+    """Publish the subspace, and keep the result of the merge."""
     subspace = SharedSubspace.from_pretrained(folder)
     subspace.push_to_hub(repo_id)
     subspace.save_pretrained(folder)
 
 
 def pull(folder: Path, repo_id: str) -> None:
-    """Take in what others have published."""
+    """Merge what others have published."""
     subspace = SharedSubspace.from_pretrained(folder)
     subspace.update_from(SharedSubspace.from_pretrained(repo_id))
     subspace.save_pretrained(folder)
@@ -76,7 +76,7 @@ SESSIONS: dict[str, Callable[..., None]] = {
 
 
 def do(session: Session) -> None:
-    """Do a session in this process."""
+    """Run a session in this process."""
     arguments = {name: value for name, value in session.items() if name not in ("name", "folder")}
     SESSIONS[session["name"]](Path(session["folder"]), **arguments)
 
@@ -85,7 +85,7 @@ def do(session: Session) -> None:
 
 
 def serve() -> None:
-    """Do the session of each line of JSON in a fork, killed before the change of files of this number."""
+    """Run the session of each line of JSON in a fork, which is killed before the change of files with this number."""
     torch.set_num_threads(1)
     sys.modules["matplotlib.figure"] = None  # type: ignore[assignment]
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
@@ -102,7 +102,7 @@ def serve() -> None:
 
 
 def _end_as(session: Session, change: int | None) -> None:
-    """Do a session and leave, or be killed within it."""
+    """Run a session and exit, or be killed during it."""
     code = 1
     try:
         signal.alarm(SECONDS_A_SESSION)
@@ -118,7 +118,7 @@ def _end_as(session: Session, change: int | None) -> None:
 
 
 def _killing_before(change: int) -> Callable[[str, tuple[object, ...]], None]:
-    """Kills this process before its change of files of this number, wherever the files are."""
+    """Kill this process before its change of files with this number, wherever the files are."""
     left = change
 
     def hook(event: str, arguments: tuple[object, ...]) -> None:
@@ -136,7 +136,7 @@ def _killing_before(change: int) -> Callable[[str, tuple[object, ...]], None]:
 
 
 class Forks:
-    """Does sessions in forks of a process that has imported the libraries."""
+    """Runs sessions in forks of a process that has imported the libraries."""
 
     def __init__(self, process: subprocess.Popen[str], log: Path) -> None:
         self._process = process
@@ -145,12 +145,12 @@ class Forks:
     def do(
         self, session: Session, change: int | None = None, begun: Callable[[int], object] = lambda pid: None
     ) -> bool:
-        """Do a session that may be killed; whether it was done.
+        """Run a session that may be killed, and return whether it was completed.
 
         Args:
-            session: What to do.
-            change: The number of its change of files before which it is killed.
-            begun: Called with the number of the process that does it.
+            session: Session to run.
+            change: Number of the change of files before which it is killed.
+            begun: Function that is called with the id of the process that runs it.
         """
         before = self._log.stat().st_size
         self._process.stdin.write(json.dumps({"session": session, "change": change}) + "\n")
@@ -166,6 +166,6 @@ class Forks:
 
 @contextmanager
 def forks(log: Path) -> Iterator[Forks]:
-    """A process that imports the libraries and forks, in the environment of now."""
+    """A process that imports the libraries and forks, in the current environment."""
     with forking_server(__name__, log) as process:
         yield Forks(process, log)

@@ -1,7 +1,7 @@
 """Two people, two folders and a repository, whatever they do and whenever they are killed: nothing is lost.
 
-A machine of hypothesis chooses what to do. What must be there is told by sets of names: of tasks that were added, and
-of tasks that were removed, in each place.
+A state machine of hypothesis chooses what to do. Sets of names say what must be there: tasks that were added, and
+tasks that were removed, in each place.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ MOST_TASKS = 10
 
 @dataclass(frozen=True)
 class World:
-    """What somebody knows: the tasks that there have been, and those of them that were removed."""
+    """What somebody knows: the tasks that have ever existed, and those of them that were removed."""
 
     added: frozenset[str] = frozenset()
     removed: frozenset[str] = frozenset()
 
     @property
     def alive(self) -> set[str]:
-        """The tasks that are there."""
+        """The tasks that exist."""
         return set(self.added - self.removed)
 
     def joined(self, other: World) -> World:
@@ -55,7 +55,7 @@ class World:
 
 @dataclass
 class Place:
-    """Where the machine runs, and how far it got in all its examples."""
+    """Where the machine runs, and how far it got over all examples."""
 
     hub: Hub
     forks: Forks
@@ -67,7 +67,7 @@ class Place:
 
 
 class TwoWriters(RuleBasedStateMachine):
-    """Two who add, remove, rename, save, push and pull, some of the time until they are killed."""
+    """Two people who add, remove, rename, save, push and pull, some of the time until they are killed."""
 
     place: Place  # set by the test
 
@@ -90,7 +90,7 @@ class TwoWriters(RuleBasedStateMachine):
 
     @rule(writer=st.sampled_from(WRITERS), fate=st.integers(0, 7), data=st.data())
     def somebody_works(self, writer: str, fate: int, data: st.DataObject) -> None:
-        """A session to its end; one of eight is done in a process that is killed."""
+        """Run a session to its end. One of eight runs in a process that is killed."""
         session, after = self.session(writer, data)
         if not fate:
             self.try_to_do(session, after, writer, data)
@@ -103,7 +103,7 @@ class TwoWriters(RuleBasedStateMachine):
             self.check_branches([data.draw(st.sampled_from(sorted(after.alive)))])
 
     def try_to_do(self, session: Session, after: World, writer: str, data: st.DataObject) -> None:
-        """A session in a process of its own, that dies before a change of files or before a request is answered."""
+        """Run a session in a separate process, which dies before a change of files or the answer to a request."""
         moment = data.draw(st.integers(0, 60))
         if session["name"] in ("push", "pull") and data.draw(st.booleans()):
             done = self.killed_at_request(session, moment)
@@ -123,7 +123,7 @@ class TwoWriters(RuleBasedStateMachine):
                 assert before[1] is None or self.is_published(before[1])
 
     def killed_at_request(self, session: Session, moment: int) -> bool:
-        """Kill the process before its request of this number is answered, if it makes as many."""
+        """Kill the process before its request with this number is answered, if it makes as many."""
         faults, left, pids = self.place.hub.server.faults, moment, []
 
         def is_the_one(_: object) -> bool:
@@ -172,7 +172,7 @@ class TwoWriters(RuleBasedStateMachine):
     # ---- What must hold ---------------------------------------------------------------------------------------------
 
     def teardown(self) -> None:
-        """When all is quiet, both know the same, and every task is found by its branch."""
+        """In the end, both know the same, and every task can be found by its branch."""
         if not hasattr(self, "worlds"):
             return
         for writer in (*WRITERS, WRITERS[0]):
@@ -183,13 +183,13 @@ class TwoWriters(RuleBasedStateMachine):
         self.check_branches(sorted(everything.alive))
         branches = set(self.place.hub.repository(self.repo_id).branches)
         assert branches <= {"main", *everything.added}
-        for writer in WRITERS:  # nothing of what was broken off stays
+        for writer in WRITERS:  # nothing of an interrupted session stays
             assert not [path.name for path in (self.root / writer).iterdir() if path.name.startswith(".")]
         assert {path.name for path in self.root.iterdir()} == set(WRITERS)
         shutil.rmtree(self.root)
 
     def tasks_of(self, place: Path | str, revision: str | None = None) -> set[str]:
-        """The tasks in a place, none further from what it was as a LoRA than its certificate says."""
+        """Return the tasks in a place, and check that each is as close to its LoRA as its certificate says."""
         subspace = SharedSubspace.from_pretrained(place, revision=revision)
         for task in subspace.tasks:
             updates, layers = self.place.adapters[self.adapter_of[task]][1], subspace.state.layers_of(task)
@@ -201,27 +201,27 @@ class TwoWriters(RuleBasedStateMachine):
         return set(subspace.tasks)
 
     def is_published(self, world: World) -> bool:
-        """Whether the repository holds these tasks."""
+        """Return whether the repository holds these tasks."""
         there = self.place.hub.server.repositories.get(self.repo_id)
         if there is None or not self.place.hub.api.file_exists(self.repo_id, INDEX_FILE):
             return False
         return self.tasks_of(self.repo_id) == world.alive
 
     def check_branches(self, tasks: Iterable[str]) -> None:
-        """The branch of a task loads, and has it."""
+        """Assert that the branch of each task loads, and has the task."""
         for task in tasks:
             assert task in self.tasks_of(self.repo_id, revision=task)
 
 
 def run_machine(place: Place, examples: int, part: int = 0) -> None:
-    """Run so many examples of 50 steps, the same ones in each run, others for each part."""
+    """Run some examples of 50 steps, the same ones in each run, and different ones for each part."""
     machine = seed(part)(type(f"TwoWriters{part}", (TwoWriters,), {"place": place}))
     run_state_machine_as_test(
         machine,
         settings=settings(
             max_examples=examples,
             stateful_step_count=50,
-            phases=[Phase.generate],  # a failure of fifty steps would shrink for hours
+            phases=[Phase.generate],  # shrinking a failure of fifty steps would take hours
             database=None,
             deadline=None,
             suppress_health_check=list(HealthCheck),

@@ -1,4 +1,4 @@
-"""A save that is cut off leaves the old tree or the new one, and everything else in its folder."""
+"""A save that is interrupted leaves the old tree or the new one, and everything else in its folder."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def newer(subspace: SharedSubspace, loras: dict[str, Path]) -> SharedSubspace:
 
 @pytest.fixture
 def notes(tree: Path) -> Path:
-    """A file of its owner in the folder of the tree."""
+    """A file of the owner in the folder of the tree."""
     (tree / "notes.txt").write_text("mine")
     return tree / "notes.txt"
 
@@ -53,7 +53,7 @@ def siblings(tree: Path) -> list[str]:
 
 
 def interrupting(original: Callable[..., Any], calls: int) -> Callable[..., Any]:
-    """A function that does its work so many times, and then raises."""
+    """Make a function that does its work a number of times and then raises."""
     remaining = [calls]
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -92,7 +92,7 @@ def test_an_error_in_what_a_person_reads_leaves_the_old_tree(
 
 
 def assert_cut_off(subspace: SharedSubspace, newer: SharedSubspace, tree: Path) -> None:
-    """A save of the newer subspace over the tree fails, and nothing of it is left."""
+    """Assert that a save of the newer subspace over the tree fails and leaves nothing behind."""
     before = files_of(tree)
     with pytest.raises(Interruption):
         newer.save_pretrained(tree)
@@ -158,7 +158,7 @@ def test_a_save_after_a_task_was_added_inside_the_basis_writes_what_is_new(
 
 
 @pytest.mark.parametrize("kind", ["link", "other content of its size", "folder"])
-def test_what_is_no_file_of_the_same_content_is_not_linked(kind: str, tmp_path: Path) -> None:
+def test_what_is_not_a_file_of_the_same_content_is_not_linked(kind: str, tmp_path: Path) -> None:
     folder, scratch = tmp_path / "folder", tmp_path / "scratch"
     folder.mkdir()
     if kind == "link":
@@ -212,7 +212,7 @@ def test_a_file_of_the_old_tree_is_never_written_through_a_link(tmp_path: Path) 
 
 @contextmanager
 def cut_off(rename: int) -> Iterator[None]:
-    """The process stops in the block, as if killed, before this one of the renames; nothing is tidied up after it."""
+    """Stop the process in the block, as if killed, before this one of the renames. Nothing is tidied up afterwards."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interruption):
         patch.setattr(Path, "rename", interrupting(Path.rename, rename))
         patch.setattr(replacing.shutil, "rmtree", lambda *args, **kwargs: None)

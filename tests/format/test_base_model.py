@@ -1,4 +1,4 @@
-"""Which names stand for one base model, and which of them may be published."""
+"""Which names refer to the same base model, and which of them may be published."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_the_4_bit_copy_beside_a_model_is_the_model(twin: str) -> None:
 def cached(
     tiny_model_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[str, str], Path]:
-    """Puts a tiny model into the cache as a repository: its snapshot."""
+    """Put a tiny model into the cache as a repository, and return its snapshot."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
 
     def put(model: str, repo_id: str) -> Path:
@@ -151,7 +151,7 @@ def test_what_is_not_certain_is_named_by_the_user(
 
 @pytest.mark.parametrize("name", ["", "  ", 5])
 def test_a_base_model_of_no_name_is_refused(name: object, loras: dict[str, Path]) -> None:
-    with pytest.raises(ValueError, match=r"base_model is .*, expected an id on the hub or a folder"):
+    with pytest.raises(ValueError, match=r"base_model is .*, expected a Hub id or a folder"):
         SharedSubspace.from_adapters(loras, base_model=name, progress=False)
 
 

@@ -33,7 +33,7 @@ def newer(subspace: SharedSubspace, loras: dict[str, Path]) -> SharedSubspace:
 
 
 def forked(work: Callable[..., Any], *args: Any) -> multiprocessing.Process:
-    """A process that does this work; its exit code is 1 if that fails."""
+    """Start a process that does this work; its exit code is 1 if that fails."""
     process = multiprocessing.get_context("fork").Process(target=work, args=args)
     process.start()
     return process
@@ -45,7 +45,7 @@ def ended(process: multiprocessing.Process) -> int | None:
 
 
 def everything_below(folder: Path) -> set[tuple[str, int, int]]:
-    """Every path below a folder, with what tells whether it was written or replaced since."""
+    """Return every path below a folder, with what shows whether it has been written or replaced since."""
     return {(str(path), path.lstat().st_ino, path.lstat().st_mtime_ns) for path in folder.rglob("*")}
 
 
@@ -120,7 +120,7 @@ def test_a_second_save_that_cannot_be_merged_is_refused(tree: Path, loras: dict[
     second.add_adapters({"new": loras["mrpc"]}, progress=False)
     first.save_pretrained(tree)
     before, state = files_of(tree), second.state
-    with pytest.raises(ValueError, match=f"{tree}: somebody else saved there since.*'new'.*another folder"):
+    with pytest.raises(ValueError, match=f"{tree}: somebody else has saved there since.*'new'.*another folder"):
         second.save_pretrained(tree)
     assert files_of(tree) == before
     assert second.state is state

@@ -38,7 +38,7 @@ Edit = Callable[[dict[str, Any]], Any]
 
 @pytest.fixture
 def refused(tree: Path) -> Callable[[str], None]:
-    """Asserts that the tree is not loaded, with a message, and is left as it is."""
+    """Assert that the tree is refused with a message, and stays unchanged."""
 
     def check(message: str) -> None:
         files = files_of(tree)
@@ -84,7 +84,7 @@ def test_a_flipped_bit_anywhere_is_noticed(name: str, tree: Path, refused: Calla
 
 @pytest.mark.parametrize("name", [name for name in LOADED_FILES if name.endswith(".json")])
 @pytest.mark.parametrize("content", ["", "nonsense", "[]", "null", "3", "[" * 100_000], ids=lambda text: text[:4])
-def test_a_file_that_is_no_json_object_is_refused(
+def test_a_file_that_is_not_a_json_object_is_refused(
     name: str, content: str, tree: Path, refused: Callable[[str], None]
 ) -> None:
     (tree / name).write_text(content)
@@ -180,8 +180,8 @@ def test_edited_json_is_refused(name: str, change: Edit, tree: Path, refused: Ca
         (lambda index: index.update(modules=[]), "wrong type"),
         (lambda index: index.update(modules={"a": 3}), "wrong type"),
         (lambda index: index.update(sha256=None), "wrong type"),
-        (lambda index: index["tasks"].append("mrpc"), "task 'mrpc' exists already"),
-        (lambda index: index["tasks"].append("MRPC"), "'MRPC' equals 'mrpc' but for case"),
+        (lambda index: index["tasks"].append("mrpc"), "task 'mrpc' already exists"),
+        (lambda index: index["tasks"].append("MRPC"), "'MRPC' differs from 'mrpc' only in case"),
         (lambda index: index["tasks"].append("../../etc"), "task name '../../etc' is not usable"),
         (lambda index: index["tasks"].append("train"), "'train' is an attribute"),
         (lambda index: index["tasks"].append(3), "task name 3 is not usable"),
@@ -215,7 +215,7 @@ def test_an_index_that_no_version_wrote_is_refused_whoever_signed_it(
         ),
         (
             lambda index: index["modules"].pop(Q_PROJ),
-            f"{BASIS}: modules .*{Q_PROJ}.* in only one of it and share_config",
+            f"{BASIS}: modules .*{Q_PROJ}.* missing here or in share_config",
         ),
         (lambda index: index["modules"][Q_PROJ].update(shape=[64, 32]), f"{BASIS}: .*{Q_PROJ}.*, expected .*64, 32"),
         (
@@ -276,7 +276,7 @@ def _with(entry: float) -> Callable[[Tensor], Tensor]:
         (BASIS, lambda tensors: tensors.pop(BETA), "19 tensors for 3 modules, expected 5 for each"),
         (BASIS, lambda tensors: tensors.pop(f"{Q_PROJ}.spectrum_out"), "19 tensors for 4 modules, expected 5 for "),
         (BASIS, lambda tensors: tensors.update(extra=torch.ones(1)), "unexpected tensor 'extra'"),
-        (BASIS, lambda tensors: tensors.clear(), "modules .* are in only one of it and share_config.json"),
+        (BASIS, lambda tensors: tensors.clear(), "modules .* are missing here or in share_config.json"),
         (TASK, _set(COEFFICIENTS, lambda t: t[:5]), rf"'{COEFFICIENTS}' has shape \(5, 4\), expected \(6, 4\)"),
         (TASK, _set(COEFFICIENTS, lambda t: t.T), rf"'{COEFFICIENTS}' has shape \(4, 6\), expected \(6, 4\)"),
         (TASK, _set(COEFFICIENTS, lambda t: t.half()), f"'{COEFFICIENTS}' is torch.float16, expected torch.float32"),
@@ -305,7 +305,7 @@ def test_tensors_that_do_not_belong_are_refused_by_name(
         (lambda metrics: metrics["certificate"][Q_PROJ].pop(), "certificate of .*, expected"),
         (lambda metrics: metrics["certificate"][Q_PROJ].__setitem__(0, "large"), "norm.*'large'"),
         (lambda metrics: metrics["certificate"][Q_PROJ].__setitem__(0, -1.0), "norm.*-1.0"),
-        (lambda metrics: metrics["certificate"][Q_PROJ].__setitem__(2, float("nan")), "NaN is no number of JSON"),
+        (lambda metrics: metrics["certificate"][Q_PROJ].__setitem__(2, float("nan")), "NaN is not a JSON number"),
         (lambda metrics: metrics["certificate_columns"].reverse(), "certificate_columns is .*, expected"),
         (lambda metrics: metrics["certificate"].update(elsewhere={}), f"'elsewhere' is not in {BASIS}"),
         (lambda metrics: metrics.pop("certificate"), "a field is missing"),

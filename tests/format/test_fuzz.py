@@ -1,8 +1,8 @@
 """Mutated trees: each loads to exactly what was saved or is refused by name, whatever was done to it.
 
-A mutation is a value that tells what it does, so that a failure shrinks to the smallest one and can be read. Trees
-that were signed anew, by somebody who knows how checksums and digest are made, may load to something else, but only to
-something that can be saved, loaded and applied as any other subspace.
+A mutation is a value that describes what it does, so that a failure shrinks to the smallest readable one. Trees
+that were signed again, by somebody who knows how checksums and digest are made, may load to something else, but only
+to something that can be saved, loaded and applied like any other subspace.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ V_PROJ = "model.layers.0.self_attn.v_proj"
 
 @dataclass(frozen=True)
 class Odd:
-    """Something at the place of a file or folder that is neither."""
+    """Something in place of a file or folder that is neither."""
 
     kind: Literal["folder", "link-outside", "link-to-itself", "link-to-nothing", "link-to-device", "pipe"]
 
@@ -65,7 +65,7 @@ Mutation = Callable[[Tree], None]
 
 @dataclass
 class Sandbox:
-    """Where trees are laid out and loaded, and what they are compared with."""
+    """Folder in which trees are written and loaded, and what they are compared with."""
 
     root: Path
     tree: Tree
@@ -78,7 +78,7 @@ class Sandbox:
         return self.root / "case" / "tree"
 
     def lay_out(self, tree: Tree) -> Path:
-        """The tree on disk, in place of the one before; what has no place inside the sandbox is left out."""
+        """Write the tree to disk in place of the one before. Paths outside the sandbox are left out."""
         shutil.rmtree(self.root / "case", ignore_errors=True)
         self.folder.mkdir(parents=True)
         for name, content in tree.items():
@@ -90,7 +90,7 @@ class Sandbox:
         return self.folder
 
     def listing(self) -> list[tuple[str, int, int]]:
-        """Everything in the sandbox, and when it was last written to."""
+        """Return everything in the sandbox, and when it was last written to."""
         return sorted(
             (os.path.join(place, name), (stat := os.lstat(os.path.join(place, name))).st_size, stat.st_mtime_ns)
             for place, folders, files in os.walk(self.root)
@@ -133,7 +133,7 @@ def sandbox(
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "matplotlib.figure", None)
-        # Most of the time of a save, and the same for all.
+        # This takes most of the time of a save, and is the same for all.
         patch.setattr(os, "fsync", lambda descriptor: None)
         compiled, compile_template = {}, jinja2.Environment.compile
         patch.setattr(
@@ -155,7 +155,7 @@ def sandbox(
 
 
 def _add_scores(folder: Path) -> None:
-    """Let the tree hold what a trainer leaves in it, so that there is more to mutate."""
+    """Add to the tree what a trainer leaves in it, so that there is more to mutate."""
     saved: Tree = {name: content for name, content in files_of(folder).items() if name in FILES}
     tree = dict(saved)
     for name, facts in {
@@ -169,18 +169,18 @@ def _add_scores(folder: Path) -> None:
         (folder / name).write_bytes(content)
 
 
-# What reading JSON that an earlier change has broken may raise, the nesting of which may be too deep.
+# What may be raised by reading JSON that an earlier change has broken or nested too deeply.
 UNREADABLE = (ValueError, RecursionError, KeyError, TypeError, AttributeError)
 
 
 def sign(tree: Tree, saved: Tree) -> None:
-    """Give every file of a tree the checksum that it now has, and the index its digest.
+    """Give every file of a tree its present checksum, and the index its digest.
 
-    By replacing text, so that whatever is strange about a file stays so, and entries that are gone stay gone.
+    This replaces text, so that whatever is strange about a file stays so, and missing entries stay missing.
 
     Args:
-        tree: To be signed.
-        saved: What it was when its checksums were right.
+        tree: Tree to sign.
+        saved: The tree when its checksums were right.
     """
     of_tasks = [name for name in saved if name.startswith("tasks/") and name.endswith(METRICS)]
     for name in of_tasks:
@@ -211,7 +211,7 @@ def _replace_checksums(tree: Tree, saved: Tree, listed_in: str, names: list[str]
 
 @dataclass(frozen=True)
 class Raw:
-    """Text that stands in JSON as it is."""
+    """Text that goes into JSON unchanged."""
 
     text: str
 
@@ -236,7 +236,7 @@ def unparsed(value: Any) -> str:
 
 
 def edited(text: str, edit: JsonEdit) -> str:
-    """JSON text after an edit, or the text itself where it is no JSON, or nested too deeply by an edit before."""
+    """JSON text after an edit, or the text itself if it is not JSON, or if an earlier edit nested it too deeply."""
     try:
         return unparsed(edit.in_value(parsed(text)))
     except (ValueError, RecursionError):
@@ -248,7 +248,7 @@ def edited(text: str, edit: JsonEdit) -> str:
 
 @dataclass(frozen=True)
 class ByteEdit:
-    """Bytes of a file changed, at a place given as a fraction of its length."""
+    """Changed bytes of a file, at a place given as a fraction of its length."""
 
     file: str
     action: Literal["flip", "truncate", "insert", "delete", "repeat", "splice"]
@@ -282,7 +282,7 @@ class ByteEdit:
 
 @dataclass(frozen=True)
 class JsonEdit:
-    """One field of a JSON file, found by counting along from its root, or of the header of a safetensors file."""
+    """A change of one field of a JSON file or of the header of a safetensors file, found by counting from the root."""
 
     file: str
     steps: tuple[int, ...]
@@ -302,7 +302,7 @@ class JsonEdit:
                 tree[self.file] = struct.pack("<Q", len(header)) + header + content[end:]
 
     def in_value(self, root: Any) -> Any:
-        """The root after the edit, which is done in place."""
+        """Return the root after the edit, which is done in place."""
         node = root
         for step in self.steps[:-1]:
             if not isinstance(node, list) or not node:
@@ -367,7 +367,7 @@ class FieldSet:
 
 @dataclass(frozen=True)
 class HeaderLength:
-    """The length that a safetensors file says its header has."""
+    """A change of the length that a safetensors file states for its header."""
 
     file: str
     change: int
@@ -382,7 +382,7 @@ class HeaderLength:
 
 @dataclass(frozen=True)
 class TensorEdit:
-    """One tensor of a safetensors file, which stays a good one."""
+    """A change of one tensor of a safetensors file, which stays valid."""
 
     file: str
     which: int
@@ -394,7 +394,7 @@ class TensorEdit:
         content = tree.get(self.file)
         if not isinstance(content, bytes):
             return
-        with suppress(Exception):  # a file that was mutated already, or what torch cannot do
+        with suppress(Exception):  # a file that was mutated already, or something that torch cannot do
             tensors = safetensors.torch.load(content)
             names = sorted(tensors)
             name, other = names[self.which % len(names)], names[(self.which + 1) % len(names)]
@@ -441,7 +441,7 @@ DTYPES = (
 
 @dataclass(frozen=True)
 class Reinterpreted:
-    """The bytes of one tensor read as another type, the shape adapted so that the file is consistent."""
+    """The bytes of one tensor read as another type, with an adapted shape so that the file is consistent."""
 
     file: str
     which: int
@@ -467,7 +467,7 @@ class Reinterpreted:
 
 @dataclass(frozen=True)
 class Replaced:
-    """Something else at the place of a file or a folder: nothing (None), an `Odd`, given bytes, or another file's."""
+    """Something else in place of a file or a folder: nothing (None), an `Odd`, given bytes, or another file's."""
 
     name: str
     by: str | Odd | bytes | None
@@ -514,7 +514,7 @@ class TaskRenamed:
 
 @dataclass(frozen=True)
 class Resized:
-    """A module whose basis has another size in all files alike, as if it had been saved so."""
+    """A module whose basis has another size in all files, as if it had been saved that way."""
 
     rows: int
     columns: int
@@ -708,7 +708,7 @@ def mutated(sandbox: Sandbox, changes: list[Mutation], *, signed: bool) -> Tree:
 
 
 def load(sandbox: Sandbox, tree: Tree) -> SharedSubspace | None:
-    """What the tree loads to; None if it is refused by name. Loading writes nothing."""
+    """Return what the tree loads to, or None if it is refused by name. Loading writes nothing."""
     folder = sandbox.lay_out(tree)
     before = sandbox.listing()
     try:
@@ -721,14 +721,14 @@ def load(sandbox: Sandbox, tree: Tree) -> SharedSubspace | None:
 
 
 def check_what_was_not_signed(sandbox: Sandbox, changes: list[Mutation]) -> None:
-    """Either exactly what was saved, or an error that names the file."""
+    """Check that the tree loads to exactly what was saved, or raises an error that names the file."""
     loaded = load(sandbox, mutated(sandbox, changes, signed=False))
     if loaded is not None:
         assert_same_state(loaded.state, sandbox.state)
 
 
 def check_what_was_signed(sandbox: Sandbox, changes: list[Mutation]) -> None:
-    """Either an error that names the file, or a subspace that can be saved, loaded and applied."""
+    """Check that the tree is refused by name, or loads to a subspace that can be saved, loaded and applied."""
     loaded = load(sandbox, mutated(sandbox, changes, signed=True))
     if loaded is None:
         return
@@ -747,7 +747,7 @@ def check_what_was_signed(sandbox: Sandbox, changes: list[Mutation]) -> None:
 
 
 def check_peft(sandbox: Sandbox, changes: list[Mutation], *, signed: bool) -> None:
-    """Either the logits of what was saved, or an error of any part of the stack, with the base model untouched."""
+    """Check that the logits are those of what was saved, or that the stack raises, with the base model untouched."""
     tree = mutated(sandbox, changes, signed=signed)
     folder = sandbox.lay_out(tree)
     before = sandbox.listing()
@@ -760,19 +760,19 @@ def check_peft(sandbox: Sandbox, changes: list[Mutation], *, signed: bool) -> No
     finally:
         assert sandbox.listing() == before
     found = logits(loaded)
-    # Another method's adapter is PEFT's business, and without an index there are no checksums.
+    # Adapters of other methods are PEFT's business, and without an index there are no checksums.
     if isinstance(loaded.base_model, ShareModel) and isinstance(tree.get(INDEX), bytes) and not signed:
         assert torch.equal(found, sandbox.logits)
 
 
 def run(check: Callable[[Sandbox, list[Mutation]], None], sandbox: Sandbox, cases: int) -> None:
-    """Check so many cases, the same ones in each run."""
+    """Check a number of cases, the same ones in each run."""
 
     @settings(
         max_examples=cases,
         derandomize=True,
         database=None,
-        deadline=20_000,  # milliseconds a case, of which most take a few
+        deadline=20_000,  # milliseconds per case, of which most take a few
         suppress_health_check=list(HealthCheck),
     )
     @given(changes=several)
@@ -782,7 +782,7 @@ def run(check: Callable[[Sandbox, list[Mutation]], None], sandbox: Sandbox, case
     check_one()
 
 
-# Found by fuzzing, once: kept so that they are tried in every run.
+# Cases that fuzzing has found, kept so that every run tries them.
 TASK_CONFIG, TASK_METRICS, TASK_WEIGHTS = (f"tasks/mrpc/{name}" for name in (CONFIG, METRICS, WEIGHTS))
 HUGE = Raw("9" * 400)
 FOUND: list[Mutation] = [
@@ -850,7 +850,7 @@ def test_what_was_not_signed_loads_to_what_was_saved_or_is_refused(cases: int, s
 
 
 @numbers_of_cases(120, 3000)
-def test_what_was_signed_anew_is_a_subspace_or_is_refused(cases: int, sandbox: Sandbox) -> None:
+def test_what_was_signed_again_is_a_subspace_or_is_refused(cases: int, sandbox: Sandbox) -> None:
     run(check_what_was_signed, sandbox, cases)
 
 

@@ -1,4 +1,4 @@
-"""An adapter that is taken, whatever is strange about it, can be saved, loaded, and exported; any other is refused."""
+"""An adapter that is accepted, however strange, can be saved, loaded and exported. Any other is refused."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ of_config = st.tuples(st.sampled_from([*FIELDS, "unknown_field"]), values)
 
 @dataclass(frozen=True)
 class TensorChange:
-    """One tensor, found by counting along, scaled, of another type or shape, or under another name."""
+    """One tensor, found by counting, that is scaled, of another type or shape, or under another name."""
 
     number: int
     kind: str
@@ -118,7 +118,7 @@ def test_what_is_taken_is_saved_loaded_and_exported(
 
 
 def _changed(adapter: Path, folder: Path, config: dict[str, Any], changes: list[TensorChange]) -> Path:
-    """A copy of an adapter with other fields and tensors."""
+    """Return a copy of an adapter with other fields and tensors."""
     folder.mkdir()
     tensors = load_file(adapter / WEIGHTS)
     for change in changes:
@@ -130,7 +130,7 @@ def _changed(adapter: Path, folder: Path, config: dict[str, Any], changes: list[
 
 
 def _is_loaded_by_peft(subspace: SharedSubspace, folder: Path, base: Callable[[], PreTrainedModel]) -> None:
-    """Assert that the export of the new task is an adapter of PEFT's for the model that it is of."""
+    """Assert that PEFT can load the export of the new task into its model."""
     subspace.export_lora("new", folder)
     loaded = PeftModel.from_pretrained(base(), folder)
     stored = load_file(folder / WEIGHTS)

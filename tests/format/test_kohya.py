@@ -1,4 +1,4 @@
-"""Names that kohya's trainer flattens are read in the one way there is, or not at all."""
+"""Names that kohya's trainer flattens are read only if there is exactly one way to read them."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def test_every_module_of_the_models_is_read_back(library: object) -> None:
 
 
 def names_by_stability_ai(levels: int, attention: set[int], depth: dict[int, int]) -> Iterator[str]:
-    """Flattened names of the modules of an SDXL of two layers a level, as its authors build it."""
+    """Flattened names of the modules of an SDXL with two layers per level, as its authors build it."""
     yield from ("input_blocks_0_0", "out_2", "time_embed_0", "time_embed_2", "label_emb_0_0", "label_emb_0_2")
     for level in range(levels):
         for layer in range(2):
@@ -216,5 +216,5 @@ def test_names_by_stability_ai_are_those_of_diffusers_all_of_them() -> None:
     names = [name for (name,) in found]
     assert len(set(names)) == len(names)
     assert expected <= set(names)
-    # Only some of the ResNets change the number of channels, by a convolution that all may have.
+    # Only some of the ResNets change the number of channels, by a convolution that all of them may have.
     assert all(name.endswith("conv_shortcut") for name in set(names) - expected)

@@ -1,4 +1,4 @@
-"""Where adapters are: folders, files, and places on the hub with a revision and a subfolder."""
+"""Where adapters are: folders, files, and places on the Hub with a revision and a subfolder."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_files_in_one_folder_have_configurations_of_their_own(save_lora: SaveLor
         assert_same(read_lora(tmp_path / f"{name}.safetensors"), read_lora(folder))
 
 
-def test_a_description_beside_a_file_is_no_configuration(tmp_path: Path) -> None:
+def test_a_description_beside_a_file_is_not_a_configuration(tmp_path: Path) -> None:
     path = write(tmp_path / "style.safetensors", in_style_of_kohya(factors_of(UNET), "unet."))
     for text in ('{"description": "a style"}', "no JSON", "[]"):
         path.with_suffix(".json").write_text(text)
@@ -127,7 +127,7 @@ def test_a_folder_with_several_files_needs_the_name_of_one(tmp_path: Path) -> No
         read_lora(tmp_path)
 
 
-def test_a_folder_of_adapters_is_told_from_an_adapter(save_lora: SaveLora) -> None:
+def test_a_folder_of_adapters_is_distinguished_from_an_adapter(save_lora: SaveLora) -> None:
     folder = save_lora("mrpc").parent
     save_lora("sst2")
     with pytest.raises(ValueError, match=r"adapters: no adapter_config.json in it.*instead: mrpc, sst2"):
@@ -205,7 +205,7 @@ def test_what_a_repository_does_not_have_is_named(hub: Hub, save_lora: SaveLora)
     }.items():
         with pytest.raises(ValueError, match=message):
             read_lora(place)
-    with pytest.raises(ValueError, match="org/loras@v1: revision is 'v2' too, expected one of the two"):
+    with pytest.raises(ValueError, match="org/loras@v1: revision= is 'v2' too, expected only one of the two"):
         read_lora(f"{repo}@v1", revision="v2")
     with (
         hub.offline(),
@@ -230,7 +230,7 @@ def test_places_of_the_hub_that_cannot_be_read_are_left_out(hub: Hub, save_lora:
     assert subspace.reading.skipped.keys() == missing.keys()
 
 
-@pytest.mark.slow  # the client asks again for a while
+@pytest.mark.slow  # the client retries for a while
 def test_a_hub_that_is_out_of_reach_leaves_no_adapter_out(
     hub: Hub, save_lora: SaveLora, monkeypatch: pytest.MonkeyPatch
 ) -> None:

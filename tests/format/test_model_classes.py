@@ -1,4 +1,4 @@
-"""The class of a base model that an adapter names: one of transformers, whoever wrote it."""
+"""The class of a base model that an adapter names: a class of transformers, whoever wrote the adapter."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_anything_else_is_left_out(noted: Any) -> None:
     assert read_mapping(noted) is None
 
 
-def test_a_class_of_ones_own_is_not_noted() -> None:
+def test_a_custom_class_is_not_recorded() -> None:
     assert mapping_to(type("ViTForImageClassification", (), {})) is None
 
 

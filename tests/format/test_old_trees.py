@@ -1,4 +1,4 @@
-"""Trees that earlier versions wrote are read: the files of version 1 lie in `assets`, as share_hf 0.1 left them."""
+"""Trees that earlier versions wrote can be read: the files of version 1 are in `assets`, as share_hf 0.1 left them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Patterns of hostile configurations, which would be matched for ever, on every route into a model and to disk."""
+"""Patterns in hostile configurations, which would take forever to match, on every route into a model and to disk."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ slow = pytest.mark.parametrize("pattern", SLOW)
 
 @pytest.fixture(autouse=True)
 def _in_time() -> Iterator[None]:
-    """A test that takes longer than a minute fails, in the middle of a match too."""
+    """Fail a test that takes longer than a minute, even in the middle of a match."""
     if not hasattr(signal, "setitimer"):
         pytest.skip("no timers of the system")
 
@@ -52,7 +52,7 @@ def _in_time() -> Iterator[None]:
 
 
 def edit_config(tree: Path, **values: Any) -> None:
-    """Change the configuration of a task, with all checksums as whoever owns a repository can make them."""
+    """Change the configuration of a task, with all checksums that the owner of a repository can make."""
     folder = tree / "tasks" / "mrpc"
     edit_json(folder / "adapter_config.json", lambda config: config.update(values))
     checksums = {"adapter_config.json": _checksum(folder / "adapter_config.json")}

@@ -1,4 +1,4 @@
-"""Files of plain LoRAs as PEFT has written them since 0.3, and as those who build on it do."""
+"""Files of plain LoRAs as PEFT has written them since 0.3, and as libraries that build on PEFT write them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.tree_fixtures import SaveLora
 from tests.trees import assert_close, edit_json, edit_tensors, logits, lora_config
 
 
-# All that PEFT 0.3 wrote into `adapter_config.json`.
+# Everything that PEFT 0.3 wrote to `adapter_config.json`.
 FIELDS_OF_0_3 = (
     "base_model_name_or_path",
     "bias",
@@ -160,7 +160,7 @@ LORA_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     [
         (f"_orig_mod.{LORA_A}", "is a second tensor called 'model.layers.0.self_attn.q_proj.lora_A.weight'"),
         (LORA_A.replace("weight", "default.weight"), "is a second tensor called"),
-        ("base_model.model.lm_head.original_module.weight", "'lm_head.weight' is there as the base model has it only"),
+        ("base_model.model.lm_head.original_module.weight", "'lm_head.weight' is there only as the base model has it"),
     ],
 )
 def test_tensors_of_one_name_and_heads_never_trained_are_refused(more: str, message: str, save_lora: SaveLora) -> None:
@@ -177,7 +177,7 @@ def test_a_state_dict_of_two_adapters_is_refused(save_lora: SaveLora) -> None:
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
-def test_a_bias_to_train_is_no_matter_where_the_model_has_none(
+def test_a_bias_to_train_does_not_matter_if_the_model_has_none(
     bias: str, save_lora: SaveLora, copy_of: Callable[[Path], Path]
 ) -> None:
     folder = save_lora("plain")
@@ -213,6 +213,6 @@ def test_single_experts_of_transformers_4_are_refused_when_they_come(library: st
         read_lora(folder)
 
 
-def test_single_experts_of_ones_own_model_are_layers_like_others(save_lora: SaveLora) -> None:
+def test_single_experts_of_a_custom_model_are_layers_like_others(save_lora: SaveLora) -> None:
     folder = _with_experts(save_lora("moe"), "transformers_modules.org.moe")
     assert "model.layers.0.mlp.experts.0.gate_proj" in read_lora(folder).updates

@@ -1,4 +1,4 @@
-"""LoRAs of diffusion pipelines, in the styles of their trainers: the same updates, whatever they are called."""
+"""LoRAs of diffusion pipelines in the styles of their trainers: the same updates, whatever their names."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
 FLUX = "transformer_blocks.0.attn"
 CLIP = "text_model.encoder.layers.0"
 
-# By module, outputs and inputs.
+# By module: outputs and inputs.
 UNET = {f"{BLOCK}.attn1.to_q": (32, 24), f"{BLOCK}.attn2.to_out.0": (24, 32), f"{BLOCK}.ff.net.0.proj": (64, 24)}
 TEXT = {f"{CLIP}.self_attn.q_proj": (16, 16), f"{CLIP}.self_attn.out_proj": (16, 16), f"{CLIP}.mlp.fc1": (48, 16)}
 
@@ -36,7 +36,7 @@ Factors = dict[str, tuple[Tensor, Tensor]]
 
 
 def factors_of(shapes: Mapping[str, tuple[int, int]], seed: int = 0, rank: int = RANK) -> Factors:
-    """A (r, d) and B (n, r) by module."""
+    """Return A (r, d) and B (n, r) by module."""
     generator = torch.Generator().manual_seed(seed)
     return {
         module: (torch.randn(rank, d, generator=generator), torch.randn(n, rank, generator=generator))
@@ -103,7 +103,7 @@ def dense(update: LowRankUpdate) -> Tensor:
 
 
 def assert_updates(path: Path, factors: Factors, scales: Mapping[str, float] | float = 1.0, **options: Any) -> None:
-    """A file reads as the products of these factors and scales, computed in float64."""
+    """Assert that a file is read as the products of these factors and scales, computed in float64."""
     lora = read_lora(path, **options)
     assert lora.updates.keys() == factors.keys()
     for module, (a, b) in factors.items():
@@ -302,12 +302,12 @@ def test_a_file_of_several_components_needs_the_name_of_one(of_two: Path) -> Non
     assert_updates(of_two, factors_of(TEXT), component="text_encoder")
 
 
-def test_what_is_wrong_with_another_component_is_no_matter(tmp_path: Path) -> None:
+def test_what_is_wrong_with_another_component_does_not_matter(tmp_path: Path) -> None:
     tensors = in_style_of_kohya(factors_of(UNET), "unet.")
     tensors["lora_te_unknown.lora_down.weight"] = torch.ones(2, 2)
     path = write(tmp_path / "style.safetensors", tensors)
     assert_updates(path, factors_of(UNET), component="unet")
-    with pytest.raises(ValueError, match="'unknown' of text_encoder cannot be told from"):
+    with pytest.raises(ValueError, match="'unknown' of text_encoder is ambiguous"):
         read_lora(path, component="text_encoder")
 
 
@@ -381,7 +381,10 @@ _FLAT = f"lora_unet_{BLOCK.replace('.', '_')}_attn1_to_q"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({f"{_FLAT}.hada_w1_a": torch.ones(2)}, "hada_w1_a', which is of LoHa, expected the factors of a plain LoRA"),
+        (
+            {f"{_FLAT}.hada_w1_a": torch.ones(2)},
+            "hada_w1_a', which is of LoHa, expected only the factors of a plain",
+        ),
         ({f"{_FLAT}.lokr_w1": torch.ones(2)}, "which is of LoKr"),
         ({f"{_FLAT}.dora_scale": torch.ones(2)}, "which is of DoRA"),
         ({f"{_FLAT}.lora_mid.weight": torch.ones(2)}, "which is of a Tucker decomposition"),
@@ -389,16 +392,16 @@ _FLAT = f"lora_unet_{BLOCK.replace('.', '_')}_attn1_to_q"
         ({"bundle_emb.word.string_to_param.*": torch.ones(2)}, "which is of a textual inversion"),
         ({"unet.x.lora_B.bias": torch.ones(2)}, "which is of a trained bias"),
         ({"something": torch.ones(2)}, "'something', which is unexpected"),
-        ({"lora_unet_what_is_this.lora_down.weight": torch.ones(2, 2)}, "'what_is_this' of unet cannot be told from"),
+        ({"lora_unet_what_is_this.lora_down.weight": torch.ones(2, 2)}, "'what_is_this' of unet is ambiguous"),
         ({"diffusion_model.x.lora_A.weight": torch.ones(2, 2)}, "as the model's authors name it, .*save_lora_weights"),
-        ({f"unet.{BLOCK}.attn1.to_q.lora_A.weight": torch.ones(2, 2)}, "is a second one for"),
-        ({f"{_FLAT}.lora_A.weight": torch.ones(2, 2)}, "is a second one for"),
+        ({f"unet.{BLOCK}.attn1.to_q.lora_A.weight": torch.ones(2, 2)}, "is a second tensor for"),
+        ({f"{_FLAT}.lora_A.weight": torch.ones(2, 2)}, "is a second tensor for"),
         ({f"{_FLAT}.lora_down.weight": torch.ones(2)}, r"lora_down.weight' is \(2,\), expected a matrix"),
         ({f"{_FLAT}.alpha": torch.ones(2)}, r"alpha of '.*attn1.to_q' is \(2,\), expected one number"),
         ({f"{_FLAT}.alpha": torch.tensor(float("nan"))}, "has NaN or infinite entries"),
         (
             {"lora_unet_conv_in.alpha": torch.tensor(1.0)},
-            "'conv_in' has an alpha alone, expected the factors of a LoRA with it",
+            "'conv_in' has only an alpha, expected the factors of a LoRA with it",
         ),
         ({"lora_unet_conv_in.lora_up.weight": torch.ones(2, 2)}, "'conv_in' has no lora_A"),
         ({"lora_unet_conv_in.lora_down.weight": torch.ones(2, 2)}, "'conv_in' has no lora_B"),
@@ -411,7 +414,7 @@ _FLAT = f"lora_unet_{BLOCK.replace('.', '_')}_attn1_to_q"
         ),
     ],
 )
-def test_what_is_no_plain_lora_of_a_known_model_is_refused_by_name(
+def test_what_is_not_a_plain_lora_of_a_known_model_is_refused_by_name(
     change: dict[str, Tensor], message: str, tmp_path: Path
 ) -> None:
     tensors = in_style_of_kohya(factors_of(UNET), "unet.") | change
@@ -488,10 +491,10 @@ def test_any_tensors_are_a_lora_or_refused_by_name(
         assert update.in_factor.shape[0] == d
 
 
-def test_scales_that_are_said_twice_are_refused(tmp_path: Path) -> None:
+def test_scales_that_are_given_twice_are_refused(tmp_path: Path) -> None:
     tensors = in_style_of_kohya(factors_of(UNET), "unet.") | {f"{_FLAT}.alpha": torch.tensor(1.0)}
     path = write(tmp_path / "style.safetensors", tensors, {"unet.lora_alpha": 4})
-    with pytest.raises(ValueError, match="has alphas and lora_adapter_metadata, expected one of the two"):
+    with pytest.raises(ValueError, match="has alphas and lora_adapter_metadata, expected only one of the two"):
         read_lora(path)
 
 
@@ -499,5 +502,5 @@ def test_scales_that_are_said_twice_are_refused(tmp_path: Path) -> None:
 def test_a_file_of_peft_without_its_configuration_is_refused(prefix: str, tmp_path: Path) -> None:
     factors = factors_of({"model.layers.0.self_attn.q_proj": (8, 8)})
     path = write(tmp_path / "alone.safetensors", in_peft_style(factors, prefix))
-    with pytest.raises(ValueError, match=r"scale, expected (an )?adapter_config\.json of PEFT beside it"):
+    with pytest.raises(ValueError, match=r"scale, expected PEFT's adapter_config\.json beside it"):
         read_lora(path)

@@ -1,4 +1,4 @@
-"""What reading and writing a tree takes: time that grows with its bytes, and the precision it was saved in."""
+"""What reading and writing a tree takes: time that grows with its bytes, and the precision in which it was saved."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.trees import assert_same_state, files_of
 
 
 def index_of(count: int) -> TreeIndex:
-    """The index of so many tasks in 200 modules."""
+    """The index of many tasks in 200 modules."""
     tasks = tuple(f"task-{number}" for number in range(count))
     return TreeIndex(
         base_model_name_or_path="org/tiny",

@@ -1,4 +1,4 @@
-"""Adapters that are no plain LoRA of the subspace's model are refused with what was found, and change nothing."""
+"""Adapters that are not plain LoRAs of the subspace's model are refused with what was found, and change nothing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LORA_B = LORA_A.replace("lora_A", "lora_B")
 
 @pytest.fixture
 def refused(subspace: SharedSubspace) -> Callable[..., None]:
-    """Asserts that an adapter is refused with a message, by a subspace there is and by one to be made."""
+    """Assert that an adapter is refused with a message, by an existing subspace and by a new one."""
 
     def check(folder: Path, message: str, name: str = "new") -> None:
         before = subspace.state
@@ -101,7 +101,7 @@ def test_a_configuration_that_says_so_is_refused_too(
 
 
 @pytest.mark.parametrize("value", [None, "8", [8], "NaN"])
-def test_a_scale_that_is_no_number_is_refused(
+def test_a_scale_that_is_not_a_number_is_refused(
     value: object, refused: Callable[..., None], save_lora: SaveLora
 ) -> None:
     folder = save_lora("special")
@@ -144,7 +144,7 @@ def _with(entry: float) -> Callable[[Tensor], Tensor]:
     ],
     ids=["no-A", "no-B", "empty", "extra", "ranks-differ", "no-matrix", "nan", "inf", "rank-0"],
 )
-def test_weights_that_are_no_lora_are_refused(
+def test_weights_that_are_not_a_lora_are_refused(
     change: Callable[[dict[str, Tensor]], Any], message: str, refused: Callable[..., None], save_lora: SaveLora
 ) -> None:
     folder = save_lora("damaged")
@@ -169,7 +169,7 @@ def test_a_folder_without_an_adapter_is_refused(
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '"text"', "\x00", "[" * 100_000])
-def test_a_configuration_that_is_no_json_object_is_refused(
+def test_a_configuration_that_is_not_a_json_object_is_refused(
     content: str, refused: Callable[..., None], save_lora: SaveLora
 ) -> None:
     folder = save_lora("damaged")
@@ -187,11 +187,11 @@ def test_a_folder_that_is_not_there_is_refused(location: str | Path, subspace: S
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
 def test_a_trained_bias_is_refused(bias: str, refused: Callable[..., None], save_classifier: SaveLora) -> None:
-    refused(save_classifier("biased", 2, bias=bias), f"as bias is '{bias}', expected 'none': a trained bias")
+    refused(save_classifier("biased", 2, bias=bias), f"since bias is '{bias}', expected 'none': a trained bias")
 
 
 class _Print:
-    """Runs something when it is unpickled."""
+    """An object that runs something when it is unpickled."""
 
     def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
         return print, ("unpickled",)
@@ -200,9 +200,9 @@ class _Print:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"weight": _Print()}, "not a file of tensors that torch saved"),
-        ({"weight": [torch.ones(2)]}, "holds a dict, expected tensors by name and nothing else"),
-        (torch.ones(2), "holds a Tensor, expected tensors by name"),
+        ({"weight": _Print()}, "not a file of tensors saved by torch"),
+        ({"weight": [torch.ones(2)]}, "holds a dict, expected only tensors by name"),
+        (torch.ones(2), "holds a Tensor, expected only tensors by name"),
         ({LORA_A: torch.tensor([[float("nan")]])}, "has NaN or infinite entries"),
         ({}, "no lora_A and lora_B in it, expected a LoRA"),
     ],
@@ -244,10 +244,10 @@ def test_a_head_that_no_layer_can_have_is_refused(
     ("field", "value", "message"),
     [
         ("alpha_pattern", ["q_proj"], "alpha_pattern is .*, expected an object"),
-        ("alpha_pattern", {"(": 3}, r"alpha_pattern is '\(', which is no regular expression"),
+        ("alpha_pattern", {"(": 3}, r"alpha_pattern is '\(', which is not a regular expression"),
         ("base_model_name_or_path", 5, "base_model_name_or_path is 5, expected text or null"),
-        ("target_modules", [1], r"target_modules is \[1\], which no PEFT configuration has there"),
-        ("task_type", "CHESS", "task_type is 'CHESS', which no PEFT configuration has there"),
+        ("target_modules", [1], r"target_modules is \[1\], which is not valid there in a PEFT configuration"),
+        ("task_type", "CHESS", "task_type is 'CHESS', which is not valid there in a PEFT configuration"),
     ],
 )
 def test_a_field_that_no_configuration_has_is_refused(
@@ -304,7 +304,7 @@ def test_no_adapters_and_one_bare_folder_are_refused(loras: dict[str, Path]) -> 
     for nothing in ([], {}, ()):
         with pytest.raises(ValueError, match="no adapters given, expected at least one"):
             SharedSubspace.from_adapters(nothing)
-    with pytest.raises(ValueError, match="expected a list of folders or hub ids, or a dict by task name"):
+    with pytest.raises(ValueError, match="expected a list of folders or Hub ids, or a dict by task name"):
         SharedSubspace.from_adapters(str(loras["mrpc"]))
 
 

@@ -1,4 +1,4 @@
-"""Routes on disk: they come back to the bit, cost a tree without them nothing, and damaged ones are refused."""
+"""Routes on disk come back bit by bit, cost nothing in a tree without them, and are refused if they are damaged."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def _part(change: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Tensor]], N
         (TASK_ROUTE, _set("measured", lambda of: of - 5), r"'distances' has shape \(40,\), expected \(35,\)"),
         (TASK_ROUTE, lambda tensors: tensors.pop("mean"), "'mean' is missing or unexpected"),
         (TASK_ROUTE, lambda tensors: tensors.update(x=torch.ones(1)), "'x' is missing or unexpected"),
-        (ROUTER_FILE, lambda tensors: tensors.pop(_first(tensors)), "'part.* is in only one of it and the index"),
+        (ROUTER_FILE, lambda tensors: tensors.pop(_first(tensors)), "'part.* is missing here or in the index"),
         (ROUTER_FILE, _part(lambda of: of[:-1]), r"is \(20,\) torch.float32, expected \(21,\)"),
         (ROUTER_FILE, _part(lambda of: -of), "has a negative diagonal"),
         (ROUTER_FILE, _set("probe", lambda of: of[:-1]), r"'probe' has shape \(5,\), expected \(6,\)"),
@@ -142,11 +142,11 @@ def test_a_file_that_was_edited_is_not_loaded(routed_tree: Path, file: str) -> N
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"layers": []}, r"router has layers \[\], expected numbers of layers"),
+        ({"layers": []}, r"router has layers \[\], expected indices of layers"),
         ({"layers": [True]}, "router has layers"),
         ({"width": 0}, "router has width 0, expected a number of features up to"),
         ({"width": 10**9}, "router has width 1000000000"),
-        ({"tasks": ["cola"]}, "router has 'cola' among its tasks, expected some of the tree's"),
+        ({"tasks": ["cola"]}, "router has 'cola' among its tasks, expected tasks of the tree"),
         ({"degrees": []}, "router has no degrees"),
         ({"degrees": [["x", -1]]}, "expected pairs of a name and a positive number"),
         ({"settled": "x"}, "router has settled 'x', expected a list of names"),

@@ -1,4 +1,4 @@
-"""Names of tasks: what is refused, and that nothing has happened when it is."""
+"""Names of tasks: which are refused, and that nothing has changed then."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_a_name_that_some_part_of_the_stack_could_not_carry_is_refused(name: str
 
 
 @pytest.mark.parametrize("name", [None, 3, b"bytes", ("mrpc",)])
-def test_a_name_that_is_no_string_is_refused(name: object) -> None:
+def test_a_name_that_is_not_a_string_is_refused(name: object) -> None:
     with pytest.raises(ValueError, match="not usable, expected 1 to 64 letters"):
         check_task_name(name)  # type: ignore[arg-type]
 
@@ -56,7 +56,9 @@ def test_any_other_name_is_taken(name: str) -> None:
     check_task_name(name, taken=["other"])
 
 
-@pytest.mark.parametrize(("name", "message"), [("mrpc", "exists already"), ("MRPC", "equals 'mrpc' but for case")])
+@pytest.mark.parametrize(
+    ("name", "message"), [("mrpc", "already exists"), ("MRPC", "differs from 'mrpc' only in case")]
+)
 def test_a_name_is_taken_once_in_any_case(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_task_name(name, taken=["sst2", "mrpc"])
@@ -80,7 +82,7 @@ def test_a_name_is_refused_before_its_adapter_is_looked_for(subspace: SharedSubs
 def test_a_callback_refuses_a_name_when_it_is_made(subspace: SharedSubspace) -> None:
     with pytest.raises(ValueError, match="is reserved"):
         ShareCallback("main")
-    with pytest.raises(ValueError, match="'mrpc' exists already"):
+    with pytest.raises(ValueError, match="'mrpc' already exists"):
         ShareCallback("mrpc", subspace)
 
 

@@ -1,4 +1,4 @@
-"""Files of tensors made one after another: the bytes that safetensors writes, whether or not the layout was known."""
+"""Files of tensors made one after another: the bytes that safetensors writes, with or without a known layout."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DTYPES = [
 
 
 def tensors(seed: int, rows: int = 3) -> dict[str, Tensor]:
-    """One of each type, in an order that is not that of the file, one of no dimension, one of no entry, and slices."""
+    """Tensors of each type, not in the order of the file, some without dimensions or entries, and slices."""
     generator = torch.Generator().manual_seed(seed)
     numbers = {f"n{i}": torch.randn(rows, 5, generator=generator).mul(9).to(of) for i, of in enumerate(DTYPES[::-1])}
     wide = torch.randn(4, rows, 6, generator=generator)

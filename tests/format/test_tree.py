@@ -1,4 +1,4 @@
-"""The tree on disk: what is in it, and that everything comes back from it to the bit."""
+"""The tree on disk: what is in it, and that everything comes back from it bit by bit."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_tree_has_the_documented_files_and_no_others(
         assert path.read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_index_tells_what_the_tree_holds(tree: Path) -> None:
+def test_the_index_says_what_the_tree_holds(tree: Path) -> None:
     index = json.loads((tree / "share_config.json").read_text())
     assert index.pop("digest") and index.pop("sha256") and index.pop("lineage") and index.pop("fingerprint")
     assert index == {
@@ -270,7 +270,7 @@ def test_a_tree_is_loaded_from_the_current_folder_but_not_saved_over_it(
         monkeypatch.chdir(place)
         for folder in (tree, os.path.relpath(tree)):
             assert_same_state(SharedSubspace.from_pretrained(folder).state, subspace.state)
-            with pytest.raises(ValueError, match="is or holds the current folder"):
+            with pytest.raises(ValueError, match="is or contains the current folder"):
                 subspace.save_pretrained(folder)
     assert files_of(tree) == before
 
@@ -331,11 +331,11 @@ def test_the_card_names_no_folder_of_the_machine(
     assert ModelCard.load(tmp_path / "tree" / "README.md").data.base_model is None
 
 
-def test_the_card_tells_how_many_labels_the_head_has(save_classifier: SaveLora, tmp_path: Path) -> None:
+def test_the_card_says_how_many_labels_the_head_has(save_classifier: SaveLora, tmp_path: Path) -> None:
     adapters = [save_classifier("five", 5), save_classifier("two", 2)]
     SharedSubspace.from_adapters(adapters, pseudo_rank=4, progress=False).save_pretrained(tmp_path / "tree")
     text = (tmp_path / "tree" / "README.md").read_text()
-    # The root is the LoRA of the task "two"; a model for all tasks needs the labels of the largest.
+    # The root is the LoRA of the task "two"; a model for all tasks needs the labels of the largest one.
     assert 'AutoPeftModelForSequenceClassification.from_pretrained("org/share-subspace", num_labels=2)' in text
     assert f'AutoModelForSequenceClassification.from_pretrained("{BASE_NAME}", num_labels=5)' in text
 

@@ -1,4 +1,4 @@
-"""Finished modules of a build that was stopped, in files of their own."""
+"""Finished modules of an interrupted build, each in a file of its own."""
 
 from __future__ import annotations
 

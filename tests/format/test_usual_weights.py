@@ -1,4 +1,4 @@
-"""Files of weights that are known by their bytes: what is in them, and that no other file is taken for one."""
+"""Files of weights whose contents are known from their bytes, for which no other file is mistaken."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def content(tree: Path) -> bytes:
 
 @pytest.fixture
 def usual(tree: Path) -> UsualWeights:
-    """The file of a task of the tree, all modules of which it adapts."""
+    """The file of a task of the tree that adapts all modules."""
     index = read_index(tree)
     endings = ("share_coefficients_out", "share_coefficients_in", "share_fingerprint")
     names = {module: tuple(f"{PEFT_PREFIX}{module}.{ending}" for ending in endings) for module in index.modules}
@@ -95,7 +95,7 @@ def test_a_file_that_holds_something_else_is_another_file(usual: UsualWeights, c
 
 
 def test_a_file_that_another_writer_laid_out_is_read_all_the_same(tree: Path, content: bytes) -> None:
-    """Without metadata, and signed as the tree's own."""
+    """The file has no metadata, and is signed like the tree's own."""
     expected = SharedSubspace.from_pretrained(tree).state
     (tree / "tasks" / "mrpc" / SAFETENSORS_WEIGHTS_NAME).write_bytes(save(load(content)))
     sign_anew(tree, f"tasks/mrpc/{SAFETENSORS_WEIGHTS_NAME}")

@@ -1,4 +1,4 @@
-"""Places of adapters that are whole subspaces, or tasks of one: never one task in the place of all, unnoticed."""
+"""Places of adapters that are whole subspaces, or tasks of one: one task never silently stands for all of them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def built(*places: str | Path, **options: object) -> SharedSubspace:
     return SharedSubspace.from_adapters(list(places), num_components=8, pseudo_rank=4, progress=False, **options)  # type: ignore[arg-type]
 
 
-def test_a_tree_is_no_adapter_of_a_new_subspace_or_of_another(tree: Path, loras: dict[str, Path]) -> None:
+def test_a_tree_is_not_an_adapter_of_a_new_subspace_or_of_another(tree: Path, loras: dict[str, Path]) -> None:
     with pytest.raises(ValueError, match=rf"{tree}: {TOLD} \(`share-hf export {tree} --all OUT`\)"):
         built(tree)
     subspace = built(loras["rte"])
@@ -81,7 +81,7 @@ def test_a_checkpoint_of_a_model_says_itself_what_it_is(tiny_model: Callable[[st
         built(tmp_path / "model")
 
 
-def test_a_repository_with_a_tree_is_no_adapter_but_the_branch_of_a_task_is(
+def test_a_repository_with_a_tree_is_not_an_adapter_but_the_branch_of_a_task_is(
     hub: Hub, subspace: SharedSubspace, save_lora: SaveLora
 ) -> None:
     subspace.push_to_hub(REPO)

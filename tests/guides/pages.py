@@ -1,8 +1,8 @@
 """The pages of the documentation, and the blocks in them that are examples.
 
-Python blocks of a page run in order in one process and one namespace, bash blocks by `bash -eu`, all in one folder. A
-block after a comment `<!-- not run: reason -->` is not run. A page with the comment `<!-- with a hub -->` has a Hub of
-its own on this machine; all others are offline.
+Python blocks of a page run in order in one process and one namespace, bash blocks with `bash -eu`, all in one folder.
+A block after a comment `<!-- not run: reason -->` is not run. A page with the comment `<!-- with a hub -->` has its
+own Hub on this machine; all others are offline.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Block:
     """A fenced block.
 
     Args:
-        language: What is after the fence.
+        language: Language after the fence.
         code: Its lines, without the indentation of the fence.
         line: Number of its first line in the page.
-        not_run: Why it is not run; None if it is.
+        not_run: Reason why it is not run; None if it is run.
     """
 
     language: str
@@ -46,7 +46,7 @@ class Block:
 
 
 def pages() -> list[Path]:
-    """The README, and all pages in the order of their names."""
+    """Return the README and all other pages, ordered by name."""
     return [README, *sorted(GUIDES.rglob("*.md"))]
 
 
@@ -59,7 +59,7 @@ def wants_a_hub(page: Path) -> bool:
 
 
 def blocks_of(page: Path) -> list[Block]:
-    """The fenced blocks of a page, in their order.
+    """Return the fenced blocks of a page in order.
 
     Raises:
         ValueError: If a fence is not closed.
@@ -88,5 +88,5 @@ def blocks_of(page: Path) -> list[Block]:
 
 
 def examples_of(page: Path) -> list[Block]:
-    """The blocks of a page that are run."""
+    """Return the blocks of a page that are run."""
     return [block for block in blocks_of(page) if block.is_example and block.not_run is None]

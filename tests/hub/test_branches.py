@@ -1,4 +1,4 @@
-"""Which tasks get a branch, what that costs, and where tasks without one are found."""
+"""Which tasks get a branch, what this costs, and how tasks without a branch are found."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_what_names_no_tasks_is_refused(
 
 
 def test_roots_that_repeat_what_main_has_are_right_on_every_branch(hub: Hub, save_lora: Callable[..., Path]) -> None:
-    """A tree is made from the one before it, which differs from that of main, where it is as main again."""
+    """A branch's tree is made from the previous one, which may differ from main where the new one does not."""
     targets = {"mrpc": ["q_proj", "v_proj"], "sst2": ["q_proj"], "rte": ["q_proj", "v_proj"], "cola": ["v_proj"]}
     adapters = {
         name: save_lora(name, seed=i, target_modules=modules) for i, (name, modules) in enumerate(targets.items())
@@ -111,7 +111,8 @@ def test_the_first_push_of_many_tasks_costs_few_requests(hub: Hub, save_lora: Ca
     subspace.push_to_hub(REPO)
     sent = Counter(request.method if request.method == "PUT" else request.path for request in hub.server.requests)
     uploads = sent["PUT"] + sent[f"/{REPO}.git/info/lfs/objects/verify"]
-    # A branch takes two requests, and the client has its card checked besides; all else is for the push as a whole.
+    # A branch takes two requests, and the client has its card checked as well. Everything else is for the push as a
+    # whole.
     assert sum(sent.values()) - uploads <= 3 * 19 + 20
     assert sent["PUT"] == 20 + 1 + 20  # coefficients, the basis, and root adapters
     hub.api.delete_repo(REPO)
@@ -156,15 +157,15 @@ def test_a_task_without_a_branch_is_found_on_main(hub: Hub, subspace: SharedSubs
     assert_same_state(SharedSubspace.from_pretrained(REPO).state, subspace.state)
 
 
-def test_the_card_tells_of_revisions_that_there_are(hub: Hub, subspace: SharedSubspace) -> None:
+def test_the_card_names_revisions_that_exist(hub: Hub, subspace: SharedSubspace) -> None:
     subspace.push_to_hub(REPO, branches="none")
     card = hub.repository(REPO).branches["main"].files["README.md"].content.decode()
-    peft, _, share = card.partition("One task from its coefficients")
+    peft, _, share = card.partition("To load one task from its coefficients")
     assert "revision=" not in peft and 'revision="mrpc"' in share
     subspace.push_to_hub(REPO, branches=["sst2"])
     card = hub.repository(REPO).branches["main"].files["README.md"].content.decode()
-    assert 'revision="sst2"' in card.partition("One task from its coefficients")[0]
-    assert "at the revision of a task that has a branch, it is that task's" in card
+    assert 'revision="sst2"' in card.partition("To load one task from its coefficients")[0]
+    assert "at the revision of a task that has a branch, it is the LoRA of that task" in card
 
 
 def test_peft_is_told_where_a_task_without_a_branch_is(

@@ -1,4 +1,4 @@
-"""A repository on the Hub is hostile until it is validated: what is refused, and what it could not do by then."""
+"""A repository on the Hub is hostile until it is validated: what is refused, and what it could not do until then."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ Loader = Literal["subspace", "task", "peft"]
 Edit = Callable[[Path], object]
 
 every_loader = pytest.mark.parametrize("loader", ["subspace", "task", "peft"])
-# PEFT warns of base models that it cannot look up, the client of downloads that it takes up again.
+# PEFT warns about base models that it cannot look up, and the client about downloads that it resumes.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 class Victim:
-    """Somebody who loads from the repository: with an own folder, cache and base model."""
+    """Somebody who loads from the repository, with a folder, a cache and a base model."""
 
     def __init__(self, hub: Hub, good: Path, pristine: PreTrainedModel, model: PreTrainedModel, folder: Path) -> None:
         self.hub = hub
@@ -76,7 +76,7 @@ class Victim:
         self.hub.server.forget_requests()
 
     def loads(self, loader: Loader, revision: str | None = None) -> Any:
-        """Load what there is, in one of three ways."""
+        """Load what is there, in one of three ways."""
         match loader:
             case "subspace":
                 return SharedSubspace.from_pretrained(REPO, revision=revision)
@@ -93,7 +93,7 @@ class Victim:
         errors: type[Exception] | tuple[type[Exception], ...] = ValueError,
         load: Callable[[Loader], object] | None = None,
     ) -> str:
-        """Assert that a load fails with a message, without a trace, and that a good revision can be loaded then."""
+        """Assert that a load fails with a message and without a trace, and that a good revision loads afterwards."""
         before = self.own_files()
         with pytest.raises(errors, match=message) as caught:
             (load or self.loads)(loader)
@@ -103,7 +103,7 @@ class Victim:
         return str(caught.value)
 
     def loads_what_is_good(self, loader: Loader) -> None:
-        """Assert that a good revision loads, which puts it into the model."""
+        """Assert that a good revision loads, which adds it to the model."""
         loaded = self.loads(loader, self.good)
         if loader != "peft":
             assert loaded.tasks == ("mrpc", "sst2")
@@ -111,7 +111,7 @@ class Victim:
         assert torch.equal(logits(loaded), self.expected)
 
     def own_files(self) -> dict[str, bytes | None]:
-        """Everything around the cache and not in it, and nothing that has been written to in the meantime."""
+        """Return everything around the cache, but not in it, and whether it has been written to in the meantime."""
         return {
             str(path): path.read_bytes() if path.is_file() else None
             for path in self.folder.rglob("*")
@@ -137,7 +137,7 @@ def victim(
 
 
 def signed(name: str, change: Edit) -> Edit:
-    """A change of a file that gives it, and all that refer to it, the checksums that they have then."""
+    """A change of a file that gives it, and all files that refer to it, their new checksums."""
 
     def change_and_sign(tree: Path) -> None:
         change(tree / name)
@@ -193,8 +193,8 @@ def test_what_is_good_is_loaded(victim: Victim, tree: Path, saved: tuple[Subspac
         ("main", "is reserved"),
         ("step-0001-x", "is reserved"),
         ("keys", "is an attribute of"),
-        ("MRPC", "equals 'mrpc' but for case"),
-        ("mrpc", "exists already"),
+        ("MRPC", "differs from 'mrpc' only in case"),
+        ("mrpc", "already exists"),
     ],
 )
 def test_names_of_tasks_are_checked_before_they_become_paths(
@@ -244,7 +244,7 @@ def test_sizes_in_the_index_are_checked_before_they_are_computed_with(
 
 
 def with_rank(rank: int) -> Edit:
-    """A tree whose settings and tasks name this pseudo-rank, and as many components."""
+    """A tree whose settings and tasks have this pseudo-rank, and as many components."""
     sizes = {"num_components": rank, "pseudo_rank": rank}
 
     def change(tree: Path) -> None:
@@ -288,7 +288,7 @@ def test_a_rank_beyond_that_of_every_layer_takes_no_memory(victim: Victim, tree:
 
 
 class Bomb:
-    """Touches a file when it is unpickled."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -299,7 +299,7 @@ class Bomb:
 
 @pytest.fixture(params=["pickle", "torch"])
 def pickled(request: pytest.FixtureRequest, tmp_path: Path) -> bytes:
-    """What touches `tmp_path / "exploded"` when it is unpickled."""
+    """Bytes that create `tmp_path / "exploded"` when they are unpickled."""
     bomb, path = Bomb(tmp_path / "exploded"), tmp_path / "bomb.bin"
     if request.param == "torch":
         torch.save({"weight": bomb}, path)
@@ -367,7 +367,7 @@ def test_an_adapter_that_claims_to_be_another_method_is_not_unpickled_by_peft_ei
 
 
 def _with_header(length: int | None, text: str | None = None) -> Edit:
-    """A safetensors file whose header has, or says it has, another length."""
+    """A safetensors file whose header has another length, or says so."""
 
     def change(path: Path) -> None:
         content = path.read_bytes()
@@ -467,7 +467,7 @@ def test_files_of_another_tree_are_refused(
     else:
         (tmp_path / "newer" / name).replace(tree / name)
     victim.finds(tree)
-    # Of coefficients, the fingerprint of their basis may be looked at first.
+    # Of coefficients, the fingerprint of their basis may be read first.
     damaged = "sha256 is .*, expected .*: the file was truncated or edited"
     victim.is_refused(loader, rf"{name}: ({damaged}|.*share_fingerprint' is \[)")
 
@@ -486,7 +486,7 @@ def test_huge_json_is_refused_before_it_is_downloaded(name: str, loader: Loader,
     victim.finds(tree)
     size = (tree / name).stat().st_size
     victim.is_refused(loader, f"{name}.* {size} bytes, expected at most {MAX_JSON_BYTES}")
-    # The good revision, which was loaded last, has a small file of this name.
+    # The good revision, which was loaded last, has a small file with this name.
     assert victim.downloaded(name) < MAX_JSON_BYTES // 64
 
 
@@ -551,7 +551,7 @@ def test_a_task_that_is_listed_but_absent_is_refused(
 
 
 @every_loader
-def test_another_task_that_is_absent_is_told_of_when_it_is_needed(loader: Loader, victim: Victim, tree: Path) -> None:
+def test_another_task_that_is_absent_is_reported_when_it_is_needed(loader: Loader, victim: Victim, tree: Path) -> None:
     edit_index(tree, lambda index: index["tasks"].append("rte"))
     victim.finds(tree)
     if loader == "subspace":

@@ -1,4 +1,4 @@
-"""The Hub that the tests run against, asked by the real client: it does what the Hub does, refusals included."""
+"""The Hub that the tests use, accessed with the real client: it behaves like the Hub, including what it refuses."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ CARD = "---\nlicense: mit\ntags: [peft]\nlibrary_name: peft\n---\n# Card\n"
 
 @pytest.fixture
 def repo(hub: Hub) -> Hub:
-    """The Hub with an empty repository of the one who is logged in."""
+    """The Hub with an empty repository of the user who is logged in."""
     huggingface_hub.create_repo(REPO)
     return hub
 
@@ -302,8 +302,8 @@ def test_a_snapshot_has_all_files_and_serves_offline(repo: Hub) -> None:
     assert repo.server.requests == []
 
 
-def test_a_dropped_download_goes_on_where_it_broke_off(repo: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 50_000)  # the client loses a chunk that is not whole
+def test_a_dropped_download_continues_where_it_broke_off(repo: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 50_000)  # the client loses a chunk that is not complete
     weights = bytes(range(256)) * 1000
     push({WEIGHTS: weights})
     repo.server.faults.add(is_download_of(WEIGHTS), DropDownload(after=100_000))
@@ -431,7 +431,7 @@ def test_listings_have_folders_pages_and_last_commits(repo: Hub) -> None:
 # Model cards
 
 
-def test_a_card_is_checked_and_told_of(repo: Hub) -> None:
+def test_a_card_is_checked_and_reported(repo: Hub) -> None:
     card = ModelCard(CARD)
     card.validate()
     card.push_to_hub(REPO)

@@ -1,6 +1,4 @@
-"""Pushes that end anywhere, and what the next one makes of them: nothing is lost, nothing stays stale, nobody is shut
-out.
-"""
+"""Pushes that end at any point, and the push after them: nothing is lost or stale, and nobody is locked out."""
 
 from __future__ import annotations
 
@@ -35,7 +33,7 @@ def without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Interrupt:
-    """Lets everything fail from one request of a push on that may change something; what only reads goes through."""
+    """Let everything fail from the n-th request of a push that may change something. Requests that read succeed."""
 
     def __init__(self, hub: Hub, at: int, fault: Fault) -> None:
         self.seen = 0
@@ -48,7 +46,7 @@ class Interrupt:
 
 
 def assert_whole(hub: Hub, tasks: set[str], *, tolerance: float = 0.05) -> None:
-    """Everything in the repository belongs together: branches, tags, and nothing that a push left behind."""
+    """Assert that everything in the repository fits together: branches, tags, and no remains of a push."""
     main = SharedSubspace.from_pretrained(REPO)
     assert set(main.tasks) == tasks and len(main.tasks) == len(tasks)
     repository = hub.repository(REPO)
@@ -65,7 +63,7 @@ def assert_whole(hub: Hub, tasks: set[str], *, tolerance: float = 0.05) -> None:
 
 
 def changed(pushed: SharedSubspace, save_lora: Callable[..., Path]) -> SharedSubspace:
-    """With a task that was learned anew under its old name, two new ones, and one that drifted by that."""
+    """The subspace with a task that was learned again under its old name, two new ones, and one that drifted."""
     pushed.remove_task("sst2")
     pushed.add_adapters({"sst2": save_lora("sst2", seed=41)}, progress=False)
     pushed.add_adapters({name: save_lora(name, seed=42 + i) for i, name in enumerate(("rte", "cola"))}, progress=False)
@@ -161,7 +159,7 @@ def test_what_was_done_since_a_push_whose_answer_was_lost_is_pushed_too(
         assert_whole(hub, set(ours.tasks))
 
 
-def test_a_task_that_others_learned_anew_is_not_removed_by_who_removed_the_old_one(
+def test_a_task_that_others_learned_again_is_not_removed_by_whoever_removed_the_old_one(
     hub: Hub, subspace: SharedSubspace, save_lora: Callable[..., Path]
 ) -> None:
     subspace.push_to_hub(REPO)
@@ -174,7 +172,7 @@ def test_a_task_that_others_learned_anew_is_not_removed_by_who_removed_the_old_o
     assert distance(SharedSubspace.from_pretrained(REPO), theirs, "mrpc") < 1e-5
 
 
-def test_a_web_page_in_place_of_an_answer_is_told(hub: Hub, subspace: SharedSubspace) -> None:
+def test_a_web_page_in_place_of_an_answer_is_reported(hub: Hub, subspace: SharedSubspace) -> None:
     hub.server.faults.add(lambda request: True, WebPage(), times=99)
     with pytest.raises(HubAnswerError, match=r"answer cannot be understood .*proxy or the sign-in page"):
         subspace.push_to_hub(REPO)
@@ -198,7 +196,7 @@ def test_a_rate_limit_at_any_request_is_waited_for(
     hub.move_to_another_machine()
     pushed.push_to_hub(REPO)
     hub.server.faults.clear()
-    # The client goes on without two of its own: the names of agents, and what the cache has already.
+    # The client runs without two of its own requests: the names of agents, and what the cache has already.
     assert len(seen) > 25 and len([seconds for seconds in waited if seconds >= 7]) >= len(seen) - 2
     assert_whole(hub, {"mrpc", "sst2", "rte", "cola"})
 
@@ -220,7 +218,7 @@ def test_the_workshop_of_a_push_that_was_cut_off_is_deleted(
     repository = hub.repository(REPO)
     assert [name for name in repository.branches if name.startswith("share_hf-")]
     repository.create_branch(f"share_hf-{'0' * 32}", "main")  # of an earlier version
-    repository.create_branch("share_hf-notes", "main")  # of somebody
+    repository.create_branch("share_hf-notes", "main")  # of another person
     subspace.add_adapters({"rte": save_lora("rte", seed=71)}, progress=False)
     subspace.push_to_hub(REPO)
     assert set(repository.branches) == {"main", "mrpc", "sst2", "rte", "share_hf-notes"}

@@ -38,7 +38,7 @@ def test_a_repository_that_holds_a_subspace_is_not_written_over(
     assert SharedSubspace.from_pretrained(REPO).tasks == ("mrpc", "rte")
 
 
-def test_a_repository_of_ones_own_is_pushed_to_as_ever(hub: Hub, tiny_model: Callable[[str], PreTrainedModel]) -> None:
+def test_another_repository_is_pushed_to_as_ever(hub: Hub, tiny_model: Callable[[str], PreTrainedModel]) -> None:
     for _ in range(2):
         model = get_peft_model(tiny_model("llama"), ShareConfig(num_components=8, target_modules=["q_proj"]))
         model.push_to_hub("org/model")

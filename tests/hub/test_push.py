@@ -50,7 +50,7 @@ def test_what_was_pushed_is_what_is_saved(hub: Hub, subspace: SharedSubspace, tm
     saved = files_of(tmp_path / "tree")
     assert pushed.keys() - {".gitattributes"} == saved.keys()
     different = {name for name in saved if pushed[name] != saved[name]}
-    assert different == {"share_config.json"}  # which knows of the branches
+    assert different == {"share_config.json"}  # which lists the branches
 
 
 def test_the_branch_of_a_task_has_it_at_its_root(hub: Hub, subspace: SharedSubspace, tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_the_tag_of_a_step_stays_where_it_is(hub: Hub, subspace: SharedSubspace,
     assert_same_state(SharedSubspace.from_pretrained(REPO, revision="step-0002-sst2").state, before)
 
 
-def test_a_removed_task_is_gone_from_main_and_may_be_learned_anew(
+def test_a_removed_task_is_gone_from_main_and_may_be_learned_again(
     hub: Hub, subspace: SharedSubspace, loras: dict[str, Path]
 ) -> None:
     subspace.push_to_hub(REPO)
@@ -199,7 +199,7 @@ def test_a_repository_of_something_else_is_left_alone(
 ) -> None:
     hub.api.create_repo(REPO)
     hub.repository(REPO).write({**files_of(loras["rte"]), "README.md": b"A LoRA."})
-    refuses(hub, subspace, "holds an adapter that is no shared subspace, expected another repository")
+    refuses(hub, subspace, "holds an adapter that is not a shared subspace, expected another repository")
 
 
 @pytest.mark.parametrize("kind", ["branch", "tag"])
@@ -211,7 +211,7 @@ def test_a_name_that_means_something_else_in_the_repository_is_refused(
         hub.api.create_branch(REPO, branch="sst2")
     else:
         hub.api.create_tag(REPO, tag="sst2")
-    refuses(hub, subspace, f"has a {kind} 'sst2'.*, expected none.*: delete it, or rename the task")
+    refuses(hub, subspace, f"has a {kind} 'sst2'.*, expected no .*: delete it, or rename the task")
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_a_place_on_the_writers_machine_is_not_published(
 ) -> None:
     ours = SharedSubspace(replace(subspace.state, base_model_name_or_path=base))
     first = ours.push_to_hub(REPO)
-    assert f"The base model '{base}' is a place on this machine and is not published" in caplog.text
+    assert f"The base model '{base}' is a path on this machine, and its name is not published" in caplog.text
     assert ours.base_model_name_or_path == base
     for revision in ("main", "mrpc", "sst2"):
         files = hub.repository(REPO).commit_at(revision).files
@@ -277,7 +277,7 @@ def test_a_subspace_without_tasks_is_not_pushed(hub: Hub, subspace: SharedSubspa
 
 
 def refuses(hub: Hub, subspace: SharedSubspace, message: str) -> None:
-    """A push raises, and neither the repository nor the subspace has changed."""
+    """Assert that a push raises, and that neither the repository nor the subspace has changed."""
     repository, before = hub.repository(REPO), subspace.state
     refs = dict(repository.branches), dict(repository.tags)
     with pytest.raises(ValueError, match=message):
@@ -314,7 +314,7 @@ def test_a_card_that_was_there_before_the_subspace_is_kept(hub: Hub, subspace: S
     assert card.data.library_name == "peft"
 
 
-def test_a_template_of_ones_own_writes_the_card(hub: Hub, subspace: SharedSubspace, tmp_path: Path) -> None:
+def test_a_custom_template_writes_the_card(hub: Hub, subspace: SharedSubspace, tmp_path: Path) -> None:
     template = tmp_path / "card.md.jinja"
     template.write_text("---\n{{ card_data }}\n---\n{% for task in tasks %}* {{ task.name }}\n{% endfor %}")
     subspace.push_to_hub(REPO, card_template=template)
@@ -330,7 +330,7 @@ def test_a_template_of_ones_own_writes_the_card(hub: Hub, subspace: SharedSubspa
 def test_another_machine_that_rounds_otherwise_pushes_nothing_where_nothing_changed(
     hub: Hub, subspace: SharedSubspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whether something changed is decided by bases and coefficients, not by the product that the root adapter is."""
+    """Bases and coefficients decide whether something changed, not the root adapter, which is their product."""
     subspace.push_to_hub(REPO)
     before = {branch: hub.repository(REPO).commit_at(branch).oid for branch in ("main", *subspace.tasks)}
     exact = LayerSubspace.update_of

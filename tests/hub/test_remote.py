@@ -27,14 +27,14 @@ BASE = "org/tiny-base"
 
 @pytest.fixture
 def base(tiny_model: Callable[[str], PreTrainedModel], tmp_path: Path) -> Path:
-    """The base model in a folder, as its users have it."""
+    """The base model in a folder, as users have it."""
     tiny_model("llama").save_pretrained(tmp_path / "base")
     return tmp_path / "base"
 
 
 @pytest.fixture
 def published(hub: Hub, base: Path, tmp_path: Path) -> SharedSubspace:
-    """A subspace of three tasks in a repository, and its base model in another; the user has downloaded none of it."""
+    """A subspace of three tasks in a repository, and its base model in another. The user has downloaded neither."""
     hub.api.create_repo(BASE)
     hub.api.upload_folder(repo_id=BASE, folder_path=base)
     model = AutoModelForCausalLM.from_pretrained(base)
@@ -57,7 +57,7 @@ def expected_logits(subspace: SharedSubspace, base: Path, task: str) -> Tensor:
 
 
 def downloaded(hub: Hub) -> set[str]:
-    """Files of which content was downloaded."""
+    """Return the files whose content was downloaded."""
     files = hub.repository(REPO).commit_at("main").files
     return {path for path in files if hub.server.downloaded(REPO, path)}
 
@@ -98,7 +98,7 @@ def test_a_task_is_loaded_with_the_basis_and_without_the_other_tasks(
     assert subspace.tasks == ("mrpc", "sst2", "rte", "again")
 
 
-def test_a_task_that_was_not_downloaded_is_told_of_offline(hub: Hub, published: SharedSubspace, base: Path) -> None:
+def test_a_task_that_was_not_downloaded_is_reported_offline(hub: Hub, published: SharedSubspace, base: Path) -> None:
     SharedSubspace.from_pretrained(REPO, revision="rte")
     with hub.offline():
         subspace = SharedSubspace.from_pretrained(REPO, revision="rte")
@@ -109,7 +109,7 @@ def test_a_task_that_was_not_downloaded_is_told_of_offline(hub: Hub, published: 
             subspace.apply(AutoModelForCausalLM.from_pretrained(base), ["cola"])
 
 
-def test_an_unknown_revision_is_told_with_what_there_is(hub: Hub, published: SharedSubspace) -> None:
+def test_an_unknown_revision_is_reported_with_what_there_is(hub: Hub, published: SharedSubspace) -> None:
     for revision, near in (("mrcp", "'mrpc'"), ("step-0003-ret", "'step-0003-rte'"), ("MRPC", "'mrpc'")):
         with pytest.raises(ValueError) as caught:
             SharedSubspace.from_pretrained(REPO, revision=revision)
@@ -119,7 +119,7 @@ def test_an_unknown_revision_is_told_with_what_there_is(hub: Hub, published: Sha
         SharedSubspace.from_pretrained(REPO, revision="zzz")
 
 
-def test_an_unknown_revision_is_told_offline_with_what_the_cache_has(hub: Hub, published: SharedSubspace) -> None:
+def test_an_unknown_revision_is_reported_offline_with_what_the_cache_has(hub: Hub, published: SharedSubspace) -> None:
     SharedSubspace.from_pretrained(REPO)
     SharedSubspace.from_pretrained(REPO, revision="mrpc")
     with hub.offline(), pytest.raises(ValueError) as caught:
@@ -128,13 +128,13 @@ def test_an_unknown_revision_is_told_offline_with_what_the_cache_has(hub: Hub, p
     assert "It has the tasks ['mrpc', 'sst2', 'rte']" in str(caught.value)
 
 
-def test_a_repository_without_a_subspace_is_told(hub: Hub) -> None:
+def test_a_repository_without_a_subspace_is_reported(hub: Hub) -> None:
     hub.api.create_repo(REPO)
     with pytest.raises(ValueError, match=f"{REPO}: no share_config.json at revision 'main', expected a shared subs"):
         SharedSubspace.from_pretrained(REPO)
 
 
-def test_a_download_that_breaks_off_is_taken_up_again(hub: Hub, published: SharedSubspace) -> None:
+def test_a_download_that_breaks_off_is_resumed(hub: Hub, published: SharedSubspace) -> None:
     hub.server.faults.add(is_download_of("subspace.safetensors"), DropDownload(5000), times=2)
     assert_same_state(SharedSubspace.from_pretrained(REPO).state, published.state)
 
@@ -334,6 +334,8 @@ def test_nothing_is_written_over_the_folder_of_something_else(
     published.export_lora("mrpc", tmp_path / "lora")
     with pytest.raises(ValueError, match="tree: holds a subspace or a model's checkpoint, expected another folder"):
         published.export_lora("mrpc", tmp_path / "tree")
-    with pytest.raises(ValueError, match="lora: holds an adapter that is no shared subspace, expected another folder"):
+    with pytest.raises(
+        ValueError, match="lora: holds an adapter that is not a shared subspace, expected another folder"
+    ):
         published.save_pretrained(tmp_path / "lora")
     assert SharedSubspace.from_pretrained(tmp_path / "tree").tasks == published.tasks

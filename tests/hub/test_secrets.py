@@ -1,4 +1,4 @@
-"""Tokens are in no file, log or error, and folders of a machine in nothing that is pushed, nor in a card."""
+"""Tokens are in no file, log or error. Paths of a machine are in nothing that is pushed, and in no card."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ REPO = "org/share-subspace"
 
 
 def traces(content: Iterable[bytes], hub: Hub, folder: Path) -> list[bytes]:
-    """What in some texts names the token or the folder of a user."""
+    """Return what names the token or the folder of a user in some texts."""
     secrets = [hub.user.token.encode(), str(folder).encode()]
     return [secret for text in content for secret in secrets if secret in text]
 
 
 def everything_in(hub: Hub) -> list[bytes]:
-    """Every file of every branch and tag of the repository, and the title of every commit."""
+    """Return every file of every branch and tag of the repository, and the title of every commit."""
     repository = hub.repository(REPO)
     commits = [*repository.branches.values(), *repository.tags.values()]
     titles = [commit.title.encode() for commit in hub.api.list_repo_commits(REPO)]
@@ -44,7 +44,7 @@ def with_all_logs(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
 
 @pytest.fixture
 def trainer(tiny_model: Callable[[str], PreTrainedModel], tmp_path: Path) -> ShareTrainer:
-    """With a base model from a folder of the user's, and whatever else may name one."""
+    """A trainer with a base model from a folder of the user, and with everything else that may name one."""
     home = tmp_path / "home"
     model = named(tiny_model("bert"), str(home / "models" / "bert"))
     model.config._name_or_path = model.name_or_path
@@ -110,7 +110,7 @@ def test_no_error_and_no_log_names_a_token(
 
 @pytest.fixture(autouse=True)
 def propagated() -> Iterable[None]:
-    """The logs of transformers' family reach pytest."""
+    """Pass the logs of transformers and related libraries to pytest."""
     transformers_logging.enable_propagation()
     yield
     transformers_logging.disable_propagation()

@@ -1,4 +1,4 @@
-"""Subspaces with coefficients in few bits and ranks of their own, on the hub."""
+"""Subspaces with coefficients in few bits and individual ranks, on the Hub."""
 
 from __future__ import annotations
 

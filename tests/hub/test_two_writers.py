@@ -1,4 +1,4 @@
-"""Two writers of one repository: both sides' tasks end up on `main`, and nothing is overwritten."""
+"""Two writers of one repository: the tasks of both end up on `main`, and nothing is overwritten."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 def writers(
     hub: Hub, subspace: SharedSubspace, save_lora: Callable[..., Path]
 ) -> tuple[SharedSubspace, SharedSubspace]:
-    """Two that start from one revision and have each learned a task since."""
+    """Two people who start from the same revision and have each learned a task since."""
     subspace.push_to_hub(REPO)
     first, second = (SharedSubspace.from_pretrained(REPO) for _ in range(2))
     first.add_adapters({"rte": save_lora("rte", seed=11)}, progress=False)
@@ -106,7 +106,7 @@ def test_many_at_once_all_arrive_once(count: int, hub: Hub, save_lora: Callable[
     assert all(titles.count(f"Add task {name}") == 1 for name in names)
     assert set(hub.repository(REPO).branches) == {"main", *tasks}
     for task in tasks:
-        # Drift is told in parts of what was learned, of which less is left by now.
+        # Drift is relative to what was learned, of which less is left by now.
         left = (1 - main.state.drifts()[task] ** 2) ** 0.5
         assert distance(SharedSubspace.from_pretrained(REPO, revision=task), main, task) <= 0.05 / left + 1e-3
     SharedSubspace.from_pretrained(REPO).push_to_hub(REPO)
@@ -255,5 +255,5 @@ def test_who_knows_that_two_names_are_one_model_says_so(
     published = SharedSubspace.from_pretrained(REPO)
     assert published.base_model_name_or_path == other.base_model_name_or_path == "org/renamed"
     assert set(published.tasks) == {"mrpc", "sst2", "rte", "cola"}
-    with pytest.raises(ValueError, match=r"base_model is './tiny', expected an id on the hub"):
+    with pytest.raises(ValueError, match=r"base_model is './tiny', expected a Hub id"):
         other.push_to_hub(REPO, base_model="./tiny")

@@ -1,4 +1,4 @@
-"""A Hub on loopback that the real client talks to, with counters and faults for tests."""
+"""A Hub on loopback for the real client, with counters and faults for tests."""
 
 from .client import Hub
 from .faults import (

@@ -27,17 +27,17 @@ _LICENSES = """
 
 
 def card_metadata(text: str) -> Any:
-    """What the YAML at the top of a card says; None without any.
+    """Return the content of the YAML at the top of a card, or None if there is none.
 
     Raises:
-        yaml.YAMLError: If it is no YAML.
+        yaml.YAMLError: If it is not YAML.
     """
     found = _FRONT_MATTER.match(text)
     return yaml.safe_load(found[1]) if found else None
 
 
 def card_problems(text: str) -> tuple[list[str], list[str]]:
-    """Errors in the metadata of a card, which refuse it, and warnings, which do not."""
+    """Return errors in the metadata of a card, for which it is refused, and warnings, for which it is not."""
     try:
         metadata = card_metadata(text)
     except yaml.YAMLError as error:
@@ -56,7 +56,7 @@ def card_problems(text: str) -> tuple[list[str], list[str]]:
 
 
 def _value_errors(metadata: dict[str, Any]) -> list[str]:
-    """Values of fields that have the right type."""
+    """Return errors in values of fields that have the right type."""
     errors = []
     if metadata.get("license", "other") not in _LICENSES.split():
         errors.append(f'"license" must be one of [{", ".join(_LICENSES.split())}]')
@@ -68,7 +68,7 @@ def _value_errors(metadata: dict[str, Any]) -> list[str]:
 
 
 def _model_index_errors(models: Any) -> list[str]:
-    """Results must say of what task, on what dataset, and by what metric they are."""
+    """Results must have a task, a dataset and a metric."""
     if not isinstance(models, list):
         return ['"model-index" must be an array']
     errors = []

@@ -1,6 +1,6 @@
-"""This process as a client of the server, as if it had been started with HF_ENDPOINT at its address.
+"""This process as a client of the server, as if it had been started with HF_ENDPOINT set to its address.
 
-The client reads its environment when it is imported. What it made of it is in constants, which are set here; no
+The client reads its environment when it is imported, into constants that are set here. No
 function is replaced. Beside those of `huggingface_hub.constants`, two `HfApi` keep the endpoint they were made with:
 the one whose methods `huggingface_hub` exports, and the one of transformers. PEFT reads HF_HUB_OFFLINE at run time.
 """
@@ -28,12 +28,12 @@ ORGANIZATION = "org"
 class Hub:
     """The server as a test sees it.
 
-    `alice`, who writes to `org`, is logged in: her token is in HF_TOKEN.
+    `alice`, who may write to `org`, is logged in: her token is in HF_TOKEN.
 
     Attributes:
         server: The server.
-        user: Who is logged in; None for nobody.
-        home: HF_HOME, new for each test.
+        user: User who is logged in; None for nobody.
+        home: HF_HOME, which is new for each test.
     """
 
     def __init__(self, server: HubServer, home: Path, patch: pytest.MonkeyPatch) -> None:
@@ -70,27 +70,27 @@ class Hub:
 
     @property
     def api(self) -> HfApi:
-        """A client of the one who is logged in."""
+        """Client of the user who is logged in."""
         return HfApi()
 
     @property
     def cache(self) -> Path:
-        """The folder of downloaded repositories."""
+        """Folder of downloaded repositories."""
         return self.home / "hub"
 
     def repository(self, repo_id: str) -> Repository:
-        """What the server has: to look at it, or to `write` to it as somebody else."""
+        """Return what the server has, to look at it, or to `write` to it as somebody else."""
         return self.server.repositories[repo_id]
 
     def move_to_another_machine(self) -> None:
-        """From here on there is nothing in the cache."""
+        """Empty the cache."""
         self._machines += 1
         self.home = self.home.with_name(f"{self.home.name}-{self._machines}")
         self._set_home()
 
     @contextmanager
     def logged_in_as(self, user: User | None) -> Iterator[None]:
-        """Inside of it the token is that of somebody else, or there is none."""
+        """Use the token of somebody else, or none, within the block."""
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(self, "user", user)
             if user is None:
@@ -101,14 +101,14 @@ class Hub:
 
     @contextmanager
     def offline(self) -> Iterator[None]:
-        """Inside of it the client behaves as with HF_HUB_OFFLINE=1."""
+        """Let the client behave as with HF_HUB_OFFLINE=1 within the block."""
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(constants, "HF_HUB_OFFLINE", True)
             patch.setenv("HF_HUB_OFFLINE", "1")
             yield
 
     def subprocess_env(self, **changes: str) -> dict[str, str]:
-        """Environment of a child process that is to use this Hub, and this cache, as the one who is logged in."""
+        """Return an environment in which a child process uses this Hub and this cache, as the logged-in user."""
         return {**os.environ, **changes}
 
     def _set_home(self) -> None:

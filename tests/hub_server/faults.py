@@ -1,4 +1,4 @@
-"""What went over the wire, and what a test lets go wrong there."""
+"""Requests to the server, and the faults that a test arranges."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class Request:
     """A request as it came in, and how far it got.
 
     Attributes:
-        raw_path: As it came in, percent-encoded, without the query.
+        raw_path: Percent-encoded path as it came in, without the query.
         repo_id: Repository that the request is about, once that is known.
-        status: What was answered; None where the connection was dropped before that, or nothing was answered yet.
-        received: Bytes of the body that came in.
-        sent: Bytes of the body that went out.
-        uploaded: Bytes of content that came in, by path in the repository, or by SHA-256 for an LFS object.
-        downloaded: The same for content that went out.
+        status: Status of the answer; None if the connection was dropped before that, or there is no answer yet.
+        received: Number of bytes of the body that came in.
+        sent: Number of bytes of the body that went out.
+        uploaded: Number of bytes of content that came in, by path in the repository, or by SHA-256 for an LFS object.
+        downloaded: Same for content that went out.
     """
 
     method: str
@@ -37,13 +37,13 @@ class Request:
 
     @property
     def path(self) -> str:
-        """Its percent-encoding undone."""
+        """Path without percent-encoding."""
         return unquote(self.raw_path)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Answer with a status, and do nothing. The client tries again after 408, 429, 500, 502, 503 and 504."""
+    """Answer with a status, and do nothing. The client retries after 408, 429, 500, 502, 503 and 504."""
 
     status: int
     message: str = "Injected by the test"
@@ -53,21 +53,21 @@ class Answer:
 
 @dataclass(frozen=True)
 class DropUpload:
-    """Close the connection when so many bytes of the body have come in, and do nothing."""
+    """Close the connection after this many bytes of the body have come in, and do nothing."""
 
     after: int = 0
 
 
 @dataclass(frozen=True)
 class DropDownload:
-    """Do what was asked for, but close the connection when so many bytes of the body have gone out."""
+    """Do what was asked for, but close the connection after this many bytes of the body have gone out."""
 
     after: int = 0
 
 
 @dataclass(frozen=True)
 class LoseAnswer:
-    """Do what was asked for, but close the connection before anything is answered."""
+    """Do what was asked for, but close the connection before the answer."""
 
 
 @dataclass(frozen=True)
@@ -111,21 +111,21 @@ class Faults:
         self._lock = threading.Lock()
 
     def add(self, match: Match, action: Fault, *, times: float = 1) -> None:
-        """Do something to the next requests that match, `times` of them (`math.inf`: to all)."""
+        """Do something to the next `times` requests that match (`math.inf`: to all)."""
         with self._lock:
             self._rules.append(_Rule(match, action, times))
 
     def before_commit(self, function: Callable[[], object], *, times: float = 1) -> None:
-        """Call something right before a commit is made, such as a commit of somebody else."""
+        """Call something right before a commit is made, such as a commit by somebody else."""
         self.add(is_commit, Run(function), times=times)
 
     def clear(self) -> None:
-        """Forget all rules."""
+        """Remove all rules."""
         with self._lock:
             self._rules.clear()
 
     def take(self, request: Request) -> Fault | None:
-        """What to do to a request."""
+        """Return what to do to a request."""
         with self._lock:
             for rule in self._rules:
                 if rule.times > 0 and rule.match(request):
@@ -135,17 +135,17 @@ class Faults:
 
 
 def is_commit(request: Request) -> bool:
-    """Whether a request makes a commit."""
+    """Return whether a request makes a commit."""
     return request.method == "POST" and request.path.startswith("/api/models/") and "/commit/" in request.path
 
 
 def is_upload(request: Request) -> bool:
-    """Whether a request carries the content of an LFS object to the storage."""
+    """Return whether a request carries the content of an LFS object to the storage."""
     return request.method == "PUT"
 
 
 def is_download_of(name: str) -> Match:
-    """Matches requests for the content of a file: at the Hub, and at the storage where the Hub sends clients to."""
+    """Match requests for the content of a file: at the Hub, and at the storage to which the Hub sends clients."""
     return lambda request: (
         request.method == "GET"
         and (

@@ -14,14 +14,14 @@ from .server import HubServer
 
 @pytest.fixture(scope="session")
 def hub_server() -> Iterator[HubServer]:
-    """The server. A test wants `hub`, which empties it first."""
+    """The server. Tests use `hub`, which empties it first."""
     with HubServer() as server:
         yield server
 
 
 @pytest.fixture
 def hub(hub_server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """An empty Hub that the client in this process talks to, with an empty cache."""
+    """An empty Hub to which the client in this process talks, with an empty cache."""
     hub_server.reset()
     huggingface_hub.close_session()
     yield Hub(hub_server, tmp_path / "hf-home", monkeypatch)

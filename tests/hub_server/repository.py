@@ -1,4 +1,4 @@
-"""What the Hub keeps of a model: immutable commits, branches, tags, pull requests, and large files by SHA-256."""
+"""What the Hub stores of a model: immutable commits, branches, tags, pull requests, and large files by SHA-256."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .cards import card_problems
 MAX_REGULAR_BYTES = 10 * 1024**2
 README = "README.md"
 GIT_ATTRIBUTES = ".gitattributes"
-_SAMPLE_BYTES = 512  # that a client sends of a file to ask how to upload it
+_SAMPLE_BYTES = 512  # number of bytes of a file that a client sends to ask how to upload it
 _LFS_RULE = "filter=lfs diff=lfs merge=lfs -text"
 _LFS_SUFFIXES = (
     "7z arrow bin bz2 ckpt gz h5 joblib msgpack npy npz onnx parquet pickle pkl pt pth safetensors tar tgz zip"
@@ -35,10 +35,10 @@ class HubError(Exception):
 
     Args:
         status: Status of the answer.
-        message: What it says, in the body and in `X-Error-Message`.
-        code: What it says in `X-Error-Code`.
-        headers: Further headers of it.
-        body: Further fields of its body.
+        message: Message in the body and in `X-Error-Message`.
+        code: Value of `X-Error-Code`.
+        headers: Additional headers.
+        body: Additional fields of the body.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class HubError(Exception):
 
 @dataclass(frozen=True)
 class Blob:
-    """Content of a file. Git holds a pointer to it where it is kept in LFS."""
+    """Content of a file. For a file in LFS, Git holds a pointer to it."""
 
     content: bytes
     in_lfs: bool = False
@@ -75,7 +75,7 @@ class Blob:
 
     @cached_property
     def oid(self) -> str:
-        """As `git hash-object` has it."""
+        """Hash of the content, as `git hash-object` computes it."""
         data = self.pointer if self.in_lfs else self.content
         return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
@@ -86,7 +86,7 @@ class Blob:
 
 @dataclass(frozen=True, eq=False)
 class Commit:
-    """A state of all files, and how it came to be."""
+    """A state of all files, and how it came about."""
 
     files: Mapping[str, Blob]
     title: str
@@ -102,21 +102,21 @@ class Commit:
         return hashlib.sha1(json.dumps(told).encode()).hexdigest()
 
     def history(self) -> Iterator[Commit]:
-        """This commit and those before it, the newest first."""
+        """Yield this commit and those before it, the newest first."""
         commit: Commit | None = self
         while commit is not None:
             yield commit
             commit = commit.parent
 
     def oid_of(self, path: str) -> str | None:
-        """Git's name for a file or a folder (`""` is the root), None where there is neither."""
+        """Return Git's hash of a file or a folder (`""` is the root), or None if there is neither."""
         if path in self.files:
             return self.files[path].oid
         inside = sorted((name, blob.oid) for name, blob in self.files.items() if _is_inside(name, path))
         return hashlib.sha1(json.dumps(inside).encode()).hexdigest() if inside or not path else None
 
     def paths_in(self, folder: str, recursive: bool) -> list[str]:
-        """Files and folders in a folder."""
+        """Return the files and folders in a folder."""
         found = set()
         for name in self.files:
             if _is_inside(name, folder):
@@ -127,7 +127,7 @@ class Commit:
         return sorted(found)
 
     def last_change_of(self, path: str) -> Commit:
-        """The commit that made a file or a folder what it is in this one."""
+        """Return the commit that made a file or a folder what it is in this commit."""
         oid, last = self.oid_of(path), self
         for commit in self.history():
             if commit.oid_of(path) != oid:
@@ -136,12 +136,12 @@ class Commit:
         return last
 
     def keeps_in_lfs(self, path: str, content: bytes, size: int | None = None) -> bool:
-        """Whether a file belongs into LFS: by the rules of `.gitattributes`, by its size, or because it is binary.
+        """Return whether a file belongs in LFS: by the rules of `.gitattributes`, by its size, or as a binary file.
 
         Args:
             path: Path in the repository.
-            content: All of the file, or its beginning.
-            size: Bytes in the file, where `content` is its beginning only.
+            content: Content of the file, or its beginning.
+            size: Number of bytes in the file, if `content` is only its beginning.
         """
         if (len(content) if size is None else size) > MAX_REGULAR_BYTES or b"\0" in content[:_SAMPLE_BYTES]:
             return True
@@ -149,7 +149,7 @@ class Commit:
 
 
 class Repository:
-    """A model repository. It is born with one commit that holds `.gitattributes`."""
+    """A model repository. It starts with one commit that holds `.gitattributes`."""
 
     def __init__(self, repo_id: str, *, private: bool = False, gated: bool = False) -> None:
         self.id = repo_id
@@ -170,7 +170,7 @@ class Repository:
         return self.id.rpartition("/")[0]
 
     def commit_at(self, revision: str) -> Commit:
-        """The commit that a branch, a tag, a pull request, or a commit id of 7 digits or more stands for.
+        """Return the commit for a branch, a tag, a pull request, or a commit id of 7 digits or more.
 
         Raises:
             HubError: 404 if there is none.
@@ -185,14 +185,14 @@ class Repository:
         raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
 
     def lfs_objects_of(self, path: str) -> set[str]:
-        """SHA-256 of everything that a file has ever been, on any branch, while it was in LFS."""
+        """Return the SHA-256 of everything that a file has ever been, on any branch, while it was in LFS."""
         blobs = (commit.files.get(path) for commit in self._commits.values())
         return {blob.sha256 for blob in blobs if blob is not None and blob.in_lfs}
 
     def write(
         self, files: Mapping[str, bytes | None], *, revision: str = "main", title: str = "Write files"
     ) -> Commit:
-        """Commit files as a client would, without HTTP; None deletes."""
+        """Commit files as a client would, without HTTP; None deletes a file."""
         operations: list[tuple[str, dict[str, Any]]] = []
         for path, content in files.items():
             if content is None:
@@ -216,16 +216,16 @@ class Repository:
         parent: str | None = None,
         create_pr: bool = False,
     ) -> tuple[Commit, str]:
-        """Make a commit: the commit, and the ref that points to it.
+        """Make a commit, and return it with the ref that points to it.
 
         Args:
-            operations: `file`, `lfsFile`, `deletedFile` and `deletedFolder` as they are on the wire.
+            operations: `file`, `lfsFile`, `deletedFile` and `deletedFolder` as clients send them.
             title: First line of the message.
-            description: The rest of it.
+            description: Rest of the message.
             author: Name of a user.
-            revision: Branch or pull request to commit to; with `create_pr`, what the pull request is against.
-            parent: Commit id that the branch must be at; with `create_pr`, where the pull request begins.
-            create_pr: Open a pull request with the commit.
+            revision: Branch or pull request to commit to; with `create_pr`, the branch that the pull request is for.
+            parent: Id of the commit that the branch must be at; with `create_pr`, the start of the pull request.
+            create_pr: Whether to open a pull request with the commit.
 
         Raises:
             HubError: 412 if the branch is not at `parent`, 404 or 400 if an operation cannot be done.
@@ -248,10 +248,10 @@ class Repository:
             return refs[ref], ref
 
     def create_branch(self, name: str, starting_point: str) -> None:
-        """Make a branch that begins at a revision.
+        """Make a branch that starts at a revision.
 
         Raises:
-            HubError: 409 if the name is taken, 400 if it is none for a branch.
+            HubError: 409 if the name is taken, 400 if it is not valid for a branch.
         """
         with self._lock:
             if not _REF_NAME.fullmatch(name):
@@ -261,7 +261,7 @@ class Repository:
             self.branches[name] = self.commit_at(starting_point)
 
     def delete_branch(self, name: str) -> None:
-        """Forget a branch; its commits stay.
+        """Delete a branch; its commits stay.
 
         Raises:
             HubError: 404 if there is no such branch, 403 if it is the main one.
@@ -273,10 +273,10 @@ class Repository:
                 raise HubError(404, f"Invalid rev id: {name}", "RevisionNotFound")
 
     def create_tag(self, name: str, revision: str) -> None:
-        """Give a name to the commit that a revision stands for.
+        """Give a name to a revision's commit.
 
         Raises:
-            HubError: 409 if the name is taken, 400 if it is none for a tag.
+            HubError: 409 if the name is taken, 400 if it is not valid for a tag.
         """
         with self._lock:
             if not _REF_NAME.fullmatch(name):
@@ -286,7 +286,7 @@ class Repository:
             self.tags[name] = self.commit_at(revision)
 
     def delete_tag(self, name: str) -> None:
-        """Forget a tag.
+        """Delete a tag.
 
         Raises:
             HubError: 404 if there is no such tag.
@@ -300,7 +300,7 @@ class Repository:
         return commit
 
     def _apply(self, key: str, value: dict[str, Any], files: dict[str, Blob], head: Commit) -> None:
-        """Do one operation of a commit on the files that it will hold."""
+        """Apply one operation of a commit to the files that it will hold."""
         path = str(value.get("path", "")).rstrip("/")
         if not path or any(part in ("", ".", "..", ".git") for part in path.split("/")):
             raise HubError(400, f"Invalid path in the commit: {path!r}")

@@ -1,4 +1,4 @@
-"""What the Hub answers: its HTTP API, as far as models go, and the storage behind it."""
+"""The answers of the Hub: its HTTP API, as far as models are concerned, and the storage behind it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Response:
 
 @dataclass(frozen=True)
 class Call:
-    """A request with what its path and its token stand for."""
+    """A request with what its path and its token refer to."""
 
     hub: HubServer
     request: Request
@@ -53,7 +53,7 @@ class Call:
 
     @property
     def user(self) -> User | None:
-        """Who asks; None for anonymous.
+        """User who asks; None for anonymous.
 
         Raises:
             HubError: 401 if nobody has the token.
@@ -75,18 +75,18 @@ class Call:
         return self.readable().commit_at(self.revision)
 
     def known_user(self) -> User:
-        """Who asks.
+        """User who asks, who must not be anonymous.
 
         Raises:
             HubError: 401 for anonymous.
         """
         if self.user is None:
-            # The client tells by the code what it else tells by the https:// of the address.
+            # The client uses this code to tell what it would otherwise tell from the https:// of the address.
             raise HubError(401, "Invalid username or password.", "RepoNotFound")
         return self.user
 
     def readable(self) -> Repository:
-        """The repository, for somebody who may know of it.
+        """Repository, for a user who may know about it.
 
         Raises:
             HubError: 404 if it is missing or private, 401 if the one who asks is anonymous.
@@ -98,7 +98,7 @@ class Call:
         return repository
 
     def writable(self) -> Repository:
-        """The repository, for somebody who may change it.
+        """Repository, for a user who may change it.
 
         Raises:
             HubError: 403 if that is somebody else.
@@ -111,16 +111,16 @@ class Call:
         return repository
 
     def open_to_pull_requests(self) -> Repository:
-        """The repository, for somebody who may open a pull request there: anybody with a name who can read it."""
+        """Repository, for a user who may open a pull request there: any named user who can read it."""
         self.known_user()
         return self.readable()
 
     def is_asked(self, name: str) -> bool:
-        """Whether a flag of the query is set."""
+        """Return whether a flag of the query is set."""
         return self.request.query.get(name, [""])[0].lower() in ("1", "true")
 
     def page(self, entries: list[Any], size: int) -> Response:
-        """The part of a listing that the cursor points to, with the address of the next."""
+        """Return the part of a listing that the cursor points to, with the address of the next part."""
         start = int(self.request.query.get("cursor", ["0"])[0])
         headers = {}
         if start + size < len(entries):
@@ -137,7 +137,7 @@ STORAGE: list[Route] = []
 
 
 def find(table: list[Route], method: str, path: str) -> tuple[Endpoint, dict[str, str]]:
-    """The endpoint for a path that is still percent-encoded, and what the path names."""
+    """Return the endpoint for a path that is still percent-encoded, and what the path names."""
     for verb, pattern, endpoint in table:
         if verb == method and (found := pattern.fullmatch(path)):
             return endpoint, {name: unquote(value) for name, value in found.groupdict().items() if value is not None}
@@ -145,7 +145,7 @@ def find(table: list[Route], method: str, path: str) -> tuple[Endpoint, dict[str
 
 
 def refusal(error: HubError) -> Response:
-    """An error as the Hub tells of it."""
+    """Return an error in the form of the Hub."""
     message = error.message.replace("\n", " ").encode("ascii", "replace").decode()
     headers = {"X-Error-Message": message}
     if error.code is not None:
@@ -154,7 +154,7 @@ def refusal(error: HubError) -> Response:
 
 
 def _route(method: str, path: str, table: list[Route] = HUB) -> Callable[[Endpoint], Endpoint]:
-    """Make a function the endpoint for a path: {repo} has one part or two, {path} any number, all else one."""
+    """Make a function the endpoint for a path: {repo} has one part or two, {path} any number, all others one."""
     parts = {"repo": r"[^/]+(?:/[^/]+)?", "path": r".+"}
     pattern = re.sub(r"\{(\w+)\}", lambda name: f"(?P<{name[1]}>{parts.get(name[1], '[^/]+')})", path)
 
@@ -381,7 +381,7 @@ def model_info(call: Call) -> Response:
 @_route("HEAD", "/{repo}/resolve/{rev}/{path}")
 @_route("GET", "/{repo}/resolve/{rev}/{path}")
 def resolve(call: Call) -> Response:
-    """A file, or for an LFS object where to get it."""
+    """Return a file, or for an LFS object, where to get it."""
     repository, commit, path = call.readable(), call.commit, call.params["path"]
     if not call.hub.may_download(call.user, repository):
         status = 403 if call.user else 401
@@ -416,7 +416,7 @@ def get_object(call: Call) -> Response:
 
 
 def _expect_signature(call: Call) -> None:
-    """Whoever has the address may use it; a token besides is an error, as it is at S3."""
+    """Anyone who has the address may use it. Sending a token as well is an error, as it is at S3."""
     if "authorization" in call.request.headers:
         raise HubError(400, "Only one auth mechanism allowed")
     if call.request.query.get("signature") != [call.hub.signature(call.request.method, call.request.path)]:
@@ -424,7 +424,7 @@ def _expect_signature(call: Call) -> None:
 
 
 def _content(call: Call, content: bytes, headers: Mapping[str, str], name: str) -> Response:
-    """All of a file, or the part that is asked for."""
+    """Return all of a file, or the part that is requested."""
     wanted = _RANGE.fullmatch(call.request.headers.get("range", ""))
     if wanted is None or wanted[0] == "bytes=-":
         return Response(HTTPStatus.OK, content, headers, name)
@@ -440,7 +440,7 @@ def _content(call: Call, content: bytes, headers: Mapping[str, str], name: str) 
 
 
 def _entry(commit: Commit, path: str, expand: bool) -> dict[str, Any]:
-    """A file or a folder as listings have it."""
+    """Return a file or a folder as listings have it."""
     blob = commit.files.get(path)
     if blob is None:
         told = {"type": "directory", "path": path, "oid": commit.oid_of(path), "size": 0}
@@ -460,7 +460,7 @@ def _blob_info(blob: Blob, digest: str) -> dict[str, Any]:
 
 
 def _card(commit: Commit) -> dict[str, Any]:
-    """Metadata of the model card."""
+    """Return the metadata of the model card."""
     try:
         metadata = card_metadata(commit.files[README].content.decode())
     except (KeyError, yaml.YAMLError):

@@ -1,4 +1,4 @@
-"""The server: who may do what, the two sockets, and the log of what went over them."""
+"""The server: who may do what, the two sockets, and the log of all requests."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class User:
     """An account.
 
     Attributes:
-        name: Its name, which is a namespace too.
-        token: Its only token.
-        can_write: Whether the token is one to write with.
-        organizations: Its role, `read` or `write`, in each organization.
+        name: Name, which is a namespace too.
+        token: Only token of the account.
+        can_write: Whether the token allows writing.
+        organizations: Role, `read` or `write`, in each organization.
     """
 
     name: str
@@ -40,15 +40,15 @@ class User:
 class HubServer:
     """The Hub on loopback. `with HubServer() as server:` runs it.
 
-    As the real one, it is two hosts: the Hub at `url`, and the storage of the LFS objects, to which the Hub sends
-    clients with signed addresses and which refuses their tokens.
+    Like the real one, it has two hosts: the Hub at `url`, and the storage of the LFS objects, to which the Hub sends
+    clients with signed addresses, and which refuses their tokens.
 
     Attributes:
-        users: By token.
-        repositories: By id.
-        requests: Everything that was asked since the last `reset` or `forget_requests`.
-        faults: What to let go wrong.
-        page_size: Entries on a page of a listing.
+        users: Users by token.
+        repositories: Repositories by id.
+        requests: All requests since the last `reset` or `forget_requests`.
+        faults: Faults that the test has arranged.
+        page_size: Number of entries on a page of a listing.
     """
 
     def __init__(self) -> None:
@@ -73,11 +73,11 @@ class HubServer:
 
     @property
     def url(self) -> str:
-        """What `HF_ENDPOINT` is to be."""
+        """Value for `HF_ENDPOINT`."""
         return self._hub_socket.url
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Remove everything."""
         self.users, self.repositories, self.page_size = {}, {}, 1000
         self.faults.clear()
         self.forget_requests()
@@ -89,7 +89,7 @@ class HubServer:
         return user
 
     def create_repo(self, repo_id: str, *, private: bool = False, gated: bool = False) -> Repository:
-        """Make a repository, in any namespace or in none, as the oldest models of the Hub are.
+        """Make a repository in any namespace, or in none, like the oldest models of the Hub.
 
         Raises:
             HubError: 409 if there is one.
@@ -100,49 +100,49 @@ class HubServer:
         return repository
 
     def may_read(self, user: User | None, repository: Repository) -> bool:
-        """Whether somebody may know that there is a repository."""
+        """Return whether somebody may know that there is a repository."""
         return not repository.private or self._role(user, repository.namespace) is not None
 
     def may_write(self, user: User | None, namespace: str) -> bool:
-        """Whether somebody may make and change repositories in a namespace."""
+        """Return whether somebody may make and change repositories in a namespace."""
         return user is not None and user.can_write and self._role(user, namespace) == "write"
 
     def may_download(self, user: User | None, repository: Repository) -> bool:
-        """Whether somebody who may read a repository may have its files too."""
+        """Return whether somebody who may read a repository may also have its files."""
         if not repository.gated or self._role(user, repository.namespace) is not None:
             return True
         return user is not None and user.name in repository.granted
 
     def signed_url(self, method: str, path: str) -> str:
-        """Address at the storage that can be used without a token."""
+        """Return an address at the storage that can be used without a token."""
         return f"{self._storage_socket.url}{path}?signature={self.signature(method, path)}"
 
     def signature(self, method: str, path: str) -> str:
-        """What a signed address must have."""
+        """Return what a signed address must have."""
         return hashlib.sha256(f"{self._secret} {method} {path}".encode()).hexdigest()
 
     def forget_requests(self) -> None:
-        """Begin to count anew."""
+        """Start counting again."""
         self.requests = []
 
     def bytes_received(self) -> int:
-        """Bytes of the bodies of all requests."""
+        """Number of bytes in the bodies of all requests."""
         return sum(request.received for request in self.requests)
 
     def bytes_sent(self) -> int:
-        """Bytes of the bodies of all answers."""
+        """Number of bytes in the bodies of all answers."""
         return sum(request.sent for request in self.requests)
 
     def uploaded(self, repo_id: str, path: str) -> int:
-        """Bytes that came in of a file: inside of commits, and as an LFS object that the file is or was by now."""
+        """Return the number of bytes of a file that came in: in commits, and as LFS objects of any of its versions."""
         return sum(request.uploaded[name] for request, name in self._transfers_of(repo_id, path))
 
     def downloaded(self, repo_id: str, path: str) -> int:
-        """Bytes that went out of a file, from the Hub and from the storage."""
+        """Return the number of bytes of a file that went out, from the Hub and from the storage."""
         return sum(request.downloaded[name] for request, name in self._transfers_of(repo_id, path))
 
     def uploads_of(self, content: bytes) -> list[Request]:
-        """Requests that carried an LFS object to the storage, whole or not, for whatever file and repository."""
+        """Return the requests that carried an LFS object to the storage, complete or not, for all repositories."""
         oid = hashlib.sha256(content).hexdigest()
         return [request for request in self.requests if request.method == "PUT" and oid in request.uploaded]
 
@@ -168,7 +168,7 @@ class _Socket(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients that hang up are nothing to tell of; the handler tells of everything else."""
+        """Ignore clients that hang up; the handler reports everything else."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -220,7 +220,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(response.body)))
         body = b"" if self.command == "HEAD" else response.body[:drop_after]
-        # Counted before it goes out: the client may look at the counters as soon as it has the last byte.
+        # It is counted before it goes out, because the client may read the counters as soon as it has the last byte.
         request.sent = len(body)
         if response.name is not None:
             request.downloaded[response.name] += len(body)
@@ -236,11 +236,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.shutdown(socket.SHUT_RDWR)
 
     def log_message(self, *args: object) -> None:
-        """Nothing to the terminal: `HubServer.requests` has it all."""
+        """Print nothing to the terminal: `HubServer.requests` has it all."""
 
 
 def _let_happen(fault: Fault | None) -> None:
-    """What comes before the answer."""
+    """Do what comes before the answer."""
     match fault:
         case Answer():
             raise HubError(fault.status, fault.message, fault.code, fault.headers)

@@ -1,4 +1,4 @@
-"""The baselines of the benchmark of continual learning, on toy tasks that a tiny BERT learns in a second."""
+"""The baselines of the continual learning benchmark, on toy tasks that a tiny BERT learns in a second."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ HEAD = 2 * HIDDEN + 2
 
 @dataclass(frozen=True)
 class ToyTask:
-    """Texts of six tokens; the one at `signal` tells the label, and those of other tasks are noise in it."""
+    """Texts of six tokens. The one at `signal` determines the label; those of other tasks are noise here."""
 
     signal: int
     seed: int
@@ -79,23 +79,23 @@ class ToyTask:
 
 @dataclass
 class Run:
-    """An outcome, and what was seen while it came about: by step, the Trainer and the batches trained on."""
+    """An outcome, and what was recorded meanwhile: by step, the Trainer and the batches that it trained on."""
 
     outcome: Any
     trainers: list[Any]
 
     def seen(self, step: int) -> Counter[int]:
-        """How often samples of each task were trained on in a step."""
+        """Return how often samples of each task were trained on in a step."""
         return Counter(place for batch in self.trainers[step].batches for place in batch["task"].tolist())
 
 
-MADE: list[Any] = []  # Trainers of the run at work
+MADE: list[Any] = []  # Trainers of the current run
 TASKS = {"first": ToyTask(1, 0), "second": ToyTask(2, 1), "third": ToyTask(3, 2)}
 
 
 @pytest.fixture(scope="module")
 def baselines() -> Iterator[ModuleType]:
-    """The module, which belongs to no package, with a Trainer that notes what it trains on."""
+    """The module, which belongs to no package, with a Trainer that records what it trains on."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(FOLDER)
         module = importlib.import_module("_baselines")
@@ -136,7 +136,7 @@ def baselines() -> Iterator[ModuleType]:
 def run(
     baselines: ModuleType, pristine_models: dict[str, PreTrainedModel], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Run]:
-    """Runs a method on some of the toy tasks, once for all tests that ask for the same."""
+    """Run a method on some of the toy tasks, once for all tests that ask for the same run."""
     folder = str(tmp_path_factory.mktemp("baselines"))
 
     @cache
@@ -196,7 +196,7 @@ def test_loras_of_their_own_forget_nothing(run: Callable[..., Run]) -> None:
     alone, both = run("lora", "first"), run("lora", "first", "second")
     assert both.outcome.metrics.forgetting == 0
     np.testing.assert_array_equal(both.outcome.predictions["first"], alone.outcome.predictions["first"])
-    # They are not predicted anew after the second task; if they were, they would be the same.
+    # They are not predicted again after the second task; if they were, they would be the same.
     last = both.trainers[-1]
     first, _ = last.model.backbone.peft_config
     last.model.backbone.set_adapter(first)
@@ -252,7 +252,7 @@ def test_examples_come_in_the_same_order(run: Callable[..., Run], method: str) -
 
 def test_predictions_come_in_the_order_of_the_data_however_batches_are_made(run: Callable[..., Run]) -> None:
     outcome = run("lora", "first", train_sampling_strategy="group_by_length").outcome
-    assert outcome.metrics.matrix[0][0] > 0.7  # 0.5 is what predictions in another order come to
+    assert outcome.metrics.matrix[0][0] > 0.7  # predictions in another order give 0.5
 
 
 def test_a_seed_fixes_the_outcome_and_changes_it(
@@ -360,7 +360,7 @@ def test_earlier_adapters_of_o_lora_stay_and_are_summed(run: Callable[..., Run])
 
 
 def test_osf_leaves_the_directions_it_protects(run: Callable[..., Run]) -> None:
-    # Adam divides each entry of a projected gradient by a number of its own, which turns it: plain steps do not.
+    # Adam divides each entry of a projected gradient by a different number, which rotates it; plain steps do not.
     done = run("osf", "first", "second", optim="sgd", learning_rate=1.0, num_train_epochs=1)
     start, end = (done.trainers[1].before.backbone, done.trainers[1].model.backbone)
     for name in ("query", "value"):
@@ -375,7 +375,7 @@ def test_osf_leaves_the_directions_it_protects(run: Callable[..., Run]) -> None:
 
 def test_osf_protects_more_with_each_task(run: Callable[..., Run]) -> None:
     steps = run("osf", "first", "second", "third", num_train_epochs=1).outcome.steps
-    free = [HIDDEN - 1, HIDDEN - HIDDEN // 3, HIDDEN - 2 * HIDDEN // 3]  # none would be kept at first; PEFT wants one
+    free = [HIDDEN - 1, HIDDEN - HIDDEN // 3, HIDDEN - 2 * HIDDEN // 3]  # none would be kept at first; PEFT needs one
     assert [step.adapter_parameters for step in steps] == [ADAPTED * rank * (2 * HIDDEN + 1) for rank in free]
 
 
@@ -525,9 +525,9 @@ def test_what_cannot_be_compared_is_refused_by_name(
     bert = pristine_models["bert"]
     with pytest.raises(ValueError, match="method is 'replay-9', expected one of lora, sequential, replay-2"):
         baselines.train("replay-9", bert, TASKS, settings)
-    with pytest.raises(ValueError, match="tasks has no task"):
+    with pytest.raises(ValueError, match="tasks is empty"):
         baselines.train("lora", bert, {}, settings)
-    with pytest.raises(ValueError, match="task 'odd' is of the kind 'ranking', expected one of"):
+    with pytest.raises(ValueError, match="task 'odd' has problem type 'ranking', expected one of"):
         baselines.train("lora", bert, {"odd": ToyTask(1, 0, "ranking")}, settings)
     with pytest.raises(ValueError, match="BertModel has no dense classifier, expected one as classifier or score"):
         baselines.train("lora", bert.bert, TASKS, settings)

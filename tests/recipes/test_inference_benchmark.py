@@ -1,4 +1,4 @@
-"""The benchmark of many tasks in one model as a person runs it, small; its times are read by people, not asserted."""
+"""The benchmark of many tasks in one model as a person runs it, at a small size. People read its times."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_learning_that_a_model_refuses_was_not_run(
     (row,) = inference.learning_rows(base, subspace, scale, 1)
     assert row.value is row.ok is None
     assert row.reason == "not run: not in this mode"
-    # As if all samples were of the task that is trained.
+    # as if all samples were of the task that is trained
     monkeypatch.setattr(inference.Learning, "step", lambda learning, **options: step(learning))
     rows = list(inference.learning_rows(base, subspace, scale, 1))
     assert [row.goal for row in rows] == [None, None, "<= 1.3"]

@@ -1,4 +1,4 @@
-"""Prompts and completions, how they are batched, and the likelihood of labels, against plain ways to the same."""
+"""Prompts and completions, how they are batched, and the likelihood of labels, compared with plain computations."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_template_that_begins_an_answer_otherwise_is_an_error(
     likelihood: ModuleType, chatty: PreTrainedTokenizerBase
 ) -> None:
     chatty.chat_template = CHAT_TEMPLATE.replace("'<s>assistant\n' if", "'<s>assistant says\n' if")
-    with pytest.raises(ValueError, match="chat template begins an answer otherwise"):
+    with pytest.raises(ValueError, match="chat template starts an answer differently"):
         likelihood.PromptFormat.of_tokenizer(chatty, None, 256).label_ids(chatty, "two")
 
 
@@ -127,7 +127,7 @@ def test_a_batch_has_the_loss_of_its_examples(
         losses.append(cross_entropy(logits, torch.tensor(completion), reduction="none"))
     output = model(**likelihood.CompletionCollator(tokenizer, model)(examples))
     torch.testing.assert_close(output.loss, torch.cat(losses).mean())
-    assert output.logits.shape[:2] == (3, 5)  # the longest completion and the place before it
+    assert output.logits.shape[:2] == (3, 5)  # the longest completion and the position before it
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

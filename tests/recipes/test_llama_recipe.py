@@ -1,4 +1,4 @@
-"""The stream of a causal LM with a chat template, what it keeps of its results, and SmolLM2 as people have it."""
+"""The stream of a causal LM with a chat template, the results that it keeps, and SmolLM2 as people get it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def chat_model(tmp_path: Path) -> str:
 
 @pytest.fixture
 def places(tmp_path: Path) -> list[str]:
-    """A task of one column, and one of two."""
+    """A task with one column, and one with two."""
     for name in ("count", "pairs"):
         (tmp_path / name).mkdir()
         for split in ("train", "test"):

@@ -1,4 +1,4 @@
-"""The baselines of the recipes have what our tasks have: a head of their own for each task."""
+"""The baselines of the recipes have what our tasks have: a separate head for each task."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ SMALL = ["--train_examples", "64", "--num_train_epochs", "1", "--evaluate_before
 
 
 def launch(recipe: str, *flags: str, cwd: Path) -> str:
-    """Run a recipe under `accelerate launch` and return what it printed."""
+    """Run a recipe under `accelerate launch`, and return what it printed."""
     command = [
         *(sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"),
         *("--mixed_precision", "no", "--dynamo_backend", "no", str(RECIPES / recipe), *flags),
@@ -35,7 +35,7 @@ def launch(recipe: str, *flags: str, cwd: Path) -> str:
 
 
 def refusal(recipe: str, *flags: str, cwd: Path) -> str:
-    """Run a recipe that fails and return what it said."""
+    """Run a recipe that fails, and return what it printed."""
     command = [sys.executable, str(RECIPES / recipe), *flags]
     run = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240)
     assert run.returncode != 0

@@ -1,4 +1,4 @@
-"""The benchmark of routing runs as a person runs it, and leaves all of its rows and a figure."""
+"""The benchmark of routing runs as a person runs it, and produces all of its rows and a figure."""
 
 from __future__ import annotations
 

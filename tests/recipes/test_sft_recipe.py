@@ -1,4 +1,4 @@
-"""The recipe of SFTTrainer as a person runs it: on data of both forms, on a quantized model, and with no argument."""
+"""The recipe with SFTTrainer as a person runs it: with data in both forms, a quantized model, and no arguments."""
 
 from __future__ import annotations
 

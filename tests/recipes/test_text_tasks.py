@@ -1,4 +1,4 @@
-"""Data as people have it, made into tasks: columns, kinds of labels, splits, metrics, and what is said of a doubt."""
+"""Data as people have it, made into tasks: columns, kinds of labels, splits, metrics, and messages if in doubt."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def load(recipe: Any, tokenizer: PreTrainedTokenizerBase) -> Callable[..., Any]:
 
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[..., Path]:
-    """A folder of jsonl splits; rows are dicts."""
+    """Write a folder of jsonl splits; rows are dicts."""
 
     def folder(name: str = "data", **splits: list[dict[str, Any]]) -> Path:
         place = tmp_path / name
@@ -94,7 +94,7 @@ def test_pairs_have_token_types_where_the_tokenizer_has_them(recipe: Any, write:
     assert set(task.data["test"][0]["token_type_ids"]) == {0, 1}
 
 
-def test_named_columns_come_before_usual_ones_and_doubts_are_told(load: Any, write: Any) -> None:
+def test_named_columns_come_before_usual_ones_and_doubts_are_reported(load: Any, write: Any) -> None:
     place = write(
         train=rows("a", "b", text="one", left="two", right="three"), test=rows("a", left="x", right="y", text="z")
     )
@@ -109,7 +109,7 @@ def test_named_columns_come_before_usual_ones_and_doubts_are_told(load: Any, wri
         load("task", unknown, text_columns=["body"])
 
 
-def test_labels_and_texts_that_are_missing_are_told(load: Any, write: Any) -> None:
+def test_labels_and_texts_that_are_missing_are_reported(load: Any, write: Any) -> None:
     no_labels = write("one", train=[{"text": "a", "target": 1}])
     with pytest.raises(ValueError, match=r"has columns \['text', 'target'\], expected one of \('label', 'labels'"):
         load("task", no_labels)
@@ -117,7 +117,7 @@ def test_labels_and_texts_that_are_missing_are_told(load: Any, write: Any) -> No
     with pytest.raises(ValueError, match="has 1 of 3 examples in train without 'label'"):
         load("task", empty)
     no_text = write("three", train=[*rows("a", "b"), {"text": None, "label": "a"}], test=rows("a"))
-    with pytest.raises(ValueError, match="has 1 of 3 examples in train whose 'text' is no text"):
+    with pytest.raises(ValueError, match="has 1 of 3 examples in train whose 'text' is not text"):
         load("task", no_text)
 
 
@@ -136,7 +136,7 @@ KINDS: dict[str, tuple[list[Any], str, tuple[str, ...], list[Any]]] = {
 
 
 @pytest.mark.parametrize("what", list(KINDS))
-def test_labels_tell_the_kind_of_a_task(what: str, load: Any, write: Any) -> None:
+def test_labels_determine_the_kind_of_a_task(what: str, load: Any, write: Any) -> None:
     labels, kind, names, encoded = KINDS[what]
     task = load("task", write(train=rows(*labels), test=rows(*labels)))
     assert (task.problem_type, task.labels, task.num_labels) == (kind, names, len(names))
@@ -156,11 +156,11 @@ def test_a_kind_that_is_asked_for_comes_before_what_is_found(load: Any, write: A
     assert load("task", halves, problem_type=REGRESSION).problem_type == REGRESSION
     with pytest.raises(ValueError, match=r"has 'regresion' for task 'task', expected one of \['regression'"):
         load("task", halves, problem_type="regresion")
-    with pytest.raises(ValueError, match="has label 'high' in train, expected a number, as of a regression"):
+    with pytest.raises(ValueError, match="has label 'high' in train, expected a number for a regression"):
         load("task", write("words", train=rows("high", "low"), test=rows("low")), problem_type=REGRESSION)
 
 
-def test_what_may_be_flags_or_numbers_of_labels_is_told(load: Any, write: Any) -> None:
+def test_what_may_be_flags_or_numbers_of_labels_is_reported(load: Any, write: Any) -> None:
     with pytest.raises(ValueError, match=r"labels such as \[0, 1\], which may be numbers of labels or a zero or one"):
         load("task", write(train=rows([0, 1], [1, 0]), test=rows([0, 1])))
 
@@ -175,7 +175,7 @@ def test_names_of_classes_in_the_features_are_honoured(
     task = load("task", "org/data")
     assert task.labels == tuple(names)
     assert task.data["validation"].features["label"].names == names
-    assert set(task.data) == {"train", "validation"}  # the test split has no labels, as those of GLUE on the hub
+    assert set(task.data) == {"train", "validation"}  # the test split has no labels, like those of GLUE on the Hub
     assert task.scored is task.data["validation"]
 
     features = Features({"text": Value("string"), "label": Sequence(ClassLabel(names=names))})
@@ -197,7 +197,7 @@ def test_names_of_classes_in_the_features_are_honoured(
         ([1, 0], [2], r"has label '2' in test, expected one of those it is trained on: \['0', '1'\]"),
     ],
 )
-def test_labels_that_are_never_seen_in_training_are_told(
+def test_labels_that_are_never_seen_in_training_are_reported(
     train: list[Any], test: list[Any], message: str, load: Any, write: Any
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -302,7 +302,7 @@ def test_f1_is_of_the_class_that_the_other_denies(labels: tuple[str, str], posit
     assert recipe.positive_class(labels) == positive
 
 
-def test_metrics_that_do_not_fit_are_told_with_near_ones(load: Any, write: Any) -> None:
+def test_metrics_that_do_not_fit_are_reported_with_similar_ones(load: Any, write: Any) -> None:
     place = write(train=rows("a", "b", "c"), test=rows("a"))
     with pytest.raises(ValueError, match=r"has 'acuracy' for task 'task', .*'accuracy'\?"):
         load("task", place, metrics=["acuracy"])
@@ -312,7 +312,7 @@ def test_metrics_that_do_not_fit_are_told_with_near_ones(load: Any, write: Any) 
         load("task", place, metrics=["f1"])
 
 
-def test_a_missing_package_is_told_with_what_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_reported_with_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(RECIPES)
     monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(ImportError, match=r"pip install 'share-hf\[metrics\]' or scikit-learn"):

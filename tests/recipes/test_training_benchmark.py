@@ -1,4 +1,4 @@
-"""The benchmark of training steps as a person runs it, small; its times are read by people, not asserted here."""
+"""The benchmark of training steps as a person runs it, at a small size. Its times are not asserted here."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_only_zero_3_is_measured_with_the_linear_function_of_deepspeed(
 
 
 class ModelThatNotesItsLinearFunction(LlamaForCausalLM):
-    """Notes the module of `F.linear` at every step, in the first of the processes."""
+    """A model that records the module of `F.linear` at every step, in the first of the processes."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.distributed.get_rank() == 0:

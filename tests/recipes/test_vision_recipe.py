@@ -1,5 +1,4 @@
-"""The recipe for images as a person runs it: digits, folders of images, and what is said where data is not as it was
-expected."""
+"""The recipe for images as a person runs it: digits, folders of images, and messages about unexpected data."""
 
 from __future__ import annotations
 
@@ -41,7 +40,7 @@ def image_tasks(digits: ModuleType) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a tiny ViT with random weights, a head of four labels and a processor of images."""
+    """The folder of a tiny ViT with random weights, a head with four labels and a processor of images."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("vit")
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -53,7 +52,7 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def shades(tmp_path: Path) -> Path:
-    """A folder with a folder of images for each of three labels; they have other sizes, and some no colours."""
+    """A folder with a folder of images for each of three labels. Their sizes differ, and some have no colours."""
     random = np.random.default_rng(0)
     for number, name in enumerate(("bright", "dark", "grey")):
         (tmp_path / "shades" / name).mkdir(parents=True)
@@ -91,12 +90,12 @@ def test_tasks_of_digits_differ_in_labels_and_in_look(digits: ModuleType) -> Non
 
 @pytest.mark.parametrize("place", ["digits:odd", "digits:", "digits:prime,even-odd", "digits:ten,rotated,rotated"])
 def test_tasks_of_digits_that_are_none_are_refused_with_those_there_are(place: str, digits: ModuleType) -> None:
-    with pytest.raises(ValueError, match=rf"'{place}' is no task of digits, expected one of \['ten', 'even-odd'"):
+    with pytest.raises(ValueError, match=rf"'{place}' is not a digits task, expected one of \['ten', 'even-odd'"):
         digits.digits_of(place)
 
 
 def saved(folder: Path, monkeypatch: pytest.MonkeyPatch, image_tasks: ModuleType, **splits: dict[str, Any]) -> None:
-    """Have `load_dataset` find these columns of ten images each, as if they were on the hub."""
+    """Let `load_dataset` find these columns with ten images each, as if they were on the Hub."""
     image = Images.fromarray(np.zeros((4, 4), dtype=np.uint8))
     data = {
         split: Dataset.from_dict(
@@ -121,7 +120,9 @@ def test_columns_are_found_by_their_names_or_kinds(
     assert data["train"].features["label"].names == ["cat", "dog"]
     chosen = image_tasks.load_images("org/animals", label_column="place")
     assert chosen["train"].features["label"].names == ["here"]
-    with pytest.raises(ValueError, match=r"org/animals: the column of the images is 'picture', expected one of \['im"):
+    with pytest.raises(
+        ValueError, match=r"org/animals: the column with the images is 'picture', expected one of \['im"
+    ):
         image_tasks.load_images("org/animals", image_column="picture")
 
 
@@ -130,7 +131,7 @@ def test_columns_and_labels_that_are_not_there_are_refused(
 ) -> None:
     kinds = ["cat", "dog"] * 5
     saved(tmp_path, monkeypatch, image_tasks, train={"img": "images", "kind": kinds})
-    with pytest.raises(ValueError, match=r"the column of the labels is none of its own.*\['img', 'kind'\]: give --la"):
+    with pytest.raises(ValueError, match=r"the column with the labels is not found.*\['img', 'kind'\]: give --la"):
         image_tasks.load_images("org/animals")
     both = {"train": {"image": "images", "label": kinds}, "test": {"image": "images", "label": ["cow"] * 10}}
     saved(tmp_path, monkeypatch, image_tasks, **both)
@@ -202,7 +203,7 @@ def test_vision_stream_learns_on_a_quantized_model(vit: Path, shades: Path) -> N
 
 def test_a_task_that_is_none_says_what_was_expected(vit: Path, tmp_path: Path) -> None:
     said = refusal("vision_stream.py", "--model_name_or_path", str(vit), "--tasks", "a=digits:odd", cwd=tmp_path)
-    assert "'digits:odd' is no task of digits, expected one of" in said
+    assert "'digits:odd' is not a digits task, expected one of" in said
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What `share_hf.serving.vllm_resolver` uses of vLLM, with the signatures of vLLM 0.33.0, for machines without it.
+"""What `share_hf.serving.vllm_resolver` uses of vLLM, with the signatures of vLLM 0.33.0, for machines without vLLM.
 
 `test_vllm.py` compares them with those of the real one where that is installed.
 """
@@ -16,7 +16,7 @@ import pytest
 
 @dataclass
 class LoRARequest:
-    """In place of `vllm.lora.request.LoRARequest`; vLLM writes another `lora_int_id` into it."""
+    """Stands for `vllm.lora.request.LoRARequest`; vLLM writes another `lora_int_id` into it."""
 
     lora_name: str
     lora_int_id: int
@@ -32,7 +32,7 @@ class LoRARequest:
 
 
 class LoRAResolver(ABC):
-    """In place of `vllm.lora.resolver.LoRAResolver`."""
+    """Stands for `vllm.lora.resolver.LoRAResolver`."""
 
     @abstractmethod
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
@@ -41,25 +41,25 @@ class LoRAResolver(ABC):
 
 @dataclass
 class Registry:
-    """In place of the class of `vllm.lora.resolver.LoRAResolverRegistry`."""
+    """Stands for the class of `vllm.lora.resolver.LoRAResolverRegistry`."""
 
     resolvers: dict[str, LoRAResolver] = field(default_factory=dict)
 
     def get_supported_resolvers(self) -> Set[str]:
-        """Names of the resolvers there are."""
+        """Return the names of the registered resolvers."""
         return self.resolvers.keys()
 
     def register_resolver(self, resolver_name: str, resolver: LoRAResolver) -> None:
-        """Add one."""
+        """Register a resolver."""
         self.resolvers[resolver_name] = resolver
 
     def get_resolver(self, resolver_name: str) -> LoRAResolver:
-        """One of them."""
+        """Return one of the resolvers."""
         return self.resolvers[resolver_name]
 
 
 def install(patch: pytest.MonkeyPatch) -> None:
-    """Put the stand-in where vLLM's modules are looked for."""
+    """Put the stand-in where vLLM's modules are imported from."""
     request, resolver = ModuleType("vllm.lora.request"), ModuleType("vllm.lora.resolver")
     request.LoRARequest = LoRARequest
     resolver.LoRAResolver, resolver.LoRAResolverRegistry = LoRAResolver, Registry()

@@ -92,13 +92,13 @@ class _File:
             self.factors.setdefault(weight, {})[side] = torch.from_numpy(np.array(tensor.data)).double()
 
     def update(self, weight: str) -> Tensor:
-        """What llama.cpp adds to a weight (n, d): `alpha` over the rank, which it reads off B, is the scale."""
+        """Return what llama.cpp adds to a weight (n, d): the scale is `alpha` over the rank, which it takes from B."""
         a, b = self.factors[weight]["lora_a"], self.factors[weight]["lora_b"]
         return self.fields["adapter.lora.alpha"] / b.shape[1] * b @ a
 
 
 def _in_neighbours(rows: Tensor, heads: int) -> Tensor:
-    """Rows of a head in the order of a rotary embedding of neighbours: row 2i is row i, row 2i + 1 is row i + half."""
+    """Reorder the rows of a head for a rotary embedding of neighbours: row 2i is row i, row 2i + 1 is row i + half."""
     size = len(rows) // heads
     order = [
         head * size + i + half * (size // 2) for head in range(heads) for i in range(size // 2) for half in (0, 1)
@@ -122,7 +122,7 @@ class TestTheFile:
             "general.file_type": 0,
         }
         assert expected.items() <= file.fields.items()
-        assert str(tmp_path) not in str(file.fields)  # no place of the writer's machine
+        assert str(tmp_path) not in str(file.fields)  # no path of the writer's machine
         assert file.factors.keys() == {f"blk.{i}.{name}.weight" for i in (0, 1) for name in NAMES.values()}
         assert all(set(factors) == {"lora_a", "lora_b"} for factors in file.factors.values())
         assert file.dtypes == {"float32"}
@@ -196,7 +196,7 @@ class TestTheFile:
         updates = subspace.state.updates_of("mrpc")
         head = updates["lm_head"]
         assert_close(file.update("output.weight"), (head.out_factor @ head.in_factor.T).double())
-        # The vector that is added to that of token 7: a row of A, times B.
+        # The vector that is added to the embedding of token 7: a row of A, times B.
         a, b = (file.factors["token_embd.weight"][side] for side in ("lora_a", "lora_b"))
         embedding = updates["model.embed_tokens"]
         expected = (embedding.out_factor @ embedding.in_factor.T)[:, 7]
@@ -206,7 +206,7 @@ class TestTheFile:
 
 class TestRows:
     def test_queries_and_keys_meet_as_in_transformers(self) -> None:
-        """Attention scores are the same: transformers turns i with i + half, llama.cpp neighbours, of its own rows."""
+        """Attention scores are the same: transformers rotates i with i + half, and llama.cpp rotates neighbours."""
         heads, size, hidden, places = 2, 8, 16, 5
         generator = torch.Generator().manual_seed(0)
         q, k = (torch.randn(heads * size, hidden, generator=generator, dtype=torch.float64) for _ in range(2))
@@ -333,12 +333,12 @@ class TestWhatIsRefused:
         subspace = _adapted(
             tmp_path / "base", tmp_path, ("mrpc",), target_modules=["q_proj"], target_parameters=parameters
         )
-        with pytest.raises(ValueError, match=r"'model.layers.0.mlp.experts.\w+.0' is no dense layer \(expert\)"):
+        with pytest.raises(ValueError, match=r"'model.layers.0.mlp.experts.\w+.0' is not a dense layer \(expert\)"):
             export_gguf(subspace, "mrpc", tmp_path / "mrpc.gguf")
 
     def test_a_convolution(self, subspace: SharedSubspace, llama: Path, tmp_path: Path) -> None:
         layouts = dict.fromkeys(subspace.state.layers, Layout("convolution", (2,)))
-        with pytest.raises(ValueError, match=r"'model.layers.0.self_attn.q_proj' is no dense layer \(convolution"):
+        with pytest.raises(ValueError, match=r"'model.layers.0.self_attn.q_proj' is not a dense layer \(convolution"):
             export_gguf(
                 SharedSubspace(replace(subspace.state, layouts=layouts)),
                 "mrpc",
@@ -367,7 +367,7 @@ class TestWhatIsRefused:
 
 def test_a_file_that_is_there_stays(gguf: ModuleType, adapted: SharedSubspace, llama: Path, tmp_path: Path) -> None:
     (tmp_path / "mrpc.gguf").write_text("precious")
-    with pytest.raises(ValueError, match=r"mrpc.gguf: is there already, expected the name of a new file"):
+    with pytest.raises(ValueError, match=r"mrpc.gguf: already exists, expected the name of a new file"):
         export_gguf(adapted, "mrpc", tmp_path / "mrpc.gguf", base_model=llama)
     assert (tmp_path / "mrpc.gguf").read_text() == "precious"
 
@@ -384,7 +384,7 @@ def test_a_crash_leaves_no_half_of_a_file(
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_without_gguf_it_is_told_how_to_get_it(
+def test_without_gguf_the_error_says_how_to_get_it(
     subspace: SharedSubspace, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
@@ -406,12 +406,12 @@ class TestTheCommand:
         assert main(["export", sub, "mrpc", str(tmp_path / "one.gguf"), "--gguf", *base]) == 0
         assert main(["export", sub, "--all", str(tmp_path / "all"), "--gguf", *base, "--dtype", "float16"]) == 0
         assert main(["export", sub, "--weights", "mrpc=1,sst2=1", str(tmp_path / "sum.gguf"), "--gguf", *base]) == 0
-        assert "its rank costs" in capsys.readouterr().out
+        assert "limiting its rank costs" in capsys.readouterr().out
         files = [tmp_path / "one.gguf", tmp_path / "all" / "sst2.gguf", tmp_path / "sum.gguf"]
         assert [_File(gguf, file).fields["general.name"] for file in files] == ["mrpc", "sst2", "1 mrpc + 1 sst2"]
         assert sorted(file.name for file in (tmp_path / "all").iterdir()) == ["mrpc.gguf", "sst2.gguf"]
         assert main(["export", sub, "--all", str(tmp_path / "all"), "--gguf", *base]) == 1
-        assert "mrpc.gguf: is there already" in capsys.readouterr().err
+        assert "mrpc.gguf: already exists" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
         "argv",

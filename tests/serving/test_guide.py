@@ -1,4 +1,4 @@
-"""The guide says what is so: its commands are commands, and its numbers vLLM's."""
+"""What the guide says is true: its commands exist, and its numbers are vLLM's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""llama.cpp computes with a LoRA in GGUF what PEFT does: token for token, on a model of our own and on a real one."""
+"""llama.cpp computes the same with a LoRA in GGUF as PEFT, token for token, on a small model and on a real one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not ins
 
 
 def _write_base(model: LlamaForCausalLM, path: Path) -> None:
-    """A Llama in GGUF, in float32 and without a vocabulary: prompts are token ids here."""
+    """Write a Llama as GGUF, in float32 and without a vocabulary: prompts are token ids here."""
     config = model.config
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     writer = gguf.GGUFWriter(path, "llama")
@@ -58,7 +58,7 @@ def _write_base(model: LlamaForCausalLM, path: Path) -> None:
 
 
 def _logits_of_llama_cpp(base: Path, lora: Path | None, prompt: list[int]) -> tuple[list[int], Tensor]:
-    """The tokens that llama.cpp thinks likeliest one after another, and the logits of all places."""
+    """Return the tokens that llama.cpp finds most likely one after another, and the logits at all positions."""
     model = llama_cpp.Llama(
         str(base),
         lora_path=None if lora is None else str(lora),
@@ -122,4 +122,4 @@ def test_llama_cpp_generates_what_peft_does(
         assert_close(found[1], expected[1], 1e-3)
         assert found[0] == expected[0]
         seen.append(expected)
-    assert len({tuple(tokens) for tokens, _ in seen}) == 3  # the base model and both tasks say different things
+    assert len({tuple(tokens) for tokens, _ in seen}) == 3  # the base model and both tasks give different answers

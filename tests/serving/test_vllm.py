@@ -58,7 +58,7 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 @pytest.fixture
 def serve(plugin: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
-    """Starts a server of a subspace: what answers names."""
+    """Start a server of a subspace, and return a function that answers names."""
 
     def serve(subspace: Path | str, base_model: str = BASE_NAME, **environment: str) -> Callable[[str], Any]:
         for name, value in {
@@ -92,7 +92,7 @@ class TestAFolder:
             assert_close(plain_logits(tiny_model("llama"), Path(answer.lora_path)), expected)
             config = json.loads((Path(answer.lora_path) / "adapter_config.json").read_text())
             assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 4, 4)
-            assert (config["rank_pattern"], config["modules_to_save"]) == ({}, None)  # all that vLLM takes
+            assert (config["rank_pattern"], config["modules_to_save"]) == ({}, None)  # all that vLLM accepts
 
     def test_a_task_that_was_asked_for_before_is_not_written_again(
         self, serve: Callable[..., Any], tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -122,7 +122,7 @@ class TestAFolder:
             tmp_path / "loud"
         )
         assert serve(tmp_path / "loud", **{DTYPE_VARIABLE: "float16"})("loud") is None
-        assert "has factors with entries that are too large for float16" in caplog.text
+        assert "has factors with entries too large for float16" in caplog.text
         with pytest.raises(ValueError, match=r"dtype is 'int8', expected one of \['float32', 'bfloat16', 'float16'\]"):
             serve(tmp_path / "loud", **{DTYPE_VARIABLE: "int8"})
 
@@ -137,7 +137,7 @@ class TestAFolder:
         ["cola", "mprc", "", ".", "..", "mrpc/", "../tree/tasks/mrpc", "mrpc/../../x", "/etc", "mrpc\n", "mrpc@",
          "mrpc@../x", "mrpc@a/b", "mrpc@a..b", "x" * 10_000, "mrpc\x00"],
     )  # fmt: skip
-    def test_what_is_no_task_is_left_to_others(
+    def test_what_is_not_a_task_is_left_to_others(
         self, name: str, serve: Callable[..., Any], tree: Path, tmp_path: Path
     ) -> None:
         before = files_of(tmp_path)
@@ -168,7 +168,7 @@ class TestAFolder:
         assert serve(tree)("mrpc@step-0001-mrpc") is None
         assert "is a local folder, which has no revisions" in caplog.text
 
-    def test_a_damaged_file_is_told(
+    def test_a_damaged_file_is_reported(
         self, serve: Callable[..., Any], tree: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         path = tree / "tasks" / "mrpc" / "adapter_model.safetensors"
@@ -183,7 +183,10 @@ class TestAFolder:
         layouts = dict.fromkeys(subspace.state.layers, Layout("convolution", (2,)))
         SharedSubspace(replace(subspace.state, layouts=layouts)).save_pretrained(tmp_path / "convolutions")
         assert serve(tmp_path / "convolutions")("mrpc") is None
-        assert "'model.layers.0.self_attn.q_proj', a convolution with kernel (2,), which no server" in caplog.text
+        assert (
+            "'model.layers.0.self_attn.q_proj' of kind convolution with kernel (2,), which no LoRA server"
+            in caplog.text
+        )
 
 
 class TestTheBaseModel:
@@ -213,7 +216,7 @@ def test_heads_are_left_out_with_a_warning(
     SharedSubspace.from_adapters(adapters, num_components=8, pseudo_rank=4, progress=False).save_pretrained(
         tmp_path / "tree"
     )
-    for _ in range(2):  # also where the LoRA is there already
+    for _ in range(2):  # even if the LoRA is there already
         caplog.clear()
         answer = serve(tmp_path / "tree")("cb")
         assert "weights of its own for ['classifier.bias', 'classifier.weight'], which are left out" in caplog.text
@@ -256,7 +259,7 @@ class TestSeveralWorkers:
 
 
 class TestABoundedCache:
-    """One with room for two LoRAs, of a subspace that changes."""
+    """A cache with room for two LoRAs, of a subspace that changes."""
 
     @pytest.fixture
     def ask(self, tree: Path, tmp_path: Path) -> Callable[[str], Path]:
@@ -264,7 +267,7 @@ class TestABoundedCache:
 
     @pytest.fixture
     def change(self, tree: Path, loras: dict[str, Path]) -> Callable[[], None]:
-        """Merges a task in, so that all others have new places."""
+        """Merge a task, so that all others have new places."""
 
         def change() -> None:
             subspace = SharedSubspace.from_pretrained(tree)
@@ -285,7 +288,7 @@ class TestABoundedCache:
         assert there(tmp_path / "cache") == {first.name, third.name}
         for place in (first, third):
             used_before(place, 3600)
-        os.utime(first / "adapter_model.safetensors")  # as a server that reads it again
+        os.utime(first / "adapter_model.safetensors")  # like a server that reads it again
         fourth = ask("sst2")
         assert there(tmp_path / "cache") == {first.name, fourth.name}
         assert set(os.listdir(tmp_path / "cache")) == {first.name, fourth.name}  # nor any lock
@@ -315,7 +318,7 @@ class TestABoundedCache:
         ask("mrpc")
         assert os.listdir(first) == ["notes.txt"] and os.listdir(other) == ["data.txt"]
 
-    def test_writes_anew_what_is_half_removed(self, ask: Callable[[str], Path]) -> None:
+    def test_rewrites_what_is_half_removed(self, ask: Callable[[str], Path]) -> None:
         whole = files_of(place := ask("mrpc"))
         (place / "share_hf.json").unlink()
         (place / "adapter_config.json").unlink()
@@ -371,7 +374,7 @@ class TestABoundedCache:
 
 
 def use(tree: Path, cache: Path, first: int, *, rounds: int, pause: float) -> None:
-    """Ask for three tasks in turn, with room for one, and find a whole LoRA wherever one is said to be."""
+    """Ask for three tasks in turn, with room for one, and find a whole LoRA wherever one is announced."""
     loras = LoraCache(str(tree), cache, most=1)
     for number in range(first, first + rounds):
         place = loras.folder_of(("mrpc", "sst2", "rte2")[number // 4 % 3], BASE_NAME)
@@ -381,7 +384,7 @@ def use(tree: Path, cache: Path, first: int, *, rounds: int, pause: float) -> No
 
 
 def used_before(place: Path, seconds: float) -> None:
-    """Make a LoRA one that was last used so long ago."""
+    """Make it look as if a LoRA was last used this long ago."""
     for file in place.iterdir():
         os.utime(file, (time.time() - seconds,) * 2)
 
@@ -419,7 +422,7 @@ class TestARepository:
         with hub.offline():
             assert ask("sst2") == answers["sst2"]
 
-    def test_tells_what_it_does_not_have(
+    def test_says_what_it_does_not_have(
         self,
         hub: Hub,
         serve: Callable[..., Any],
@@ -477,7 +480,7 @@ class TestTheEntryPoint:
         serve(tree)
         assert not caplog.text
         serve(tree, **{ALLOWED: "0"})
-        assert f"vLLM asks for tasks only where {ALLOWED}=1" in caplog.text
+        assert f"vLLM asks for tasks only if {ALLOWED}=1" in caplog.text
 
     def test_has_a_cache_of_its_own_by_default(
         self, tree: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -537,7 +540,7 @@ class TestTheRealOne:
         loaded = {}
 
         async def add_lora(request: Any) -> None:
-            """As a worker of vLLM does before it moves the weights to a GPU."""
+            """Add a LoRA as a worker of vLLM does before it moves the weights to a GPU."""
             helper = PEFTHelper.from_local_dir(request.lora_path, 64)
             helper.validate_legal(LoRAConfig(max_lora_rank=8))
             loaded[request.lora_name] = LoRAModel.from_local_checkpoint(
@@ -566,6 +569,6 @@ class TestTheRealOne:
                 assert_close(found.scaling * found.lora_b @ found.lora_a, update.out_factor @ update.in_factor.T)
         assert asyncio.run(server.resolve_lora("cola")).error.code == 404
         config.model = "org/other"
-        assert asyncio.run(server.resolve_lora("mrpc")).lora_name == "mrpc"  # is there already
+        assert asyncio.run(server.resolve_lora("mrpc")).lora_name == "mrpc"  # is already there
         del server.lora_requests["mrpc"]
         assert asyncio.run(server.resolve_lora("mrpc")).error.code == 404

@@ -1,4 +1,4 @@
-"""Adapters that adapt the same layers under two names are refused; those of two parts of one model are not."""
+"""Adapters that adapt the same layers under two names are refused; adapters of two parts of one model are not."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.trees import BERT_LORA, lora_config, named, save_adapter
 
 
 def merged(state: SubspaceState, **tasks: Mapping[str, tuple[int, int]]) -> SubspaceState:
-    """A state with tasks that have random updates, of these shapes by module."""
+    """Return a state with tasks that have random updates, with these shapes by module."""
     updates = {
         task: {name: LowRankUpdate(torch.randn(n, 2), torch.randn(d, 2)) for name, (n, d) in modules.items()}
         for task, modules in tasks.items()
@@ -52,7 +52,7 @@ TWO_LAYERS = [
 
 @pytest.mark.parametrize(("first", "second"), [*ONE_LAYER, *(pair[::-1] for pair in ONE_LAYER)])
 def test_one_layer_under_two_names_is_refused_at_once_and_later(first: str, second: str, empty: SubspaceState) -> None:
-    message = "task '.' adapts .*, one layer as two classes or versions of transformers"
+    message = "task '.' adapts .*, which are the same layer in two classes or versions of transformers"
     with pytest.raises(ValueError, match=message):
         merged(empty, a=layers(first), b=layers(second))
     state = merged(empty, a=layers(first))
@@ -90,6 +90,6 @@ def test_an_adapter_of_the_model_without_a_head_is_refused_beside_one_of_the_mod
     bare = save_adapter(named(tiny_model("bert").bert), tmp_path / "bare", config, seed=1)
     subspace = SharedSubspace.from_adapters([save_classifier("two", 2)], pseudo_rank=4, progress=False)
     before = subspace.state
-    with pytest.raises(ValueError, match=r"task 'bare' .*encoder\.layer\.0.* one layer as two classes"):
+    with pytest.raises(ValueError, match=r"task 'bare' .*encoder\.layer\.0.* the same layer in two classes"):
         subspace.add_adapters([bare], progress=False)
     assert subspace.state is before

@@ -1,4 +1,4 @@
-"""Bounds hold for what a subspace holds, whatever was done to its tasks, in any order and with any settings."""
+"""Bounds hold for what a subspace stores, whatever was done to its tasks, in any order and with any settings."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Known:
     """What each task was learned as.
 
     Args:
-        updates: By task and module, of those that came as adapters.
-        dense: By task and module, float64.
+        updates: Updates by task and module, of the tasks that came as adapters.
+        dense: Dense updates by task and module, in float64.
     """
 
     updates: dict[str, dict[str, LowRankUpdate]] = field(default_factory=dict)
@@ -44,7 +44,7 @@ class Known:
 
 
 class History:
-    """A subspace that random steps are done to, and what is known of its tasks."""
+    """A subspace that goes through random steps, and what is known about its tasks."""
 
     def __init__(self, settings: SubspaceSettings, seed: int) -> None:
         self.state, self.known, self.count = SubspaceState(settings=settings), Known(), 0

@@ -1,4 +1,4 @@
-"""Routers of two writers: what both have counts once, and what each has learned counts."""
+"""Routers of two writers: what both have counts once, and what each has learned counts too."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.tree_fixtures import SaveLora
 
 @pytest.fixture
 def writers(subspace: SharedSubspace, save_lora: SaveLora) -> tuple[SubspaceState, SubspaceState]:
-    """Two that had the route of mrpc, and have each learned a task and its route since."""
+    """Two writers who both had the route of mrpc, and have each learned a task and its route since."""
     begun = routed(subspace.state, "mrpc", 0)
     found = []
     for seed, task in ((1, "rte"), (2, "cola")):
@@ -68,7 +68,7 @@ def test_what_one_side_has_taken_into_its_sum_counts_once(subspace: SharedSubspa
         assert len(joined.parts) == MOST_PARTS
 
 
-def test_what_can_no_longer_be_told_apart_is_left_out_and_said(
+def test_what_can_no_longer_be_told_apart_is_left_out_and_logged(
     subspace: SharedSubspace, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
@@ -78,7 +78,7 @@ def test_what_can_no_longer_be_told_apart_is_left_out_and_said(
     for seed in range(1, MOST_PARTS + 2):
         ours, theirs = routed(ours, "mrpc", seed), routed(theirs, "mrpc", 100 + seed)
     joined = joined_router(ours.router, theirs.router)
-    # Of five tasks of ours, one is in the sum of ours alone.
+    # Of our five tasks, one is only in the sum of ours.
     assert joined.scatter.degrees == 39 * (1 + 2 * (MOST_PARTS + 1) - 1)
     assert "1 tasks that only one side has" in caplog.text
 

@@ -1,4 +1,4 @@
-"""The definitions of GEM, against numbers worked out by hand."""
+"""The definitions of GEM, compared with numbers worked out by hand."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_backward_transfer_compares_the_last_row_with_the_diagonal() -> None:
     assert metrics().backward_transfer == pytest.approx(((0.85 - 0.9) + (0.5 - 0.7)) / 2)
 
 
-def test_scores_that_are_no_numbers_count_as_not_measured_when_they_are_read() -> None:
+def test_scores_that_are_not_numbers_count_as_not_measured_when_they_are_read() -> None:
     content = metrics().as_dict()
     content["matrix"][1][0], content["baseline"][2] = math.nan, math.inf
 
@@ -164,7 +164,7 @@ def test_rows_are_added_for_one_task_or_several() -> None:
     stream.add_row([0.5], 1)
     assert stream.row_sizes == []
     stream.add_tasks(["b", "c"])
-    stream.add_tasks(["b", "c", "d"])  # begun anew with one more
+    stream.add_tasks(["b", "c", "d"])  # started again with one more
     stream.add_tasks(["b", "c", "d"])
     assert (stream.tasks, stream.matrix, len(stream.baseline)) == (list("abcd"), [[0.5, None, None, None]], 4)
     stream.add_row([0.5, 0.6, 0.7, 0.8], 3)
@@ -199,7 +199,7 @@ def test_streams_of_different_scores_keep_the_names_of_both() -> None:
     assert joined.joined_by(joined, ["b"]).as_dict()["score"] == "accuracy"
 
 
-def test_names_of_scores_that_are_no_text_are_refused() -> None:
+def test_names_of_scores_that_are_not_text_are_refused() -> None:
     content = {**metrics().as_dict(), "score_names": {"a": 1}}
     with pytest.raises(ValueError, match=r"score_names is \{'a': 1\}, expected the name of a metric for each task"):
         ContinualMetrics.from_dict(content)

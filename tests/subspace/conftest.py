@@ -8,7 +8,7 @@ import torch
 
 @pytest.fixture(scope="package", autouse=True)
 def one_thread() -> Iterator[None]:
-    """These matrices are too small to share among threads, on a busy machine above all."""
+    """Use one thread: these matrices are too small to share among threads, especially on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

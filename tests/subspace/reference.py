@@ -1,7 +1,7 @@
 """A naive float64 counterpart of `share_hf.subspace.merge_into_layer`: dense updates and full decompositions.
 
-Every ΔW is kept and stacked as an (n, d) matrix, every basis is the SVD of a whole stack, every coefficient a
-projection. Nothing is done in coordinates and nothing is cheap. Without `explained_variance` and `drift_tolerance`.
+Every ΔW is kept and stacked as an (n, d) matrix, every basis is the SVD of a whole stack, and every coefficient a
+projection. Nothing is done in coordinates. `explained_variance` and `drift_tolerance` are not supported.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from share_hf.subspace import BasisKind, LayerSubspace, LowRankUpdate, SubspaceS
 JOINT_ITERATIONS = 3
 NEGLIGIBLE_RESIDUAL = 1e-6
 
-# A singular value in between, relative to the largest, may or may not count to the numerical rank. The joint basis is
-# computed from second moments, which hold half the digits.
+# A singular value in between, relative to the largest one, may or may not count to the numerical rank. The joint basis
+# is computed from second moments, which have half the digits.
 SURELY_ZERO = {"joint": 1e-11, "factor": 1e-13}
 SURELY_NONZERO = {"joint": 1e-3, "factor": 1e-11}
 
@@ -39,12 +39,12 @@ class ReferenceTask:
 
 @dataclass(frozen=True)
 class ReferenceLayer:
-    """The layer's state.
+    """State of a layer.
 
     Args:
-        tasks: By name, in the order they were added.
-        basis_out: (n, k_out).
-        basis_in: (d, k_in).
+        tasks: Tasks by name, in the order in which they were added.
+        basis_out: Output basis (n, k_out).
+        basis_in: Input basis (d, k_in).
         gap: How well the result is determined, in (0, 1]: the smallest relative gap between squared singular values
             at which a spectrum was ever cut, or less if the alternation was unstable. Near 0, there is nothing to
             compare.
@@ -65,7 +65,7 @@ class ReferenceLayer:
 
     @classmethod
     def of(cls, layer: LayerSubspace) -> ReferenceLayer:
-        """The state of a layer whose tasks count as learned just now."""
+        """Return the state of a layer whose tasks count as learned just now."""
         basis_out, basis_in = layer.basis_out.double(), layer.basis_in.double()
         tasks = {}
         for i, task in enumerate(layer.tasks):
@@ -85,7 +85,7 @@ class _Directions:
 def reference_merge(
     layer: ReferenceLayer, updates: Mapping[str, LowRankUpdate], settings: SubspaceSettings
 ) -> tuple[ReferenceLayer, dict[str, float]]:
-    """The layer after a merge, and the exact relative drift of every task by it."""
+    """Return the layer after a merge, and the exact relative drift of every task caused by it."""
     new = {name: _as_learned(update, settings) for name, update in updates.items()}
     weights = reference_weights({name: task.learned for name, task in {**layer.tasks, **new}.items()})
     if all(weights[name] == 0 or _residual(layer, task) <= NEGLIGIBLE_RESIDUAL for name, task in new.items()):
@@ -115,12 +115,12 @@ def reference_merge(
 
 
 def reference_weights(learned: Mapping[str, Tensor]) -> dict[str, float]:
-    """``1 / ‖ΔW‖``, or 0 for an update that is zero."""
+    """Return ``1 / ‖ΔW‖``, or 0 for an update that is zero."""
     return {name: 1 / float(update.norm()) if update.any() else 0.0 for name, update in learned.items()}
 
 
 def joint_basis(stack: list[Tensor], cap: int) -> tuple[Tensor, Tensor, float]:
-    """Output and input basis of weighted dense updates, by alternating from the input side, and the gap."""
+    """Return output and input bases of weighted dense updates, by alternating from the input side, and the gap."""
     wide, tall = torch.cat(stack, dim=1), torch.cat(stack, dim=0)
     out, in_ = _leading_directions(wide, cap), _leading_directions(tall.T, cap)
     gap = min(out.gap, in_.gap)
@@ -138,7 +138,8 @@ def joint_basis(stack: list[Tensor], cap: int) -> tuple[Tensor, Tensor, float]:
         return out.vectors, directions_in, smallest
 
     basis_out, basis_in, gap = alternate(in_.vectors)
-    # Between equally good optima the alternation is unstable: what a small turn of the start does to the result.
+    # If several optima are equally good, the alternation is unstable: this is what a small rotation of the start
+    # changes.
     noise = torch.randn(in_.vectors.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     turned_out, turned_in, _ = alternate(torch.linalg.qr(in_.vectors + 1e-8 * noise).Q)
     turn = max(_angle(basis_out, turned_out), _angle(basis_in, turned_in))
@@ -146,18 +147,18 @@ def joint_basis(stack: list[Tensor], cap: int) -> tuple[Tensor, Tensor, float]:
 
 
 def explained_fraction(stack: list[Tensor], basis_out: Tensor, basis_in: Tensor) -> float:
-    """``Σ ‖β^T ΔW α‖² / Σ ‖ΔW‖²`` of weighted dense updates."""
+    """Return ``Σ ‖β^T ΔW α‖² / Σ ‖ΔW‖²`` of weighted dense updates."""
     inside = sum(float((basis_out.T @ update @ basis_in).square().sum()) for update in stack)
     return inside / sum(float(update.square().sum()) for update in stack)
 
 
 def _angle(basis: Tensor, other: Tensor) -> float:
-    """Sine of the largest principal angle between two subspaces."""
+    """Return the sine of the largest principal angle between two subspaces."""
     return float(torch.linalg.matrix_norm(other - basis @ (basis.T @ other), ord=2)) if basis.shape[1] else 0.0
 
 
 def _as_learned(update: LowRankUpdate, settings: SubspaceSettings) -> ReferenceTask:
-    """A new task with the factors it enters the stack with: none if it is zero, balanced ones for the joint basis."""
+    """Return a new task with the factors that enter the stack: none for zero, balanced ones for the joint basis."""
     out_factor, in_factor = update.out_factor.double(), update.in_factor.double()
     dense = out_factor @ in_factor.T
     floor = max(dense.shape) * torch.finfo(torch.float64).eps * out_factor.norm() * in_factor.norm()
@@ -187,7 +188,7 @@ def _factor_directions(columns: Tensor, settings: SubspaceSettings) -> _Directio
 
 
 def _leading_directions(matrix: Tensor, cap: int, kind: BasisKind = "joint") -> _Directions:
-    """At most `cap` left singular vectors, cut to numerical rank."""
+    """Return at most `cap` left singular vectors, truncated to the numerical rank."""
     vectors, values, _ = torch.linalg.svd(matrix, full_matrices=False)
     if not values.any():
         return _Directions(vectors[:, :0], 0, 1.0)
@@ -203,7 +204,7 @@ def _leading_directions(matrix: Tensor, cap: int, kind: BasisKind = "joint") -> 
 def _best_coefficients(
     task: ReferenceTask, basis_out: Tensor, basis_in: Tensor, settings: SubspaceSettings
 ) -> tuple[ReferenceTask, float]:
-    """The new task inside the basis, at most `pseudo_rank` wide, and the gap where its spectrum was cut."""
+    """Return the new task inside the basis, at most `pseudo_rank` wide, and the gap where its spectrum was cut."""
     out_factor, in_factor = basis_out @ (basis_out.T @ task.out_factor), basis_in @ (basis_in.T @ task.in_factor)
     gap, pseudo_rank = 1.0, settings.pseudo_rank
     if out_factor.shape[1] > pseudo_rank:
@@ -214,7 +215,7 @@ def _best_coefficients(
         if rank > pseudo_rank:
             gap = float((values[pseudo_rank - 1] - values[pseudo_rank]) / values[0])
         elif rank < pseudo_rank and settings.basis == "factor":
-            gap = 0.0  # balanced factors of singular values that are rounding error count to the stack
+            gap = 0.0  # balanced factors whose singular values are rounding errors count in the stack
     padding = (0, pseudo_rank - out_factor.shape[1])
     padded = [torch.nn.functional.pad(factor, padding) for factor in (out_factor, in_factor)]
     return ReferenceTask(*padded, task.learned), gap

@@ -1,4 +1,4 @@
-"""Random layers for property tests: shapes, settings and sequences of merges, degenerate ones included."""
+"""Random layers for property tests: shapes, settings and sequences of merges, including degenerate ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KINDS: tuple[UpdateKind, ...] = ("random", "related", "duplicate columns", "zero
 
 
 def examples(count: int) -> Callable[[Any], Any]:
-    """Hypothesis settings of this folder: the same examples in every run, and no time limit on a busy machine."""
+    """Hypothesis settings for this folder: the same examples in every run, and no time limit on a busy machine."""
     return settings(
         max_examples=count,
         deadline=None,
@@ -31,7 +31,7 @@ def examples(count: int) -> Callable[[Any], Any]:
 
 @dataclass(frozen=True)
 class PlannedUpdate:
-    """What an update looks like, without its numbers."""
+    """The properties of an update, without its numbers."""
 
     kind: UpdateKind
     rank: int
@@ -44,10 +44,10 @@ class Stream:
     """A sequence of merges into one layer.
 
     Args:
-        shape: (n, d).
-        settings: Of every merge.
-        plan: The updates of each merge.
-        seed: Of the numbers in the updates.
+        shape: Shape (n, d) of the layer.
+        settings: Settings of every merge.
+        plan: Updates of each merge.
+        seed: Seed of the numbers in the updates.
     """
 
     shape: tuple[int, int]
@@ -56,7 +56,7 @@ class Stream:
     seed: int
 
     def merges(self) -> list[dict[str, LowRankUpdate]]:
-        """The updates of each merge by task name, in float64."""
+        """Return the updates of each merge by task name, in float64."""
         generator = torch.Generator().manual_seed(self.seed)
         common = [_normal(generator, features, 3) for features in self.shape]
         earlier: list[LowRankUpdate] = []
@@ -114,20 +114,20 @@ def random_update(
     scale: float = 1.0,
     dtype: torch.dtype = torch.float64,
 ) -> LowRankUpdate:
-    """An update of normal factors."""
+    """Return an update with normally distributed factors."""
     out_factor, in_factor = (_normal(generator, features, rank) for features in shape)
     return LowRankUpdate((out_factor * scale).to(dtype), in_factor.to(dtype))
 
 
 def dense_of(layer: LayerSubspace, task: str) -> Tensor:
-    """The (n, d) update that a task has as stored, in float64."""
+    """Return the update (n, d) of a task as stored, in float64."""
     i = layer.index(task)
     out_factor = layer.basis_out.double() @ layer.coefficients_out[i].double()
     return out_factor @ (layer.basis_in.double() @ layer.coefficients_in[i].double()).T
 
 
 def dense_learned(update: LowRankUpdate) -> Tensor:
-    """The (n, d) update that an adapter has, in float64."""
+    """Return the update (n, d) of an adapter, in float64."""
     return update.out_factor.double() @ update.in_factor.double().T
 
 

@@ -40,7 +40,7 @@ MODULES = {"layers.0.q_proj": (48, 64), "layers.0.v_proj": (24, 64), "layers.1.q
 
 
 def adapter_of(seed: int, rank: int = 8, moved: float = 0.0) -> dict[str, LowRankUpdate]:
-    """Factors of an adapter: A of a seed, moved by training, and a B of its own."""
+    """Return the factors of an adapter: A from a seed, moved by training, and a B of its own."""
     start = torch.Generator().manual_seed(seed)
     training = torch.Generator().manual_seed(1000 + int(1000 * moved) + seed)
     updates = {}
@@ -61,7 +61,7 @@ def all_entries(adapter: dict[str, LowRankUpdate]) -> Tensor:
 
 
 def random_directions(count: int, shape: tuple[int, int], values: Tensor, seed: int) -> list[LowRankUpdate]:
-    """Updates of given singular values, their directions the singular vectors of a Gaussian matrix."""
+    """Return updates with given singular values, whose directions are the singular vectors of a Gaussian matrix."""
     generator = torch.Generator().manual_seed(seed)
     updates = []
     for _ in range(count):
@@ -76,7 +76,7 @@ def random_directions(count: int, shape: tuple[int, int], values: Tensor, seed: 
 
 
 def sharing_outputs(count: int, shape: tuple[int, int], rank: int, seed: int) -> list[LowRankUpdate]:
-    """Updates whose outputs lie in the same few directions, with inputs of their own."""
+    """Return updates whose outputs lie in the same few directions, with separate inputs."""
     generator = torch.Generator().manual_seed(seed)
     common = torch.randn(shape[0], rank, generator=generator, dtype=torch.float64)
     return [
@@ -302,7 +302,7 @@ def test_many_coordinates_give_what_the_full_decomposition_gives(monkeypatch: py
 def test_directions_that_are_found_in_a_few_steps_explain_what_the_best_do(
     alike: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With as many updates as a layer has features or more, alike or not, and k where no step is exact."""
+    """There are as many updates as a layer has features or more, similar or not, and a k where no step is exact."""
     generator = torch.Generator().manual_seed(3)
     shared = [alike * torch.randn(side, 16, generator=generator) for side in (400, 360)]
     updates = [
@@ -466,7 +466,8 @@ def report_of(
         (
             (),
             ("a", "b"),
-            "It is not known from which random A the tasks started; a shared one alone makes input directions alike.",
+            "It is not known from which random A the tasks started; sharing one is enough to make input directions "
+            "alike.",
         ),
         (
             (tuple("abcdefghijk"), ("z",)),
@@ -536,7 +537,7 @@ def test_the_first_sentence_says_which_tasks_share_an_initialization(
 )
 def test_the_second_sentence_puts_the_explained_variance_beside_chance(report: AuditReport, expected: str) -> None:
     _, sentence = report.sentences()
-    assert sentence == f"The basis of 32 directions a layer {expected}"
+    assert sentence == f"The basis of 32 directions per layer {expected}"
     assert sentence.isascii()
 
 

@@ -31,20 +31,20 @@ def relative_change(before: Tensor, after: Tensor, learned: Tensor) -> float:
 
 
 def state_bytes(layer: LayerSubspace) -> bytes:
-    """Every number of a layer, as bytes."""
+    """Return every number of a layer, as bytes."""
     tensors = [value for field in fields(layer) if isinstance(value := getattr(layer, field.name), Tensor)]
     tensors += [getattr(layer.records, field.name) for field in fields(layer.records)]
     return b"".join(tensor.contiguous().numpy().tobytes() for tensor in tensors)
 
 
 def merged_drift(layer: LayerSubspace, report: LayerMergeReport) -> Tensor:
-    """What the tolerance applies to, per task: the bound without what a rank over p lost."""
+    """Return what the tolerance applies to, per task: the bound without what a rank over p lost."""
     assert report.drift_bound == dict(zip(layer.tasks, layer.records.drift_bounds.tolist(), strict=True))
     return layer.records.drift_bounds - layer.records.rank_errors
 
 
 def assert_certificate_holds(stream: Stream, dtype: torch.dtype, *, drift_tolerance: float) -> None:
-    """Reported drifts against dense ones, after every merge and for every task that still counts."""
+    """Compare reported drifts with dense ones, after every merge and for every task that still counts."""
     layer, learned, counted = stream.empty(dtype), {}, set()
     for updates in stream.merges():
         before = {task: dense_of(layer, task) for task in layer.tasks}

@@ -1,4 +1,4 @@
-"""The survey of a collection: against dense references, and against what is known to be in it."""
+"""The survey of a collection, compared with dense references, and with what is known to be in it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def collection(
     rank: int = 3,
     own: float = 0.05,
 ) -> Adapters:
-    """Adapters whose updates share so many directions, but for a small part of each."""
+    """Return adapters whose updates share a number of directions, except for a small part of each."""
     generator = torch.Generator().manual_seed(tasks + rank)
 
     def side(length: int, common: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ def collection(
 
 
 def alone(seed: int, like: dict[str, LowRankUpdate]) -> dict[str, LowRankUpdate]:
-    """An adapter that shares nothing with another of the same shapes."""
+    """Return an adapter that shares nothing with another adapter of the same shapes."""
     generator = torch.Generator().manual_seed(seed)
     return {
         module: LowRankUpdate(*(torch.randn(side, 3, generator=generator) for side in update.shape))
@@ -63,7 +63,7 @@ def alone(seed: int, like: dict[str, LowRankUpdate]) -> dict[str, LowRankUpdate]
 
 
 def rows_of(updates: list[LowRankUpdate]) -> tuple[Tensor, Tensor]:
-    """Factors of updates of norm 1 that share it evenly, (tasks, r, n) and (tasks, r, d)."""
+    """Return factors of updates with norm 1 that share it evenly, (tasks, r, n) and (tasks, r, d)."""
     out, in_ = [], []
     for update in updates:
         left, values, right = torch.linalg.svd(
@@ -139,7 +139,7 @@ class TestLikeness:
         assert report.duplicates == (("task2", "copy"),)
         assert report.near_duplicates == ()
 
-    def test_another_scale_or_sign_is_no_duplicate(self) -> None:
+    def test_another_scale_or_sign_is_not_a_duplicate(self) -> None:
         adapters = collection(3)
         for name, factor in (("double", 2.0), ("negative", -1.0)):
             adapters[name] = {
@@ -233,7 +233,7 @@ class TestSampling:
         assert report.badly_served == ("task150",)
         assert len(report.errors) == SAMPLE_FROM
         text = " ".join(survey_sentences(report))
-        assert f"are of a sample: {report.curve_tasks} of {SAMPLE_FROM} adapters in 2 of 5 modules" in text
+        assert f"are from a sample: {report.curve_tasks} of {SAMPLE_FROM} adapters in 2 of 5 modules" in text
         assert not survey_updates(dict(list(adapters.items())[:-1]), 4).sampled
 
     def test_of_fewer_adapters_all_are_taken_in_some_modules_of_each_kind(

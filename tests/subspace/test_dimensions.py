@@ -1,4 +1,4 @@
-"""`"auto"`: the k and p that reach a target, against dense updates and a full decomposition for every candidate."""
+"""`"auto"`: the k and p that reach a target, against dense updates and a full decomposition of every candidate."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Updates = dict[str, dict[str, LowRankUpdate]]
 
 
 def naive_errors(updates: Mapping[str, LowRankUpdate], limit: int) -> tuple[Tensor, int]:
-    """Sums of relative errors (limit, limit) of all nonzero updates by k and p, and how many there are."""
+    """Return sums of relative errors (limit, limit) of all nonzero updates by k and p, and the number of updates."""
     dense = [dense_learned(update) for update in updates.values()]
     dense = [each / each.norm() for each in dense if each.norm() > 0]
     errors = torch.zeros(limit, limit, dtype=torch.float64)
@@ -63,7 +63,7 @@ def by_module(updates: Updates) -> dict[str, dict[str, LowRankUpdate]]:
 
 
 def built(updates: Updates, chosen: ChosenDimensions, settings: SubspaceSettings) -> tuple[float, int]:
-    """Mean relative error and bytes of what a build with the chosen k and p makes."""
+    """Return the mean relative error and the bytes of a build with the chosen k and p."""
     settings = replace(settings, num_components=chosen.num_components, pseudo_rank=chosen.pseudo_rank)
     layers, report = merge_into_layers({}, updates, settings)
     drifts = [
@@ -102,7 +102,7 @@ def test_the_target_error_is_reached_with_the_fewest_bytes(stream: Stream, targe
         return
     chosen = choose_dimensions(updates, wanted, stream.settings)
     assert chosen.error <= target
-    # The alternation may end elsewhere than the naive one does.
+    # The alternation may end at another optimum than the naive one does.
     assert naive[chosen.num_components - 1, chosen.pseudo_rank - 1] <= target * 1.05 + 1e-6
     error, size = built(updates, chosen, stream.settings)
     assert error <= target * 1.01 + 1e-6
@@ -122,9 +122,7 @@ def test_the_bytes_are_spent_on_the_smallest_error(stream: Stream, part: float) 
     budget = max(1, int(part * most))
     wanted = WantedDimensions("auto", "auto", target_bytes=budget, max_components=limit)
     if budget < least:
-        with pytest.raises(
-            ValueError, match=f"target_bytes is {budget}, expected at least the {least} of the smallest"
-        ):
+        with pytest.raises(ValueError, match=f"target_bytes is {budget}, expected at least {least}, the size"):
             choose_dimensions(updates, wanted, stream.settings)
         return
     chosen = choose_dimensions(updates, wanted, stream.settings)

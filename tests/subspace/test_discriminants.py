@@ -1,4 +1,4 @@
-"""Discriminants of features, against what they are by definition in float64."""
+"""Discriminants of features, compared with their definition in float64."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WIDTH = 6
 
 
 def texts(seed: int, count: int, *, width: int = WIDTH, offset: float = 0.0) -> Tensor:
-    """Features (count, width) about a random mean."""
+    """Return features (count, width) about a random mean."""
     generator = torch.Generator().manual_seed(seed)
     spread = torch.rand(width, generator=generator) + 0.2
     return torch.randn(count, width, generator=generator) * spread + torch.randn(width, generator=generator) + offset
@@ -39,7 +39,7 @@ def sums_of(features: Tensor, *, batch: int = 5) -> FeatureSums:
 
 
 def naive_moments(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean, and the scatter about it, by definition."""
+    """Return the mean, and the scatter about it, by definition."""
     rows = features.double()
     mean = rows.mean(0)
     return mean, sum(torch.outer(row - mean, row - mean) for row in rows)
@@ -101,7 +101,7 @@ def test_the_order_of_tasks_makes_no_difference_to_the_bit(seed: int, widths: in
     totals = [sum(order[1:], start=order[0]) for order in permutations(parts)]
     assert all(torch.equal(total.products, totals[0].products) for total in totals)
     assert {total.degrees for total in totals} == {sum(part.degrees for part in parts)}
-    # And nothing is lost where a part is stored in float32.
+    # And nothing is lost if a part is stored in float32.
     assert all(torch.equal(part.products.float().double(), part.products) for part in parts)
 
 
@@ -184,7 +184,7 @@ def test_features_that_do_not_vary_can_be_compared_all_the_same() -> None:
 
 @given(seed=st.integers(0, 10**6), lengths=st.lists(st.integers(1, 6), min_size=1, max_size=4), left=st.booleans())
 @settings(max_examples=30, deadline=None)
-def test_pooling_takes_the_mean_of_what_is_no_padding(seed: int, lengths: list[int], left: bool) -> None:
+def test_pooling_takes_the_mean_of_what_is_not_padding(seed: int, lengths: list[int], left: bool) -> None:
     generator = torch.Generator().manual_seed(seed)
     states = [torch.randn(len(lengths), 6, 4, generator=generator) for _ in range(2)]
     mask = torch.tensor([[0] * (6 - n) + [1] * n if left else [1] * n + [0] * (6 - n) for n in lengths])

@@ -30,7 +30,7 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def assert_same_task(layer: LayerSubspace, task: str, other: LayerSubspace) -> None:
-    """Coefficients and records of `task` are equal to the bit in both layers."""
+    """Assert that coefficients and records of `task` are equal bit by bit in both layers."""
     i, j = layer.index(task), other.index(task)
     assert torch.equal(layer.coefficients_out[i], other.coefficients_out[j])
     assert torch.equal(layer.coefficients_in[i], other.coefficients_in[j])

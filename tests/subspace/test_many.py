@@ -22,14 +22,14 @@ from .streams import dense_learned, dense_of
 
 
 SHAPE = (120, 150)
-MANY = 60  # updates, of rank 8: far above what is decomposed
+MANY = 60  # updates of rank 8: far above what is decomposed
 SETTINGS = SubspaceSettings(num_components=12, pseudo_rank=8)
 
 
 def related_updates(
     count: int, *, seed: int = 0, shape: tuple[int, int] = SHAPE, rank: int = 8
 ) -> dict[str, LowRankUpdate]:
-    """Updates with a common part of decaying strength, as adapters of one model have, and one of their own."""
+    """Return updates with a common part of decaying strength, as adapters of one model have, and a separate part."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*size: int) -> torch.Tensor:
@@ -45,20 +45,20 @@ def related_updates(
 
 
 def relative_errors(layer: LayerSubspace, updates: Mapping[str, LowRankUpdate]) -> dict[str, float]:
-    """``‖stored - ΔW‖ / ‖ΔW‖`` by task."""
+    """Return ``‖stored - ΔW‖ / ‖ΔW‖`` by task."""
     learned = {task: dense_learned(update) for task, update in updates.items()}
     return {task: float((dense_of(layer, task) - dense).norm() / dense.norm()) for task, dense in learned.items()}
 
 
 def exactly(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> LayerSubspace:
-    """The merge with everything decomposed."""
+    """Return the merge with everything decomposed."""
     with monkeypatch.context() as patch:
         patch.setattr(merge, "EXACT_COLUMNS", 10**9)
         return merge_into_layer(*arguments)[0]
 
 
 def assert_certified(layer: LayerSubspace, updates: Mapping[str, LowRankUpdate]) -> dict[str, float]:
-    """No task is further from its update than its bound says, nor nearer than a hundredth of it; the errors."""
+    """Assert that no task is further from its update than its bound, nor nearer than a hundredth; return errors."""
     errors = relative_errors(layer, updates)
     for task, error in errors.items():
         bound = float(layer.records.drift_bounds[layer.index(task)])
@@ -137,11 +137,11 @@ def test_the_fewest_directions_that_explain_enough_are_nearly_those_of_the_exact
 def test_updates_of_all_sizes_ranks_and_kinds_are_certified(basis: str) -> None:
     updates = related_updates(MANY)
     some = list(updates)
-    if basis == "joint":  # the paper's stack is not weighted, nor its factors balanced
+    if basis == "joint":  # the paper's stack is not weighted, and its factors are not balanced
         first, second, near = (updates[some[i]] for i in (0, 1, 4))
         updates[some[0]] = LowRankUpdate(first.out_factor * 1e-20, first.in_factor)
         updates[some[1]] = LowRankUpdate(second.out_factor * 1e15, second.in_factor)
-        # Two columns that cancel each other but for a millionth.
+        # Two columns that cancel each other except for a millionth.
         out, in_, other = near.out_factor[:, :1].double(), near.in_factor[:, :1].double(), near.in_factor[:, 1:2]
         updates[some[4]] = LowRankUpdate(torch.cat([out, -out], dim=1), torch.cat([in_, in_ + 1e-6 * other], dim=1))
     fresh = updates[some[2]]
@@ -184,7 +184,7 @@ def test_few_columns_are_decomposed() -> None:
 
 
 class _Read(Mapping[str, LowRankUpdate]):
-    """The updates of one adapter, each made when it is asked for; tells of which layers some are held."""
+    """The updates of one adapter, each made when it is requested. Records the layers of which some are held."""
 
     held: dict[str, int]
 

@@ -1,4 +1,4 @@
-"""A subspace computes the same to the bit whether it was merged, loaded, or laid out otherwise in memory."""
+"""A subspace computes the same bits whether it was merged, loaded, or laid out differently in memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def merged(tasks: int = 3) -> LayerSubspace:
 
 
 def laid_out_otherwise(layer: LayerSubspace) -> LayerSubspace:
-    """The same numbers, each matrix column by column."""
+    """Return the same numbers, with each matrix stored column by column."""
     changed = {
         name: getattr(layer, name).mT.contiguous().mT
         for name in ("basis_out", "basis_in", "coefficients_out", "coefficients_in")

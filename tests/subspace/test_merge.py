@@ -1,4 +1,4 @@
-"""What a merge does, beside agreeing with the reference and certifying drift."""
+"""What a merge does, besides agreeing with the reference and certifying drift."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def projection(basis: Tensor) -> Tensor:
 
 
 def orthogonal_projection(basis: Tensor) -> Tensor:
-    """On the span of a basis that is orthonormal only to the precision it is stored in."""
+    """Project onto the span of a basis that is orthonormal only to the precision in which it is stored."""
     return projection(torch.linalg.qr(basis.double()).Q)
 
 

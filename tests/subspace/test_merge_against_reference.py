@@ -1,4 +1,4 @@
-"""Sequences of merges, step by step beside a dense float64 reference."""
+"""Sequences of merges, compared step by step with a dense float64 reference."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .reference import ReferenceLayer, joint_basis, reference_merge, reference_w
 from .streams import KINDS, Stream, dense_learned, dense_of, examples, random_update, streams
 
 
-# A mean of equal columns leaves nothing but rounding error, and a combination of float32 columns is not exact.
+# A mean of equal columns leaves only rounding errors, and a combination of float32 columns is not exact.
 KINDS_TO_CENTER = tuple(kind for kind in KINDS if kind != "duplicate columns")
 KINDS_IN_FLOAT32 = tuple(kind for kind in KINDS if kind != "combination")
 
 
 def assert_agrees(layer: LayerSubspace, reference: ReferenceLayer, tolerance: float) -> None:
-    """Same spans, same updates, and same factors up to a rotation of their columns."""
+    """Assert that spans and updates are the same, and factors up to a rotation of their columns."""
     assert layer.tasks == tuple(reference.tasks)
     for basis, expected in ((layer.basis_out, reference.basis_out), (layer.basis_in, reference.basis_in)):
         assert basis.shape == expected.shape

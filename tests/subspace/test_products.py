@@ -1,4 +1,4 @@
-"""Products in float32 and the bound on their rounding, against float64."""
+"""Products in float32 and the bound on their rounding, compared with float64."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_rounding_is_within_its_bound(features: int, rank: int, columns: int, sp
 
 
 def test_sums_that_round_one_way_are_within_their_bound_and_nearly_reach_it() -> None:
-    # Each sum of equal numbers is cut off by what is added next.
+    # Each sum of equal numbers is cut off by the next addition.
     rows = torch.full((1, 1, 4096), 1 + 2.0**-12, dtype=torch.float32)
     side = torch.full((4096, 1), 4096**-0.5, dtype=torch.float64)
     error = float((product(rows, side).double() - rows.double() @ side).abs())
@@ -49,7 +49,7 @@ def test_sums_that_round_one_way_are_within_their_bound_and_nearly_reach_it() ->
 
 
 def found(exponent: float = 0.0) -> tuple[LargeBatch, Coordinates, UpdateStack, Tensor, list[Tensor]]:
-    """Updates in coordinates of 14 directions, with a bound on the rounding, and the updates themselves."""
+    """Return updates in coordinates of 14 directions, with a bound on the rounding, and the updates themselves."""
     updates = related_updates(MANY)
     first = updates["task0"]
     updates["task0"] = LowRankUpdate(first.out_factor * 10**exponent, first.in_factor)

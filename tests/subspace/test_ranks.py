@@ -1,4 +1,4 @@
-"""`tolerance`: the smallest rank of each task in each layer, against dense updates and their full decompositions."""
+"""`tolerance`: the smallest rank of each task in each layer, compared with full decompositions of dense updates."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ KINDS = ("random", "related", "zero", "zero columns", "combination")
 
 
 def smallest_rank(layer: LayerSubspace, update: LowRankUpdate, p: int, tolerance: float) -> tuple[int, list[float]]:
-    """The fewest singular values of an update inside a basis that keep its error, up to p; and the error by rank."""
+    """Return how few singular values of an update inside a basis keep its error, up to p, and the error by rank."""
     dense = dense_learned(update)
     out, in_ = (torch.linalg.qr(basis.double()).Q for basis in (layer.basis_out, layer.basis_in))
     left, values, right_t = torch.linalg.svd(out.T @ dense @ in_)
@@ -119,7 +119,7 @@ def test_no_tolerance_keeps_every_column_and_a_tolerance_of_zero_every_number() 
 
 
 @pytest.mark.parametrize("value", [1.0, -0.1, float("nan"), True, "0.1"])
-def test_a_tolerance_that_is_no_error_is_refused(value: object) -> None:
+def test_a_tolerance_that_is_not_an_error_is_refused(value: object) -> None:
     with pytest.raises(ValueError, match=f"tolerance is {value!r}, expected None or a number of at least 0"):
         SubspaceSettings(tolerance=value)
 

@@ -1,4 +1,4 @@
-"""What a merge refuses of one update alone is known before it; whatever is let through is merged."""
+"""What a merge refuses because of a single update is known before it starts; whatever is accepted is merged."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_updates_that_no_numbers_hold_are_named_with_their_modules(basis: BasisK
 
 
 def test_factors_that_are_stored_as_they_are_must_fit_alone() -> None:
-    """A norm in range, of factors that float32 cannot hold: balanced ones can be."""
+    """A norm that is in range, of factors that float32 cannot hold. Balanced factors can be stored."""
     updates = {"lopsided": {"a": scaled(0, (60, -60))}, "usual": {"a": scaled(1, (0, 0))}}
     first = torch.randn(SHAPE[0], 1, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     second = torch.randn(SHAPE[1], 1, generator=torch.Generator().manual_seed(3), dtype=torch.float64)

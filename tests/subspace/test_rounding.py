@@ -1,4 +1,4 @@
-"""Coefficients in bfloat16 and 4 bit: what they round to, how they are packed, and what merges certify of them."""
+"""Coefficients in bfloat16 and 4 bits: what they round to, how they are packed, and what merges certify about them."""
 
 from __future__ import annotations
 
@@ -79,12 +79,12 @@ def test_a_4_bit_block_is_no_worse_than_with_the_scale_of_its_largest_number(row
         block = rows[:, start : start + BLOCK]
         step = block.abs().amax(1, keepdim=True) / 15
         naive = (step.unsqueeze(-1) * levels - block.unsqueeze(-1)).abs().amin(-1).square().sum()
-        # The scale itself has 8 bits, which moves each number that it is a part of.
+        # The scale itself has 8 bits, which moves every number that it scales.
         assert found[:, start : start + BLOCK].sum().sqrt() <= naive.sqrt() + 0.004 * block.norm()
 
 
 def test_numbers_that_are_not_of_4_bits_are_not_packed() -> None:
-    with pytest.raises(ValueError, match="coefficients are not numbers of 4 bits, expected those of a merge"):
+    with pytest.raises(ValueError, match="coefficients are not 4-bit numbers, expected those that a merge rounded"):
         packed(torch.tensor([[1.0, 0.37]]))
 
 
@@ -107,7 +107,7 @@ def test_numbers_that_are_not_of_4_bits_are_not_packed() -> None:
         (torch.full((2, 3), 0x88, dtype=torch.uint8), torch.zeros(1, 1).bfloat16(), r"expected \(2, 1\) for k = 6"),
     ],
 )
-def test_what_is_no_codes_and_scales_is_refused(codes: Tensor, scales: Tensor, message: str) -> None:
+def test_what_is_not_codes_and_scales_is_refused(codes: Tensor, scales: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         unpacked(codes, scales)
 

@@ -40,7 +40,7 @@ OPERATIONS = st.one_of(
 
 
 def as_loaded(layer: LayerSubspace) -> LayerSubspace:
-    """The layer as a tree gives it back: float32 tensors, and certificates as JSON has them."""
+    """Return the layer as a tree gives it back: float32 tensors, and certificates as JSON has them."""
     rows = torch.tensor(layer.records.rows, dtype=torch.float64).reshape(-1, 4)
     spectra = layer.spectrum_out.float().double(), layer.spectrum_in.float().double()
     assert all(torch.isfinite(tensor).all() for tensor in (rows, *spectra))
@@ -50,7 +50,7 @@ def as_loaded(layer: LayerSubspace) -> LayerSubspace:
 def assert_bounds_hold(layer: LayerSubspace, originals: dict[str, Tensor]) -> None:
     assert set(layer.tasks) == originals.keys()
     for i, task in enumerate(layer.tasks):
-        size = originals[task].abs().max()  # of 1e-40 as of 1e40
+        size = originals[task].abs().max()  # of 1e-40 as well as of 1e40
         original, stored = originals[task] / size, dense_of(layer, task) / size
         error = float((stored - original).norm() / original.norm())
         assert error <= float(layer.records.drift_bounds[i]) * (1 + 1e-9) + 1e-13, task
@@ -169,7 +169,7 @@ def test_factors_that_float32_cannot_hold_are_refused_by_name(out_scale: float, 
     with pytest.raises(ValueError, match=r"^task 'odd': its update of norm .* cannot be stored in float32"):
         merge_into_layer(empty, {"odd": update}, replace(SETTINGS, basis="factor"))
 
-    layer, report = merge_into_layer(empty, {"odd": update}, SETTINGS)  # balanced, it can be
+    layer, report = merge_into_layer(empty, {"odd": update}, SETTINGS)  # if balanced, it can be stored
     assert report.drift["odd"] < 1e-12
     assert_bounds_hold(layer, {"odd": dense_learned(update)})
 

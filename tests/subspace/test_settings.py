@@ -48,7 +48,7 @@ def test_settings_at_the_edge_of_their_range_are_accepted() -> None:
     check_dimensions(settings.num_components, settings.pseudo_rank)
 
 
-def test_settings_come_from_a_dictionary_with_further_keys() -> None:
+def test_settings_come_from_a_dictionary_with_more_keys() -> None:
     settings = SubspaceSettings.from_dict({"num_components": 8, "basis": "factor", "target_modules": ["q_proj"]})
 
     assert settings == SubspaceSettings(num_components=8, basis="factor")

@@ -12,7 +12,7 @@ GIVEN = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0]], dtype=torch.float64).un
 
 
 def make_stack(tasks: int) -> tuple[UpdateStack, list[Tensor]]:
-    """A stack of `tasks` old and two new updates in (9, 8) coordinates, and its weighted updates."""
+    """Return a stack of `tasks` old and two new updates in (9, 8) coordinates, and its weighted updates."""
     generator = torch.Generator().manual_seed(tasks)
 
     def normal(*shape: int) -> Tensor:

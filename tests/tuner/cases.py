@@ -1,4 +1,4 @@
-"""What the tests of the tuner share: three architectures, and small operations on models that carry tasks."""
+"""What the tests of the tuner share: three architectures, and small operations on models with tasks."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Case:
         return ShareConfig(**{**values, **overrides})
 
     def batch(self, size: int = 4, length: int = 7, seed: int = 1) -> dict[str, Tensor]:
-        """Token ids and, by their side, labels to learn."""
+        """Return token ids together with labels to learn."""
         generator = torch.Generator().manual_seed(seed)
         ids = torch.randint(3, 64, (size, length), generator=generator)
         return {"input_ids": ids, "labels": ids if self.task_type == "CAUSAL_LM" else ids[:, 0] % 3}
@@ -54,7 +54,7 @@ each_architecture = pytest.mark.parametrize("case", [LLAMA, BERT, GPT2], ids=lam
 
 
 def with_tasks(base: PreTrainedModel, case: Case, *tasks: str, **config: Any) -> PeftModel:
-    """The model with tasks that each do something, in eval mode; the first one is active."""
+    """Return the model in eval mode with tasks that each have an effect. The first one is active."""
     first, *others = tasks
     model = get_peft_model(base, case.config(**config), adapter_name=first)
     for task in others:
@@ -65,7 +65,7 @@ def with_tasks(base: PreTrainedModel, case: Case, *tasks: str, **config: Any) ->
 
 
 def with_random_bases(model: PeftModel) -> PeftModel:
-    """The model with bases that no fresh model has, so that one that was not loaded shows."""
+    """Return the model with bases that no new model has, so that a basis that was not loaded shows."""
     for layer in share_layers(model).values():
         layer.set_basis(
             torch.linalg.qr(torch.randn(layer.out_features, K)).Q, torch.linalg.qr(torch.randn(layer.in_features, K)).Q
@@ -74,7 +74,7 @@ def with_random_bases(model: PeftModel) -> PeftModel:
 
 
 def randomize(model: nn.Module, task: str, seed: int = 0) -> None:
-    """Give a task a random update, large enough to show in the logits."""
+    """Give a task a random update that is large enough to show in the logits."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in task_parameters(model, task).values():
@@ -82,7 +82,7 @@ def randomize(model: nn.Module, task: str, seed: int = 0) -> None:
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
-    """What adding an adapter could change: modules, parameters and what is trained."""
+    """Return what adding an adapter could change: modules, parameters and what is trained."""
     return {
         "modules": {name: type(module).__name__ for name, module in model.named_modules()},
         "parameters": {name: parameter.requires_grad for name, parameter in model.named_parameters()},
@@ -93,7 +93,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
 
 
 def task_parameters(model: nn.Module, task: str) -> dict[str, nn.Parameter]:
-    """A task's parameters in Share layers by full name; those of a frozen task show what the layer's stack has."""
+    """Return a task's parameters in Share layers by name; those of a frozen task are rows of the layer's stack."""
     return {
         f"{module_name}.{name}.{task}": getattr(module, name)[task]
         for module_name, module in model.named_modules()
@@ -112,19 +112,19 @@ def an_adapted_layer(model: nn.Module) -> ShareLayer:
 
 
 def on_device_of(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The batch where the model is."""
+    """Return the batch on the model's device."""
     device = next(model.parameters()).device
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def logits(model: nn.Module, batch: Mapping[str, Tensor], **kwargs: Any) -> Tensor:
-    """Without gradients, so that eval mode may keep what it folded."""
+    """Return the logits, computed without gradients so that eval mode may cache folded factors."""
     with torch.no_grad():
         return model(input_ids=on_device_of(model, batch)["input_ids"], **kwargs).logits
 
 
 def update_by_hand(layer: ShareLayer, task: str) -> Tensor:
-    """(n, d) in float64 from the formulas of the paper: ``(β ε_β)(α ε_α)^T``, ``(β_φ ε_β)(α_φ ε_α)^T`` or ``B A``."""
+    """Return (n, d) in float64 by the paper's formulas: ``(β ε_β)(α ε_α)^T``, ``(β_φ ε_β)(α_φ ε_α)^T`` or ``B A``."""
     sides = []
     for side in ("out", "in"):
         temporary = getattr(layer, f"share_temporary_{side}")
@@ -136,7 +136,7 @@ def update_by_hand(layer: ShareLayer, task: str) -> Tensor:
 
 
 def with_updates_in_weights(base: PreTrainedModel, updates: Mapping[str, Tensor]) -> PreTrainedModel:
-    """A copy of the base model whose weights have updates (n, d) added by module."""
+    """Return a copy of the base model with updates (n, d) added to its weights by module."""
     changed = copy.deepcopy(base)
     for name, update in updates.items():
         module = changed.get_submodule(name)
@@ -147,7 +147,7 @@ def with_updates_in_weights(base: PreTrainedModel, updates: Mapping[str, Tensor]
 
 
 def learn(model: nn.Module, batch: Mapping[str, Tensor], steps: int = 5, learning_rate: float = 0.02) -> list[float]:
-    """Train what is trainable; the loss before each step and after the last one."""
+    """Train what is trainable, and return the loss before each step and after the last one."""
     model.train()
     batch = on_device_of(model, batch)
     optimizer = torch.optim.AdamW(trainable(model).values(), lr=learning_rate, weight_decay=0.0)
@@ -164,7 +164,7 @@ def learn(model: nn.Module, batch: Mapping[str, Tensor], steps: int = 5, learnin
 
 
 def gradients(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Gradients of the loss with respect to what is trainable, in train mode."""
+    """Return the gradients of the loss with respect to what is trainable, in train mode."""
     model.train()
     model.zero_grad()
     model(**on_device_of(model, batch)).loss.backward()
@@ -172,12 +172,12 @@ def gradients(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor
 
 
 def assert_close(found: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
-    """Equal up to rounding; `tolerance` is relative to the largest entry."""
+    """Assert equality up to rounding; `tolerance` is relative to the largest entry."""
     torch.testing.assert_close(
         found.double(), expected.double(), rtol=0, atol=tolerance * max(1e-12, expected.abs().max().item())
     )
 
 
 def assert_differ(found: Tensor, other: Tensor) -> None:
-    """Different by much more than rounding, so that a test that finds equality elsewhere means something."""
+    """Assert a difference much larger than rounding, so that equality in other tests means something."""
     assert (found - other).abs().max() > 0.01 * other.abs().max()

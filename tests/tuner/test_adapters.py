@@ -1,4 +1,4 @@
-"""Several tasks on one model: adding, choosing, switching off and deleting them; names and targets."""
+"""Several tasks on one model: adding, choosing, disabling and deleting them; names and targets."""
 
 from __future__ import annotations
 
@@ -300,7 +300,7 @@ def test_state_dict_keys_name_module_side_and_task(tiny_model: Callable[[str], P
     ]
 
 
-def test_a_model_that_is_no_transformers_model_can_be_adapted() -> None:
+def test_a_model_that_is_not_of_transformers_can_be_adapted() -> None:
     base = torch.nn.Sequential(torch.nn.Linear(12, 16), torch.nn.ReLU(), torch.nn.Linear(16, 10)).eval()
     config = ShareConfig(num_components=6, pseudo_rank=2, target_modules=["0", "2"])
     model = get_peft_model(base, config)

@@ -1,4 +1,4 @@
-"""torch.compile, with the whole graph where there is one."""
+"""torch.compile, with the whole graph if there is one."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_a_compiled_model_takes_a_mixed_batch(names: list[str]) -> None:
         assert_close(compiled(x, adapter_names=names), model(x, adapter_names=names), tolerance=1e-6)
 
 
-def test_other_tasks_in_a_mixed_batch_are_no_reason_to_compile_again() -> None:
+def test_other_tasks_in_a_mixed_batch_are_not_a_reason_to_compile_again() -> None:
     model = small_network("one", "two", "three")
     compiled = torch.compile(model, backend="eager")
     x = torch.randn(4, 12)

@@ -1,4 +1,4 @@
-"""ShareConfig: defaults, what it refuses, and the way to disk and back."""
+"""ShareConfig: defaults, what it refuses, and saving and loading."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_defaults_are_the_documented_ones() -> None:
 
 
 @pytest.mark.parametrize(("num_components", "expected"), [(32, 8), (8, 2), (3, 1), (1, 1)])
-def test_a_quarter_of_the_components_is_temporary_if_not_said_otherwise(num_components: int, expected: int) -> None:
+def test_a_quarter_of_the_components_is_temporary_by_default(num_components: int, expected: int) -> None:
     assert ShareConfig(num_components=num_components, pseudo_rank=1).num_temporary == expected
 
 

@@ -1,4 +1,4 @@
-"""Folders that are not what they should be: refused by name, with the model left as it was."""
+"""Folders that are not what they should be are refused by name, and the model is left unchanged."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def drop_module(tensors: dict[str, Tensor]) -> None:
         del tensors[name]
 
 
-# What is damaged, and what the error says. All but the last three are seen in the file alone.
+# What is damaged, and what the error says. All but the last three can be seen in the file alone.
 DAMAGES: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "missing": (Path.unlink, [f"no {SUBSPACE} in this folder, its parent or its grandparent"]),
     "empty": (lambda file: file.write_bytes(b""), [SUBSPACE, "not a readable safetensors file"]),
@@ -104,7 +104,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], list[str]]] = {
         without_checksum(put(f"{Q_PROJ}.beta", torch.neg)),
         [f"{Q_PROJ}.share_fingerprint' is", "the coefficients do not belong to the basis"],
     ),
-    "no-module": (without_checksum(edited(drop_module)), [f"{Q_PROJ}.share_coefficients_in' is of no module"]),
+    "no-module": (without_checksum(edited(drop_module)), [f"{Q_PROJ}.share_coefficients_in' belongs to none of the"]),
 }
 
 
@@ -188,7 +188,7 @@ def test_a_subspace_of_a_model_of_another_size_is_refused(
     assert not share_layers(base)
 
 
-def test_a_basis_smaller_than_the_cap_is_no_damage(
+def test_a_basis_smaller_than_the_cap_is_not_damage(
     tiny_model: Callable[[str], PreTrainedModel], tmp_path: Path
 ) -> None:
     model = with_tasks(tiny_model("llama"), LLAMA, "one")

@@ -1,4 +1,4 @@
-"""Experts that a model keeps in one parameter: LoRAs of them come in, are applied, trained, and go out again."""
+"""Experts that a model keeps in one parameter: LoRAs of them can be read, applied, trained, and exported again."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def base(pristine: MixtralForCausalLM) -> Callable[[], MixtralForCausalLM]:
 
 
 class Bank(nn.Module):
-    """Experts whose parameter is (experts, d, n), of which the input chooses one."""
+    """Experts whose parameter is (experts, d, n), one of which the input chooses."""
 
     is_transposed = True
 
@@ -488,14 +488,20 @@ def test_half_a_lora_is_refused_by_name(change: Any, found: str, folders: dict[s
     ("values", "found"),
     [
         ({"target_parameters": ["experts.w1", "experts.w2"]}, r"names \['w1', 'w2'\], expected one, or a pair among"),
-        ({"target_parameters": "experts"}, "target_parameters is 'experts', which no PEFT configuration has there"),
-        ({"target_parameters": [".*"]}, r"target_parameters is \['\.\*'\], which no PEFT configuration has there"),
+        (
+            {"target_parameters": "experts"},
+            "target_parameters is 'experts', which is not valid there in a PEFT configuration",
+        ),
+        (
+            {"target_parameters": [".*"]},
+            r"target_parameters is \['\.\*'\], which is not valid there in a PEFT configuration",
+        ),
         ({"r": None}, "r of 'model.layers.0.mlp.experts.down_proj' is None, expected a positive integer"),
         ({"rank_pattern": [2]}, r"rank_pattern is \[2\], expected an object"),
         ({"rank_pattern": {"down_proj": 0}}, "r of 'model.layers.0.mlp.experts.down_proj' is 0, expected a positive"),
     ],
 )
-def test_a_configuration_that_does_not_tell_is_refused(
+def test_a_configuration_that_does_not_say_is_refused(
     values: dict[str, Any], found: str, folders: dict[str, Path]
 ) -> None:
     edit_json(folders["first"] / "adapter_config.json", lambda config: config.update(values))
@@ -505,7 +511,9 @@ def test_a_configuration_that_does_not_tell_is_refused(
 
 def test_an_export_without_an_expert_is_refused() -> None:
     update = LowRankUpdate(torch.ones(3, 1), torch.ones(2, 1))
-    with pytest.raises(ValueError, match=r"'experts.down_proj.1' is not there, expected all the experts before it"):
+    with pytest.raises(
+        ValueError, match=r"'experts.down_proj.1' is missing, expected all experts before the last one"
+    ):
         expert_tensors({"experts.down_proj.0": update, "experts.down_proj.2": update}, 1)
 
 

@@ -36,7 +36,7 @@ OTHER_BASIS = "share_fingerprint.*the coefficients belong to another basis"
 
 @pytest.fixture
 def source(tiny_model: Base) -> PeftModel:
-    """A model of two tasks in bases that no fresh model has."""
+    """A model of two tasks in bases that no new model has."""
     torch.manual_seed(0)
     return with_random_bases(with_tasks(tiny_model("llama"), LLAMA, "one", "two"))
 
@@ -52,7 +52,7 @@ def parameters_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def assert_refused(model: nn.Module, load: Callable[[], object], message: str = OTHER_BASIS) -> None:
-    """Whatever is refused leaves the model as it was."""
+    """Assert that a refusal leaves the model unchanged."""
     before, structure = parameters_of(model), snapshot(model)
     with pytest.raises(ValueError, match=message):
         load()
@@ -169,7 +169,7 @@ class TestTransformers:
         assert not result.unexpected_keys and not result.missing_keys
         assert torch.equal(logits(model.eval(), LLAMA.batch()), logits(source, LLAMA.batch()))
 
-    def test_reads_the_basis_beside_the_weights_for_a_configuration_of_ones_own(
+    def test_reads_the_basis_beside_the_weights_for_a_custom_configuration(
         self, source: PeftModel, tiny_model: Base, folder: Path
     ) -> None:
         model = tiny_model("llama")
@@ -178,7 +178,7 @@ class TestTransformers:
 
 
 class TestFolders:
-    def test_bring_their_basis_for_a_configuration_of_ones_own(
+    def test_bring_their_basis_for_a_custom_configuration(
         self, source: PeftModel, tiny_model: Base, folder: Path
     ) -> None:
         config = LLAMA.config()
@@ -258,7 +258,7 @@ class TestFolders:
 
 
 @pytest.mark.parametrize("phase", ["adapt", "init"])
-def test_what_is_no_coefficients_in_the_basis_needs_no_fingerprint(phase: str, tiny_model: Base) -> None:
+def test_what_is_not_coefficients_in_the_basis_needs_no_fingerprint(phase: str, tiny_model: Base) -> None:
     source = with_random_bases(with_tasks(tiny_model("llama"), LLAMA, "one", phase=phase))
     weights = get_peft_model_state_dict(source, adapter_name="one")
     assert not [name for name in weights if "fingerprint" in name]

@@ -1,4 +1,4 @@
-"""In eval mode a layer keeps the factors it folded for as long as they are right, and no longer."""
+"""In eval mode, a layer keeps the factors that it folded for as long as they are right, and no longer."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from .cases import (
 
 @contextmanager
 def counting_folds(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The tasks whose factors were formed, once for each layer."""
+    """Record the tasks whose factors were formed, once for each layer."""
     folded: list[str] = []
     original = ShareLayer.factors
 
@@ -55,7 +55,7 @@ def model(tiny_model: Callable[[str], PreTrainedModel]) -> PeftModel:
 
 
 def expected_logits(model: PeftModel, base: PreTrainedModel) -> Tensor:
-    """From dense weights, with nothing kept."""
+    """Return the logits from dense weights, with nothing cached."""
     updates = {name: update_by_hand(layer, model.active_adapter) for name, layer in share_layers(model).items()}
     return logits(with_updates_in_weights(base, updates), LLAMA.batch())
 
@@ -178,7 +178,7 @@ def replace_data(model: PeftModel) -> None:
 
 
 def scaled_coefficients(model: PeftModel, factor: float) -> dict[str, Tensor]:
-    """The coefficients of a model's tasks times a factor, and the fingerprints of their bases as they are."""
+    """Return a model's coefficients times a factor, and the fingerprints of their bases unchanged."""
     return {
         name: factor * tensor if ".share_coefficients_" in name else tensor
         for name, tensor in model.state_dict().items()
@@ -276,7 +276,7 @@ def test_what_is_kept_is_dropped_when_it_would_be_wrong(
     assert_close(found, expected_logits(model, base))
 
 
-def test_another_input_type_is_folded_anew(model: PeftModel) -> None:
+def test_another_input_type_is_folded_again(model: PeftModel) -> None:
     layer = an_adapted_layer(model)
     layer.base_layer = layer.base_layer.to(torch.bfloat16)
     x = torch.randn(3, 64)
@@ -335,5 +335,5 @@ def test_a_layer_keeps_the_folded_factors_of_a_few_tasks_only(
             assert torch.equal(expected.setdefault(task, found), found)
     for layer in share_layers(model).values():
         assert len(layer._folded) == FOLDED_TASKS
-        assert list(layer._folded)[-1] == tasks[0]  # the last that was used stays longest
-        assert tasks[FOLDED_TASKS] not in layer._folded  # pushed out by the last one, which was there no more
+        assert list(layer._folded)[-1] == tasks[0]  # the last one that was used stays longest
+        assert tasks[FOLDED_TASKS] not in layer._folded  # pushed out by the last one, which was not there any more

@@ -1,4 +1,4 @@
-"""What an adapted model computes in each phase, and what of it is trained."""
+"""What an adapted model computes in each phase, and which of its parameters are trained."""
 
 from __future__ import annotations
 
@@ -194,13 +194,13 @@ def test_the_basis_is_stored_once_and_a_further_task_costs_its_coefficients(
     for i in range(1, 11):
         model.add_adapter(f"task_{i}", case.config())
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
-    rows = 1 + 11 + 1  # one of zeros, and room for a further task
+    rows = 1 + 11 + 1  # one of zeros, and room for another task
     assert sum(buffer.numel() for buffer in model.buffers()) <= buffers + rows * len(layers) * 2 * K * P
     assert {len(layer.share_coefficients_out) for layer in layers.values()} == {11}
     assert {name: layer.share_basis_out.data_ptr() for name, layer in layers.items()} == bases
 
 
-def test_the_basis_is_no_part_of_the_state_dict(tiny_model: Callable[[str], PreTrainedModel]) -> None:
+def test_the_basis_is_not_part_of_the_state_dict(tiny_model: Callable[[str], PreTrainedModel]) -> None:
     model = with_tasks(tiny_model("llama"), LLAMA, "one", "two")
     assert not [name for name in model.state_dict() if "basis" in name]
     assert [name for name, _ in model.named_buffers() if "share_basis_out" in name]

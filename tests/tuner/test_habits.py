@@ -1,4 +1,4 @@
-"""What PEFT's users do with any adapter, and its options: honoured as for LoRA, or refused by name."""
+"""What PEFT's users do with any adapter, and its options: supported as for LoRA, or refused by name."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_layers_to_transform_with_a_string_target_is_refused_as_for_lora(target:
         ShareConfig(target_modules=target, layers_to_transform=[0])
 
 
-def test_the_status_of_a_model_tells_the_method(tiny_model: Base) -> None:
+def test_the_status_of_a_model_names_the_method(tiny_model: Base) -> None:
     model = with_tasks(tiny_model("llama"), LLAMA, "one", "two")
     status = model.get_model_status()
     assert status.peft_types == {"one": "SHARE", "two": "SHARE"}
@@ -183,6 +183,6 @@ def test_dropout_is_saved_with_the_adapter(tiny_model: Base, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("dropout", [-0.1, 1.0, float("nan")])
-def test_a_dropout_that_is_no_probability_is_refused(dropout: float) -> None:
+def test_a_dropout_that_is_not_a_probability_is_refused(dropout: float) -> None:
     with pytest.raises(ValueError, match=r"dropout is .*, expected a probability"):
         ShareConfig(dropout=dropout)

@@ -1,4 +1,4 @@
-"""Convolutions and embeddings: LoRAs of them that PEFT wrote come in, are applied, and go out again."""
+"""Convolutions and embeddings: LoRAs of them that PEFT wrote can be read, applied, and exported again."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def base() -> Reader:
 
 
 def lora_of(base: nn.Module, folder: Path, seed: int, **config: Any) -> Path:
-    """A LoRA that PEFT wrote, of a rank and a scale of its own."""
+    """Write a LoRA with PEFT that has its own rank and scale."""
     torch.manual_seed(seed)
     values = dict(r=2 + seed, lora_alpha=5, target_modules=TARGETS, init_lora_weights=False)
     model = get_peft_model(copy.deepcopy(base), LoraConfig(**{**values, **config}))
@@ -207,7 +207,7 @@ def test_an_embedding_that_peft_saved_beside_its_update_is_kept_with_both(tiny_m
     config = LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"], init_lora_weights=False)
     model = get_peft_model(tiny_model("llama"), config)
     with torch.no_grad():
-        model.get_input_embeddings().base_layer.weight.add_(0.1)  # trained, as those of new tokens are
+        model.get_input_embeddings().base_layer.weight.add_(0.1)  # trained, like those of new tokens
     model.save_pretrained(tmp_path / "lora", save_embedding_layers=True)
     subspace = SharedSubspace.from_adapters([tmp_path / "lora"], progress=False)
     assert "model.embed_tokens" not in subspace.state.layers
@@ -387,13 +387,13 @@ def test_adapters_of_two_kernels_are_refused(subspace: SharedSubspace, tmp_path:
     folder, held = lora_of(Reader(kernel=(2, 3)), tmp_path / "turned", 1), subspace.state
     with pytest.raises(
         ValueError,
-        match=r"'image' is a convolution with kernel \(2, 3\) for task 'turned', expected a convolution with "
+        match=r"'image' is of kind convolution with kernel \(2, 3\) for task 'turned', expected convolution with "
         r"kernel \(3, 2\) as for the others",
     ):
         subspace.add_adapters([folder], progress=False)
     assert subspace.state is held
     other = SharedSubspace.from_adapters([folder], progress=False)
-    with pytest.raises(ValueError, match=r"the other subspace has 'image' as a convolution with kernel \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"the other subspace has 'image' of kind convolution with kernel \(2, 3\)"):
         reconcile(subspace.state, other.state)
 
 
@@ -497,7 +497,7 @@ def test_tensors_of_a_lora_and_matrices_are_the_same_update(
     assert found == layout
     assert_close(b @ a, factors[0] @ factors[1].T, tolerance=1e-12)
     if kernel:
-        # By PEFT's own formula: first A with its kernel, then B at each place.
+        # By PEFT's own formula: first A with its kernel, then B at each position.
         conv = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(kernel)]
         x = torch.randn(2, channels, *(size + 2 for size in kernel), generator=generator, dtype=torch.float64)
         weight = (factors[0] @ factors[1].T).reshape(n, channels, *kernel)

@@ -35,7 +35,7 @@ def by_from_pretrained(model: PreTrainedModel, tree: Path) -> nn.Module:
 
 
 def by_load_adapter(model: PreTrainedModel, tree: Path) -> nn.Module:
-    """The second adapter is loaded under a name that is there, so that its basis replaces the first one's."""
+    """The second adapter is loaded under an existing name, so that its basis replaces that of the first."""
     peft_model = by_from_pretrained(model, tree)
     peft_model.load_adapter(tree / "tasks" / "mrpc", "mrpc")
     return peft_model
@@ -58,7 +58,7 @@ def newer(subspace: SharedSubspace, loras: dict[str, Path]) -> SubspaceState:
 
 
 def updates(model: nn.Module) -> dict[str, Tensor]:
-    """Dense updates (n, d) of the task, by module."""
+    """Return dense updates (n, d) of the task, by module."""
     return {
         name: (layer.share_basis_out @ layer.share_coefficients_out["mrpc"])
         @ (layer.share_basis_in @ layer.share_coefficients_in["mrpc"]).T
@@ -79,7 +79,7 @@ def _write_for_ever(states: tuple[SubspaceState, SubspaceState], folder: Path) -
 
 @pytest.fixture
 def busy_tree(subspace: SharedSubspace, newer: SubspaceState, tree: Path) -> Iterator[Path]:
-    """A tree that another process saves all the time, in one version and the other."""
+    """A tree that another process saves all the time, in alternating versions."""
     if "fork" not in multiprocessing.get_all_start_methods():
         pytest.skip("runs a forked copy of this process")
     writer = multiprocessing.get_context("fork").Process(target=_write_for_ever, args=((newer, subspace.state), tree))

@@ -51,7 +51,7 @@ def sum_of_updates(model: torch.nn.Module, *tasks: str) -> dict[str, Tensor]:
 
 
 def with_a_negative_zero(base: PreTrainedModel, case: Case) -> PreTrainedModel:
-    """The model with a weight that is -0 in each adapted layer: equal to 0, but not the same bits."""
+    """Return the model with a weight of -0 in each adapted layer: equal to 0, but with other bits."""
     for name, module in base.named_modules():
         if name.endswith(case.target_modules):
             module.weight.data[0, 0] = -0.0
@@ -59,7 +59,7 @@ def with_a_negative_zero(base: PreTrainedModel, case: Case) -> PreTrainedModel:
 
 
 def bits_of(model: torch.nn.Module) -> dict[str, Tensor]:
-    """All that a state dict of the model has, as bytes."""
+    """Return all that a state dict of the model has, as bytes."""
     return {name: tensor.flatten().view(torch.uint8).clone() for name, tensor in model.state_dict().items()}
 
 
@@ -301,7 +301,7 @@ class TestACopyOfTheWeights:
         model.merge_adapter(keep_base=True)
         model.set_adapter("two")
         assert_same(bits_of(model), before)
-        model.merge_adapter()  # of which no copy is kept: the earlier ones are gone
+        model.merge_adapter()  # no copy of which is kept: the earlier ones are gone
         with pytest.raises(ValueError, match=r"\['two'\] are merged already, without a copy"):
             model.merge_adapter(["one"], keep_base=True)
 

@@ -34,7 +34,7 @@ NAMES = ["one", "two", "__base__", "one", "three", "two"]
 
 
 def one_by_one(model: PeftModel, names: Sequence[str], compute: Callable[[PeftModel, int], Tensor]) -> list[Tensor]:
-    """The result for each sample alone, with its task made the active one."""
+    """Return the result for each sample alone, with its task as the active one."""
     active, results = model.active_adapter, []
     for i, name in enumerate(names):
         if name == "__base__":
@@ -253,7 +253,7 @@ def test_bases_or_folded_factors_compute_the_same(
 
 
 class TestHeads:
-    """PEFT's own mixed batches leave these out."""
+    """PEFT's own mixed batches do not support these."""
 
     def model(self, tiny_model: Callable[[str], PreTrainedModel]) -> PeftModel:
         model = with_tasks(tiny_model("bert"), BERT, "one", "two", task_type="SEQ_CLS", modules_to_save=["pooler"])

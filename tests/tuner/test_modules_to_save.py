@@ -1,4 +1,4 @@
-"""Classification heads: trained as a whole, and kept with their task."""
+"""Classification heads are trained as a whole, and kept with their task."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ each_way = pytest.mark.parametrize("way", WAYS, ids=["task_type", "modules_to_sa
 
 
 def a_classifier(base: PreTrainedModel, *tasks: str, way: dict[str, object]) -> PeftModel:
-    """A model with tasks that were each trained for a few steps, each on its own labels."""
+    """A model with tasks that were each trained for a few steps on their own labels."""
     model = with_tasks(base, BERT, *tasks, **way)
     for i, task in enumerate(tasks):
         model.set_adapter(task)
@@ -140,7 +140,7 @@ def test_a_head_of_a_language_model_can_be_trained_as_a_whole(
 
 @pytest.fixture
 def with_running_means(tiny_model: Callable[[str], PreTrainedModel]) -> Callable[[], PreTrainedModel]:
-    """A model whose head is a module of modules, with buffers."""
+    """Make a model with a head that is a module of modules, with buffers."""
 
     def build() -> PreTrainedModel:
         base = tiny_model("bert")

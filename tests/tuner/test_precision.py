@@ -1,4 +1,4 @@
-"""What is float32 and what is not: half-precision base models, autocast, and casts behind the tuner's back."""
+"""What is float32 and what is not: half-precision base models, autocast, and casts that the tuner does not see."""
 
 from __future__ import annotations
 

@@ -34,14 +34,14 @@ from .cases import (
 
 @dataclass(frozen=True)
 class Quantization:
-    """A way to quantize, what it makes of a layer, and how near that is to the dequantized weight (relative).
+    """A way to quantize, what it makes of a layer, and how close that is to the dequantized weight (relative).
 
     Attributes:
-        library: What it needs.
-        options: As the library takes them.
-        kind: The classes of a layer and of its weight.
-        error: Of the forward.
-        refuses_merges_as: If merges are refused, what of.
+        library: Library that it needs.
+        options: Options of the library.
+        kind: Classes of a layer and of its weight.
+        error: Relative error of the forward pass.
+        refuses_merges_as: If merges are refused, the name of what refuses them.
     """
 
     library: str
@@ -51,7 +51,7 @@ class Quantization:
     refuses_merges_as: str | None = None
 
     def load(self, folder: Path) -> PreTrainedModel:
-        """The model of the folder with quantized layers."""
+        """Load the model in the folder with quantized layers."""
         if self.library == "gptqmodel":
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
             for name, module in list(model.model.named_modules()):
@@ -76,7 +76,7 @@ class Quantization:
 
 
 def _packed_by_gptqmodel(linear: nn.Linear, class_name: str) -> nn.Module:
-    """The layer in 4 bits, rounded to nearest in groups of 32: a calibration would take a real model."""
+    """Return the layer in 4 bits, rounded to nearest in groups of 32: a calibration would need a real model."""
     from gptqmodel.nn_modules.qlinear.torch import TorchLinear
     from gptqmodel.nn_modules.qlinear.torch_awq import AwqTorchLinear
 
@@ -92,7 +92,7 @@ def _packed_by_gptqmodel(linear: nn.Linear, class_name: str) -> nn.Module:
     scales = linear.weight.detach().float().unflatten(1, (-1, 32)).abs().amax(2) / 7
     groups = [torch.arange(linear.in_features, dtype=torch.int32) // 32] if class_name == "TorchLinear" else []
     layer.pack(linear, scales, torch.full_like(scales, 8), *groups)
-    layer.optimized = True  # else it is compiled
+    layer.optimized = True  # otherwise it is compiled
     layer.post_init()
     return layer
 
@@ -130,7 +130,7 @@ def is_installed(library: str) -> bool:
 
 
 def parameter(name: str) -> Any:
-    """A quantization as a parameter of tests, which are skipped where its library is not installed."""
+    """Return a quantization as a parameter of tests, which are skipped if its library is not installed."""
     library = QUANTIZATIONS[name].library
     is_missing = pytest.mark.skipif(not is_installed(library), reason=f"{library} is not installed")
     return pytest.param(QUANTIZATIONS[name], id=name, marks=is_missing)
@@ -161,7 +161,7 @@ def kind_of(layer: nn.Module) -> tuple[str, str]:
 
 
 def dequantized_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The weights that a quantized model stands for, by the name of their module in the base model."""
+    """Return the weights that a quantized model represents, by the name of their module in the base model."""
     weights = {}
     for name, module in model.named_modules():
         if name.endswith("lm_head"):
@@ -189,7 +189,7 @@ def dequantized_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def assert_near(found: Tensor, expected: Tensor, error: float) -> None:
-    """Near in norm; an unrelated tensor would be off by 1 and more."""
+    """Assert closeness in norm; an unrelated tensor would be off by 1 and more."""
     assert (found - expected).norm() <= error * expected.norm()
 
 
@@ -235,7 +235,7 @@ def test_evaluations_before_and_after_training_agree_with_what_was_trained(
     second = logits(model, LLAMA.batch())
     assert_differ(second, first)
     model.train()
-    assert_near(logits(model, LLAMA.batch()), second, quantization.error)  # int8 rounds otherwise in train mode
+    assert_near(logits(model, LLAMA.batch()), second, quantization.error)  # int8 rounds differently in train mode
     with model.eval().disable_adapter():
         assert torch.equal(logits(model, LLAMA.batch()), first)
     for name, weight in dequantized_weights(model).items():
@@ -319,7 +319,7 @@ def test_a_copy_restores_the_very_same_packed_weights(
 
 
 def packed_weights(model: nn.Module) -> dict[str, Tensor]:
-    """What the layers' weights are packed in, with their scales, by name."""
+    """Return what the layers' weights are packed in, with their scales, by name."""
     packed = {}
     for module_name, layer in share_layers(model).items():
         module = layer.get_base_layer()

@@ -37,7 +37,7 @@ def batches_of(task: str, count: int = 15) -> Iterator[dict[str, Tensor]]:
 
 
 def routing(base: PreTrainedModel, case: Case, *tasks: str) -> PeftModel:
-    """A model with these tasks, and routes of them."""
+    """A model with these tasks, and routes to them."""
     model = with_tasks(base, case, *tasks)
     layers, router, routes = default_layers(base), None, {}
     for task in tasks:
@@ -74,7 +74,7 @@ def test_features_do_not_depend_on_padding(case: Case, side: str, tiny_model: Ti
         place = slice(9 - row.shape[1], None) if side == "left" else slice(row.shape[1])
         ids[i, place], mask[i, place] = row[0], 1
     assert_close(features_of(model, {"input_ids": ids, "attention_mask": mask}, layers), alone)
-    # Without a mask, it is what the padding token says, as in `generate`.
+    # Without a mask, the padding token determines it, as in `generate`.
     assert_close(features_of(model, {"input_ids": ids}, layers), alone)
     assert alone.shape == (4, 64 * len(layers)) and alone.dtype == torch.float32
 
@@ -191,7 +191,7 @@ def test_bad_requests_are_told_apart(tiny_model: TinyModel) -> None:
             model.route(ids, false_rejects=rate)
     with pytest.raises(ValueError, match=r"inputs has \['labels'\] of shape None, expected a batch of one of"):
         model.route({"labels": ids})
-    with pytest.raises(ValueError, match="adapter_names='auto' routes in inference only"):
+    with pytest.raises(ValueError, match="adapter_names='auto' routes only during inference"):
         model.train()(input_ids=ids, adapter_names="auto")
 
 

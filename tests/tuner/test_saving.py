@@ -1,4 +1,4 @@
-"""From a model to disk and back, through every loader that PEFT and transformers have."""
+"""From a model to disk and back, with every loader of PEFT and transformers."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ Save = Callable[..., tuple[Path, dict[str, torch.Tensor]]]
 
 @pytest.fixture
 def saved(tiny_model: Callable[[str], PreTrainedModel], tmp_path: Path) -> Save:
-    """Saves a model with tasks and a subspace of its own: the folder, and the logits of each task."""
+    """Save a model with tasks and a separate subspace, and return the folder and the logits of each task."""
 
     def save(case: Case, *tasks: str, **config: Any) -> tuple[Path, dict[str, torch.Tensor]]:
         model = with_random_bases(with_tasks(tiny_model(case.architecture), case, *tasks, **config))
@@ -87,7 +87,7 @@ def test_loading_options_do_what_they_do_for_lora(
     model.load_adapter(folder / "two", "two", **options)
     for task in ("one", "two"):
         model.set_adapter(task, inference_mode=not is_trainable)
-        # Tensors of a file lie at any address, which some kernels add up in another order for.
+        # Tensors of a file may be at any address, for which some kernels add in another order.
         assert_close(logits(model, LLAMA.batch()), expected[task], 1e-6)
         assert set(trainable(model)) == (set(task_parameters(model, task)) if is_trainable else set())
     assert not [name for name, tensor in model.named_parameters() if tensor.is_meta]
@@ -96,7 +96,7 @@ def test_loading_options_do_what_they_do_for_lora(
         assert all(gradient.abs().max() > 0 for gradient in gradients(model, LLAMA.batch()).values())
 
 
-def test_training_goes_on_where_it_was_saved(tiny_model: Callable[[str], PreTrainedModel], tmp_path: Path) -> None:
+def test_training_continues_where_it_was_saved(tiny_model: Callable[[str], PreTrainedModel], tmp_path: Path) -> None:
     model = with_random_bases(with_tasks(tiny_model("llama"), LLAMA, "default"))
     model.save_pretrained(tmp_path)
     expected = learn(model, LLAMA.batch(), steps=3)
@@ -354,7 +354,7 @@ KEPT = [None, ["embed_tokens", "lm_head"]]
 
 
 def resized(folder: Path, size: int = 80) -> PreTrainedModel:
-    """The model of a folder with further tokens, whose embeddings are others in every process."""
+    """Load the model of the folder with additional tokens, whose embeddings differ between processes."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     model.resize_token_embeddings(size, mean_resizing=False)
     return model.eval()

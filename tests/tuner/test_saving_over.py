@@ -1,4 +1,4 @@
-"""A save never destroys a subspace: not its tree, nor the tasks of another model in the same folder."""
+"""A save never destroys a subspace: neither its tree, nor the tasks of another model in the same folder."""
 
 from __future__ import annotations
 

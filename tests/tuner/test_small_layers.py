@@ -1,4 +1,4 @@
-"""Layers with fewer outputs or inputs than k or p: gates, routers, heads of one output."""
+"""Layers with fewer outputs or inputs than k or p: gates, routers, heads with one output."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TARGETS = ["q_proj", "k_proj", "score"]
 
 @pytest.fixture
 def base() -> LlamaForSequenceClassification:
-    """`q_proj` is 32 x 32, `k_proj` 8 x 32 and `score` 1 x 32."""
+    """A model whose `q_proj` is 32 x 32, `k_proj` 8 x 32 and `score` 1 x 32."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64,
@@ -49,7 +49,7 @@ def base() -> LlamaForSequenceClassification:
 
 @pytest.fixture
 def warnings_of_share(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """What the library logs, each line once in each test."""
+    """What the library logs, with each line once per test."""
     type(hf_logging.get_logger()).warning_once.cache_clear()
     hf_logging.enable_propagation()
     with caplog.at_level(logging.WARNING, logger="share_hf"):
@@ -99,7 +99,7 @@ def test_small_layers_are_trained_in_every_phase(phase: Phase, base: LlamaForSeq
         assert any(parameter.grad is not None and parameter.grad.any() for parameter in trained), name
 
 
-def test_one_line_tells_which_fresh_layers_are_smaller(
+def test_one_line_says_which_new_layers_are_smaller(
     base: LlamaForSequenceClassification, warnings_of_share: pytest.LogCaptureFixture
 ) -> None:
     model = get_peft_model(base, ShareConfig(num_components=16, pseudo_rank=4, target_modules=TARGETS))
@@ -110,7 +110,7 @@ def test_one_line_tells_which_fresh_layers_are_smaller(
     assert "'score' (1, 32)" in record.getMessage()
 
 
-def test_one_line_tells_which_layers_of_adapters_are_smaller_and_none_when_they_are_loaded(
+def test_one_line_says_which_layers_of_adapters_are_smaller_and_none_when_they_are_loaded(
     base: LlamaForSequenceClassification, warnings_of_share: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     subspace = SharedSubspace.from_adapters({"a": lora(base, tmp_path / "a", 0)}, progress=False)

@@ -50,7 +50,7 @@ def float8_rows(linear: nn.Linear) -> CompressedTensorsFP8Linear:
 
 
 def with_values(model: PreTrainedModel, replace: Callable[[nn.Linear], nn.Module]) -> PreTrainedModel:
-    """The model with other layers in the place of its value projections; `q_proj`, merged first, stays dense."""
+    """Return the model with other layers as value projections; `q_proj`, which is merged first, stays dense."""
     for layer in model.model.layers:
         layer.self_attn.v_proj = replace(layer.self_attn.v_proj)
     return model.requires_grad_(False)
@@ -89,7 +89,7 @@ def test_a_merge_into_layers_with_a_weight_that_is_not_theirs_is_refused_before_
 
 
 class Router(nn.Linear):
-    """As some models have it: a dense layer with a forward of its own."""
+    """A dense layer with a forward of its own, as some models have it."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x.float()).to(x.dtype)

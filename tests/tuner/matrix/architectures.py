@@ -1,4 +1,4 @@
-"""The architectures of the matrix: a tiny model of each, what is adapted in it and what it takes."""
+"""The architectures of the matrix: a tiny model of each, what is adapted in it, and its inputs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _DECODER = dict(
     bos_token_id=1,
     eos_token_id=2,
     pad_token_id=0,
-    tie_word_embeddings=False,  # else random weights repeat the last token, whatever is adapted
+    tie_word_embeddings=False,  # otherwise, random weights repeat the last token, whatever is adapted
 )
 _ENCODER = dict(
     vocab_size=VOCABULARY,
@@ -87,17 +87,17 @@ def _sounds(size: int = 4) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model of transformers in miniature.
+    """A miniature model of transformers.
 
     Args:
-        model: Name of the class of the model; that of its configuration is the same with another end.
+        model: Name of the class of the model, from which the name of its configuration follows.
         config: Values of the configuration.
-        target_modules: What is adapted.
-        task_type: PEFT's.
-        inputs: Makes a batch of the size that is asked for.
-        is_slow: Whether only the slow tests take it.
+        target_modules: Modules that are adapted.
+        task_type: Task type of PEFT.
+        inputs: Function that makes a batch of a given size.
+        is_slow: Whether only the slow tests use it.
         generates: Whether it generates text.
-        has_nested_head: Whether its classifier is made of several modules.
+        has_nested_head: Whether its classifier consists of several modules.
     """
 
     model: str
@@ -337,7 +337,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def names(condition: Callable[[Architecture], bool] = lambda _: True) -> list[Any]:
-    """The architectures for which a condition holds, as parameters of a test."""
+    """Return the architectures for which a condition holds, as parameters of a test."""
     return [
         pytest.param(name, marks=pytest.mark.slow if architecture.is_slow else ())
         for name, architecture in ARCHITECTURES.items()

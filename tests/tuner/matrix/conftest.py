@@ -13,7 +13,7 @@ from .architectures import ARCHITECTURES, Architecture
 
 @pytest.fixture(scope="session")
 def pristine_architectures() -> dict[str, PreTrainedModel]:
-    """Models by name, as they are asked for. Not to be changed."""
+    """Models by name, built on request. They must not be changed."""
     return {}
 
 
@@ -24,7 +24,7 @@ def architecture(name: str) -> Architecture:
 
 @pytest.fixture
 def base(name: str, pristine_architectures: dict[str, PreTrainedModel]) -> Callable[[], PreTrainedModel]:
-    """Makes a copy of the model of one's own, in eval mode; all copies have the same weights."""
+    """Make a separate copy of the model in eval mode. All copies have the same weights."""
     if name not in pristine_architectures:
         pristine_architectures[name] = ARCHITECTURES[name].build()
     return lambda: copy.deepcopy(pristine_architectures[name])

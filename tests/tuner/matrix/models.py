@@ -18,7 +18,7 @@ from .architectures import Architecture
 
 
 def output(model: nn.Module, inputs: Mapping[str, Tensor], **kwargs: Any) -> Tensor:
-    """What the model computes, the first of it if there are several tensors, without gradients."""
+    """Return what the model computes without gradients: its first tensor, if there are several."""
     with torch.no_grad():
         return first_tensor(model(**inputs, **kwargs))
 
@@ -28,7 +28,7 @@ def first_tensor(result: Any) -> Tensor:
 
 
 def adapted(base: nn.Module, architecture: Architecture, *tasks: str, **config: Any) -> PeftModel:
-    """The model with tasks that each do something, their heads included; the first one is active."""
+    """Return the model with tasks that each have an effect, including their heads. The first one is active."""
     torch.manual_seed(0)
     model = get_peft_model(base, architecture.share_config(**config), adapter_name=tasks[0])
     for task in tasks[1:]:
@@ -39,7 +39,7 @@ def adapted(base: nn.Module, architecture: Architecture, *tasks: str, **config: 
 
 
 def fill(model: nn.Module, task: str, seed: int = 0) -> None:
-    """Move all that belongs to a task by random numbers large enough to show in the output."""
+    """Move all that belongs to a task by random numbers that are large enough to show in the output."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in parameters_of(model, task).values():
@@ -47,13 +47,13 @@ def fill(model: nn.Module, task: str, seed: int = 0) -> None:
 
 
 def parameters_of(model: nn.Module, task: str) -> dict[str, nn.Parameter]:
-    """A task's parameters, in Share layers and in heads, by full name."""
+    """Return a task's parameters, in Share layers and in heads, by full name."""
     heads = {name: p for name, p in model.named_parameters() if f".modules_to_save.{task}." in name}
     return task_parameters(model, task) | heads
 
 
 def with_task_in_weights(base: nn.Module, model: nn.Module, task: str) -> nn.Module:
-    """A copy of the base model without adapters, whose weights have a task's update, by the formulas of the paper."""
+    """Return a copy of the base model without adapters, with a task's update in its weights, by definition."""
     updates = {
         name: update_by_hand(layer, task) for name, layer in share_layers(model).items() if layer.has_task(task)
     }
@@ -61,7 +61,7 @@ def with_task_in_weights(base: nn.Module, model: nn.Module, task: str) -> nn.Mod
 
 
 def with_head(base: nn.Module, model: nn.Module, task: str) -> nn.Module:
-    """The base model with what is kept whole with a task, in its place."""
+    """Return the base model with what a task keeps whole in place of its own modules."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     for name, module in inner.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
@@ -70,5 +70,5 @@ def with_head(base: nn.Module, model: nn.Module, task: str) -> nn.Module:
 
 
 def values(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies, to tell later what has changed."""
+    """Return copies, to see later what has changed."""
     return {name: copy.deepcopy(tensor.detach()) for name, tensor in parameters.items()}

@@ -175,7 +175,7 @@ class TestOneTask:
         model = adapted(base().bfloat16(), architecture, "one", phase=phase)
         found = output(model, inputs)
         dense = with_task_in_weights(base().bfloat16(), model, "one")
-        # Weights that were rounded with their update are another model, by a few units in the last place.
+        # Weights that were rounded together with their update differ by a few units in the last place.
         assert found.dtype == output(dense, inputs).dtype
         assert_close(found, output(dense, inputs), tolerance=0.2)
 
@@ -316,7 +316,7 @@ def test_all_that_lora_would_adapt_is_adapted(architecture: Architecture, base: 
     try:
         expected = get_peft_model(base(), LoraConfig(**config)).targeted_module_names
     except ValueError as error:
-        with pytest.raises(type(error), match=r"not found in the base|is incompatible|reads its weight itself"):
+        with pytest.raises(type(error), match=r"not found in the base|is incompatible|reads its weight directly"):
             get_peft_model(base(), architecture.share_config(**config))
         return
     model = adapted(base(), architecture, "one", **{**config, "task_type": None})
@@ -326,7 +326,7 @@ def test_all_that_lora_would_adapt_is_adapted(architecture: Architecture, base: 
 
 
 def _gradients_after_a_step(model: PeftModel, architecture: Architecture) -> dict[str, Tensor]:
-    """Gradients after a step that changed the first task, and nothing but it."""
+    """Return gradients after a step that changed the first task, and nothing else."""
     own, everything = parameters_of(model, "one"), dict(model.named_parameters())
     assert trainable(model).keys() == own.keys()
     before = values(everything)

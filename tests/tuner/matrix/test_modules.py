@@ -1,4 +1,4 @@
-"""Modules of one's own making: how layers are nested, shared, called and read."""
+"""Custom modules: how layers are nested, shared, called and read."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class TwoNames(nn.Module):
 
 
 class Words(nn.Module):
-    """An embedding of what the input is taken for."""
+    """An embedding whose indices are made from the input."""
 
     def __init__(self, embedding: nn.Embedding) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ def encoder() -> nn.Module:
     return nn.TransformerEncoder(encoder_layer()[0], num_layers=2)
 
 
-# By name: how it is made, what is adapted, the shape of its input.
+# By name: how it is made, what is adapted, and the shape of its input.
 MODULES: dict[str, tuple[Callable[[], nn.Module], list[str], tuple[int, ...]]] = {
     "mlp": (lambda: nn.Sequential(nn.Linear(SIZE, 24), nn.ReLU(), nn.Linear(24, 3)), ["0", "2"], (5, SIZE)),
     "vector": (lambda: nn.Sequential(nn.Linear(SIZE, 24), nn.Linear(24, 3)), ["0", "1"], (SIZE,)),
@@ -188,7 +188,7 @@ def assert_close_if_any(found: Tensor, expected: Tensor) -> None:
 
 
 def untied(module: nn.Module) -> nn.Module:
-    """The module with a layer of its own at every place, so that one can be changed alone."""
+    """Return the module with a separate layer at every place, so that one can be changed alone."""
     if isinstance(module, (Tied, TwoNames)):
         bias = module.second.bias.detach().clone()
         weight = module.second.weight.detach().clone()
@@ -204,7 +204,7 @@ def test_it_computes_what_weights_with_the_update_do(name: str, phase: str) -> N
     without = base(x).detach()
     model = adapted(copy.deepcopy(base), targets, phase=phase)
     with_update = with_task_in_weights(untied(base), model, "one")
-    for mode in (torch.no_grad, torch.enable_grad):  # torch has kernels of its own for the first
+    for mode in (torch.no_grad, torch.enable_grad):  # torch has special kernels for the first
         with mode():
             found = model(x).detach()
         assert_close_if_any(found, with_update(x).detach())
@@ -299,9 +299,10 @@ class TestLayersThatTheirModuleReads:
 
     @pytest.mark.slow
     def test_are_known_for_all_models_of_transformers(self) -> None:
-        # Read for a mode of few models that is asked for: as if it were not parallel, and with other queries.
+        # Weights that are read in a mode of few models that must be requested, as if it were not parallel, and with
+        # other queries.
         apart = {("BloomAttention", "dense"), ("BloomMLP", "dense_4h_to_h"), ("DisentangledSelfAttention", "in_proj")}
-        # A model whose head is read for a mask only, and a layer that is clipped in place.
+        # A model whose head is only read for a mask, and a layer that is clipped in place.
         apart |= {(name, "lm_head") for name in ("Gemma4AssistantForCausalLM", "Gemma4UnifiedAssistantForCausalLM")}
         apart |= {("Gemma3nTextAltUp", "correction_coefs")}
         folder = Path(transformers.__file__).parent / "models"
@@ -312,14 +313,14 @@ class TestLayersThatTheirModuleReads:
         assert found - apart <= known
 
 
-# What is asked of a weight without computing with it.
+# What is read from a weight without computing with it.
 _ABOUT_A_WEIGHT = {"dtype", "device", "shape", "size", "data", "data_ptr", "requires_grad"}
 
 
 def _weights_read_in(path: Path) -> set[tuple[str, str]]:
-    """Classes and layers of theirs whose weight they read outside of what makes the layers.
+    """Return classes, and their layers whose weight they read outside the code that makes the layers.
 
-    Convolutions that are read have groups, for which they are refused.
+    Convolutions whose weights are read have groups, for which they are refused.
     """
     tree = ast.parse(path.read_text(encoding="utf-8"))
     found = set()

@@ -14,7 +14,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-# What is done with PEFT alone, in a process of its own; prints what came out as JSON.
+# What is done with PEFT alone, in a separate process, which prints the results as JSON.
 PROGRAM = """
 import hashlib, json, os, sys, warnings
 from pathlib import Path
@@ -159,7 +159,7 @@ print("FOUND" + json.dumps(found))
 def _run(registered: str, folder: Path) -> dict[str, Any]:
     folder.mkdir()
     program = [sys.executable, "-c", PROGRAM, registered, str(folder)]
-    environment = {**os.environ, "PYTHONHASHSEED": "0"}  # PEFT writes sets in the order that they have
+    environment = {**os.environ, "PYTHONHASHSEED": "0"}  # PEFT writes sets in the order in which they are
     run = subprocess.run(program, capture_output=True, text=True, timeout=250, check=False, env=environment)
     assert run.returncode == 0, run.stderr[-3000:]
     return json.loads(run.stdout.partition("FOUND")[2])
@@ -167,7 +167,7 @@ def _run(registered: str, folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What came out with SHARE registered and without."""
+    """The results with SHARE registered and without."""
     folder = tmp_path_factory.mktemp("other-methods")
     return _run("with", folder / "with"), _run("without", folder / "without")
 

@@ -1,9 +1,9 @@
-"""What PEFT has for LoRA and SHARE refuses, and options that it honours or not.
+"""What PEFT supports for LoRA and SHARE refuses, and options that SHARE supports or refuses.
 
 | call | what it says |
 |---|---|
-| see `OPTIONS` | an option of `LoraConfig` that `ShareConfig` lacks: the way to it |
-| see `CALLS` | a function or argument for LoRA, or a layer of a kind or place that takes no update: the way to it |
+| see `OPTIONS` | an option of `LoraConfig` that `ShareConfig` lacks: what to do instead |
+| see `CALLS` | a function or argument for LoRA, or a layer that cannot take an update: what to do instead |
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ from .architectures import ARCHITECTURES
 from .models import adapted, output
 
 
-LORA = r"make the task a LoRA by SharedSubspace\.export_lora"
+LORA = r"export the task as a LoRA with SharedSubspace\.export_lora"
 NONE = "expected none: the coefficients have the scale of an update in them"
 
-# By option of LoRA, what ShareConfig says to it; all options that it lacks.
+# By option of LoRA, what ShareConfig says about it: all options that it lacks.
 OPTIONS: dict[str, str] = {
     "r": "expected pseudo_rank, the rank of a task's update, and num_components",
     "lora_dropout": "expected dropout",
@@ -90,7 +90,7 @@ def _with(**values: Any) -> ShareConfig:
     return ShareConfig(num_components=8, pseudo_rank=4, **values)
 
 
-# By name: a call with a model that has the task "one" and the folder that it is saved in, and what is said.
+# By name: a call with a model that has the task "one" and the folder in which it is saved, and the message.
 CALLS: dict[str, tuple[Callable[[PeftModel, Path], Any], str]] = {
     "rescale_adapter_scale": (_scaled, "scaling is only supported for models with `LoraLayer`s"),
     "hotswap_adapter": (
@@ -113,8 +113,8 @@ CALLS: dict[str, tuple[Callable[[PeftModel, Path], Any], str]] = {
         lambda model, folder: model.save_pretrained(
             folder / "new", path_initial_model_for_weight_conversion=str(folder / "initial")
         ),
-        "path_initial_model_for_weight_conversion is LoRA's alone, expected none for tasks: "
-        r"make a task a LoRA by SharedSubspace\.export_lora",
+        "path_initial_model_for_weight_conversion works with LoRA only, expected none for tasks: "
+        r"export a task as a LoRA with SharedSubspace\.export_lora",
     ),
     "get_peft_model(mixed=True)": (
         lambda model, folder: get_peft_model(_native(copy.deepcopy(model)), _with(), mixed=True),
@@ -126,7 +126,7 @@ CALLS: dict[str, tuple[Callable[[PeftModel, Path], Any], str]] = {
     ),
     "a PeftModel of a PeftModel": (
         lambda model, folder: get_peft_model(model, _with(), "two"),
-        "model is a PeftModelForCausalLM, expected the base model: add a task to it by add_adapter",
+        "model is a PeftModelForCausalLM, expected the base model: add a task to it with add_adapter",
     ),
     "add_adapter of a LoRA": (
         lambda model, folder: model.add_adapter("two", LoraConfig(target_modules=["q_proj"])),
@@ -134,11 +134,11 @@ CALLS: dict[str, tuple[Callable[[PeftModel, Path], Any], str]] = {
     ),
     "add_weighted_adapter(combination_type='ties')": (
         lambda model, folder: model.add_weighted_adapter(["one"], [1.0], "two", combination_type="ties"),
-        "export the tasks as LoRAs by SharedSubspace.export_lora",
+        "export the tasks as LoRAs with SharedSubspace.export_lora",
     ),
     "a norm as target": (
         lambda model, folder: model.add_adapter("two", _with(target_modules=["model.norm"])),
-        r"'model\.norm' is a LlamaRMSNorm, .*others are trained whole by modules_to_save",
+        r"'model\.norm' is a LlamaRMSNorm, .*train others whole with modules_to_save",
     ),
     "trainable_token_indices that are set afterwards": (
         lambda model, folder: model.add_adapter("two", _set(_with(), trainable_token_indices=[1, 2])),
@@ -240,12 +240,12 @@ def test_hotswapping_by_transformers_is_refused(
 
 @pytest.mark.parametrize("layer", [nn.ConvTranspose2d(3, 4, 2), nn.EmbeddingBag(4, 4), nn.Bilinear(3, 3, 3)])
 def test_a_layer_of_another_kind_is_refused(layer: nn.Module) -> None:
-    with pytest.raises(TypeError, match=f"'0' is a {type(layer).__name__}, .*trained whole by modules_to_save"):
+    with pytest.raises(TypeError, match=f"'0' is a {type(layer).__name__}, .*train others whole with modules_to_save"):
         get_peft_model(nn.Sequential(layer), _with(target_modules=["0"]))
 
 
 class TestIgnoreMismatchedSizes:
-    """PEFT would leave out what does not fit; a task without its head or its coefficients is none."""
+    """PEFT would leave out what does not fit, but a task without its head or its coefficients is not a task."""
 
     @pytest.fixture
     def folder(self, tmp_path: Path) -> Path:
