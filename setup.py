@@ -78,7 +78,10 @@ extras_require["tests"] = [
     "argcomplete>=3.5",
     "build>=1.2",  # of tests/test_packaging.py
     "hypothesis",
+    "ipykernel>=6.29",  # it and the next two run recipes/notebooks
     "matplotlib>=3.8",
+    "nbclient>=0.10",
+    "nbformat>=5.10",
     "pytest>=8.2",
     "pytest-timeout",
     "pytest-xdist",

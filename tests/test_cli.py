@@ -44,7 +44,7 @@ from tests.trees import (
 
 COMMANDS = (
     *("init", "add", "info", "audit", "export", "remove", "rename", "replace", "refit", "undo"),
-    *("route", "push", "pull", "upgrade"),
+    *("route", "push", "pull", "upgrade", "env"),
 )
 REPO = "org/share-subspace"
 SMALL = ["--num-components", "6", "--pseudo-rank", "4"]

@@ -49,7 +49,7 @@ def _to_repository(text: str, page: Page, config: MkDocsConfig) -> str:
 def options_of(command: str) -> str:
     """Return the arguments of a command as a table, from its parser, which needs only the standard library."""
     parser = _parsers()[command]
-    rows = ["| argument | meaning |", "|---|---|"]
+    rows = []
     for action in parser._actions:
         if action.dest in ("help", *_COMMON):
             continue
@@ -58,7 +58,9 @@ def options_of(command: str) -> str:
         name = " ".join(part for part in (names, f"`{values}`" if values else "") if part)
         meaning = (action.help or "").replace("%(default)s", str(action.default)).replace("|", "\\|")
         rows.append(f"| {name.replace('|', chr(92) + '|')} | {meaning} |")
-    return "\n".join(rows)
+    if not rows:
+        return "This command has no arguments of its own."
+    return "\n".join(["| argument | meaning |", "|---|---|", *rows])
 
 
 _COMMON = ("token", "json", "quiet", "debug")

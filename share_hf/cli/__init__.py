@@ -69,9 +69,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 # Both warn when they are imported, and DeepSpeed resets the level of its logger.
                 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
                 logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
-            from . import commands  # torch and all
+            if args.command == "env":
+                from . import environment
 
-            outcome = commands.run(args, debug=debug)
+                outcome = environment.env()
+            else:
+                from . import commands  # torch and all
+
+                outcome = commands.run(args, debug=debug)
     except KeyboardInterrupt:
         return _fail("interrupted; run the command again", INTERRUPTED, as_json=args.json)
     except Exception as error:
@@ -398,6 +403,7 @@ _COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]]
     "push": ("Publish a subspace on the Hub", "share-hf push share-subspace org/share-subspace --private", _push),
     "pull": ("Download a subspace, or what is new in it", "share-hf pull org/share-subspace share-subspace", _pull),
     "upgrade": ("Rewrite a subspace in the newest format", "share-hf upgrade org/share-subspace", _add_place),
+    "env": ("List the versions and devices for a bug report", "share-hf env", lambda command: None),
 }
 
 

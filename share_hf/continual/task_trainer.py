@@ -12,7 +12,7 @@ from typing import Any
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import set_seed
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
@@ -105,7 +105,7 @@ class TaskTrainer(GroupTrainer):
         self._scorer = Scorer(self, self._label_mask, task_scorer, args.score_metric)
         self._progress = StreamProgressCallback()
         if not args.disable_tqdm:
-            self.remove_callback(ProgressCallback)
+            self.remove_callback(DEFAULT_PROGRESS_CALLBACK)  # another one in notebooks
             self.add_callback(self._progress)
 
     @property

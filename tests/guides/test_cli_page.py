@@ -168,6 +168,7 @@ def test_what_the_page_says_of_json_is_what_is_printed(share: Share, loras: dict
     share("undo", "sub")
     share("remove", "sub", "again")
     share("upgrade", "sub")
+    share("env")
 
 
 def test_so_does_a_merged_model(
