@@ -11,6 +11,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
 setup_env plots
 
-# All four options are given because accelerate warns about each one that is not.
+# The first four options are given because accelerate warns about each one that is not. Routes let recipes/demo find the
+# task of a text.
 exec accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-    "$root/recipes/llama_stream.py" "$@"
+    "$root/recipes/llama_stream.py" --routing true "$@"
