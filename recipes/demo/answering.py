@@ -134,6 +134,11 @@ class Answerer:
         self._lock = threading.Lock()
         self.task_type, self.tokenizer = _task_type(subspace, base), tokenizer_of(base)
         self.model = _applied(subspace, base, self.task_type)
+        config = self.model.config
+        if config.pad_token_id is None:  # classifiers made of language models look for the end of a text by it
+            config.pad_token_id = self.tokenizer.pad_token_id
+        positions = getattr(config, "max_position_embeddings", MAX_TOKENS)
+        self._room = min(self.tokenizer.model_max_length, positions, MAX_TOKENS)
 
     @property
     def generates(self) -> bool:
@@ -147,7 +152,8 @@ class Answerer:
             lines: Texts with their tasks.
             after_text: What follows a text in the prompt of a language model. None means nothing where the tokenizer
                 has a chat template, and `AFTER_TEXT` otherwise.
-            max_new_tokens: Number of tokens that a language model generates at most.
+            max_new_tokens: Number of tokens that a language model generates at most, and no more than half of those
+                that it takes.
 
         Raises:
             DemoError: If a line has no text, or a task that the subspace does not have.
@@ -160,6 +166,7 @@ class Answerer:
             self._check(line)
         if after_text is None:
             after_text = "" if self.tokenizer.chat_template else AFTER_TEXT
+        max_new_tokens = min(max_new_tokens, self._room // 2)
         prompts = [self._prompt(line.text, after_text, max_new_tokens) for line in lines]
         batch = self.tokenizer.pad(prompts, return_tensors="pt", padding_side="left" if self.generates else "right")
         batch = batch.to(self.model.device)
@@ -167,9 +174,9 @@ class Answerer:
         try:
             with self._lock, torch.inference_mode():
                 routes = self._routes(lines, batch)
-                answers = self._answers(
-                    batch, [_task_for(*each) for each in zip(lines, routes, strict=True)], max_new_tokens
-                )
+                chosen = [None if route is None else route.task or BASE for route in routes]
+                names = [name or line.task for name, line in zip(chosen, lines, strict=True)]
+                answers = self._answers(batch, names, max_new_tokens)
         except ValueError as error:
             raise DemoError(str(error)) from error
         return Answered(tuple(answers), tuple(routes), time.perf_counter() - started)
@@ -177,6 +184,8 @@ class Answerer:
     def _check(self, line: Line) -> None:
         if not line.text.replace(PAIR, "").strip():
             raise DemoError("There is no text yet. Type one.")
+        if not line.task:
+            raise DemoError("Pick a task.")
         if line.task == ROUTER and not self._subspace.routed_tasks:
             raise DemoError("This subspace has no router. Pick a task.")
         if line.task not in (ROUTER, BASE, *self._subspace.tasks):
@@ -184,18 +193,15 @@ class Answerer:
 
     def _prompt(self, text: str, after_text: str, max_new_tokens: int) -> BatchEncoding:
         """Tokenize a text as recipes/text_stream.py or recipes/llama_stream.py do."""
-        config = self.model.config
-        longest = [self.tokenizer.model_max_length, getattr(config, "max_position_embeddings", MAX_TOKENS), MAX_TOKENS]
-        room = min(longest)
         if not self.generates:
             parts = [part.strip() for part in text.split(PAIR, 1)]
-            return self.tokenizer(*parts, truncation=True, max_length=room)
-        room = max(1, room - max_new_tokens)
+            return self.tokenizer(*parts, truncation=True, max_length=self._room)
+        room = self._room - max_new_tokens
         if self.tokenizer.chat_template:
             around = len(self._chat(after_text)["input_ids"])
             ids = self.tokenizer(text.strip(), add_special_tokens=False)["input_ids"]
             if len(ids) > room - around:
-                text = self.tokenizer.decode(ids[: max(0, room - around)])
+                text = str(self.tokenizer.decode(ids[: max(0, room - around)]))
             return self._chat(text.strip() + after_text)
         if self.task_type == "SEQ_2_SEQ_LM":
             return self.tokenizer(text.rstrip() + after_text, truncation=True, max_length=room)
@@ -203,7 +209,7 @@ class Answerer:
         ids = self.tokenizer(text.rstrip(), truncation=True, max_length=max(1, room - len(tail)))["input_ids"] + tail
         return BatchEncoding({"input_ids": ids, "attention_mask": [1] * len(ids)})
 
-    def _chat(self, message: str) -> BatchEncoding:
+    def _chat(self, message: str) -> Any:
         chat = [{"role": "user", "content": message}]
         return self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
 
@@ -270,10 +276,6 @@ def parsed(text: str, subspace: SharedSubspace) -> list[Line]:
     return lines
 
 
-def _task_for(line: Line, route: Route | None) -> str:
-    return line.task if route is None else route.task or BASE
-
-
 def unknown_task(task: str, subspace: SharedSubspace) -> DemoError:
     """Return the error for a task that a subspace does not have. It names the task that may be meant."""
     near = get_close_matches(task, subspace.tasks, n=1)
@@ -302,7 +304,7 @@ def tokenizer_of(base: str) -> PreTrainedTokenizerBase:
 
 def _task_type(subspace: SharedSubspace, base: str) -> str:
     """Return PEFT's type of the tasks, or that of the class that the base model was saved as."""
-    found = {info.target.get("task_type") for info in subspace.state.tasks.values()} - {None}
+    found = {kind for info in subspace.state.tasks.values() if (kind := info.target.get("task_type"))}
     if not found:
         architecture = next(iter(_config_of(base).architectures or ()), "")
         found = {kind for ending, kind in _TYPES_OF_ARCHITECTURES.items() if architecture.endswith(ending)}

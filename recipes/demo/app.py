@@ -217,7 +217,7 @@ class Page:
             )
 
         def asked(place: str, said: str, first: str, second: str, *settings: Any) -> tuple[Any, Any]:
-            tasks = [first, *([second] if second and second != NONE else [])]
+            tasks = [first or "", *([second] if second and second != NONE else [])]
             try:
                 given = ask(self.desk.get(place), [Line(said, name) for name in tasks], *settings)
             except DemoError as error:

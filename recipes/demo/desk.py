@@ -27,7 +27,7 @@ class Opened:
     def __init__(self, place: str, subspace: SharedSubspace) -> None:
         self.place, self.subspace = place, subspace
         self._lock = threading.Lock()
-        self._answerers: dict[str, Answerer] = {}
+        self.answerers: dict[str, Answerer] = {}
 
     @cached_property
     def tasks(self) -> list[TaskFacts]:
@@ -56,9 +56,9 @@ class Opened:
             DemoError: If it cannot be loaded.
         """
         with self._lock:
-            if base_model not in self._answerers:
-                self._answerers = {base_model: Answerer(self.subspace, base_model)}
-            return self._answerers[base_model]
+            if base_model not in self.answerers:
+                self.answerers = {base_model: Answerer(self.subspace, base_model)}
+            return self.answerers[base_model]
 
     def menu(self) -> list[tuple[str, str]]:
         """Return what a text can be asked: titles and values of a menu, of which the browser shows some at a time."""
@@ -82,7 +82,7 @@ class Desk:
         self._opened: OrderedDict[str, Opened] = OrderedDict()
 
     def open(self, place: str) -> Opened:
-        """Read a subspace. If it is what was read before, its model stays in memory.
+        """Read a subspace. If it has changed in nothing but its scores, its model stays in memory.
 
         Raises:
             DemoError: If there is no subspace.
@@ -90,13 +90,13 @@ class Desk:
         place = place.strip()
         subspace = open_subspace(place)
         with self._lock:
-            known = self._opened.get(place)
-            if known is None or known.subspace.state.lineage != subspace.state.lineage:
-                known = self._opened[place] = Opened(place, subspace)
-            self._opened.move_to_end(place)
+            known = self._opened.pop(place, None)
+            opened = self._opened[place] = Opened(place, subspace)
+            if known is not None and known.subspace.state.lineage == subspace.state.lineage:
+                opened.answerers = known.answerers
             while len(self._opened) > KEPT:
                 self._opened.popitem(last=False)
-        return known
+        return opened
 
     def get(self, place: str) -> Opened:
         """Return a subspace that was opened, which is read again if it had to give way to others.

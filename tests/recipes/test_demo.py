@@ -21,13 +21,18 @@ from typing import Any
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    PreTrainedModel,
+)
 
 from share_hf import ShareConfig, SharedSubspace, ShareTrainer, ShareTrainingArguments
 from share_hf.state import ContinualMetrics
 from tests.collections_on_disk import write_collection
 from tests.facade.test_routing import WORDS, learned, texts_of, word_tokenizer
-from tests.trees import BASE_NAME, BERT_LORA
+from tests.trees import BASE_NAME, BERT_LORA, lora_config, named, save_adapter
 
 from .test_recipes import RECIPES
 
@@ -204,7 +209,8 @@ def test_a_subspace_is_read_again_and_its_model_kept(
     desk, base = demo.desk.Desk(), base_of("llama")
     opened = desk.open(f" {tree} ")
     model = opened.answerer(base).model
-    assert desk.open(str(tree)) is opened is desk.get(str(tree)) and opened.answerer(base).model is model
+    again = desk.open(str(tree))
+    assert again is not opened and again is desk.get(str(tree)) and again.answerer(base).model is model
     changed = SharedSubspace.from_pretrained(tree)
     changed.add_adapters({"rte": save_lora("rte", seed=9)}, progress=False)
     changed.save_pretrained(tree)
@@ -341,6 +347,7 @@ def test_lines_of_a_mixed_batch_name_their_tasks(
         (" ||| ", "mrpc", "no text yet"),
         ("one", "mrcp", "no task “mrcp”. Did you mean “mrpc”"),
         ("one", "(router)", "no router"),
+        ("one", "", "Pick a task"),
     ],
 )
 def test_a_question_that_has_no_answer_is_a_message(
@@ -388,6 +395,22 @@ def test_a_task_without_a_head_answers_with_that_of_the_base_model(
     line = demo.answering.Line
     (given,) = demo.answering.Answerer(headless, base_of("bert")).answer([line("one", "mood")]).answers
     assert sorted(name for name, _ in given.labels) == ["LABEL_0", "LABEL_1", "LABEL_2"]
+
+
+def test_a_language_model_with_a_head_classifies_texts_of_different_lengths(
+    demo: SimpleNamespace, tiny_model: Callable[[str], PreTrainedModel], tmp_path: Path
+) -> None:
+    config = LlamaConfig(**{**tiny_model("llama").config.to_dict(), "pad_token_id": None, "num_labels": 2})
+    model, base = LlamaForSequenceClassification(config).eval(), str(tmp_path / "base")
+    model.save_pretrained(base)
+    word_tokenizer().save_pretrained(base)
+    lora = save_adapter(named(model, base), tmp_path / "lora", lora_config(task_type="SEQ_CLS"), seed=1)
+    made = SharedSubspace.from_adapters({"mood": lora}, progress=False)
+    answerer, lines = demo.answering.Answerer(made), [demo.answering.Line(text, "mood") for text in TEXTS]
+    for line, given in zip(lines, answerer.answer(lines).answers, strict=True):
+        (alone,) = answerer.answer([line]).answers
+        assert [p for _, p in given.labels] == pytest.approx([p for _, p in alone.labels], abs=1e-5)
+        assert [name for name, _ in sorted(given.labels)] == ["LABEL_0", "LABEL_1"]
 
 
 # The page
