@@ -54,6 +54,7 @@ install_requires = [
 
 extras_require = {
     "completion": ["argcomplete>=3.5"],  # of `share-hf` in the shell
+    "demo": ["gradio>=6.31"],  # of recipes/demo
     "quantization": ["bitsandbytes>=0.45"],
     "deepspeed": ["deepspeed>=0.16"],
     "gguf": ["gguf>=0.18"],
@@ -77,11 +78,13 @@ extras_require["docs"] = [
 extras_require["tests"] = [
     "argcomplete>=3.5",
     "build>=1.2",  # of tests/test_packaging.py
+    "gradio>=6.31",
     "hypothesis",
     "ipykernel>=6.29",  # it and the next two run recipes/notebooks
     "matplotlib>=3.8",
     "nbclient>=0.10",
     "nbformat>=5.10",
+    "playwright",  # of tests/recipes/test_demo.py, with a Chromium of the system
     "pytest>=8.2",
     "pytest-timeout",
     "pytest-xdist",

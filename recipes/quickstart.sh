@@ -11,6 +11,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
 setup_env plots
 
-# accelerate warns about each of these four options that is missing.
+# accelerate warns about each of these four options that is missing. Routes let recipes/demo find the task of a
+# text.
 exec accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-    "$root/recipes/llama_stream.py" "$@"
+    "$root/recipes/llama_stream.py" --routing true "$@"
