@@ -79,8 +79,9 @@ class ShareTrainingArguments(TrainingArguments):
             `task_scorer`, None means `"accuracy"` if present, else minus the loss.
         routing (`bool`, *optional*, defaults to `False`):
             Whether to learn a route to each task as well, in one more pass over its training data with the base model,
-            so that inputs find their task, as [`SharedSubspace.learn_route`] does. Neither ZeRO-3, FSDP nor streamed
-            data is supported.
+            so that inputs find their task, as [`SharedSubspace.learn_route`] does. Routes to tasks of a causal
+            language model are learned from prompts without their completions. Neither ZeRO-3, FSDP nor streamed data
+            is supported.
         hub_branches (`str` or `list[str]`, *optional*):
             Tasks that get a branch when the subspace is pushed: `"all"`, `"new"`, `"none"` or names of tasks, as in
             [`SharedSubspace.push_to_hub`].

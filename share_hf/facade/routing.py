@@ -61,7 +61,7 @@ class Routing(HeldSubspace):
             data (`Iterable[Mapping[str, Any]]`):
                 Inputs of the task, ideally everything that it was trained on: batches as the model takes them, such as
                 a `DataLoader` yields, or, with a tokenizer, examples with one column of text or two that form a pair.
-                Labels are ignored.
+                Labels are ignored, except that they mark completions, which are left out: a request is a prompt alone.
             tokenizer (`PreTrainedTokenizerBase`, *optional*): Tokenizer of the base model.
             max_length (`int`, *optional*):
                 Maximum number of tokens of a text. None means as many as the model takes.

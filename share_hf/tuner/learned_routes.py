@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 
 from ..state import SubspaceState, with_route
 from ..subspace.discriminants import FeatureSums
 from .routing import RoutingModel, base_alone, count_of, default_layers, features_of, probe_of
+
+
+_IGNORED = -100  # label of tokens that have no loss
 
 
 def tuner_of(model: nn.Module) -> nn.Module:
@@ -72,6 +76,30 @@ def sums_over(model: nn.Module, batches: Iterable[Mapping[str, Any]], layers: Se
     sums, base = FeatureSums(), model.model if isinstance(model, RoutingModel) else model
     for batch in batches:
         with base_alone(model, count_of(batch)):
-            features = features_of(base, batch, layers)
+            features = features_of(base, prompts_of(batch), layers)
         sums.add(features)
     return sums
+
+
+def prompts_of(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Hide the completions of a batch, which a route must not rely on: a request has a prompt alone.
+
+    Args:
+        batch: Batch in the form that the model takes. A completion begins at the first token that is its own label,
+            which is how tokens are marked that a causal language model learns to generate. Batches with other labels
+            or without labels are returned unchanged, as are texts that are all completion.
+
+    Returns:
+        Batch with an `attention_mask` (b, t) that ends before the completions.
+    """
+    ids, labels, mask = (batch.get(name) for name in ("input_ids", "labels", "attention_mask"))
+    if not all(isinstance(value, Tensor) and value.ndim == 2 for value in (ids, labels, mask)):
+        return batch
+    if not ids.shape == labels.shape == mask.shape:
+        return batch
+    is_learned = labels != _IGNORED
+    if not torch.equal(labels[is_learned], ids[is_learned]):  # labels of tokens, or of masked tokens
+        return batch
+    prompts = mask * (is_learned.cumsum(1) == 0)
+    has_prompt = prompts.any(1, keepdim=True)
+    return {**batch, "attention_mask": torch.where(has_prompt, prompts, mask)}
