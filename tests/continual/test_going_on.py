@@ -316,7 +316,7 @@ def test_edited_data_is_reported_by_its_task(
     again.add_callback(At("on_train_begin", lambda args, state, **kwargs: begun.append(state.global_step)))
     again.train(resume_from_checkpoint=True)
     (line,) = warnings_of()
-    assert f"task {task!r} has other {split} data than it was begun with: 32 rows of input_ids, labels (" in line
+    assert f"task {task!r} has different {split} data than when it was started: 32 rows of input_ids, labels (" in line
     assert begun[0] == begun_at
 
 
@@ -330,7 +330,7 @@ def test_edited_data_of_a_task_that_comes_by_itself_is_reported(
     warnings_of()
     again.learn_task("sizes", edited(TASKS["sizes"]["train"]), TASKS["sizes"]["test"])
     (line,) = warnings_of()
-    assert "task 'sizes' has other train data" in line
+    assert "task 'sizes' has different train data" in line
 
 
 class Rows(torch.utils.data.Dataset):
