@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from peft import PeftConfig
 from torch import nn
 
@@ -25,6 +27,10 @@ class TaskConfigs(dict[str, PeftConfig]):
                 "SharedSubspace.export_lora makes a task a LoRA"
             )
         super().__setitem__(name, config)
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        for name, config in dict(*args, **kwargs).items():
+            self[name] = config
 
 
 def check_modules(model: nn.Module, stored: StoredAdapter, *, from_file: bool) -> None:

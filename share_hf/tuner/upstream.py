@@ -9,9 +9,9 @@ accelerate that is not listed, and if an entry is no longer needed.
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import inspect
 import pkgutil
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -56,8 +56,9 @@ class Upstream:
         problem = self._problem()
         if problem is not None:
             library = self.label.partition(".")[0]
+            version = getattr(sys.modules.get(library), "__version__", "of this version")
             logger.warning_once(
-                f"{self.label} {problem} in {library} {importlib.metadata.version(library)}, so {self.without}. "
+                f"{self.label} {problem} in {library} {version}, so {self.without}. "
                 "Nothing else is affected; a newer share_hf may support this version."
             )
         return problem is None
@@ -96,7 +97,10 @@ class Upstream:
             found = _plain(inspect.getattr_static(pkgutil.resolve_name(self.owner), self.name))
         except (ImportError, AttributeError):
             return "is missing"
-        known = inspect.signature(found).parameters if self.parameters else {}
+        try:
+            known = inspect.signature(found).parameters if self.parameters else {}
+        except (TypeError, ValueError):
+            return "is no function with a signature"
         missing = [name for name in self.parameters if name not in known]
         return f"has no parameter {missing[0]!r}" if missing else None
 

@@ -318,7 +318,7 @@ def test_attributes_of_instances_are_there(tiny_model: Base, tmp_path: Path, tin
         "_loss_shifts_labels": trainer,
         "_eval_dataloaders": trainer,
         "_models": Accelerator(cpu=True),
-        "_is_accelerate_prepared": Accelerator(cpu=True).prepare_model(tiny_model("llama")),
+        "_is_accelerate_prepared": Accelerator(cpu=True).prepare(tiny_model("llama")),
         "_hf_hook": hooked,
         "_is_hf_initialized": next(AutoModelForCausalLM.from_pretrained(tiny_model_folder("llama")).parameters()),
     }
@@ -375,6 +375,8 @@ def test_what_a_changed_trainer_cannot_do_is_told_when_ours_is_imported(found: d
 
 class Library:
     """Stands for a class of another library."""
+
+    attribute = 3
 
     def method(self, number: int, *, scale: int = 1) -> int:
         """Multiply."""
@@ -435,9 +437,21 @@ class TestReplacing:
         entry_of("of_class", "number").replace(lambda original: lambda cls, number: original(cls, number).upper())
         assert Heir.of_class(number=3) == "HEIR 3"
 
-    @pytest.mark.parametrize(("name", "parameters"), [("method", ("number", "other")), ("nothing", ("number",))])
-    def test_what_does_not_fit_is_left_alone(self, name: str, parameters: tuple[str, ...]) -> None:
+    @pytest.mark.parametrize(
+        ("name", "parameters", "problem"),
+        [
+            ("method", ("number", "other"), "has no parameter 'other'"),
+            ("nothing", ("number",), "is missing"),
+            ("attribute", ("number",), "is no function with a signature"),
+        ],
+    )
+    def test_what_does_not_fit_is_left_alone_with_one_warning(
+        self, name: str, parameters: tuple[str, ...], problem: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        told: list[str] = []
+        monkeypatch.setattr(upstream.logger, "warning_once", told.append)
         before = dict(vars(Library))
-        entry = Upstream("tests.tuner.test_upstream:Library", name, parameters, "…", "…")
-        assert entry._problem() in ("is missing", "has no parameter 'other'")
+        entry_of(name, *parameters).replace(more(1))
         assert before == dict(vars(Library))
+        (warning,) = told
+        assert warning.startswith(f"tests.tuner.test_upstream.Library.{name} {problem} in tests ")

@@ -206,7 +206,7 @@ def test_what_is_loras_alone_is_refused_before_the_model_is_changed(
     assert torch.equal(output(model.eval(), inputs), expected)
 
 
-@pytest.mark.parametrize("way", ["add_adapter", "load_adapter", "inject_adapter_in_model"])
+@pytest.mark.parametrize("way", ["add_adapter", "load_adapter", "inject_adapter_in_model", "get_peft_model"])
 def test_another_method_beside_tasks_is_refused(way: str, base: Callable[[], PreTrainedModel], tmp_path: Path) -> None:
     config = LoraConfig(target_modules=["q_proj"])
     get_peft_model(base(), config).save_pretrained(tmp_path)
@@ -216,6 +216,7 @@ def test_another_method_beside_tasks_is_refused(way: str, base: Callable[[], Pre
     add: dict[str, Callable[[], Any]] = {
         "add_adapter": lambda: model.add_adapter(config, "two"),
         "load_adapter": lambda: model.load_adapter(str(tmp_path), "two"),
+        "get_peft_model": lambda: get_peft_model(model, config, "two"),
         "inject_adapter_in_model": lambda: peft.functional.inject_adapter_in_model(config, model, "two"),
     }
     with pytest.raises(ValueError, match="adapter 'two' is LORA, expected SHARE beside the tasks that the model has"):
