@@ -35,6 +35,7 @@ from .editing_arguments import (
     add_undo,
     check_export,
 )
+from .publishing_arguments import add_pull, add_push
 from .routing_arguments import add_route
 
 
@@ -320,57 +321,6 @@ def _audit(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _push(command: argparse.ArgumentParser) -> None:
-    command.add_argument("folder", metavar="FOLDER", type=Path, help="Folder of the subspace")
-    command.add_argument("repo_id", metavar="REPO_ID", help="Id of the repository, which is created if needed")
-    _add_base_model(command, "both sides")
-    access = command.add_mutually_exclusive_group()
-    access.add_argument("--private", action="store_true", default=None, help="Make a newly created repository private")
-    access.add_argument(
-        "--public",
-        dest="private",
-        action="store_false",
-        default=None,
-        help="Make a newly created repository public",
-    )
-    add = command.add_argument
-    add("--create-pr", action="store_true", help="Open a pull request instead of pushing to main")
-    add("-m", "--commit-message", metavar="TEXT", help="Message of the commit on main (default: names of new tasks)")
-    add("--commit-description", metavar="TEXT", help="Description of the commit on main")
-    add("--default-task", metavar="TASK", help="Task whose LoRA is at the root (default: as before, or the newest)")
-    add(
-        "--branches",
-        action="append",
-        metavar="WHICH",
-        help="Tasks that get a branch: all, new, none, or the name of a task; may be repeated with more names "
-        "(default: all, if there are at most 100)",
-    )
-    add(
-        "--branch-tolerance",
-        type=float,
-        default=0.05,
-        metavar="X",
-        help="Drift above which the branch of a task is written again (default: %(default)s)",
-    )
-    add("--card-template", type=Path, metavar="FILE", help="Jinja template to use for the model card")
-    add(
-        "--max-attempts",
-        type=int,
-        default=50,
-        metavar="N",
-        help="Number of attempts while others push at the same time (default: %(default)s)",
-    )
-
-
-def _pull(command: argparse.ArgumentParser) -> None:
-    command.add_argument("repo_id", metavar="REPO_ID", help="Id of the repository")
-    command.add_argument(
-        "folder", metavar="FOLDER", type=Path, help="Folder of the subspace, or a new folder to write it to"
-    )
-    command.add_argument("--revision", help="Revision of the repository: a task, a step, a branch, a tag or a commit")
-    _add_base_model(command, "both sides")
-
-
 # Summary, example and arguments of each command.
 _COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]] = {
     "init": (
@@ -400,8 +350,8 @@ _COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]]
         'share-hf route share-subspace --text "It never stops being fun."',
         add_route,
     ),
-    "push": ("Publish a subspace on the Hub", "share-hf push share-subspace org/share-subspace --private", _push),
-    "pull": ("Download a subspace, or what is new in it", "share-hf pull org/share-subspace share-subspace", _pull),
+    "push": ("Publish a subspace on the Hub", "share-hf push share-subspace org/share-subspace --private", add_push),
+    "pull": ("Download a subspace, or what is new in it", "share-hf pull org/share-subspace share-subspace", add_pull),
     "upgrade": ("Rewrite a subspace in the newest format", "share-hf upgrade org/share-subspace", _add_place),
     "env": ("List the versions and devices for a bug report", "share-hf env", lambda command: None),
 }
