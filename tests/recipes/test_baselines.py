@@ -499,7 +499,7 @@ def with_labels(task: ToyTask, labels: list[Any]) -> ToyTask:
     [
         ([0, 1, 2], r"task 'bad' has the label 2, expected whole numbers from 0 to 1"),
         ([0.0, 0.5, 1.0], r"task 'bad' has the label 0.5, expected whole numbers"),
-        (["Good", "Bad"], r"task 'bad' has labels such as 'Good', expected numbers, 1 a label"),
+        (["Good", "Bad"], r"task 'bad' has labels such as 'Good', expected numbers, 1 per label"),
         ([[0, 1], [1, 0]], r"task 'bad' has labels of 2 numbers, expected 1"),
     ],
 )
