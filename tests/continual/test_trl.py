@@ -315,9 +315,7 @@ def test_rounded_tasks_without_their_subspace_are_refused_with_advice(
 ) -> None:
     model = fresh(quantized_model("nf4"))
     sft(model, ShareCallback("ones")).train()
-    with pytest.raises(
-        ValueError, match=r"coefficients of \['ones'\] .* pass the subspace .*ShareCallback\('twos', "
-    ):
+    with pytest.raises(ValueError, match=r"coefficients of \['ones'\] .* pass the subspace .*ShareCallback\('twos', "):
         sft(model, ShareCallback("twos"), step=2)
 
 

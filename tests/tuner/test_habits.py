@@ -60,10 +60,10 @@ def test_transformers_adds_no_other_method_beside_tasks(first: str, tiny_model: 
     model.add_adapter(configs.pop(first), "first")
     before = snapshot(model)
     ((second, config),) = configs.items()
-    with pytest.raises(ValueError, match="expected (only )?SHARE"):
+    with pytest.raises(ValueError, match=r"expected (only )?SHARE"):
         model.add_adapter(config, "second")
     get_peft_model(tiny_model("llama"), config).save_pretrained(tmp_path / second)
-    with pytest.raises(ValueError, match="expected (only )?SHARE"):
+    with pytest.raises(ValueError, match=r"expected (only )?SHARE"):
         model.load_adapter(str(tmp_path / second), "second")
     assert snapshot(model)["modules"] == before["modules"]
 
