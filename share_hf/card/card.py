@@ -311,4 +311,4 @@ def _kilobytes(size: int) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
+    return "" if value is None else f"{round(value, 3) + 0.0:.3f}"  # without the sign of a zero

@@ -297,7 +297,7 @@ class ContinualMetrics:
         for name, row in zip(names, self.matrix, strict=True):
             lines.append(line(name, map(_cell, self._padded(row))))
         summary = [
-            f"{name.replace('_', ' ')} {value:.3f}"
+            f"{name.replace('_', ' ')} {_decimals(value)}"
             for name in ("average", "forgetting", "backward_transfer", "forward_transfer")
             if (value := getattr(self, name)) is not None
         ]
@@ -342,7 +342,11 @@ def _drift(task: str, value: Any) -> float:
 
 
 def _cell(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+    return "-" if value is None else _decimals(value)
+
+
+def _decimals(value: float) -> str:
+    return f"{round(value, 3) + 0.0:.3f}"  # a negative number that rounds to zero has no sign
 
 
 def _difference(a: float | None, b: float | None) -> float | None:

@@ -113,6 +113,11 @@ def test_the_table_has_a_dash_where_nothing_was_measured() -> None:
     ]
 
 
+def test_the_table_shows_a_negative_number_that_rounds_to_zero_without_a_sign() -> None:
+    table = ContinualMetrics(tasks=["a", "b"], matrix=[[0.8, None], [0.7997, 0.5]]).table()
+    assert "backward transfer 0.000" in table
+
+
 def test_a_drift_that_is_text_is_refused() -> None:
     metrics = {**ContinualMetrics(tasks=["a"], matrix=[[0.5]]).as_dict(), "drift": {"a": "nan"}}
     with pytest.raises(ValueError, match="drift of 'a' is 'nan', expected a number"):
