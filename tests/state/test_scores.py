@@ -114,7 +114,7 @@ def test_the_table_has_a_dash_where_nothing_was_measured() -> None:
 
 
 def test_the_table_shows_a_negative_number_that_rounds_to_zero_without_a_sign() -> None:
-    table = ContinualMetrics(tasks=["a", "b"], matrix=[[0.8, None], [0.7997, 0.5]]).table()
+    table = ContinualMetrics(tasks=["a", "b"], matrix=[[0.8, None], [0.7997, 0.5]], baseline=[None, None]).table()
     assert "backward transfer 0.000" in table
 
 
