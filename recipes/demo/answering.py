@@ -118,7 +118,7 @@ class Answerer:
 
     Args:
         subspace: A subspace.
-        base_model: Folder or hub id of the base model. Empty means the one that the subspace names.
+        base_model: Folder or Hub id of the base model. Empty means the one that the subspace names.
 
     Raises:
         DemoError: If the base model is unavailable, does not fit, or is not one that answers texts.
@@ -128,7 +128,7 @@ class Answerer:
         base = base_model.strip() or subspace.base_model_name_or_path
         if base is None:
             raise DemoError(
-                "The subspace names no base model. Enter its folder or its id on the hub under “Model and prompt”."
+                "The subspace names no base model. Enter its folder or its id on the Hub under “Model and prompt”."
             )
         self._subspace = subspace
         self._lock = threading.Lock()
@@ -346,6 +346,6 @@ def _applied(subspace: SharedSubspace, base: str, task_type: str) -> Any:
 
 def _unavailable(base: str, error: Exception) -> DemoError:
     return DemoError(
-        f"{base}: no base model that could be loaded. Enter its folder or its id on the hub under “Model and prompt”. "
+        f"{base}: no base model that could be loaded. Enter its folder or its id on the Hub under “Model and prompt”. "
         f"({first_line(error)})"
     )

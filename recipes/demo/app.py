@@ -64,12 +64,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--subspace",
         default=os.environ.get("SHARE_HF_SUBSPACE"),
-        help="folder or hub id to open first (SHARE_HF_SUBSPACE; if neither is given, one below the current folder)",
+        help="folder or Hub id to open first (SHARE_HF_SUBSPACE; if neither is given, one below the current folder)",
     )
     parser.add_argument(
         "--base-model",
         default=os.environ.get("SHARE_HF_BASE_MODEL", ""),
-        help="folder or hub id of its base model, if not the one that the subspace names (SHARE_HF_BASE_MODEL)",
+        help="folder or Hub id of its base model, if not the one that the subspace names (SHARE_HF_BASE_MODEL)",
     )
     parser.add_argument(
         "--examples",
@@ -101,7 +101,7 @@ class Page:
                 choice = gr.Dropdown(
                     list(dict.fromkeys(filter(None, [first, *local]))),
                     value=first or None,
-                    label="Subspace: a folder, or an id on the hub",
+                    label="Subspace: a folder, or an id on the Hub",
                     allow_custom_value=True,
                 )
                 button = gr.Button("Open", variant="primary", scale=0, min_width=110)
@@ -174,7 +174,7 @@ class Page:
             base = gr.Textbox(
                 self.options.base_model,
                 label="Base model",
-                info="Its folder or hub id, if it is not the one that the subspace names",
+                info="Its folder or Hub id, if it is not the one that the subspace names",
             )
             with gr.Row() as of_language_models:
                 after = gr.Dropdown(

@@ -20,7 +20,7 @@ class Opened:
     """A subspace that was opened.
 
     Args:
-        place: Folder or hub id that it came from.
+        place: Folder or Hub id that it came from.
         subspace: The subspace.
     """
 

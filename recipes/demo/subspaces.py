@@ -127,18 +127,18 @@ def nearby(folder: Path) -> list[str]:
 
 
 def open_subspace(place: str) -> SharedSubspace:
-    """Load a subspace from a folder or from the hub.
+    """Load a subspace from a folder or from the Hub.
 
     Raises:
         DemoError: If there is none. The message says what was found and expected.
     """
     place = place.strip()
     if not place:
-        raise DemoError("No subspace is named. Give the folder of a subspace, or an id on the hub such as org/name.")
+        raise DemoError("No subspace is named. Give the folder of a subspace, or an id on the Hub such as org/name.")
     try:
         return SharedSubspace.from_pretrained(place)
     except HFValidationError as error:
-        raise DemoError(f"{place}: no such folder, and no id of a repository on the hub.") from error
+        raise DemoError(f"{place}: no such folder, and no id of a repository on the Hub.") from error
     except (OSError, HfHubHTTPError) as error:
         raise DemoError(
             f"{place}: no such folder, and no repository that could be read. A private one needs HF_TOKEN, and the "

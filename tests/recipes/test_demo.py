@@ -432,7 +432,7 @@ class Browser:
 
     def open(self, place: Path | str) -> None:
         """Open a subspace as a visitor does."""
-        field = self.page.get_by_label("Subspace: a folder, or an id on the hub")
+        field = self.page.get_by_label("Subspace: a folder, or an id on the Hub")
         field.fill(str(place))
         field.press("Enter")
         self.page.get_by_role("button", name="Open", exact=True).click()
