@@ -197,7 +197,8 @@ def _goals(stream: str, found: Found) -> Iterator[Row]:
         for method, upper in (("share", "lora"), ("share-slow", "lora-slow")):
             difference = against(upper, method, of_order)
             if difference is not None:
-                yield Row.at_least(f"{name}: {method} against {upper}", 100 * difference.mean, "points", -0.5)
+                compared = f"{name}: {method} against {upper}, {_interval(difference)}"
+                yield Row.at_least(compared, 100 * difference.mean, "points", -0.5)
                 yield Row.at_least(f"{name}: lower end of the interval", 100 * difference.low, "points", -1.5)
         forgotten = [forgetting_of(result) for run, result in of_order if run.method == "share"]
         if forgotten and None not in forgotten:
