@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from share_hf import SharedSubspace
+from share_hf.format.saved_modules import num_labels_of
 
 
 # Neither can be the name of a task.
@@ -282,11 +283,6 @@ def unknown_task(task: str, subspace: SharedSubspace) -> DemoError:
     return DemoError(f"There is no task “{task}”." + (f" Did you mean “{near[0]}”?" if near else ""))
 
 
-def outputs_of(head: Mapping[str, Tensor]) -> int:
-    """Return the number of outputs of a classification head, whose last layer is its narrowest."""
-    return min(tensor.shape[0] for name, tensor in head.items() if name.endswith("weight") and tensor.ndim == 2)
-
-
 def tokenizer_of(base: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a base model, with a token for padding.
 
@@ -330,7 +326,7 @@ def _applied(subspace: SharedSubspace, base: str, task_type: str) -> Any:
     options: dict[str, Any] = {}
     heads = [info for info in subspace.state.tasks.values() if info.head]
     if task_type == "SEQ_CLS" and heads:
-        options["num_labels"] = max(outputs_of(info.head) for info in heads)
+        options["num_labels"] = max(num_labels_of(info.head) or 0 for info in heads)
         options["ignore_mismatched_sizes"] = True
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = "auto" if device == "cuda" else torch.float32

@@ -9,6 +9,8 @@ from pathlib import PurePath
 from answering import BASE, Answer, Answered, Line, Route
 from subspaces import Audit, Matrix, Summary, TaskFacts
 
+from share_hf.cli.tables import count, drift, size
+
 
 LABELS_SHOWN = 6
 
@@ -56,20 +58,6 @@ def problem(message: str) -> str:
 def note(text: str) -> str:
     """Return an explanation in small print."""
     return f'<p class="share-note">{escape(text)}</p>'
-
-
-def size(count: float) -> str:
-    """Return a number of bytes to three digits."""
-    for unit in ("B", "kB", "MB"):
-        if count < 999.5:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} GB"
-
-
-def drift(value: float) -> str:
-    """Return a relative drift, with rounding errors as 0."""
-    return f"{value:.2g}" if value >= 1e-6 else "0"
 
 
 def score(value: float | None) -> str:
@@ -222,8 +210,8 @@ def batch(lines: Sequence[Line], answered: Answered) -> str:
         likely = f"{100 * given.labels[0][1]:.1f} %" if len(given.chosen) == 1 else "–"
         rows.append([line.text, task, given.short(), likely])
     tasks = len({given.task for given in answered.answers})
-    count = f"{len(lines)} text{'s' * (len(lines) != 1)} and {tasks} task{'s' * (tasks != 1)}"
-    took = f"{count} in one pass of the model, which took {1000 * answered.seconds:.0f} ms."
+    asked = f"{count(len(lines), 'text')} and {count(tasks, 'task')}"
+    took = f"{asked} in one pass of the model, which took {1000 * answered.seconds:.0f} ms."
     header = ["text", "task", "answer", "probability"]
     if not any(given.labels for given in answered.answers):
         header, rows = header[:-1], [row[:-1] for row in rows]

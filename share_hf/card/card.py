@@ -19,7 +19,7 @@ from ..format.model_classes import class_name_of, pipeline_of
 from ..format.saved_modules import num_labels_of
 from ..format.task_files import task_folder
 from ..format.tree import CARD_FILE, FIGURES_FOLDER
-from ..state import MIXED_SCORE, Phase, SubspaceState, TaskScore, row_names, sketch_of, step_tags
+from ..state import MIXED_SCORE, Phase, SubspaceState, TaskScore, decimals, row_names, sketch_of, step_tags
 from ..subspace import AuditReport, audit_layers
 from ..version import __version__
 from .figures import CAPTIONS
@@ -311,4 +311,4 @@ def _kilobytes(size: int) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else f"{round(value, 3) + 0.0:.3f}"  # without the sign of a zero
+    return "" if value is None else decimals(value)

@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 from .argument_types import number_or_auto, relative_error, size_in_bytes
 from .completing import complete
 from .editing_arguments import (
+    add_base_model,
     add_export,
     add_keeping,
     add_refit,
@@ -206,10 +207,6 @@ def _add_component(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_base_model(command: argparse.ArgumentParser, of: str = "all the adapters") -> None:
-    command.add_argument("--base-model", metavar="ID", help=f"Base model of {of}, if they use several names for it")
-
-
 def _add_place(command: argparse.ArgumentParser) -> None:
     command.add_argument("place", metavar="FOLDER_OR_REPO", help="Folder or Hub id of the subspace")
 
@@ -219,7 +216,7 @@ def _init(command: argparse.ArgumentParser) -> None:
         "folder", metavar="FOLDER", type=Path, help="Folder to write the subspace to, which must not hold one yet"
     )
     _add_adapters(command)
-    _add_base_model(command)
+    add_base_model(command)
     add = command.add_argument_group("settings of the subspace, which cannot be changed later").add_argument
     add(
         "--num-components",
@@ -276,14 +273,14 @@ def _add(command: argparse.ArgumentParser) -> None:
     command.add_argument("folder", metavar="FOLDER", type=Path, help="Folder of the subspace")
     _add_adapters(command)
     add_tolerance(command)
-    _add_base_model(command)
+    add_base_model(command)
     add_keeping(command)
 
 
 def _replace(command: argparse.ArgumentParser) -> None:
     add_replace(command, located_adapter)
     _add_component(command)
-    _add_base_model(command, "the adapter and the subspace")
+    add_base_model(command, "the adapter and the subspace")
 
 
 def _refit(command: argparse.ArgumentParser) -> None:
@@ -302,7 +299,7 @@ def _audit(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--num-components", type=int, metavar="K", help="Cap on the directions per layer, for LoRAs (default: 32)"
     )
-    _add_base_model(command)
+    add_base_model(command)
     command.add_argument(
         "--target-error",
         type=relative_error,

@@ -59,6 +59,11 @@ def add_tolerance(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_base_model(command: argparse.ArgumentParser, of: str = "all the adapters") -> None:
+    """Add `--base-model` to a command whose inputs may name one base model differently."""
+    command.add_argument("--base-model", metavar="ID", help=f"Base model of {of}, if they use several names for it")
+
+
 def add_keeping(command: argparse.ArgumentParser) -> None:
     """Add `--history` and `--keep-originals` to a command that saves a subspace."""
     keep = command.add_argument_group("kept beside the folder and never pushed").add_argument

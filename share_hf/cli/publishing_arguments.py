@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from .editing_arguments import add_base_model
+
 
 def add_push(command: argparse.ArgumentParser) -> None:
     """Add the arguments of `share-hf push`."""
     command.add_argument("folder", metavar="FOLDER", type=Path, help="Folder of the subspace")
     command.add_argument("repo_id", metavar="REPO_ID", help="Id of the repository, which is created if needed")
-    _add_base_model(command)
+    add_base_model(command, "both sides")
     access = command.add_mutually_exclusive_group()
     access.add_argument("--private", action="store_true", default=None, help="Make a newly created repository private")
     access.add_argument(
@@ -56,10 +58,4 @@ def add_pull(command: argparse.ArgumentParser) -> None:
         "folder", metavar="FOLDER", type=Path, help="Folder of the subspace, or a new folder to write it to"
     )
     command.add_argument("--revision", help="Revision of the repository: a task, a step, a branch, a tag or a commit")
-    _add_base_model(command)
-
-
-def _add_base_model(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--base-model", metavar="ID", help="Base model of both sides, if they use several names for it"
-    )
+    add_base_model(command, "both sides")

@@ -10,7 +10,16 @@ from .refit import check_original, refitted
 from .report import SubspaceReport, TaskReport, report_of
 from .routing import Router, with_route
 from .same_tasks import earlier_names
-from .scores import MIXED_SCORE, ContinualMetrics, TaskScore, combined_metrics, mean_score, measured, row_names
+from .scores import (
+    MIXED_SCORE,
+    ContinualMetrics,
+    TaskScore,
+    combined_metrics,
+    decimals,
+    mean_score,
+    measured,
+    row_names,
+)
 from .state import (
     SubspaceState,
     TaskInfo,
@@ -39,6 +48,7 @@ __all__ = [
     "check_original",
     "combined_metrics",
     "component_of",
+    "decimals",
     "earlier_names",
     "extends",
     "hub_originals",

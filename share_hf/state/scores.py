@@ -297,7 +297,7 @@ class ContinualMetrics:
         for name, row in zip(names, self.matrix, strict=True):
             lines.append(line(name, map(_cell, self._padded(row))))
         summary = [
-            f"{name.replace('_', ' ')} {_decimals(value)}"
+            f"{name.replace('_', ' ')} {decimals(value)}"
             for name in ("average", "forgetting", "backward_transfer", "forward_transfer")
             if (value := getattr(self, name)) is not None
         ]
@@ -342,11 +342,12 @@ def _drift(task: str, value: Any) -> float:
 
 
 def _cell(value: float | None) -> str:
-    return "-" if value is None else _decimals(value)
+    return "-" if value is None else decimals(value)
 
 
-def _decimals(value: float) -> str:
-    return f"{round(value, 3) + 0.0:.3f}"  # a negative number that rounds to zero has no sign
+def decimals(value: float) -> str:
+    """Format a score to three decimals. A negative number that rounds to zero has no sign."""
+    return f"{round(value, 3) + 0.0:.3f}"
 
 
 def _difference(a: float | None, b: float | None) -> float | None:
