@@ -194,12 +194,10 @@ def _goals(stream: str, found: Found) -> Iterator[Row]:
     for order in orders:
         of_order = [(run, result) for run, result in found if run.order in (None, order)]
         name = f"{stream}, order {order}" if len(orders) > 1 else stream
-        for method, upper in (("share", "lora"), ("share-slow", "lora-slow")):
-            difference = against(upper, method, of_order)
-            if difference is not None:
-                compared = f"{name}: {method} against {upper}, {_interval(difference)}"
-                yield Row.at_least(compared, 100 * difference.mean, "points", -0.5)
-                yield Row.at_least(f"{name}: lower end of the interval", 100 * difference.low, "points", -1.5)
+        difference = against("lora", "share", of_order)
+        if difference is not None:
+            yield Row.at_least(f"{name}: share against lora, {_interval(difference)}", 100 * difference.mean, "points", -0.5)
+            yield Row.at_least(f"{name}: lower end of the interval", 100 * difference.low, "points", -1.5)
         forgotten = [forgetting_of(result) for run, result in of_order if run.method == "share"]
         if forgotten and None not in forgotten:
             yield Row.at_most(f"{name}: forgetting of share", 100 * statistics.mean(forgotten), "points", 0.5)
