@@ -23,8 +23,8 @@ Result = Mapping[str, Any]
 Found = Sequence[tuple[Run, Result]]
 
 COLUMNS = (
-    *("method", "runs", "average", "± se", "vs lora", "95 %", "forgetting"),
-    *("own loss", "trained", "kB per task", "min per run"),
+    *("method", "runs", "average", "± se", "vs lora", "95 %", "forgetting", "backward", "forward"),
+    *("own loss", "trained", "kB per task", "coefficients", "min per run"),
 )
 FIRST = 10  # number of tasks whose scores are followed while others arrive
 POINT = 0.01
@@ -107,8 +107,6 @@ def _method_lines(found: Found) -> Iterator[tuple[str, ...]]:
         averages = [average_of(result) for _, result in theirs]
         error = standard_error(averages)
         difference = against("lora", method, found)
-        forgotten = [forgetting_of(result) for _, result in theirs]
-        forgotten = [value for value in forgotten if value is not None]
         _, result = theirs[0]
         line = (
             method,
@@ -117,14 +115,29 @@ def _method_lines(found: Found) -> Iterator[tuple[str, ...]]:
             "" if error is None else f"{100 * error:.2f}",
             "" if difference is None else f"{100 * difference.mean:+.2f}",
             "" if difference is None else _interval(difference),
-            f"{100 * statistics.mean(forgotten):.2f}" if forgotten else "",
+            _mean(forgetting_of(result) for _, result in theirs),
+            _mean(backward_transfer_of(result) for _, result in theirs),
+            "" if method == "lora" else _mean(forward_transfers("lora", method, found)),
             own_loss(result),
             f"{result['trained']:,.0f}",
             f"{stored(result) / len(result['answers']) / 1e3:,.0f}",
+            _coefficients_per_task(result),
             f"{statistics.mean(result['seconds'] for _, result in theirs) / 60:.1f}",
         )
         lines.append((statistics.mean(averages), line))
     yield from (line for _, line in sorted(lines, reverse=True))
+
+
+def _mean(values: Iterable[float | None]) -> str:
+    """Return the mean of the known values in points as text, or "" without any."""
+    known = [value for value in values if value is not None]
+    return f"{100 * statistics.mean(known):.2f}" if known else ""
+
+
+def _coefficients_per_task(result: Result) -> str:
+    """Return the kilobytes of the coefficients of a task, or "" for a method that has none."""
+    size = result["bytes"].get("coefficients")
+    return "" if size is None else f"{size / len(result['answers']) / 1e3:,.1f}"
 
 
 def own_loss(result: Result) -> str:
@@ -161,20 +174,50 @@ def forgetting_of(result: Result) -> float | None:
     return statistics.mean(lost) if lost else None
 
 
+def backward_transfer_of(result: Result) -> float | None:
+    """Return the mean over all tasks but the last of the score at the end minus the score when learned.
+
+    This is backward transfer as in Lopez-Paz & Ranzato 2017, Eq. 3. None if all tasks were learned at once.
+    """
+    matrix = result["matrix"]
+    changes = [
+        matrix[-1][j] - matrix[j][j] for j in range(len(matrix) - 1) if None not in (matrix[-1][j], matrix[j][j])
+    ]
+    return statistics.mean(changes) if changes else None
+
+
+def forward_transfers(other: str, method: str, found: Found) -> Iterator[float]:
+    """Yield how much better a method learned its tasks than another one that learns each task alone, for each run.
+
+    It is the mean over all tasks but the first of the difference of the scores when learned (the opposite of the
+    intransigence of Chaudhry et al. 2018). The score before a task is learned says nothing here, because its head is
+    random then.
+    """
+    for run, ours, theirs in _pairs(other, method, found):
+        if len(ours["matrix"]) == len(theirs["matrix"]) > 1:
+            alone = scores_of(theirs, theirs["answers"])
+            learned = {task: ours["matrix"][j][j] for j, task in enumerate(run.tasks)}
+            yield statistics.mean(learned[task] - alone[task] for task in run.tasks[1:])
+
+
 def against(other: str, method: str, found: Found) -> Difference | None:
     """Compare the averages of two methods over runs of equal seed and, if both have one, order; None without pairs."""
-    theirs = {(run.order, run.seed): result for run, result in found if run.method == other}
-    pairs, seeds = [], []
-    for run, result in found:
-        their = theirs.get((run.order, run.seed), theirs.get((None, run.seed)))
-        if run.method == method != other and their is not None:
-            pairs.append((answers_of(result), answers_of(their)))
-            seeds.append(run.seed)
-            first = result
+    pairs = list(_pairs(other, method, found))
     if not pairs:
         return None
-    our_answers, their_answers = zip(*pairs, strict=True)
-    return paired_difference(our_answers, their_answers, answers_of(first, "true"), first["metrics"], seeds=seeds)
+    runs, ours, theirs = zip(*pairs, strict=True)
+    true, metrics = answers_of(ours[0], "true"), ours[0]["metrics"]
+    seeds = [run.seed for run in runs]
+    return paired_difference(list(map(answers_of, ours)), list(map(answers_of, theirs)), true, metrics, seeds=seeds)
+
+
+def _pairs(other: str, method: str, found: Found) -> Iterator[tuple[Run, Result, Result]]:
+    """Yield the runs of a method with their results and the results of another method to compare them with."""
+    results = {(run.order, run.seed): result for run, result in found if run.method == other}
+    for run, result in found:
+        their = results.get((run.order, run.seed), results.get((None, run.seed)))
+        if run.method == method != other and their is not None:
+            yield run, result, their
 
 
 def _interval(difference: Difference) -> str:
@@ -196,7 +239,9 @@ def _goals(stream: str, found: Found) -> Iterator[Row]:
         name = f"{stream}, order {order}" if len(orders) > 1 else stream
         difference = against("lora", "share", of_order)
         if difference is not None:
-            yield Row.at_least(f"{name}: share against lora, {_interval(difference)}", 100 * difference.mean, "points", -0.5)
+            yield Row.at_least(
+                f"{name}: share against lora, {_interval(difference)}", 100 * difference.mean, "points", -0.5
+            )
             yield Row.at_least(f"{name}: lower end of the interval", 100 * difference.low, "points", -1.5)
         forgotten = [forgetting_of(result) for run, result in of_order if run.method == "share"]
         if forgotten and None not in forgotten:

@@ -24,7 +24,15 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "recipes" / "benchmarks"))
 
 from _answers import answers_of, chosen, decoded, encoded  # noqa: E402
-from _continual_report import average_of, forgetting_of, losses_of, print_report, scores_of  # noqa: E402
+from _continual_report import (  # noqa: E402
+    average_of,
+    backward_transfer_of,
+    forgetting_of,
+    forward_transfers,
+    losses_of,
+    print_report,
+    scores_of,
+)
 from _grid import Results, Run  # noqa: E402
 from _paired import METRICS, paired_difference, standard_error  # noqa: E402
 from _plan import planned  # noqa: E402
@@ -278,6 +286,20 @@ def test_a_report_has_scores_losses_and_what_was_not_run(tmp_path: Path, capsys:
     told = capsys.readouterr().out
     assert "87.50" in told and "-12.50" in told and "25.00" in told
     assert "2 runs, 1 not run" in told and missing.name in told
+    of_share = next(line.split() for line in told.splitlines() if line.startswith("share  "))
+    assert of_share[-6:] == ["-25.00", "0.00", "100", "1", "0.2", "1.0"]  # transfer, sizes, minutes
+
+
+def test_transfer_is_backward_since_a_task_was_learned_and_forward_against_learning_it_alone() -> None:
+    share, lora, joint = run_of(), run_of(method="lora", order=None), run_of(method="joint", order=None)
+    ours = result_of({"a": "0111", "b": "0101"}, [[1.0, None], [0.75, 1.0]])
+    alone = result_of({"a": "0101", "b": "0000"}, [[1.0, None], [1.0, 0.5]])
+    together = result_of({"a": "0101", "b": "0101"}, [[1.0, 1.0]])
+    assert backward_transfer_of(ours) == -0.25
+    assert backward_transfer_of(together) is None
+    found = [(share, ours), (lora, alone), (joint, together)]
+    assert list(forward_transfers("lora", "share", found)) == [0.5]
+    assert not list(forward_transfers("lora", "joint", found)) and not list(forward_transfers("lora", "lora", found))
 
 
 @pytest.mark.slow
