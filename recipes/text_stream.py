@@ -66,8 +66,9 @@ class ScriptArguments:
     num_components: int = field(default=32, metadata={"help": "Cap on the number of directions per layer (k)."})
     pseudo_rank: int = field(default=8, metadata={"help": "Rank of a task (p), and of the baselines' LoRAs."})
     num_temporary: int | None = field(default=None, metadata={"help": "Temporary factors (φ); k // 4 by default."})
-    temporary_init: Literal["basis", "random"] = field(
-        default="basis", metadata={"help": "How temporary factors start: as basis vectors, or like a new LoRA."}
+    temporary_init: Literal["basis", "span", "random"] = field(
+        default="basis",
+        metadata={"help": "How temporary factors start: as in the paper, or as a LoRA, in the basis' span or not."},
     )
     basis: Literal["joint", "factor"] = field(default="joint", metadata={"help": "How merges choose the basis."})
     center: bool = field(

@@ -68,8 +68,10 @@ def merge(
     for start in range(0, len(names), settings["together"]):
         newcomers = {name: str(arrived[name]) for name in names[start : start + settings["together"]]}
         if subspace is None:
-            sizes = {name: settings[name] for name in ("num_components", "pseudo_rank", "basis")}
-            subspace = SharedSubspace.from_adapters(newcomers, **sizes)
+            k = settings["num_components"]
+            subspace = SharedSubspace.from_adapters(
+                newcomers, num_components=k, pseudo_rank=min(k, settings["pseudo_rank"]), basis=settings["basis"]
+            )
         else:
             subspace.add_adapters(newcomers)
         if (end := len(subspace.tasks)) in settings["scored"] or end == len(names):

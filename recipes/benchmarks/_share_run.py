@@ -151,7 +151,7 @@ def trained_numbers(subspace: SharedSubspace, run: Run) -> int:
         rank = run.settings["pseudo_rank"]
         if run.settings["method"] == "coefficients":
             count += rank * (layer.basis_out.shape[1] + layer.basis_in.shape[1])
-        elif run.settings.get("temporary_init") == "random":
+        elif run.settings["temporary_init"] != "basis":
             count += rank * (outputs + inputs)
         else:
             count += run.settings["num_temporary"] * (outputs + inputs + 2 * rank)

@@ -13,7 +13,7 @@ from typing import Any
 
 Example = dict[str, Any]
 
-VALIDATION = 200  # training examples per task that candidate settings are scored on
+VALIDATION = 1000  # training examples per task, at most a fifth, that candidate settings are scored on
 FIFTY_TEST = 200  # test examples of each of the fifty tasks
 
 

@@ -236,11 +236,11 @@ def put_back(model: PeftModel, state: SubspaceState, task: str, config: ShareCon
 def describe_task(model: PeftModel, task: str, learned_by: Phase, problem: Problem | None = None) -> TaskInfo:
     """Return the facts about a task that the model was just trained on."""
     target = target_of(model, task)
-    # Only free factors start from a random A, as a LoRA does.
-    is_free = learned_by == Phase.INIT or (
+    # Only these factors start from a random A, as a LoRA does.
+    is_random = learned_by == Phase.INIT or (
         learned_by == Phase.ADAPT and model.peft_config[task].temporary_init == "random"
     )
-    sketch = initialization_of(updates_of(model, task)) if is_free else None
+    sketch = initialization_of(updates_of(model, task)) if is_random else None
     return TaskInfo(
         learned_by=learned_by,
         target=target,

@@ -16,7 +16,7 @@ from ..subspace import BasisKind, CoefficientDtype, SubspaceSettings, check_dime
 from .lora_only import without_options_of_lora
 
 
-TemporaryInit = Literal["basis", "random"]
+TemporaryInit = Literal["basis", "span", "random"]
 
 _DOWNLOAD_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "repo_type")
 
@@ -98,10 +98,13 @@ class ShareConfig(PeftConfig):
         num_temporary (`int`, *optional*):
             Number φ of leading basis vectors that are trained as temporary factors while a new task is learned. Must
             be less than `num_components`. None means `num_components // 4`.
-        temporary_init (`Literal["basis", "random"]`, *optional*, defaults to `"basis"`):
-            Initial values of the temporary factors: the leading basis vectors, as in the paper (Sec. 3.2.2), or the
-            factors of a fresh LoRA of rank p, whose input side is random and lies mostly outside the span of earlier
-            tasks. The latter has no coefficients, so `num_temporary` and `init_std` have no effect.
+        temporary_init (`Literal["basis", "span", "random"]`, *optional*, defaults to `"basis"`):
+            Initial values of the temporary factors. `"basis"`: the φ leading basis vectors, which coefficients
+            combine, as in the paper (Sec. 3.2.2). `"span"`: a LoRA of rank p whose input side holds the p leading
+            basis vectors, scaled like the rows of a fresh A, and whose output side is zero (Hu et al. 2021, Sec. 4.1).
+            `"random"`: a fresh LoRA of rank p, whose input side lies mostly outside the span of earlier tasks. The
+            last two train as fast and as stably as a LoRA at the same learning rate. They have no coefficients, so
+            `num_temporary` and `init_std` have no effect.
         target_modules (`Union[list[str], str]`, *optional*):
             Names of the modules to adapt, a regex, or `"all-linear"`, as for LoRA.
         exclude_modules (`Union[list[str], str]`, *optional*):
@@ -167,7 +170,7 @@ class ShareConfig(PeftConfig):
     )
     temporary_init: TemporaryInit = field(
         default="basis",
-        metadata={"help": "How temporary factors are initialized: 'basis', or 'random' like those of a LoRA."},
+        metadata={"help": "How temporary factors start: 'basis', or as a LoRA, with the basis' 'span' or 'random' A."},
     )
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Names of the modules to adapt, a regex, or 'all-linear'."}
@@ -237,7 +240,7 @@ class ShareConfig(PeftConfig):
                 f"{self.num_components}"
             )
         if self.temporary_init not in get_args(TemporaryInit):
-            raise ValueError(f"temporary_init is {self.temporary_init!r}, expected 'basis' or 'random'")
+            raise ValueError(f"temporary_init is {self.temporary_init!r}, expected 'basis', 'span' or 'random'")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}, expected a probability of at least 0 and below 1")
         if not self.init_std > 0:

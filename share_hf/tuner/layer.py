@@ -26,6 +26,9 @@ from .rows import BatchCoefficients, MixedBatch, Rows
 from .stacked import StackedParameters
 
 
+NORM_OF_FRESH_ROWS = 3**-0.5  # of a LoRA's A (r, d), whose entries are uniform within ±1/√d
+
+
 class ShareLayer(BaseTunerLayer):
     """
     The shared basis of a layer and the trained parameters of each task.
@@ -38,7 +41,7 @@ class ShareLayer(BaseTunerLayer):
         share_basis_out: Buffer β (n, k_out), float32. One per layer, saved once for all tasks and so not persistent.
         share_basis_in: Buffer α (d, k_in), float32.
         share_coefficients_out: Coefficients by task, (k_out, p_i), or (φ, p) while the task is adapted. A task with
-            free factors (in the init phase, or from `temporary_init="random"`) has none. Frozen tasks share a tensor.
+            free factors (in the init phase, or unless `temporary_init="basis"`) has none. Frozen tasks share a tensor.
         share_coefficients_in: Coefficients by task, (k_in, p_i) or (φ, p).
         share_temporary_out: Temporary factors by task, (n, φ), or (n, p) if they are free.
         share_temporary_in: Temporary factors by task, (d, φ) or (d, p).
@@ -132,9 +135,10 @@ class ShareLayer(BaseTunerLayer):
         """Add an untrained task. Its update is zero, or nearly so if it adapts leading basis vectors (Sec. 3.2.2)."""
         p, std = rank_in_layer(config.pseudo_rank, (self.out_features, self.in_features)), config.init_std
         k_out, k_in = self.share_basis_out.shape[1], self.share_basis_in.shape[1]
-        is_free = config.temporary_init == "random" or not min(k_out, k_in)
+        is_free = config.temporary_init != "basis" or not min(k_out, k_in)
         if config.phase == Phase.INIT or (config.phase == Phase.ADAPT and is_free):
-            self._set(adapter_name, "temporary", *self._initial_factors(p))
+            is_in_span = config.phase == Phase.ADAPT and config.temporary_init == "span"
+            self._set(adapter_name, "temporary", *self._initial_factors(p, is_in_span))
         elif config.phase == Phase.ADAPT:
             phi = min(config.num_temporary, k_out, k_in)
             self._set(
@@ -152,10 +156,13 @@ class ShareLayer(BaseTunerLayer):
         self.share_ranks[adapter_name] = (p if config.tolerance is None else 1, p)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
-    def _initial_factors(self, rank: int) -> tuple[Tensor, Tensor]:
-        """Return B (n, r) and A^T (d, r) of an untrained LoRA."""
+    def _initial_factors(self, rank: int, in_span: bool) -> tuple[Tensor, Tensor]:
+        """Return B (n, r) and A^T (d, r) of an untrained LoRA, with A in the span of the basis as far as that goes."""
         factor_in = torch.empty(self.in_features, rank)
         nn.init.kaiming_uniform_(factor_in.T, a=math.sqrt(5))
+        if in_span:
+            leading = self.share_basis_in[:, :rank]
+            factor_in[:, : leading.shape[1]] = NORM_OF_FRESH_ROWS * leading
         return torch.zeros(self.out_features, rank), factor_in
 
     def set_coefficients(self, task: str, coefficients_out: Tensor, coefficients_in: Tensor) -> None:
