@@ -126,6 +126,20 @@ def test_random_temporary_factors_learn_what_a_lora_does(make_trainer: MakeTrain
     assert found["c"].initialization == expected["c"].initialization is not None
 
 
+def test_temporary_factors_in_the_span_are_merged_like_others_and_have_no_random_start(
+    make_trainer: MakeTrainer,
+) -> None:
+    config = ShareConfig(num_components=8, pseudo_rank=2, target_modules=["query", "value"], temporary_init="span")
+    trainer = make_trainer(config=config)
+    trainer.train()
+    state = trainer.subspace.state
+    factors = sum(2 * sum(layer.shape) for layer in state.layers.values())
+    assert trainer.metrics["parameters"]["adapt"] == factors + 3 * 64 + 3  # two directions on each side, and the head
+    assert all(layer.coefficients_of("c")[0].any() for layer in state.layers.values())
+    assert state.tasks["a"].initialization is not None  # trained as a LoRA, in the init phase
+    assert state.tasks["c"].initialization is None
+
+
 def test_finetuning_changes_only_the_newest_task(make_trainer: MakeTrainer) -> None:
     plain, tuned = make_trainer(folder="plain"), make_trainer(folder="tuned", finetune_num_train_epochs=2)
     for trainer in (plain, tuned):

@@ -60,7 +60,7 @@ def test_a_quarter_of_the_components_is_temporary_by_default(num_components: int
         ({"num_components": True, "pseudo_rank": 1}, "num_components is True, expected a positive integer"),
         ({"num_components": 8, "num_temporary": 8}, "num_temporary is 8, expected at least 1 and less than"),
         ({"num_temporary": 0}, "num_temporary is 0, expected at least 1"),
-        ({"temporary_init": "zeros"}, "temporary_init is 'zeros', expected 'basis' or 'random'"),
+        ({"temporary_init": "zeros"}, "temporary_init is 'zeros', expected 'basis', 'span' or 'random'"),
         ({"basis": "pca"}, "basis is 'pca', expected 'joint' or 'factor'"),
         ({"phase": "merge"}, "phase is 'merge', expected 'coefficients', 'adapt' or 'init'"),
         ({"init_std": 0.0}, "init_std is 0.0, expected a positive number: zero has no gradient"),

@@ -95,6 +95,34 @@ def test_temporary_factors_may_start_as_those_of_a_lora(tiny_model: Callable[[st
         assert "default" not in layer.share_coefficients_out
 
 
+def test_temporary_factors_may_start_as_a_lora_in_the_span_of_the_basis(
+    tiny_model: Callable[[str], PreTrainedModel],
+) -> None:
+    model = get_peft_model(tiny_model("llama"), LLAMA.config(phase="adapt", temporary_init="span"))
+    free = get_peft_model(tiny_model("llama"), LLAMA.config(phase="init"))
+    fresh = torch.cat([layer.share_temporary_in["default"].norm(dim=0) for layer in share_layers(free).values()])
+    for layer in share_layers(model).values():
+        factor_in = layer.share_temporary_in["default"]
+        assert torch.allclose(factor_in, layer.share_basis_in[:, :P] / 3**0.5)
+        assert factor_in.norm(dim=0).mean().item() == pytest.approx(fresh.mean().item(), rel=0.1)
+        assert not layer.share_temporary_out["default"].any()
+        assert "default" not in layer.share_coefficients_out
+
+
+def test_where_the_span_has_fewer_directions_than_the_rank_the_rest_is_that_of_a_lora(
+    tiny_model: Callable[[str], PreTrainedModel],
+) -> None:
+    model = get_peft_model(tiny_model("llama"), LLAMA.config(phase="adapt", temporary_init="span"))
+    layer = next(iter(share_layers(model).values()))
+    layer.set_basis(layer.share_basis_out[:, :1], layer.share_basis_in[:, :1])
+    layer.delete_adapter("default")
+    layer.update_layer("new", LLAMA.config(phase="adapt", temporary_init="span"))
+    first, *others = layer.share_temporary_in["new"].T
+    assert torch.allclose(first, layer.share_basis_in[:, 0] / 3**0.5)
+    assert len(others) == P - 1
+    assert all(other.norm().item() == pytest.approx(3**-0.5, rel=0.5) for other in others)
+
+
 def test_init_std_is_the_deviation_of_new_coefficients(tiny_model: Callable[[str], PreTrainedModel]) -> None:
     config = LLAMA.config(phase="adapt", init_std=0.3, num_components=32, pseudo_rank=32, num_temporary=31)
     model = get_peft_model(tiny_model("llama"), config)
