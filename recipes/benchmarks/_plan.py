@@ -157,7 +157,8 @@ def merged() -> Iterator[Run]:
         for k in components:
             stages = {"seeds": seeds, "together": 10, "scored": (10, 20, 50)}
             settings = {**METHODS["lora"], "num_components": k, "basis": "joint", **stages}
-            yield run("fifty", "merged", 0, 0, settings, f"k={k}")
+            label = f"k={k}" if len(seeds) == 1 else f"k={k}, {len(seeds)} seeds"
+            yield run("fifty", "merged", 0, 0, settings, label)
 
 
 def ablations() -> Iterator[Run]:
