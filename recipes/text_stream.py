@@ -67,7 +67,7 @@ class ScriptArguments:
     pseudo_rank: int = field(default=8, metadata={"help": "Rank of a task (p), and of the baselines' LoRAs."})
     num_temporary: int | None = field(default=None, metadata={"help": "Temporary factors (φ); k // 4 by default."})
     temporary_init: Literal["basis", "span", "random"] = field(
-        default="basis",
+        default="span",
         metadata={"help": "How temporary factors start: as in the paper, or as a LoRA, in the basis' span or not."},
     )
     basis: Literal["joint", "factor"] = field(default="joint", metadata={"help": "How merges choose the basis."})
@@ -87,7 +87,7 @@ class StreamArguments(ShareTrainingArguments):
     method: Literal["share", "coefficients", "per_task_lora", "sequential_lora"] = field(
         default="share", metadata={"help": "How to learn a task; the last two are baselines."}
     )
-    learning_rate: float = field(default=5e-3, metadata={"help": "Learning rate of the adapt phase."})
+    learning_rate: float = field(default=4e-3, metadata={"help": "Learning rate of the adapt phase."})
     init_learning_rate: float | None = field(default=4e-3, metadata={"help": "Learning rate of LoRA factors."})
     num_train_epochs: float = field(default=3.0, metadata={"help": "Number of epochs per task."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Number of examples per step and device."})

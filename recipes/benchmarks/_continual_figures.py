@@ -14,25 +14,24 @@ if TYPE_CHECKING:
     from _continual_report import Loss
 
 
-UPPER_BOUND = "lora"  # what the others are compared with
-
-
-def draw_methods(averages: Mapping[str, Sequence[float]], path: Path) -> None:
-    """Draw the average score of each method at the end of a stream, one point per run.
+def draw_averages(averages: Mapping[str, Sequence[float]], path: Path, *, ours: str, against: str) -> None:
+    """Draw the average score at the end of a stream for each method or setting, one point per run.
 
     Args:
-        averages: Averages of all runs, by method.
+        averages: Averages of all runs, by method or setting.
         path: File to write.
+        ours: Name of the bar to highlight.
+        against: Name whose mean is drawn as a line.
     """
-    ordered = sorted(averages, key=lambda method: statistics.mean(averages[method]))
+    ordered = sorted(averages, key=lambda name: statistics.mean(averages[name]))
     figure = Figure(figsize=(6.4, 0.7 + 0.34 * len(ordered)), layout="constrained")
     axes = figure.add_subplot()
-    for place, method in enumerate(ordered):
-        scores = [100 * average for average in averages[method]]
-        axes.barh(place, statistics.mean(scores), color="tab:blue" if method == "share" else "lightgray")
+    for place, name in enumerate(ordered):
+        scores = [100 * average for average in averages[name]]
+        axes.barh(place, statistics.mean(scores), color="tab:blue" if name == ours else "lightgray")
         axes.plot(scores, [place] * len(scores), "o", color="black", markersize=3)
-    if UPPER_BOUND in averages:
-        axes.axvline(100 * statistics.mean(averages[UPPER_BOUND]), color="gray", linewidth=0.8, linestyle="--")
+    if against in averages:
+        axes.axvline(100 * statistics.mean(averages[against]), color="gray", linewidth=0.8, linestyle="--")
     axes.set_yticks(range(len(ordered)), ordered)
     axes.set_xlabel("average score at the end (points; one dot per seed)")
     axes.spines[["top", "right"]].set_visible(False)

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 from _answers import answers_of
-from _continual_figures import draw_certificate, draw_fifty, draw_methods
+from _continual_figures import draw_averages, draw_certificate, draw_fifty
 from _grid import Results, Run
 from _paired import METRICS, Difference, paired_difference, standard_error
+from _plan import ABLATIONS
 from _report import Row, table
 from scipy.stats import spearmanr
 
@@ -78,12 +79,7 @@ def print_report(runs: Sequence[Run], results: Results, figures: Path | None) ->
         print(f"\ncertificate and loss\n\n{table(_certificate_rows(losses))}")
     if figures is not None:
         figures.mkdir(parents=True, exist_ok=True)
-        for stream in dict.fromkeys(run.stream for run, _ in compared):
-            averages: dict[str, list[float]] = defaultdict(list)
-            for run, result in compared:
-                if run.stream == stream:
-                    averages[run.method].append(average_of(result))
-            draw_methods(averages, figures / f"{stream}.png")
+        _draw_averages(compared, chosen, figures)
         if losses:
             draw_certificate(losses, figures / "certificate.png")
         if many:
@@ -93,6 +89,18 @@ def print_report(runs: Sequence[Run], results: Results, figures: Path | None) ->
         print(f"\nresults from {len(versions)} sets of versions:\n" + "\n".join(sorted(versions)))
     missing = results.missing(runs)
     print(f"\n{len(found)} runs, {len(missing)} not run" + "".join(f"\n  {run.name} {run.label}" for run in missing))
+
+
+def _draw_averages(compared: Found, chosen: Found, figures: Path) -> None:
+    """Draw the averages of the methods on each stream, and of the settings that were tried one at a time."""
+    of_streams: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for run, result in compared:
+        of_streams[run.stream][run.method].append(average_of(result))
+    for stream, averages in of_streams.items():
+        draw_averages(averages, figures / f"{stream}.png", ours="share", against="lora")
+    settings = {run.label: [average_of(result)] for run, result in chosen if run.label in ABLATIONS}
+    if settings:
+        draw_averages(settings, figures / "settings.png", ours="default", against="default")
 
 
 # ---- Methods side by side -------------------------------------------------------------------------------------------

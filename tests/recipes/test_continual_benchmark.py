@@ -290,6 +290,21 @@ def test_a_report_has_scores_losses_and_what_was_not_run(tmp_path: Path, capsys:
     assert of_share[-6:] == ["-25.00", "0.00", "100", "1", "0.2", "1.0"]  # transfer, sizes, minutes
 
 
+def test_figures_are_drawn_of_methods_settings_losses_and_fifty_tasks(tmp_path: Path) -> None:
+    results = Results(tmp_path / "results")
+    result = result_of({"a": "0111", "b": "0101"}, [[1.0, None], [0.75, 1.0]], drift={"a": [0.2, 0], "b": [0, 0]})
+    runs = [
+        *(run_of(), run_of(method="lora", order=None)),
+        *(run_of(settings={"validation": True, "k": k}, label=label) for k, label in ((8, "k=8"), (0, "default"))),
+        run_of(stream="fifty", label="k=32"),
+    ]
+    for run in runs:
+        results.add(run, result)
+    print_report(runs, results, tmp_path)
+    drawn = {path.name for path in tmp_path.glob("*.png") if path.read_bytes().startswith(b"\x89PNG")}
+    assert drawn == {"nine.png", "settings.png", "certificate.png", "fifty.png"}
+
+
 def test_transfer_is_backward_since_a_task_was_learned_and_forward_against_learning_it_alone() -> None:
     share, lora, joint = run_of(), run_of(method="lora", order=None), run_of(method="joint", order=None)
     ours = result_of({"a": "0111", "b": "0101"}, [[1.0, None], [0.75, 1.0]])
