@@ -59,7 +59,7 @@ class ScriptArguments:
     pseudo_rank: int = field(default=8, metadata={"help": "Rank of a task (p), and of the baselines' LoRAs."})
     num_temporary: int | None = field(default=None, metadata={"help": "Temporary factors (φ); k // 4 by default."})
     temporary_init: Literal["basis", "span", "random"] = field(
-        default="basis",
+        default="span",
         metadata={"help": "How temporary factors start: as in the paper, or as a LoRA, in the basis' span or not."},
     )
     init_std: float = field(default=0.05, metadata={"help": "Standard deviation of a new task's coefficients (σ)."})
@@ -75,8 +75,11 @@ class StreamArguments(ShareTrainingArguments):
     method: Literal["share", "coefficients", "per_task_lora", "sequential_lora"] = field(
         default="share", metadata={"help": "How to learn a task; the last two are baselines."}
     )
-    learning_rate: float = field(default=2e-2, metadata={"help": "Learning rate of the adapt phase."})
+    learning_rate: float = field(default=1e-2, metadata={"help": "Learning rate of the adapt phase."})
     init_learning_rate: float | None = field(default=1e-2, metadata={"help": "Learning rate of LoRA factors."})
+    coefficients_learning_rate: float = field(
+        default=2e-2, metadata={"help": "Learning rate with --method coefficients."}
+    )
     num_train_epochs: float = field(default=8.0, metadata={"help": "Number of epochs per task."})
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Number of examples per step and device."})
     per_device_eval_batch_size: int = field(default=128, metadata={"help": "Number of examples to score at once."})
@@ -92,6 +95,8 @@ class StreamArguments(ShareTrainingArguments):
 def main() -> None:
     parser = HfArgumentParser((ScriptArguments, StreamArguments))
     script, args = parser.parse_args_into_dataclasses(flags_with_config())
+    if args.method == "coefficients":
+        args.learning_rate = args.coefficients_learning_rate
     set_seed(args.seed)
 
     processor = AutoImageProcessor.from_pretrained(script.model_name_or_path)

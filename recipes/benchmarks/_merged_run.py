@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from _answers import encoded
 from _baselines import HEAD_FILE
 from _baselines_heads import kept_head, without_classifier
@@ -55,9 +56,10 @@ def merge(
         found = {}
         for name in names:
             model.set_adapter(adapter(name))
-            found[name] = task_answers(
-                lambda inputs, head=heads[name]: head(model(**inputs).logits), of_task[name], tokenizer
-            )
+            with torch.autocast("cpu", torch.bfloat16, enabled=settings["bf16"]):  # as in the other runs
+                found[name] = task_answers(
+                    lambda inputs, head=heads[name]: head(model(**inputs).logits), of_task[name], tokenizer
+                )
         return found
 
     before: dict[str, Any] = {}
