@@ -89,7 +89,7 @@ class ScriptArguments:
     lora_rank: int | None = field(default=None, metadata={"help": "Rank of the baselines' LoRAs; p by default."})
     num_temporary: int | None = field(default=None, metadata={"help": "Temporary factors (φ); k // 4 by default."})
     temporary_init: Literal["basis", "span", "random"] = field(
-        default="basis",
+        default="span",
         metadata={"help": "How temporary factors start: as in the paper, or as a LoRA, in the basis' span or not."},
     )
     init_std: float = field(default=0.05, metadata={"help": "Standard deviation of a new task's coefficients (σ)."})
@@ -117,7 +117,7 @@ class StreamArguments(ShareTrainingArguments):
     method: Literal["share", "coefficients", "per_task_lora", "sequential_lora"] = field(
         default="share", metadata={"help": "How to learn a task; the last two are baselines."}
     )
-    learning_rate: float = field(default=5e-3, metadata={"help": "Learning rate of the adapt phase."})
+    learning_rate: float = field(default=4e-3, metadata={"help": "Learning rate of the adapt phase."})
     init_learning_rate: float | None = field(default=4e-3, metadata={"help": "Learning rate of LoRA factors."})
     coefficients_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate with --method coefficients; learning_rate by default."}
