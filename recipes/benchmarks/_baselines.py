@@ -9,8 +9,8 @@
     joint       one LoRA, trained on all tasks at once: not continual
 
 All methods have a separate head for each task, adapt the same layers, and use the same arguments of the Trainer. Seeds
-depend only on a task's position in the stream. A task's head and the first LoRA start from the same values in all
-methods.
+depend only on a task's position in the stream. A task's head, its LoRA and the order of its examples are those of
+`ShareTrainer` at the same seed, so that a difference between methods does not come from random numbers.
 """
 
 from __future__ import annotations
@@ -229,7 +229,7 @@ class _Stream:
         self.method, self.tasks, self.settings = method, tasks, settings
         self.places = {name: place for place, name in enumerate(tasks)}
         self.data = prepare(tasks, inputs_of(model))
-        self.model = HeadedModel(model, tasks, settings.args.seed)
+        self.model = HeadedModel(model, tasks)
         self.adapters = METHODS[method].adapters(self.model, settings, len(tasks))
         self.learned: list[str] = []
         self.progress: StreamProgressCallback | None = None
@@ -240,7 +240,6 @@ class _Stream:
         """Train on the next task, or on all of them at once."""
         place = self.places[group[0]]
         examples = self._examples(group)
-        set_seed(self.settings.args.seed + 2 * place)
         self.adapters.begin(place)
         for head, name in zip(self.model.heads, self.tasks, strict=True):
             head.requires_grad_(name in examples)
@@ -254,6 +253,9 @@ class _Stream:
             penalty=self.adapters.penalty,
             head_learning_rate=self.settings.head_learning_rate,
         )
+        # A Trainer sets the seed when it is made. From here on, the draws and the order of examples are those of Share.
+        set_seed(self.settings.args.seed + 2 * place)
+        self.adapters.draw()
         self.progress = _show_progress(self._trainer, f"{group[0] if len(group) == 1 else 'all'} [{self.method}]")
         seconds = seconds_of(self._trainer.train)
         self.adapters.finish()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -63,6 +64,9 @@ class Adapters:
         """Make the parameters trainable that learn the task at this position, and nothing else in the backbone."""
         raise NotImplementedError
 
+    def draw(self) -> None:
+        """Draw the initial values of what `begin` has added, at the seed of the task."""
+
     def penalty(self) -> Tensor | None:
         """Return the term to add to the loss of a training step, or None for no penalty."""
         return None
@@ -99,13 +103,28 @@ class Adapters:
             self.model.backbone, adapter_name=self.loras[place], save_embedding_layers=False
         )
 
+    def _draw_lora(self, name: str) -> None:
+        """Give a LoRA the initial values that Share's init phase draws from the same seed."""
+        for layer in self.model.backbone.modules():
+            if isinstance(layer, LoraLayer):
+                factor_in = torch.empty(layer.in_features, self.settings.rank)
+                nn.init.kaiming_uniform_(factor_in.T, a=math.sqrt(5))
+                layer.lora_A[name].weight.data.copy_(factor_in.T)
+
 
 class OneLora(Adapters):
     """One LoRA for all tasks: sequential training, replay, and training on all tasks at once."""
 
+    _is_new = True
+
     def begin(self, position: int) -> None:
-        if not self.loras:
+        if self._is_new:
             self._add_lora()
+
+    def draw(self) -> None:
+        if self._is_new:
+            self._draw_lora(self.loras[0])
+            self._is_new = False
 
     def shared_tensors(self) -> dict[str, Tensor]:
         return self._lora_tensors(0)
@@ -118,6 +137,9 @@ class LoraPerTask(Adapters):
 
     def begin(self, position: int) -> None:
         self._add_lora()
+
+    def draw(self) -> None:
+        self._draw_lora(self.loras[-1])
 
     def select(self, position: int) -> None:
         self.model.backbone.set_adapter(self.loras[position])

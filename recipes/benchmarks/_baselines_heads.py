@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset, DatasetDict
 from torch import Tensor, nn
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 
@@ -46,10 +46,9 @@ class HeadedModel(nn.Module):
     """A backbone shared by all tasks, with one output layer for each task.
 
     Args:
-        model: Model for sequence or image classification, which is copied. The heads are new copies of its classifier,
-            and an identity takes the classifier's place in the backbone.
+        model: Model for sequence or image classification, which is copied. The heads are copies of its classifier,
+            with the outputs that a task needs, and an identity takes the classifier's place in the backbone.
         tasks: All tasks of the stream, by name.
-        seed: Seed of the first task's head. It increases by 2 with each later task, as in the recipes.
 
     Raises:
         ValueError: If the model has no classifier, or has other layers outside its pretrained body.
@@ -58,17 +57,13 @@ class HeadedModel(nn.Module):
     # The loss is the mean over a batch, so the Trainer has to divide it by the number of gradient accumulation steps.
     accepts_loss_kwargs = False
 
-    def __init__(self, model: PreTrainedModel, tasks: Mapping[str, Task], seed: int) -> None:
+    def __init__(self, model: PreTrainedModel, tasks: Mapping[str, Task]) -> None:
         super().__init__()
         classifier = getattr(model, _classifier_name(model))
         self.backbone: nn.Module = without_classifier(model)
-        std = getattr(model.config, "initializer_range", 0.02)
         self.problem_types = [task.problem_type for task in tasks.values()]
         self.num_labels = [task.num_labels for task in tasks.values()]
-        self.heads = nn.ModuleList()
-        for position, outputs in enumerate(self.num_labels):
-            set_seed(seed + 2 * position)
-            self.heads.append(head_like(classifier, outputs, std))
+        self.heads = nn.ModuleList(head_like(classifier, outputs) for outputs in self.num_labels)
 
     def forward(self, task: Tensor, labels: Tensor | None = None, **inputs: Tensor) -> SequenceClassifierOutput:
         """Compute the outputs of the samples and their mean loss, with the loss of each sample's problem type.
@@ -208,19 +203,26 @@ def without_classifier(model: PreTrainedModel) -> PreTrainedModel:
 
 def kept_head(model: PreTrainedModel, outputs: int, path: Path) -> nn.Module:
     """Load a saved head with this many outputs, for a model like the one it was trained with."""
-    head = head_like(getattr(model, _classifier_name(model)), outputs, std=1.0)
+    head = head_like(getattr(model, _classifier_name(model)), outputs)
     head.load_state_dict(safetensors.torch.load_file(path))
     return head
 
 
-def head_like(classifier: nn.Module, outputs: int, std: float) -> nn.Module:
-    """Return a float32 copy of a classifier with this many outputs and new weights, drawn as in transformers."""
+def head_like(classifier: nn.Module, outputs: int) -> nn.Module:
+    """Return a float32 copy of a classifier that has only its first outputs.
+
+    In Share, too, each task's head starts as the classifier of the base model, and uses its first outputs.
+
+    Raises:
+        ValueError: If the classifier has fewer outputs.
+    """
     head = nn.Sequential(copy.deepcopy(classifier)).float()
     *_, (path, last) = ((path, module) for path, module in head.named_modules() if isinstance(module, nn.Linear))
-    head.set_submodule(path, nn.Linear(last.in_features, outputs, bias=last.bias is not None))
-    for module in head.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=std)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+    if outputs > last.out_features:
+        raise ValueError(f"the model's classifier has {last.out_features} outputs, expected {outputs}, as a task has")
+    kept = nn.Linear(last.in_features, outputs, bias=last.bias is not None)
+    with torch.no_grad():
+        for parameter, of_all in zip(kept.parameters(), last.parameters(), strict=True):
+            parameter.copy_(of_all[:outputs])
+    head.set_submodule(path, kept)
     return head

@@ -431,7 +431,7 @@ def test_samples_of_all_kinds_go_once_through_the_backbone_and_to_their_own_head
         "several": ToyTask(3, 2, "multi_label_classification", num_labels=3),
     }
     model = tiny_model("bert")
-    headed = baselines.HeadedModel(model, tasks, seed=0).eval()
+    headed = baselines.HeadedModel(model, tasks).eval()
     data = baselines.prepare(tasks, baselines.inputs_of(model))
     rows = [data[name]["train"][place] for place in (0, 1) for name in ("several", "classes", "number")]
     batch = {key: torch.tensor([row[key] for row in rows]) for key in ("input_ids", "labels", "task")}
@@ -481,7 +481,7 @@ def test_a_head_keeps_the_form_of_the_classifier_it_stands_for(baselines: Module
         intermediate_size=32,
         max_position_embeddings=20,
     )
-    headed = baselines.HeadedModel(RobertaForSequenceClassification(config), {"several": ToyTask(1, 0)}, seed=0)
+    headed = baselines.HeadedModel(RobertaForSequenceClassification(config), {"several": ToyTask(1, 0)})
     outputs = headed(task=torch.zeros(3, dtype=torch.long), input_ids=torch.full((3, 8), 5))
     assert outputs.loss is None and outputs.logits.shape == (3, 2)
     assert sum(parameter.numel() for parameter in headed.heads.parameters()) == 32 * 32 + 32 + 2 * 32 + 2
