@@ -253,7 +253,7 @@ class _Stream:
             penalty=self.adapters.penalty,
             head_learning_rate=self.settings.head_learning_rate,
         )
-        # A Trainer sets the seed when it is made. From here on, the draws and the order of examples are those of Share.
+        # Making a Trainer sets the seed. From here on, draws and the order of examples are those of Share.
         set_seed(self.settings.args.seed + 2 * place)
         self.adapters.draw()
         self.progress = _show_progress(self._trainer, f"{group[0] if len(group) == 1 else 'all'} [{self.method}]")

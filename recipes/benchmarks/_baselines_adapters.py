@@ -59,13 +59,26 @@ class Adapters:
         self.settings = settings
         self.num_tasks = num_tasks
         self.loras: list[str] = []
+        targets = tuple(f".{name}" for name in settings.target_modules)
+        layers = (module for name, module in model.backbone.named_modules() if f".{name}".endswith(targets))
+        self._in_features = [layer.in_features for layer in layers]
 
     def begin(self, position: int) -> None:
         """Make the parameters trainable that learn the task at this position, and nothing else in the backbone."""
         raise NotImplementedError
 
     def draw(self) -> None:
-        """Draw the initial values of what `begin` has added, at the seed of the task."""
+        """Draw what Share's init phase draws from the same random state, and start a new LoRA with it.
+
+        Methods that add no LoRA draw all the same, because the order of examples is drawn next.
+        """
+        factors = [torch.empty(inputs, self.settings.rank) for inputs in self._in_features]
+        for factor in factors:
+            nn.init.kaiming_uniform_(factor.T, a=math.sqrt(5))
+        self._start_from(factors)
+
+    def _start_from(self, factors: Sequence[Tensor]) -> None:
+        """Give a LoRA that was just added its initial A^T (inputs, rank) in each layer."""
 
     def penalty(self) -> Tensor | None:
         """Return the term to add to the loss of a training step, or None for no penalty."""
@@ -103,28 +116,25 @@ class Adapters:
             self.model.backbone, adapter_name=self.loras[place], save_embedding_layers=False
         )
 
-    def _draw_lora(self, name: str) -> None:
-        """Give a LoRA the initial values that Share's init phase draws from the same seed."""
-        for layer in self.model.backbone.modules():
-            if isinstance(layer, LoraLayer):
-                factor_in = torch.empty(layer.in_features, self.settings.rank)
-                nn.init.kaiming_uniform_(factor_in.T, a=math.sqrt(5))
-                layer.lora_A[name].weight.data.copy_(factor_in.T)
+    def _start_lora_from(self, factors: Sequence[Tensor]) -> None:
+        layers = [module for module in self.model.backbone.modules() if isinstance(module, LoraLayer)]
+        for layer, factor in zip(layers, factors, strict=True):
+            layer.lora_A[self.loras[-1]].weight.data.copy_(factor.T)
 
 
 class OneLora(Adapters):
     """One LoRA for all tasks: sequential training, replay, and training on all tasks at once."""
 
-    _is_new = True
+    _is_started = False
 
     def begin(self, position: int) -> None:
-        if self._is_new:
+        if not self.loras:
             self._add_lora()
 
-    def draw(self) -> None:
-        if self._is_new:
-            self._draw_lora(self.loras[0])
-            self._is_new = False
+    def _start_from(self, factors: Sequence[Tensor]) -> None:
+        if not self._is_started:
+            self._start_lora_from(factors)
+        self._is_started = True
 
     def shared_tensors(self) -> dict[str, Tensor]:
         return self._lora_tensors(0)
@@ -138,8 +148,8 @@ class LoraPerTask(Adapters):
     def begin(self, position: int) -> None:
         self._add_lora()
 
-    def draw(self) -> None:
-        self._draw_lora(self.loras[-1])
+    def _start_from(self, factors: Sequence[Tensor]) -> None:
+        self._start_lora_from(factors)
 
     def select(self, position: int) -> None:
         self.model.backbone.set_adapter(self.loras[position])
