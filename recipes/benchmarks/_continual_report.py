@@ -43,6 +43,7 @@ class Loss:
         drift: Estimated relative drift of its update, including its own compression error.
         loss: Score when it was learned minus score later.
         examples: Number of its test examples.
+        measured: Run and number of tasks at which it was measured.
     """
 
     stream: str
@@ -50,6 +51,7 @@ class Loss:
     drift: float
     loss: float
     examples: int
+    measured: tuple[str, int]
 
 
 def print_report(runs: Sequence[Run], results: Results, figures: Path | None) -> None:
@@ -321,20 +323,22 @@ def _fifty_lines(found: Found) -> list[tuple[str, ...]]:
 
 
 def _merged_lines(found: Found) -> Iterator[tuple[str, ...]]:
-    yield ("setting", "LoRAs", "before", "merged", "mean loss", "largest", "mean drift", "kB")
+    yield ("setting", "LoRAs", "before", "merged", "mean loss", "of the first ten", "largest", "mean drift", "kB")
     for run, result in found:
         stages = {int(end): stage for end, stage in result["stages"].items()} | {len(result["answers"]): result}
         before = scores_of(result, result["before"])
+        first = list(result["before"])[:FIRST]
         for end, stage in sorted(stages.items()):
             now = scores_of(result, stage["answers"])
-            lost = [before[task] - score for task, score in now.items()]
+            lost = {task: before[task] - score for task, score in now.items()}
             yield (
                 run.label,
                 str(end),
                 f"{100 * statistics.mean(before[task] for task in now):.2f}",
                 f"{100 * statistics.mean(now.values()):.2f}",
-                f"{100 * statistics.mean(lost):.2f}",
-                f"{100 * max(lost):.1f}",
+                f"{100 * statistics.mean(lost.values()):.2f}",
+                f"{100 * statistics.mean(lost[task] for task in first):.2f}",
+                f"{100 * max(lost.values()):.1f}",
                 f"{statistics.mean(drift for drift, _ in stage['drift'].values()):.3f}",
                 f"{stored(result) / 1e3:,.0f}" if stage is result else "",
             )
@@ -352,7 +356,8 @@ def losses_of(found: Found) -> Iterator[Loss]:
         for j, task in enumerate(run.tasks[:-1]):
             learned = result["matrix"][j][j] if j < len(result["matrix"]) else None
             if learned is not None:
-                yield Loss(run.stream, task, result["drift"][task][0], learned - now[task], len(result["true"][task]))
+                drift, examples = result["drift"][task][0], len(result["true"][task])
+                yield Loss(run.stream, task, drift, learned - now[task], examples, (run.name, len(run.tasks)))
 
 
 def _losses_of_merged(run: Run, result: Result) -> Iterator[Loss]:
@@ -360,7 +365,8 @@ def _losses_of_merged(run: Run, result: Result) -> Iterator[Loss]:
     for stage in (*result["stages"].values(), result):
         for task, score in scores_of(result, stage["answers"]).items():
             drift, _ = stage["drift"][task]
-            yield Loss("LoRAs merged", task, drift, before[task] - score, len(result["true"][task]))
+            where = run.name, len(stage["answers"])
+            yield Loss("LoRAs merged", task, drift, before[task] - score, len(result["true"][task]), where)
 
 
 def _certificate_rows(losses: Sequence[Loss]) -> Iterator[Row]:
@@ -370,6 +376,10 @@ def _certificate_rows(losses: Sequence[Loss]) -> Iterator[Row]:
         if len(set(drifts)) > 1 and len(set(lost)) > 1:
             name = f"{stream}: rank correlation of drift and loss, {len(of_stream)} tasks"
             yield Row.at_least(name, float(spearmanr(drifts, lost).statistic), "", 0.6)
+        means = _means(of_stream)
+        if len(means) > 2:
+            name = f"{stream}: the same of the means over all tasks, {len(means)} times"
+            yield Row(name, float(spearmanr(means).statistic), "")
     losses = [loss for loss in losses if loss.examples >= ENOUGH]  # one answer of fewer counts too much
     harmed = [loss.drift for loss in losses if loss.loss > POINT]
     if harmed:
@@ -379,6 +389,17 @@ def _certificate_rows(losses: Sequence[Loss]) -> Iterator[Row]:
         if below:
             share = 100 * sum(loss > POINT for loss in below) / len(below)
             yield Row(f"tasks that lost over a point, of {len(below)} with a drift up to {threshold:g}", share, "%")
+
+
+def _means(losses: Sequence[Loss]) -> list[tuple[float, float]]:
+    """Return the mean drift and the mean loss of all tasks, for each time that they were measured together."""
+    together: dict[tuple[str, int], list[Loss]] = defaultdict(list)
+    for loss in losses:
+        together[loss.measured].append(loss)
+    return [
+        (statistics.mean(loss.drift for loss in group), statistics.mean(loss.loss for loss in group))
+        for group in together.values()
+    ]
 
 
 def _aligned(lines: Iterable[Sequence[str]]) -> str:
