@@ -101,7 +101,8 @@ class ShareConfig(PeftConfig):
         temporary_init (`Literal["basis", "span", "random"]`, *optional*, defaults to `"basis"`):
             Initial values of the temporary factors. `"basis"`: the φ leading basis vectors, which coefficients
             combine, as in the paper (Sec. 3.2.2). `"span"`: a LoRA of rank p whose input side holds the p leading
-            basis vectors, scaled like the rows of a fresh A, and whose output side is zero (Hu et al. 2021, Sec. 4.1).
+            basis vectors, scaled like the rows of a fresh A, and whose output side is zero (Hu et al. 2021, Sec. 4.1);
+            in an embedding, the sides change places, as in PEFT.
             `"random"`: a fresh LoRA of rank p, whose input side lies mostly outside the span of earlier tasks. The
             last two train as fast and as stably as a LoRA at the same learning rate. They have no coefficients, so
             `num_temporary` and `init_std` have no effect.

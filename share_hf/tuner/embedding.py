@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,9 +29,13 @@ class Embedding(Linear):
         """The task's update in the layout of the base weight (d, n) and on its device, float32."""
         return self.factors(adapter).dense().T
 
-    def _initial_factors(self, rank: int) -> tuple[Tensor, Tensor]:
+    def _initial_factors(self, rank: int, in_span: bool) -> tuple[Tensor, Tensor]:
         """Return random B (n, r) and zero A^T (d, r), as in PEFT: a row of A^T is trained where its id occurs."""
-        return torch.randn(self.out_features, rank), torch.zeros(self.in_features, rank)
+        factor_out = torch.randn(self.out_features, rank)
+        if in_span:
+            leading = self.share_basis_out[:, :rank]
+            factor_out[:, : leading.shape[1]] = math.sqrt(self.out_features) * leading
+        return factor_out, torch.zeros(self.in_features, rank)
 
     def _looked_up(self, ids: Tensor, rows: Tensor) -> Tensor:
         return F.embedding(ids, rows, padding_idx=self.get_base_layer().padding_idx)

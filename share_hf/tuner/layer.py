@@ -157,7 +157,7 @@ class ShareLayer(BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def _initial_factors(self, rank: int, in_span: bool) -> tuple[Tensor, Tensor]:
-        """Return B (n, r) and A^T (d, r) of an untrained LoRA, with A in the span of the basis as far as that goes."""
+        """Return B (n, r) and A^T (d, r) of an untrained LoRA; if `in_span`, the random one holds basis vectors."""
         factor_in = torch.empty(self.in_features, rank)
         nn.init.kaiming_uniform_(factor_in.T, a=math.sqrt(5))
         if in_span:

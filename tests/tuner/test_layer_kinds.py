@@ -314,6 +314,15 @@ def test_a_fresh_embedding_starts_as_pefts_does(base: Reader) -> None:
     assert 0.5 < layer.share_temporary_out["one"].std() < 2
 
 
+def test_an_embedding_that_starts_in_the_span_has_basis_vectors_on_its_random_side(base: Reader) -> None:
+    sizes = {"num_components": 4, "num_temporary": 2, "pseudo_rank": 2}
+    config = ShareConfig(target_modules=["words"], phase="adapt", temporary_init="span", **sizes)
+    layer = share_layers(get_peft_model(base, config, "one"))["words"]
+    expected = layer.out_features**0.5 * layer.share_basis_out[:, :2]
+    assert torch.allclose(layer.share_temporary_out["one"], expected)
+    assert not layer.share_temporary_in["one"].any()
+
+
 def test_dropout_does_not_reach_the_ids_of_an_embedding(base: Reader) -> None:
     model = get_peft_model(base, ShareConfig(target_modules=["words", "series"], dropout=0.9), "one")
     fill(model, "one")
