@@ -59,6 +59,7 @@ class Adapters:
         self.settings = settings
         self.num_tasks = num_tasks
         self.loras: list[str] = []
+        self._has_new_lora = False
         targets = tuple(f".{name}" for name in settings.target_modules)
         layers = (module for name, module in model.backbone.named_modules() if f".{name}".endswith(targets))
         self._in_features = [layer.in_features for layer in layers]
@@ -70,15 +71,16 @@ class Adapters:
     def draw(self) -> None:
         """Draw what Share's init phase draws from the same random state, and start a new LoRA with it.
 
-        Methods that add no LoRA draw all the same, because the order of examples is drawn next.
+        Without a new LoRA, the draws are made all the same, because the order of examples is drawn next.
         """
         factors = [torch.empty(inputs, self.settings.rank) for inputs in self._in_features]
         for factor in factors:
             nn.init.kaiming_uniform_(factor.T, a=math.sqrt(5))
-        self._start_from(factors)
-
-    def _start_from(self, factors: Sequence[Tensor]) -> None:
-        """Give a LoRA that was just added its initial A^T (inputs, rank) in each layer."""
+        if self._has_new_lora:
+            layers = [module for module in self.model.backbone.modules() if isinstance(module, LoraLayer)]
+            for layer, factor in zip(layers, factors, strict=True):
+                layer.lora_A[self.loras[-1]].weight.data.copy_(factor.T)
+        self._has_new_lora = False
 
     def penalty(self) -> Tensor | None:
         """Return the term to add to the loss of a training step, or None for no penalty."""
@@ -110,31 +112,20 @@ class Adapters:
         else:
             self.model.backbone = get_peft_model(self.model.backbone, config, adapter_name=name)
         self.loras.append(name)
+        self._has_new_lora = True
 
     def _lora_tensors(self, place: int) -> dict[str, Tensor]:
         return get_peft_model_state_dict(
             self.model.backbone, adapter_name=self.loras[place], save_embedding_layers=False
         )
 
-    def _start_lora_from(self, factors: Sequence[Tensor]) -> None:
-        layers = [module for module in self.model.backbone.modules() if isinstance(module, LoraLayer)]
-        for layer, factor in zip(layers, factors, strict=True):
-            layer.lora_A[self.loras[-1]].weight.data.copy_(factor.T)
-
 
 class OneLora(Adapters):
     """One LoRA for all tasks: sequential training, replay, and training on all tasks at once."""
 
-    _is_started = False
-
     def begin(self, position: int) -> None:
         if not self.loras:
             self._add_lora()
-
-    def _start_from(self, factors: Sequence[Tensor]) -> None:
-        if not self._is_started:
-            self._start_lora_from(factors)
-        self._is_started = True
 
     def shared_tensors(self) -> dict[str, Tensor]:
         return self._lora_tensors(0)
@@ -147,9 +138,6 @@ class LoraPerTask(Adapters):
 
     def begin(self, position: int) -> None:
         self._add_lora()
-
-    def _start_from(self, factors: Sequence[Tensor]) -> None:
-        self._start_lora_from(factors)
 
     def select(self, position: int) -> None:
         self.model.backbone.set_adapter(self.loras[position])

@@ -102,10 +102,9 @@ class ShareConfig(PeftConfig):
             Initial values of the temporary factors. `"basis"`: the φ leading basis vectors, which coefficients
             combine, as in the paper (Sec. 3.2.2). `"span"`: a LoRA of rank p whose input side holds the p leading
             basis vectors, scaled like the rows of a fresh A, and whose output side is zero (Hu et al. 2021, Sec. 4.1);
-            in an embedding, the sides change places, as in PEFT.
-            `"random"`: a fresh LoRA of rank p, whose input side lies mostly outside the span of earlier tasks. The
-            last two train as fast and as stably as a LoRA at the same learning rate. They have no coefficients, so
-            `num_temporary` and `init_std` have no effect.
+            in an embedding, the sides change places, as in PEFT. `"random"`: a fresh LoRA of rank p, whose input side
+            lies mostly outside the span of earlier tasks. The last two train as fast and as stably as a LoRA at the
+            same learning rate. They have no coefficients, so `num_temporary` and `init_std` have no effect.
         target_modules (`Union[list[str], str]`, *optional*):
             Names of the modules to adapt, a regex, or `"all-linear"`, as for LoRA.
         exclude_modules (`Union[list[str], str]`, *optional*):

@@ -503,6 +503,15 @@ def test_tasks_of_different_kinds_are_learned_in_one_stream(
     assert outcome.metrics.matrix[-1][1] == outcome.scores["several"]["error"]
 
 
+def test_a_task_with_more_outputs_than_the_model_is_refused(
+    baselines: ModuleType, tiny_model: Callable[[str], Any]
+) -> None:
+    outputs = tiny_model("bert").config.num_labels
+    task = ToyTask(1, 0, "multi_label_classification", num_labels=outputs + 1)
+    with pytest.raises(ValueError, match=f"classifier has {outputs} outputs, expected {outputs + 1}"):
+        baselines.HeadedModel(tiny_model("bert"), {"wide": task})
+
+
 def test_a_head_keeps_the_form_of_the_classifier_it_stands_for(baselines: ModuleType) -> None:
     config = RobertaConfig(
         vocab_size=64,
